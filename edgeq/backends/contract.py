@@ -1,0 +1,75 @@
+"""Define what a backend is: one module with four functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.errors import ConfigError
+from edgeq.records import Artifact, QdqModel, Target
+from edgeq.texts import Batch, Feeds
+
+Embeddings = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Say which rule a model or target does not meet, and the offending detail."""
+
+    rule: str
+    detail: str
+
+
+class Session(Protocol):
+    """Keep a loaded artifact: loading costs seconds, running milliseconds."""
+
+    def __call__(self, feeds: Feeds) -> Embeddings:
+        """Give float32[batch, dim]."""
+        ...
+
+
+def embed_batches(session: Session, batches: Iterable[Batch], count: int) -> Embeddings:
+    """Run every batch and put each text's vector back in its place.
+
+    Args:
+        session: the loaded artifact.
+        batches: as `texts.batches` makes them; `rows` of all batches together are 0..count-1.
+        count: how many texts there are.
+
+    Returns:
+        float32[count, dim], in the order of the texts.
+    """
+    embeddings: Embeddings | None = None
+    for batch in batches:
+        vectors = session(batch.feeds)
+        if embeddings is None:
+            embeddings = np.empty((count, vectors.shape[1]), np.float32)
+        embeddings[list(batch.rows)] = vectors
+    if embeddings is None:
+        raise ConfigError("no texts to embed: give at least one")
+    return embeddings
+
+
+class Backend(Protocol):
+    """Lower a QDQ model for a runtime, and run what came out. A module satisfies it."""
+
+    def tools(self) -> Mapping[str, str]:
+        """Give name -> version of what the backend needs, or raise ToolMissing with the install command."""
+        ...
+
+    def rejections(self, model: QdqModel, target: Target) -> tuple[Rejection, ...]:
+        """List every rule that the model or the target does not meet. Pure; needs no SDK."""
+        ...
+
+    def lower(self, model: QdqModel, target: Target, out_dir: Path) -> Artifact:
+        """Write the artifact's files below `out_dir` and prove that they run as the scheme says."""
+        ...
+
+    def load(self, artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> Session:
+        """Load the artifact in its runtime; `threads` 0 leaves the choice to the target."""
+        ...

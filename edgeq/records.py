@@ -1,0 +1,234 @@
+"""Hold the frozen records that pass between stages.
+
+Records hold no arrays: big things are files, named by path and sha256. Each record turns into JSON and back without
+loss, refuses unknown or missing keys, and refuses NaN and infinity.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Place = Literal["device", "host-kernels", "emulator", "simulator", "not-run"]
+Status = Literal["passed", "failed", "not-run"]
+RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
+
+
+class Record(BaseModel):
+    """Freeze the fields and refuse unknown keys, NaN and infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class FileRef(Record):
+    """Name a file by its path, its content and its size.
+
+    `path` is absolute while stages pass it on (in the cache or a work folder), and relative to the bundle, in POSIX
+    form, in a manifest; a file that is not shipped is there by its bare name.
+    """
+
+    path: str
+    sha256: Sha256
+    size_bytes: int
+
+
+class Source(Record):
+    """Describe what was given: a sentence-transformers or plain transformers model."""
+
+    name: str
+    kind: Literal["sentence-transformers", "transformers"]
+    sha256: Sha256  # over the names and contents of all files that decide the vectors
+    modules: tuple[str, ...]  # e.g. ("Transformer", "Pooling:mean", "Normalize")
+    inputs: tuple[str, ...]  # graph inputs: "input_ids", "attention_mask" [, "token_type_ids"]
+    dim: int
+    max_sequence: int  # tokens, special tokens included
+    prompts: dict[str, str]
+    default_prompt_name: str | None
+
+
+class PassReport(Record):
+    """Say what one rewrite did: how many, how far FP32 moved, and why near misses did not match."""
+
+    name: str
+    rewrites: int
+    max_abs_error: float
+    near_misses: tuple[str, ...]
+
+
+class FloatModel(Record):
+    """Describe an FP32 ONNX file in the dialect, with pooling and normalisation inside."""
+
+    file: FileRef
+    source_sha256: Sha256
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]  # "sentence_embedding" [, "last_hidden_state"]
+    dim: int
+    max_sequence: int
+    max_abs_error: float  # against torch for an exported model; against its parent for an equalised one
+    passes: tuple[PassReport, ...]
+
+
+class TextSet(Record):
+    """Describe a set of texts by content: no text is held here."""
+
+    origin: str  # what the user named, or "default"
+    sha256: Sha256  # over the texts in order
+    count: int
+    tokens: int
+    truncated: int  # texts cut at the model's limit
+
+
+class Migration(Record):
+    """Give the strength of the scale migration per kind of tensor, and what the search measured."""
+
+    strengths: dict[str, float]  # kind ("norm", "context", "activation") -> alpha in [0, 1]
+    cosine_mean: float  # of the simulated scheme on calibration texts that were not observed
+    candidates: int
+
+
+class Calibration(Record):
+    """Describe what was observed once on an equalised float model: `file` is the .npz with the statistics."""
+
+    file: FileRef
+    float_model_sha256: Sha256
+    texts: TextSet
+    seed: int
+    migration: Migration
+
+
+class Scheme(Record):
+    """Decide dtypes. Weights are symmetric per output channel, activations asymmetric per tensor."""
+
+    name: str
+    weight_bits: int
+    activation_bits: int
+    activations_signed: bool
+    embedding_bits: int
+    range_method: RangeMethod
+
+
+class QdqModel(Record):
+    """Describe a QDQ ONNX file: which weight products are integer and which stay float by the scheme."""
+
+    file: FileRef
+    float_model_sha256: Sha256
+    calibration_sha256: Sha256
+    scheme: Scheme
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dim: int
+    max_sequence: int
+    integer_matmuls: tuple[str, ...]
+    float_matmuls: tuple[str, ...]  # weight MatMuls that the scheme leaves in float, by name
+
+
+class RunsOn(Record):
+    """Say what a machine must be: ISA, and CPU flags of which at least one, or all, must be there."""
+
+    machine: str  # as platform.machine() spells it
+    cpu_flags_all: tuple[str, ...]
+    cpu_flags_any: tuple[str, ...]
+
+
+class Gate(Record):
+    """Give the limits a parity report is judged against."""
+
+    cosine_mean_min: float
+    cosine_min_min: float
+    top10_overlap_min: float
+    spearman_min: float  # of pairwise similarities, artifact against FP32
+    invariance_min: float  # cosine of one text at other paddings and batches
+    norm_error_max: float  # of abs(norm - 1); only for models that normalise
+    float_fallbacks_max: int
+    export_places: tuple[Place, ...]
+    release_places: tuple[Place, ...]
+
+
+class Target(Record):
+    """Describe one piece of hardware with its runtime: one file in targets/, complete."""
+
+    name: str
+    summary: str
+    source: str
+    backend: str
+    scheme: str
+    buckets_tokens: tuple[int, ...]  # empty: dynamic shapes
+    runtime: dict[str, str | int | bool]
+    runs_on: RunsOn
+    gate: Gate
+
+
+class Placement(Record):
+    """Say where the weight products really run, read from what the runtime will execute."""
+
+    integer_matmuls: int
+    float_by_scheme: tuple[str, ...]
+    float_fallbacks: tuple[str, ...]
+    operators: dict[str, int]
+
+
+class Artifact(Record):
+    """Describe the files one runtime loads. `files[0]` is the one to load; paths are relative to the bundle."""
+
+    backend: str
+    target: str
+    files: tuple[FileRef, ...]
+    qdq_sha256: Sha256
+    placement: Placement
+    tools: dict[str, str]
+
+
+class Measures(Record):
+    """Hold what was measured between an artifact's vectors and FP32's."""
+
+    texts: int
+    cosine_mean: float
+    cosine_min: float
+    max_abs_error: float
+    top10_overlap: float
+    spearman: float
+    invariance_min: float
+    norm_error_max: float
+    worst_text: str
+
+
+class ParityReport(Record):
+    """Measure first, judge after: `failures` has one sentence for each limit of the gate that is missed."""
+
+    target: str
+    ran_on: Place
+    machine: str
+    status: Status
+    measures: Measures | None  # None when not run
+    gate: Gate
+    failures: tuple[str, ...]
+    texts: TextSet
+
+
+class Golden(Record):
+    """Count the golden texts and name their files."""
+
+    count: int
+    vectors: FileRef  # golden.npz
+    texts: FileRef  # golden.jsonl
+
+
+class Manifest(Record):
+    """Chain all records of a bundle; each names its parents by sha256."""
+
+    format: Literal[1]
+    edgeq: str
+    command: tuple[str, ...]
+    status: Status
+    target: Target
+    source: Source
+    float_model: FloatModel
+    equalized_model: FloatModel
+    calibration: Calibration
+    qdq_model: QdqModel
+    artifact: Artifact
+    parity: FileRef
+    golden: Golden
+    tools: dict[str, str]
