@@ -1,0 +1,116 @@
+"""Define the closed set of ops a float model is written in, and verify a model against it."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import TensorProto, numpy_helper
+
+from edgeq.errors import Unsupported
+
+OPSET = 21
+
+# op -> why a float model may hold it. Adding an op is one row here, and one row or file in each backend that takes it.
+OPERATORS: dict[str, str] = {
+    "Add": "bias, residual, mask, positions",
+    "And": "pooling of the last token",
+    "ArgMax": "pooling of the last token",
+    "Cast": "mask to float",
+    "Clip": "divisors kept off zero",
+    "Concat": "pooling modes side by side",
+    "CumSum": "weighted mean pooling",
+    "Div": "pooling, normalisation",
+    "Equal": "pooling of the last token",
+    "Erf": "activations that are not GELU",
+    "Expand": "pooling",
+    "Gather": "embedding tables, first token",
+    "GatherElements": "pooling of the last token",
+    "GatherND": "pooling of the last token",
+    "Gelu": "activation",
+    "Identity": "Dense without activation",
+    "LayerNormalization": "normalisation inside the encoder",
+    "MatMul": "weights, attention, pooling",
+    "Max": "divisors kept off zero",
+    "Mul": "scales, gates",
+    "Neg": "pooling of the last token",
+    "Not": "pooling masks",
+    "Pow": "activations",
+    "Range": "positions in pooling",
+    "ReduceL2": "unit length",
+    "ReduceMax": "max pooling",
+    "ReduceMean": "pooling",
+    "ReduceSum": "pooling",
+    "Relu": "activation",
+    "Reshape": "heads",
+    "ScatterElements": "pooling of the last token",
+    "Shape": "symbolic sizes",
+    "Sigmoid": "activation",
+    "Slice": "positions, first token",
+    "Softmax": "attention",
+    "Split": "heads, gates",
+    "Sqrt": "mean_sqrt_len pooling",
+    "Squeeze": "pooling",
+    "Sub": "mask",
+    "Tanh": "activation, Dense",
+    "Transpose": "heads",
+    "Unsqueeze": "mask",
+    "Where": "max pooling",
+}
+
+LARGEST_CONSTANT = 1e30  # an infinite mask ruins every range it meets
+
+
+def verify(model: onnx.ModelProto, name: str) -> None:
+    """Check ops, opset, dtypes, constants, names and symbolic axes.
+
+    Args:
+        model: an ONNX model.
+        name: for messages.
+
+    Raises:
+        Unsupported: with every violation, not only the first.
+    """
+    problems = [*_operator_problems(model), *_constant_problems(model), *_interface_problems(model)]
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise Unsupported(
+            f"{name}: the graph leaves the dialect of float models:\n{listed}\n"
+            "Export a model made of the ops in edgeq.dialect.OPERATORS, or report the model so that the op can be added."
+        )
+
+
+def _operator_problems(model: onnx.ModelProto) -> list[str]:
+    problems = []
+    opsets = {item.domain: item.version for item in model.opset_import}
+    if opsets.get("") != OPSET:
+        problems.append(f"opset {opsets.get('')}; {OPSET} is needed")
+    for node in model.graph.node:
+        if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS:
+            problems.append(f"{node.name or node.output[0]}: op {node.domain}{'::' if node.domain else ''}{node.op_type}")
+    return problems
+
+
+def _constant_problems(model: onnx.ModelProto) -> list[str]:
+    problems = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE):
+            problems.append(f"{tensor.name}: {TensorProto.DataType.Name(tensor.data_type)}; FLOAT is needed")
+        elif tensor.data_type == TensorProto.FLOAT and tensor.data_location != TensorProto.EXTERNAL:
+            array = numpy_helper.to_array(tensor)
+            if array.size and not float(np.abs(array).max()) < LARGEST_CONSTANT:
+                problems.append(f"{tensor.name}: holds {array.flat[np.abs(array).argmax()]:g}; finite masks are needed")
+    return problems
+
+
+def _interface_problems(model: onnx.ModelProto) -> list[str]:
+    problems = []
+    inputs = [item.name for item in model.graph.input]
+    if inputs != ["input_ids", "attention_mask"]:
+        problems.append(f"inputs {inputs}; input_ids and attention_mask are needed")
+    if not model.graph.output or model.graph.output[0].name != "sentence_embedding":
+        problems.append("the first output is not sentence_embedding")
+    for item in model.graph.input:
+        shape = item.type.tensor_type.shape.dim
+        if len(shape) != 2 or any(not dim.dim_param for dim in shape):
+            problems.append(f"{item.name}: its axes are not symbolic [batch, sequence]")
+    return problems

@@ -1,0 +1,120 @@
+"""Rewrite an exported graph, one exact rewrite per file, and prove each by running FP32 before and after.
+
+Every pass takes an `onnx_ir` model, edits it in place and returns `Rewrites`. `apply` runs the passes in the order of
+`FLOAT_PASSES`, compares the outputs on probe feeds after each, and takes a pass back that moved them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from edgeq.errors import EdgeqError
+from edgeq.passes.constant_reshape import constant_reshape
+from edgeq.passes.constant_segment import constant_segment
+from edgeq.passes.direct_position import direct_position
+from edgeq.passes.drop_expand import drop_expand
+from edgeq.passes.finite_mask import finite_mask
+from edgeq.passes.fold_attention_scale import fold_attention_scale
+from edgeq.passes.graph import Rewrites
+from edgeq.passes.name_weights import name_weights
+from edgeq.passes.pool_by_matmul import pool_by_matmul
+from edgeq.passes.recover_gelu import recover_gelu
+from edgeq.passes.recover_layer_normalization import recover_layer_normalization
+from edgeq.records import PassReport
+from edgeq.reference import FloatSession
+from edgeq.texts import Feeds
+
+Pass = Callable[[ir.Model], Rewrites]
+
+FLOAT_PASSES: tuple[Pass, ...] = (
+    recover_layer_normalization,  # first: the later passes look for whole LayerNormalization and Gelu nodes
+    recover_gelu,
+    finite_mask,  # before shapes: it removes most of the shape arithmetic by itself
+    constant_segment,
+    direct_position,
+    constant_reshape,  # needs the symbolic shapes that the exporter wrote, so before nodes are added without them
+    drop_expand,
+    pool_by_matmul,
+    fold_attention_scale,
+    name_weights,  # last: names follow the final weights
+)
+
+TOLERANCE = 1e-5
+
+
+def probe_feeds(vocabulary: int, longest: int, seed: int = 0) -> tuple[Feeds, ...]:
+    """Make token batches that tell graphs apart: single, batched, padded right, and full.
+
+    Args:
+        vocabulary: token ids are drawn from 0..vocabulary-1.
+        longest: the model's limit in tokens.
+        seed: of the draw.
+    """
+    rng = np.random.default_rng(seed)
+    feeds = []
+    for lengths in ((3,), (7, 2, 12), (min(33, longest), 5), (min(longest, 64), min(longest, 64))):
+        width = max(lengths)
+        mask = (np.arange(width)[None, :] < np.array(lengths)[:, None]).astype(np.int64)
+        feeds.append(Feeds(rng.integers(0, vocabulary, mask.shape).astype(np.int64) * mask, mask))
+    return tuple(feeds)
+
+
+def apply(
+    model: onnx.ModelProto, feeds: Sequence[Feeds], passes: Sequence[Pass] = FLOAT_PASSES
+) -> tuple[onnx.ModelProto, tuple[PassReport, ...]]:
+    """Run the passes in order, each verified on FP32 outputs.
+
+    Args:
+        model: FP32 ONNX with symbolic batch and sequence.
+        feeds: probe batches, see `probe_feeds`.
+        passes: what to run.
+
+    Returns:
+        The rewritten model and one report for each pass.
+
+    Raises:
+        EdgeqError: a pass wrote a graph that is invalid, or moved an output by more than 1e-5.
+    """
+    reports = []
+    before = _outputs(model, feeds)
+    for rewrite in passes:
+        graph = ir.from_proto(model)
+        done = rewrite(graph)
+        if done.count:
+            RemoveUnusedNodesPass()(graph)
+            model = ir.to_proto(graph)
+            onnx.checker.check_model(model)
+        error = _distance(before, _outputs(model, feeds)) if done.count else 0.0
+        name = getattr(rewrite, "__name__", repr(rewrite))
+        if not error <= TOLERANCE:
+            raise EdgeqError(
+                f"pass {name}: moved the FP32 outputs by {error:.2e}, at most {TOLERANCE:.0e} is allowed; "
+                "this is a defect of edgeq: please report the model"
+            )
+        reports.append(PassReport(name=name, rewrites=done.count, max_abs_error=error, near_misses=done.near_misses))
+    return model, tuple(reports)
+
+
+Outputs = list[Mapping[str, NDArray[np.float32]]]
+
+
+def _outputs(model: onnx.ModelProto, feeds: Sequence[Feeds]) -> Outputs:
+    session = FloatSession.of(model)
+    return [session.outputs(feed) for feed in feeds]
+
+
+def _distance(before: Outputs, after: Outputs) -> float:
+    """Give the largest absolute difference, relative to an output whose largest value exceeds 1; NaN counts as infinite."""
+    worst = 0.0
+    for old, new in zip(before, after, strict=True):
+        for name in old:
+            scale = max(1.0, float(np.abs(old[name]).max()))
+            error = float(np.abs(old[name] - new[name]).max()) / scale
+            worst = max(worst, error if np.isfinite(error) else float("inf"))
+    return worst

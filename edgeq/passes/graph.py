@@ -1,0 +1,99 @@
+"""Read and edit `onnx_ir` graphs: constants, producers, readers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Rewrites:
+    """Say how often a pass matched, and why places that almost matched did not."""
+
+    count: int
+    near_misses: tuple[str, ...] = ()
+
+
+def constant(value: ir.Value | None) -> NDArray[Any] | None:
+    """Give the array of an initializer or Constant node, or None when the value is computed or absent."""
+    if value is None:
+        return None
+    if value.const_value is not None:
+        return value.const_value.numpy()
+    node = value.producer()
+    if node is not None and node.op_type == "Constant" and "value" in node.attributes:
+        return node.attributes["value"].as_tensor().numpy()
+    return None
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """Give the number of a constant with one element, or None."""
+    array = constant(value)
+    return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
+
+
+def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """Give the producer of a value if it is one of these ops, else None."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type in op_types else None
+
+
+def readers(value: ir.Value) -> list[ir.Node]:
+    """List the nodes that read a value."""
+    return [use.node for use in value.uses()]
+
+
+def is_read_once(value: ir.Value) -> bool:
+    """Tell whether exactly one node input reads the value and it is no graph output."""
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def add_constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
+    """Register a new initializer; the name gets a number when it is taken."""
+    unique, number = name, 1
+    while unique in graph.initializers:
+        unique, number = f"{name}_{number}", number + 1
+    value = ir.Value(name=unique, const_value=ir.Tensor(np.ascontiguousarray(array), name=unique))
+    value.shape = ir.Shape(array.shape)
+    value.dtype = ir.DataType.from_numpy(array.dtype)
+    graph.register_initializer(value)
+    return value
+
+
+def add_node(
+    before: ir.Node, op_type: str, inputs: list[ir.Value], name: str, attributes: dict[str, Any] | None = None
+) -> ir.Value:
+    """Insert a node with one output before another, and give its output, named like the node."""
+    node = ir.node(op_type, inputs, attributes=attributes or {}, name=name)
+    node.outputs[0].name = name
+    graph = before.graph
+    if graph is None:
+        raise ValueError(f"node {before.name} stands in no graph")
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def replace_uses(old: ir.Value, new: ir.Value) -> None:
+    """Let every reader of `old` read `new`; a graph output keeps its name."""
+    for use in tuple(old.uses()):
+        use.node.replace_input_with(use.idx, new)
+    graph = old.graph
+    if graph is not None:
+        for position, output in enumerate(graph.outputs):
+            if output is old:
+                old_name = old.name
+                old.name = f"{old_name}_replaced"
+                new.name = old_name
+                new.shape, new.dtype = old.shape, old.dtype
+                graph.outputs[position] = new
+
+
+def dims(value: ir.Value | None) -> list[int | str | None] | None:
+    """Give the shape with symbolic dimensions as names, or None when unknown."""
+    if value is None or value.shape is None:
+        return None
+    return [dim if isinstance(dim, int) else dim.value for dim in value.shape]

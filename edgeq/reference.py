@@ -1,0 +1,75 @@
+"""Run FP32 models in ONNX Runtime: the reference that every artifact is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from edgeq.errors import ConfigError
+from edgeq.texts import Feeds
+
+FloatArray = NDArray[np.float32]
+
+_LOAD_ERRORS = (
+    ort_errors.InvalidProtobuf,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidArgument,
+    ort_errors.NoSuchFile,
+    ort_errors.Fail,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+
+
+class FloatSession:
+    """Keep an FP32 model loaded; call it with feeds to get float32[batch, dim]."""
+
+    def __init__(self, model: str | bytes, threads: int = 0, optimize: bool = True) -> None:
+        """Load a model.
+
+        Args:
+            model: a path, or a serialised model under 2 GB.
+            threads: intra-op threads; 0 leaves it to ONNX Runtime.
+            optimize: False keeps every named tensor observable and the arithmetic as written.
+
+        Raises:
+            ConfigError: ONNX Runtime cannot load the model.
+        """
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        # Memory patterns and the arena trade memory for speed on repeated shapes; lengths vary here.
+        options.enable_mem_pattern = False
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except _LOAD_ERRORS as error:
+            name = model if isinstance(model, str) else "the model in memory"
+            raise ConfigError(f"{name}: ONNX Runtime cannot load it as an ONNX model: {error}") from error
+        self.inputs = [item.name for item in self._session.get_inputs()]
+        self.names = [item.name for item in self._session.get_outputs()]
+
+    @classmethod
+    def of(cls, model: onnx.ModelProto | Path, threads: int = 0, optimize: bool = True) -> FloatSession:
+        """Load a model from a file or from memory."""
+        return cls(str(model) if isinstance(model, Path) else model.SerializeToString(), threads, optimize)
+
+    def run(self, names: Sequence[str] | None, feeds: Feeds) -> list[FloatArray]:
+        """Run the model and give the named outputs, or all, in order."""
+        outputs: list[FloatArray] = self._session.run(names, feeds.named(self.inputs))
+        return outputs
+
+    def outputs(self, feeds: Feeds) -> dict[str, FloatArray]:
+        """Run the model and give every output by name."""
+        return dict(zip(self.names, self.run(None, feeds), strict=True))
+
+    def __call__(self, feeds: Feeds) -> FloatArray:
+        """Give the sentence embeddings, float32[batch, dim]."""
+        return self.run(["sentence_embedding"], feeds)[0]

