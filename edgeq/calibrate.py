@@ -1,0 +1,198 @@
+"""Observe a float model on texts: find the migration strength, equalise, and keep the statistics once."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeq import equalize
+from edgeq.backends.contract import Embeddings, embed_batches
+from edgeq.errors import ConfigError
+from edgeq.gemm import feed_forwards, sites
+from edgeq.observe import BINS, Histogram, Statistics, equal_length_batches, observe
+from edgeq.quantize import quantize
+from edgeq.records import Migration
+from edgeq.reference import FloatSession
+from edgeq.schemes import SCHEMES
+from edgeq.storage import replacing
+from edgeq.texts import Batch, Tokens
+
+Progress = Callable[[str, int, int], None]
+
+STRENGTHS: dict[str, tuple[float, ...]] = {
+    "activation": (0.7, 0.55, 0.85),
+    "norm": (0.8, 0.65, 0.9),
+    "context": (0.8, 0.5),
+}
+SEARCH_SCHEME = "w8a8-gemm"  # the strength serves every scheme; this one quantises what all of them quantise
+HELD_BACK_SHARE = 8  # one calibration text in so many judges the strength and is never observed
+HELD_BACK_MOST = 48
+FEWEST_TEXTS = 16
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Hold what calibrating gives: the equalised model, the statistics of its tensors, and how strength was chosen."""
+
+    model: onnx.ModelProto
+    statistics: dict[str, Statistics]
+    migration: Migration
+
+
+def calibrate(model: onnx.ModelProto, tokens: Tokens, seed: int, progress: Progress) -> Observed:
+    """Equalise a float model and observe it once.
+
+    Args:
+        model: FP32 ONNX in the dialect; not changed.
+        tokens: of the calibration texts, at least 16.
+        seed: of the choice of texts that are held back to judge the strength.
+        progress: called with (step, done, total).
+
+    Raises:
+        ConfigError: too few texts.
+        EdgeqError: FP32 gives NaN or infinity.
+    """
+    if len(tokens.ids) < FEWEST_TEXTS:
+        raise ConfigError(f"{len(tokens.ids)} calibration texts; at least {FEWEST_TEXTS} are needed: give more, or leave --texts out")
+    seen, held = _hold_back(tokens, seed)
+    longest = max(len(ids) for ids in tokens.ids)
+    batches = equal_length_batches(seen, longest)
+    graph = ir.from_proto(model)
+    wanted = [site.name for site in sites(graph.graph)]
+    hidden = [str(pair.activation.outputs[0].name) for pair in feed_forwards(graph.graph)]
+    first_names = list(dict.fromkeys([*wanted, *hidden, *equalize.score_tensors(graph.graph)]))
+    first = observe(model, first_names, batches, lambda done, total: progress("observe", done, total))
+    split = ir.from_proto(model)
+    statistics = equalize.split_neurons(split.graph, first)
+    equalize.size_mask(split.graph, first)
+    migration = _search(model, ir.to_proto(split), statistics, held, longest, progress)
+    equalized = ir.from_proto(ir.to_proto(split))
+    equalize.migrate(equalized.graph, statistics, migration.strengths)
+    proto = ir.to_proto(equalized)
+    read = [site.name for site in sites(equalized.graph)]
+    kept = observe(
+        proto, _float_tensors(equalized.graph, read), batches,
+        lambda done, total: progress("calibrate", done, total), histograms=read, moments=read,
+    )  # fmt: skip
+    return Observed(proto, kept, migration)
+
+
+def _float_tensors(graph: ir.Graph, read: list[str]) -> list[str]:
+    """Name what is kept: the tensors that products read, and every other float activation of the encoder."""
+    others = [
+        str(value.name)
+        for node in graph
+        if node.op_type in ("Add", "LayerNormalization", "Softmax", "Gelu", "MatMul")
+        for value in node.outputs
+        if value.name not in read and value.shape is not None and len(value.shape) >= 3
+    ]
+    return [*read, *others]
+
+
+def _hold_back(tokens: Tokens, seed: int) -> tuple[Tokens, Tokens]:
+    count = min(HELD_BACK_MOST, max(4, len(tokens.ids) // HELD_BACK_SHARE))
+    held = set(np.random.default_rng(seed).choice(len(tokens.ids), count, replace=False).tolist())
+    parts = [tuple(ids for row, ids in enumerate(tokens.ids) if (row in held) is keep) for keep in (False, True)]
+    return Tokens(parts[0], 0, tokens.pad_id), Tokens(parts[1], 0, tokens.pad_id)
+
+
+def _search(
+    model: onnx.ModelProto,
+    split: onnx.ModelProto,
+    statistics: Mapping[str, Statistics],
+    held: Tokens,
+    longest: int,
+    progress: Progress,
+) -> Migration:
+    """Try strengths one kind after the other, judged on the embeddings of texts that were not observed.
+
+    A tensor's own error overfits: an evenly scaled tensor clips every channel that a new text drives past its observed
+    maximum. Half the score is the mean cosine, half that of the worst tenth, because a mean hides the text that is lost.
+    """
+    batches = equal_length_batches(held, longest)
+    reference = embed_batches(FloatSession.of(model), batches, len(held.ids))
+    best = {kind: choices[0] for kind, choices in STRENGTHS.items()}
+    kinds = {site.kind for site in sites(ir.from_proto(split).graph)}
+    plan = [(kind, choice) for kind in STRENGTHS if kind in kinds for choice in STRENGTHS[kind][1:]]
+    best_score, best_mean = _score(split, statistics, best, batches, reference)
+    for done, (kind, choice) in enumerate(plan, start=1):
+        candidate = {**best, kind: choice}
+        score, mean = _score(split, statistics, candidate, batches, reference)
+        if score > best_score:
+            best, best_score, best_mean = candidate, score, mean
+        progress("equalize", done, len(plan))
+    return Migration(strengths=best, cosine_mean=best_mean, candidates=len(plan) + 1)
+
+
+def _score(
+    split: onnx.ModelProto,
+    statistics: Mapping[str, Statistics],
+    strengths: Mapping[str, float],
+    batches: list[Batch],
+    reference: Embeddings,
+) -> tuple[float, float]:
+    graph = ir.from_proto(split)
+    moved = equalize.migrate(graph.graph, statistics, strengths)
+    candidate = quantize(ir.to_proto(graph), moved, SCHEMES[SEARCH_SCHEME], compensate=False)[0]
+    cosines = np.sort(_cosines(reference, embed_batches(FloatSession.of(candidate), batches, len(reference))))
+    if not np.isfinite(cosines).all():
+        return -1.0, -1.0
+    worst = cosines[: max(1, len(cosines) // 10)]
+    return float(cosines.mean() + worst.mean()) / 2.0, float(cosines.mean())
+
+
+def _cosines(first: Embeddings, second: Embeddings) -> NDArray[np.float64]:
+    a, b = first.astype(np.float64), second.astype(np.float64)
+    cosines: NDArray[np.float64] = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    return cosines
+
+
+def save(statistics: Mapping[str, Statistics], path: Path) -> None:
+    """Write the statistics as .npz without time stamps, so that equal statistics give equal bytes."""
+    arrays: dict[str, NDArray[np.generic]] = {}
+    for name, item in statistics.items():
+        arrays[f"{name}|minimum"], arrays[f"{name}|maximum"] = item.minimum, item.maximum
+        if item.histogram is not None:
+            arrays[f"{name}|limit"] = np.array(item.histogram.limit)
+            arrays[f"{name}|counts"] = item.histogram.counts
+        if item.moment is not None:
+            arrays[f"{name}|moment"] = item.moment
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(arrays):
+            buffer = io.BytesIO()
+            np.save(buffer, arrays[name], allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), buffer.getvalue())
+
+
+def load(path: Path) -> dict[str, Statistics]:
+    """Read what `save` wrote.
+
+    Raises:
+        ConfigError: not such a file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{path}: not a calibration file ({error}); calibrate again") from error
+    kept = {}
+    for name, _ in itertools.groupby(sorted(arrays), key=lambda key: key.rsplit("|", 1)[0]):
+        histogram = None
+        if f"{name}|counts" in arrays:
+            counts = arrays[f"{name}|counts"]
+            if counts.shape != (2 * BINS,):
+                raise ConfigError(f"{path}: {name} has a histogram of shape {counts.shape}; ({2 * BINS},) is needed")
+            histogram = Histogram(float(arrays[f"{name}|limit"]), counts)
+        kept[name] = Statistics(
+            arrays[f"{name}|minimum"], arrays[f"{name}|maximum"], histogram, arrays.get(f"{name}|moment")
+        )
+    return kept

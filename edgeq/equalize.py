@@ -1,0 +1,242 @@
+"""Move scale between tensors and weights so that every tensor has a friendly range. The FP32 function stays the same.
+
+Three exact rewrites of the float model, done once and shared by all backends:
+
+- the few FFN neurons that carry massive activations leave for a small product of their own (`split_neurons`);
+- per-channel scale moves from a tensor into the weights that read it (`migrate`): into the LayerNorm or the value
+  weights where nothing else reads them, and behind one `Mul` where the residual stream or an activation is in the way;
+- the mask gets a finite size that follows from the range of the scores (`size_mask`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeq.gemm import SIDE, FeedForward, Site, bias_of, feed_forwards, sites
+from edgeq.observe import Statistics
+from edgeq.passes.finite_mask import MASK_SIZE
+from edgeq.passes.graph import add_constant, add_node, constant, is_read_once, made_by, readers
+
+SCALED = "/scaled"
+SIDE_WIDTH = 16  # neurons move in blocks of this many: integer kernels work on such blocks
+SIDE_SHARE = 0.01
+EXP_UNDERFLOW = 30.0  # exp(-30) is 1e-13: below the rounding of a float32 sum
+
+
+def magnitudes(statistics: Statistics) -> NDArray[np.float64]:
+    """Give the largest absolute value per channel, float64[channels], kept off zero."""
+    largest = np.maximum(np.abs(statistics.minimum), np.abs(statistics.maximum)).astype(np.float64)
+    return np.maximum(largest, 1e-3 * max(float(np.median(largest)), 1e-6))
+
+
+def split_neurons(graph: ir.Graph, observed: Mapping[str, Statistics]) -> dict[str, Statistics]:
+    """Move the neurons with the largest possible contribution of each feed-forward pair into a side path.
+
+    Before::
+
+        x ─ MatMul(W1) ─ Add(b1) ─ Gelu ─ MatMul(W2) ─ Add(b2)
+
+    After::
+
+        x ─┬─ MatMul(W1 rest) ─ Add ─ Gelu ─ MatMul(W2 rest) ─ Add(b2) ─┐
+           └─ MatMul(W1 few) ── Add ─ Gelu ─ MatMul(W2 few) ────────────┴─ Add
+
+    A neuron's contribution is bounded by its largest observed activation times the norm of its row of W2. One per cent
+    of the neurons moves, rounded up to a block of 16, so no threshold is tuned on one model.
+
+    Returns:
+        The statistics with those of the moved neurons left out.
+    """
+    kept = dict(observed)
+    for pair in list(feed_forwards(graph)):
+        name = str(pair.activation.outputs[0].name)
+        statistics = observed.get(name)
+        weight = constant(pair.second.inputs[1])
+        if statistics is None or weight is None or weight.shape[0] < 4 * SIDE_WIDTH:
+            continue
+        bound = magnitudes(statistics) * np.linalg.norm(weight.astype(np.float64), axis=1)
+        width = SIDE_WIDTH * int(np.ceil(SIDE_SHARE * weight.shape[0] / SIDE_WIDTH))
+        few = np.sort(np.argsort(-bound, kind="stable")[:width])
+        rest = np.setdiff1d(np.arange(weight.shape[0]), few)
+        _split(graph, pair, few, rest)
+        kept[name] = Statistics(statistics.minimum[rest], statistics.maximum[rest])
+    return kept
+
+
+def _split(graph: ir.Graph, pair: FeedForward, few: NDArray[np.int64], rest: NDArray[np.int64]) -> None:
+    first, second = constant(pair.first.inputs[1]), constant(pair.second.inputs[1])
+    bias = bias_of(pair.first_bias)
+    if first is None or second is None or bias is None or pair.first.inputs[0] is None:
+        return
+    position, bias_values = bias
+    stem = str(pair.first.name)
+    end = pair.second_bias
+    after = readers(end.outputs[0])[0]
+    hidden = add_node(
+        after, "MatMul", [pair.first.inputs[0], add_constant(graph, f"{stem}.weight{SIDE}", first[:, few])], f"{stem}{SIDE}"
+    )
+    hidden = add_node(after, "Add", [hidden, add_constant(graph, f"{stem}.bias{SIDE}", bias_values[few])], f"{stem}.sum{SIDE}")
+    attributes = {name: attribute.value for name, attribute in pair.activation.attributes.items() if attribute.value is not None}
+    hidden = add_node(after, pair.activation.op_type, [hidden], f"{stem}.activation{SIDE}", attributes)
+    product = add_node(
+        after,
+        "MatMul",
+        [hidden, add_constant(graph, f"{pair.second.name}.weight{SIDE}", second[few])],
+        f"{pair.second.name}{SIDE}",
+    )
+    total = add_node(after, "Add", [end.outputs[0], product], f"{pair.second.name}.total{SIDE}")
+    for use in tuple(end.outputs[0].uses()):
+        if use.node is not total.producer():
+            use.node.replace_input_with(use.idx, total)
+    _replace_constant(graph, pair.first, 1, first[:, rest])
+    _replace_constant(graph, pair.first_bias, position, bias_values[rest])
+    _replace_constant(graph, pair.second, 1, second[rest])
+    for value in (pair.first.outputs[0], pair.first_bias.outputs[0], pair.activation.outputs[0]):
+        value.shape = None if value.shape is None else ir.Shape([*list(value.shape)[:-1], len(rest)])
+
+
+def migration_scales(site: Site, statistics: Statistics, strength: float) -> NDArray[np.float64]:
+    """Give the divisor of each channel: magnitude^strength / weight^(1 - strength), with geometric mean 1.
+
+    Args:
+        site: the tensor and the weights that read it.
+        statistics: of the tensor.
+        strength: 0 evens out the weights, 1 the tensor.
+
+    Returns:
+        float64[channels].
+
+    Source: Xiao et al. 2023, SmoothQuant, equation 4.
+    """
+    largest = magnitudes(statistics)
+    rows = np.max([np.abs(weight).max(axis=1) for weight in site.weights()], axis=0).astype(np.float64)
+    rows = np.maximum(rows, 1e-3 * max(float(np.median(rows)), 1e-9))
+    scales: NDArray[np.float64] = largest**strength / rows ** (1.0 - strength)
+    return scales / np.exp(np.mean(np.log(scales)))
+
+
+def migrate(graph: ir.Graph, observed: Mapping[str, Statistics], strengths: Mapping[str, float]) -> dict[str, Statistics]:
+    """Divide each site's tensor per channel, and multiply the weights that read it.
+
+    Args:
+        graph: edited in place.
+        observed: statistics of each site's tensor, by name.
+        strengths: per kind; a kind with strength 0 is left alone.
+
+    Returns:
+        The statistics of the tensors that the products read now, by name: exact, because scaling is.
+    """
+    moved: dict[str, Statistics] = {}
+    for site in list(sites(graph)):
+        statistics = observed[site.name]
+        strength = strengths[site.kind]
+        if strength == 0.0:
+            moved[site.name] = statistics
+            continue
+        scales = migration_scales(site, statistics, strength)
+        if not (_into_norm(graph, site, scales) or _into_value(graph, site, scales)):
+            if site.kind == "context":
+                moved[site.name] = statistics
+                continue
+            _behind_mul(graph, site, scales)
+        for node in site.products:
+            weight = constant(node.inputs[1])
+            if weight is not None:
+                _replace_constant(graph, node, 1, (weight * scales[:, None]).astype(np.float32))
+        name = str(site.products[0].inputs[0].name) if site.products[0].inputs[0] is not None else site.name
+        moved[name] = Statistics(
+            (statistics.minimum / scales).astype(np.float32), (statistics.maximum / scales).astype(np.float32)
+        )
+    return moved
+
+
+def _into_norm(graph: ir.Graph, site: Site, scales: NDArray[np.float64]) -> bool:
+    """Divide LayerNorm's weight and bias, if nothing but the products reads it."""
+    norm = made_by(site.tensor, "LayerNormalization")
+    if norm is None or not _only_products_read(site):
+        return False
+    for position in (1, 2):
+        array = constant(norm.inputs[position]) if len(norm.inputs) > position else None
+        if array is not None:
+            _replace_constant(graph, norm, position, (array / scales).astype(np.float32))
+    return True
+
+
+def _into_value(graph: ir.Graph, site: Site, scales: NDArray[np.float64]) -> bool:
+    """Divide the value weights: attention mixes positions, never channels."""
+    if site.kind != "context" or not _only_products_read(site):
+        return False
+    mixed = made_by(_through(site.tensor), "MatMul")
+    value = _through(mixed.inputs[1]) if mixed is not None and constant(mixed.inputs[1]) is None else None
+    add = made_by(value, "Add")
+    bias = bias_of(add) if add is not None else None
+    product = made_by(add.inputs[1 - bias[0]], "MatMul") if add is not None and bias is not None else None
+    weight = constant(product.inputs[1]) if product is not None else None
+    if add is None or bias is None or product is None or weight is None or weight.shape[1] != len(scales):
+        return False
+    if not (is_read_once(add.outputs[0]) and is_read_once(product.outputs[0])):
+        return False
+    _replace_constant(graph, product, 1, (weight / scales).astype(np.float32))
+    _replace_constant(graph, add, bias[0], (bias[1] / scales).astype(np.float32))
+    return True
+
+
+def _through(value: ir.Value | None) -> ir.Value | None:
+    while value is not None and (step := made_by(value, "Reshape", "Transpose")) is not None:
+        value = step.inputs[0]
+    return value
+
+
+def _only_products_read(site: Site) -> bool:
+    return {use.node for use in site.tensor.uses()} == set(site.products) and not site.tensor.is_graph_output()
+
+
+def _behind_mul(graph: ir.Graph, site: Site, scales: NDArray[np.float64]) -> None:
+    factor = add_constant(graph, f"{site.name}{SCALED}/factor", (1.0 / scales).astype(np.float32))
+    scaled = add_node(site.products[0], "Mul", [site.tensor, factor], f"{site.name}{SCALED}")
+    scaled.shape, scaled.dtype = site.tensor.shape, site.tensor.dtype
+    for node in site.products:
+        node.replace_input_with(0, scaled)
+
+
+def score_tensors(graph: ir.Graph) -> list[str]:
+    """Name the attention scores that the mask is added to."""
+    return [
+        str(value.name)
+        for node in graph
+        if node.op_type == "Softmax" and (add := made_by(node.inputs[0], "Add")) is not None
+        for value in add.inputs
+        if value is not None and made_by(value, "MatMul") is not None
+    ]
+
+
+def size_mask(graph: ir.Graph, observed: Mapping[str, Statistics]) -> float | None:
+    """Make the mask as large as the scores need and no larger.
+
+    A masked score must stay 30 below the largest valid one, whatever the scores are: 1.5 times the observed range, for
+    texts that were not observed, plus 30. Returns the size, or None when the graph has no mask or no scores.
+    """
+    names = [name for name in score_tensors(graph) if name in observed]
+    value = graph.initializers.get(MASK_SIZE)
+    if value is None or not names:
+        return None
+    low = min(float(observed[name].minimum.min()) for name in names)
+    high = max(float(observed[name].maximum.max()) for name in names)
+    size = float(np.ceil(1.5 * (high - low) + EXP_UNDERFLOW))
+    value.const_value = ir.Tensor(np.array(size, np.float32), name=MASK_SIZE)
+    return size
+
+
+def _replace_constant(graph: ir.Graph, node: ir.Node, position: int, array: NDArray[np.floating]) -> None:
+    """Give the node a changed constant; an initializer that nobody else reads keeps its name."""
+    old = node.inputs[position]
+    if old is None:
+        return
+    name = str(old.name)
+    if old.name in graph.initializers and len(old.uses()) == 1:
+        graph.initializers.pop(name)
+    node.replace_input_with(position, add_constant(graph, name, array.astype(np.float32)))

@@ -1,0 +1,147 @@
+"""Run a float model over texts and keep statistics of its tensors in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from edgeq.errors import EdgeqError
+from edgeq.reference import FloatSession
+from edgeq.texts import Batch, Feeds, Tokens
+
+BINS = 2048
+MOMENT_ROWS = 8192  # tokens that enter a second moment; several times the widest tensor is enough
+WIDE = 1024
+
+
+@dataclass
+class Histogram:
+    """Count values in 2 x 2048 bins over [-limit, limit]; the limit doubles, merging bins, when values pass it."""
+
+    limit: float = 0.0
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2 * BINS, np.int64))
+
+    def add(self, values: NDArray[np.float32], magnitude: float) -> None:
+        """Count values whose largest magnitude is given."""
+        if self.limit == 0.0:
+            self.limit = 2.0 ** np.ceil(np.log2(max(magnitude, 1e-30)))
+        while magnitude > self.limit:
+            middle = self.counts.reshape(-1, 2).sum(1)
+            self.counts = np.concatenate([np.zeros(BINS // 2, np.int64), middle, np.zeros(BINS // 2, np.int64)])
+            self.limit *= 2.0
+        codes = (values.reshape(-1) * np.float32(BINS / self.limit) + np.float32(BINS)).astype(np.int32)
+        np.minimum(codes, 2 * BINS - 1, out=codes)
+        self.counts += np.bincount(codes, minlength=2 * BINS)
+
+
+@dataclass
+class Statistics:
+    """Hold what is kept of one tensor.
+
+    Attributes:
+        minimum: float32[channels], smallest value per channel (last axis).
+        maximum: float32[channels], largest value per channel.
+        histogram: of all values, when asked for.
+        moment: float32[channels, channels], mean of x xᵀ over tokens, when asked for.
+        rows: tokens that entered the moment.
+    """
+
+    minimum: NDArray[np.float32]
+    maximum: NDArray[np.float32]
+    histogram: Histogram | None = None
+    moment: NDArray[np.float32] | None = None
+    rows: int = 0
+
+
+def equal_length_batches(tokens: Tokens, longest: int) -> list[Batch]:
+    """Batch texts of exactly the same length, so that no padding exists that could enter a statistic.
+
+    No batch holds more tokens than the longest text alone, so memory does not grow with the number of texts.
+    """
+    by_length: dict[int, list[int]] = {}
+    for row, ids in enumerate(tokens.ids):
+        by_length.setdefault(len(ids), []).append(row)
+    made = []
+    for length in sorted(by_length, reverse=True):
+        rows, width = by_length[length], max(1, longest // length)
+        for start in range(0, len(rows), width):
+            chosen = tuple(rows[start : start + width])
+            ids = np.array([tokens.ids[row] for row in chosen], np.int64)
+            made.append(Batch(chosen, Feeds(ids, np.ones_like(ids))))
+    return made
+
+
+def observe(
+    model: onnx.ModelProto,
+    tensors: Sequence[str],
+    batches: Sequence[Batch],
+    progress: Callable[[int, int], None],
+    histograms: Iterable[str] = (),
+    moments: Iterable[str] = (),
+) -> dict[str, Statistics]:
+    """Run the model over the batches and keep statistics of the named tensors.
+
+    Args:
+        model: FP32 ONNX.
+        tensors: names to keep minimum and maximum of, per channel.
+        batches: without padding, see `equal_length_batches`.
+        progress: called with (done, total) after each batch.
+        histograms: names to keep a histogram of.
+        moments: names to keep a second moment of.
+
+    Raises:
+        EdgeqError: a tensor held NaN or infinity.
+    """
+    session = _observing(model, tensors)
+    with_histogram, with_moment = set(histograms), set(moments)
+    total = sum(batch.feeds.input_ids.size for batch in batches)
+    stride = max(1, total // MOMENT_ROWS)
+    kept: dict[str, Statistics] = {}
+    for done, batch in enumerate(batches, start=1):
+        for name, array in zip(tensors, session.run(tensors, batch.feeds), strict=True):
+            rows = array.reshape(-1, array.shape[-1]) if array.ndim > 1 else array.reshape(1, -1)
+            low, high = rows.min(0), rows.max(0)
+            if array.ndim == 4:  # attention: the last axis is a position, no channel
+                low, high = low.min(keepdims=True), high.max(keepdims=True)
+            if not (np.isfinite(low).all() and np.isfinite(high).all()):
+                raise EdgeqError(f"{name}: FP32 gave NaN or infinity on the calibration texts; the float model is broken")
+            statistics = kept.get(name)
+            if statistics is None:
+                statistics = kept[name] = Statistics(low, high, Histogram() if name in with_histogram else None)
+            else:
+                np.minimum(statistics.minimum, low, out=statistics.minimum)
+                np.maximum(statistics.maximum, high, out=statistics.maximum)
+            if statistics.histogram is not None:
+                statistics.histogram.add(array, float(max(-low.min(), high.max())))
+            if name in with_moment:
+                _add_moment(statistics, rows, stride if rows.shape[1] >= WIDE else 1)
+        progress(done, len(batches))
+    return {name: _mean_moment(statistics) for name, statistics in kept.items()}
+
+
+def _observing(model: onnx.ModelProto, tensors: Sequence[str]) -> FloatSession:
+    """Load the model with the tensors as outputs; what only the sentence embedding needs is not run."""
+    have = {output.name for output in model.graph.output}
+    extra = [name for name in tensors if name not in have]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in extra)
+    try:
+        return FloatSession.of(model)
+    finally:
+        del model.graph.output[len(have) :]
+
+
+def _add_moment(statistics: Statistics, rows: NDArray[np.float32], stride: int) -> None:
+    chosen = rows[:: min(stride, len(rows))]
+    product = chosen.T @ chosen
+    statistics.moment = product if statistics.moment is None else statistics.moment + product
+    statistics.rows += len(chosen)
+
+
+def _mean_moment(statistics: Statistics) -> Statistics:
+    if statistics.moment is not None:
+        statistics.moment /= statistics.rows
+    return statistics

@@ -1,0 +1,147 @@
+"""Turn an equalised float model into a QDQ model: decides from calibration and scheme, observes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeq import affine, ranges, rounding
+from edgeq.affine import Affine
+from edgeq.errors import EdgeqError
+from edgeq.gemm import Site, sites
+from edgeq.observe import Statistics
+from edgeq.passes.graph import add_constant, add_node, constant, dims, replace_uses
+from edgeq.records import Scheme
+
+LOWEST_IR_VERSION = 10  # of opset 21
+
+
+def quantize(
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme, compensate: bool = True
+) -> tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]:
+    """Put QuantizeLinear and DequantizeLinear around every token-level weight product and the embedding tables.
+
+    Before::
+
+        x ─ MatMul(W) ─ Add(b)
+
+    After::
+
+        x ─ QuantizeLinear ─ DequantizeLinear ─ MatMul(DequantizeLinear(W codes)) ─ Add(b)
+
+    Args:
+        model: equalised FP32 ONNX; not changed.
+        observed: statistics of every tensor that a weight product reads.
+        scheme: bits and signs.
+        compensate: round weights with error compensation where a second moment was observed; else to nearest.
+
+    Returns:
+        The QDQ model (opset 21, IR version 10), the names of the integer products, and those of weight products that
+        stay float by the scheme.
+
+    Raises:
+        EdgeqError: a tensor has no statistics.
+    """
+    graph_model = ir.from_proto(model)
+    graph = graph_model.graph
+    integer: list[str] = []
+    for site in list(sites(graph)):
+        if site.name not in observed:
+            raise EdgeqError(f"{site.name}: read by a weight product, but the calibration has no statistics of it")
+        integer.extend(_quantize_site(graph, site, observed[site.name], scheme, compensate))
+    for node in list(graph):
+        if node.op_type == "Gather":
+            _quantize_table(graph, node, 0, scheme.embedding_bits)
+        elif node.op_type == "Slice":
+            _quantize_table(graph, node, 0, scheme.embedding_bits)
+    floats = tuple(
+        str(node.name)
+        for node in graph
+        if node.op_type == "MatMul" and node.name not in integer and constant(node.inputs[1]) is not None
+    )
+    _drop_unused(graph)
+    graph_model.ir_version = LOWEST_IR_VERSION
+    proto = ir.to_proto(graph_model)
+    del proto.graph.value_info[:]
+    onnx.checker.check_model(proto, full_check=True)
+    return proto, tuple(integer), floats
+
+
+def _quantize_site(graph: ir.Graph, site: Site, statistics: Statistics, scheme: Scheme, compensate: bool) -> list[str]:
+    low, high = ranges.choose(statistics, scheme)
+    codes = affine.asymmetric(low, high, scheme.activation_bits, scheme.activations_signed)
+    dequantized = _qdq(graph, site, codes, scheme)
+    for node in site.products:
+        weight = constant(node.inputs[1])
+        if weight is None:
+            continue
+        if compensate and statistics.moment is not None:
+            rounded, scales = rounding.compensated(weight, statistics.moment, codes.scale, scheme.weight_bits)
+        else:
+            rounded, scales = rounding.nearest(weight, scheme.weight_bits)
+        name = str(node.inputs[1].name) if node.inputs[1] is not None else str(node.name)
+        node.replace_input_with(0, dequantized)
+        node.replace_input_with(1, _dequantized_constant(graph, node, name, rounded, scales, 1))
+    return [str(node.name) for node in site.products]
+
+
+def _qdq(graph: ir.Graph, site: Site, codes: Affine, scheme: Scheme) -> ir.Value:
+    dtype = np.int8 if scheme.activations_signed else np.uint8
+    scale = add_constant(graph, f"{site.name}/scale", np.array(codes.scale, np.float32))
+    zero_point = add_constant(graph, f"{site.name}/zero_point", np.array(codes.zero_point, dtype))
+    first = site.products[0]
+    quantized = add_node(first, "QuantizeLinear", [site.tensor, scale, zero_point], f"{site.name}/quantized")
+    return add_node(first, "DequantizeLinear", [quantized, scale, zero_point], f"{site.name}/dequantized")
+
+
+def _dequantized_constant(
+    graph: ir.Graph, before: ir.Node, name: str, codes: NDArray[np.int8], scales: NDArray[np.float32], axis: int
+) -> ir.Value:
+    inputs = [
+        add_constant(graph, f"{name}/codes", codes),
+        add_constant(graph, f"{name}/scale", scales),
+        add_constant(graph, f"{name}/zero_point", np.zeros(scales.shape, np.int8)),
+    ]
+    return add_node(before, "DequantizeLinear", inputs, f"{name}/dequantized", {"axis": axis})
+
+
+def _quantize_table(graph: ir.Graph, node: ir.Node, position: int, bits: int) -> None:
+    """Look codes up and dequantise the rows: a table before the lookup would be unpacked to FP32 at load time.
+
+    Before::
+
+        Gather(table, input_ids)
+
+    After::
+
+        Gather(codes, input_ids) ─ DequantizeLinear(scale per column)
+    """
+    table = constant(node.inputs[position])
+    shape = dims(node.outputs[0])
+    if table is None or table.dtype != np.float32 or table.ndim < 2 or shape is None or len(shape) != 3:
+        return
+    columns = table.reshape(-1, table.shape[-1])
+    codes, scales = rounding.nearest(columns, bits)
+    name = str(node.inputs[position].name)  # type: ignore[union-attr]
+    node.replace_input_with(position, add_constant(graph, f"{name}/codes", codes.reshape(table.shape)))
+    following = next(iter(node.outputs[0].uses())).node
+    rows = node.outputs[0]
+    rows.dtype = ir.DataType.INT8
+    rows.name = f"{rows.name}/codes"
+    scale = add_constant(graph, f"{name}/scale", scales)
+    zero_point = add_constant(graph, f"{name}/zero_point", np.zeros(scales.shape, np.int8))
+    real = ir.node("DequantizeLinear", [rows, scale, zero_point], attributes={"axis": 2}, name=f"{name}/rows")
+    real.outputs[0].name = f"{name}/rows"
+    replace_uses(rows, real.outputs[0])
+    real.replace_input_with(0, rows)
+    graph.insert_before(following, real)
+
+
+def _drop_unused(graph: ir.Graph) -> None:
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            graph.initializers.pop(name)
