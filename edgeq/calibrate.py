@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgeq import equalize
 from edgeq.backends.contract import Embeddings, embed_batches
-from edgeq.errors import ConfigError
+from edgeq.errors import ConfigError, EdgeqError
 from edgeq.gemm import feed_forwards, sites
 from edgeq.observe import BINS, Histogram, Statistics, equal_length_batches, observe
 from edgeq.quantize import quantize
@@ -37,6 +37,7 @@ SEARCH_SCHEME = "w8a8-gemm"  # the strength serves every scheme; this one quanti
 HELD_BACK_SHARE = 8  # one calibration text in so many judges the strength and is never observed
 HELD_BACK_MOST = 48
 FEWEST_TEXTS = 16
+TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Observed:
     model: onnx.ModelProto
     statistics: dict[str, Statistics]
     migration: Migration
+    max_abs_error: float  # of the equalised model's embeddings against the float model's
 
 
 def calibrate(model: onnx.ModelProto, tokens: Tokens, seed: int, progress: Progress) -> Observed:
@@ -62,7 +64,9 @@ def calibrate(model: onnx.ModelProto, tokens: Tokens, seed: int, progress: Progr
         EdgeqError: FP32 gives NaN or infinity.
     """
     if len(tokens.ids) < FEWEST_TEXTS:
-        raise ConfigError(f"{len(tokens.ids)} calibration texts; at least {FEWEST_TEXTS} are needed: give more, or leave --texts out")
+        raise ConfigError(
+            f"{len(tokens.ids)} calibration texts; at least {FEWEST_TEXTS} are needed: give more, or leave --texts out"
+        )
     seen, held = _hold_back(tokens, seed)
     longest = max(len(ids) for ids in tokens.ids)
     batches = equal_length_batches(seen, longest)
@@ -83,7 +87,23 @@ def calibrate(model: onnx.ModelProto, tokens: Tokens, seed: int, progress: Progr
         proto, _float_tensors(equalized.graph, read), batches,
         lambda done, total: progress("calibrate", done, total), histograms=read, moments=read,
     )  # fmt: skip
-    return Observed(proto, kept, migration)
+    return Observed(proto, kept, migration, _largest_error(model, proto, held, longest))
+
+
+def _largest_error(before: onnx.ModelProto, after: onnx.ModelProto, held: Tokens, longest: int) -> float:
+    """Prove that equalising kept the FP32 function, on texts that were not observed.
+
+    Raises:
+        EdgeqError: an embedding moved by more than 1e-5 of the largest value.
+    """
+    batches = equal_length_batches(held, longest)
+    old, new = (embed_batches(FloatSession.of(model), batches, len(held.ids)) for model in (before, after))
+    error = float(np.abs(old - new).max()) / max(1.0, float(np.abs(old).max()))
+    if not error <= TOLERANCE:
+        raise EdgeqError(
+            f"equalising moved the FP32 embeddings by {error:.2e}; at most {TOLERANCE:.0e} is allowed: please report the model"
+        )
+    return error
 
 
 def _float_tensors(graph: ir.Graph, read: list[str]) -> list[str]:

@@ -86,7 +86,9 @@ def _operator_problems(model: onnx.ModelProto) -> list[str]:
         problems.append(f"opset {opsets.get('')}; {OPSET} is needed")
     for node in model.graph.node:
         if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS:
-            problems.append(f"{node.name or node.output[0]}: op {node.domain}{'::' if node.domain else ''}{node.op_type}")
+            problems.append(
+                f"{node.name or node.output[0]}: op {node.domain}{'::' if node.domain else ''}{node.op_type}"
+            )
     return problems
 
 

@@ -77,10 +77,17 @@ def _split(graph: ir.Graph, pair: FeedForward, few: NDArray[np.int64], rest: NDA
     end = pair.second_bias
     after = readers(end.outputs[0])[0]
     hidden = add_node(
-        after, "MatMul", [pair.first.inputs[0], add_constant(graph, f"{stem}.weight{SIDE}", first[:, few])], f"{stem}{SIDE}"
+        after,
+        "MatMul",
+        [pair.first.inputs[0], add_constant(graph, f"{stem}.weight{SIDE}", first[:, few])],
+        f"{stem}{SIDE}",
     )
-    hidden = add_node(after, "Add", [hidden, add_constant(graph, f"{stem}.bias{SIDE}", bias_values[few])], f"{stem}.sum{SIDE}")
-    attributes = {name: attribute.value for name, attribute in pair.activation.attributes.items() if attribute.value is not None}
+    hidden = add_node(
+        after, "Add", [hidden, add_constant(graph, f"{stem}.bias{SIDE}", bias_values[few])], f"{stem}.sum{SIDE}"
+    )
+    attributes = {
+        name: attribute.value for name, attribute in pair.activation.attributes.items() if attribute.value is not None
+    }
     hidden = add_node(after, pair.activation.op_type, [hidden], f"{stem}.activation{SIDE}", attributes)
     product = add_node(
         after,
@@ -119,7 +126,9 @@ def migration_scales(site: Site, statistics: Statistics, strength: float) -> NDA
     return scales / np.exp(np.mean(np.log(scales)))
 
 
-def migrate(graph: ir.Graph, observed: Mapping[str, Statistics], strengths: Mapping[str, float]) -> dict[str, Statistics]:
+def migrate(
+    graph: ir.Graph, observed: Mapping[str, Statistics], strengths: Mapping[str, float]
+) -> dict[str, Statistics]:
     """Divide each site's tensor per channel, and multiply the weights that read it.
 
     Args:

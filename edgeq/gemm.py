@@ -87,7 +87,13 @@ def feed_forwards(graph: ir.Graph) -> Iterator[FeedForward]:
         add = made_by(node.inputs[0], "Add")
         first = next((m for v in add.inputs if (m := made_by(v, "MatMul"))), None) if add is not None else None
         after = readers(node.outputs[0])
-        if add is None or first is None or len(after) != 1 or after[0].op_type != "MatMul" or str(first.name).endswith(SIDE):
+        if (
+            add is None
+            or first is None
+            or len(after) != 1
+            or after[0].op_type != "MatMul"
+            or str(first.name).endswith(SIDE)
+        ):
             continue
         ends = readers(after[0].outputs[0])
         single = all(len(value.uses()) == 1 for value in (first.outputs[0], add.outputs[0]))

@@ -108,7 +108,9 @@ def observe(
             if array.ndim == 4:  # attention: the last axis is a position, no channel
                 low, high = low.min(keepdims=True), high.max(keepdims=True)
             if not (np.isfinite(low).all() and np.isfinite(high).all()):
-                raise EdgeqError(f"{name}: FP32 gave NaN or infinity on the calibration texts; the float model is broken")
+                raise EdgeqError(
+                    f"{name}: FP32 gave NaN or infinity on the calibration texts; the float model is broken"
+                )
             statistics = kept.get(name)
             if statistics is None:
                 statistics = kept[name] = Statistics(low, high, Histogram() if name in with_histogram else None)

@@ -68,6 +68,8 @@ def quantize(
     proto = ir.to_proto(graph_model)
     del proto.graph.value_info[:]
     onnx.checker.check_model(proto, full_check=True)
+    # Shapes let a runtime fuse around the integer products, whose own shapes it cannot infer.
+    proto = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     return proto, tuple(integer), floats
 
 

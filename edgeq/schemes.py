@@ -8,8 +8,22 @@ from edgeq.records import Scheme
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
-        Scheme(name="w8a8-gemm", weight_bits=8, activation_bits=8, activations_signed=False, embedding_bits=8, range_method="minmax"),
-        Scheme(name="w8a8-gemm-7bit", weight_bits=7, activation_bits=8, activations_signed=False, embedding_bits=8, range_method="minmax"),
+        Scheme(
+            name="w8a8-gemm",
+            weight_bits=8,
+            activation_bits=8,
+            activations_signed=False,
+            embedding_bits=8,
+            range_method="minmax",
+        ),
+        Scheme(
+            name="w8a8-gemm-7bit",
+            weight_bits=7,
+            activation_bits=8,
+            activations_signed=False,
+            embedding_bits=8,
+            range_method="minmax",
+        ),
     )
 }
 

@@ -62,7 +62,7 @@ def locate(model: str, pooling: str | None = None) -> Located:
         ConfigError: nothing there, no weights, damaged weights, or pooling missing, unknown or not wanted.
     """
     if pooling is not None and pooling not in POOLING_MODES:
-        raise ConfigError(f'--pooling {pooling}: unknown mode; choose one of {", ".join(POOLING_MODES)}')
+        raise ConfigError(f"--pooling {pooling}: unknown mode; choose one of {', '.join(POOLING_MODES)}")
     directory = _directory(model)
     _require_config(directory)
     has_modules = (directory / "modules.json").is_file()
@@ -148,7 +148,9 @@ def _require_whole(path: Path) -> None:
         raise ConfigError(f"{path}: not a safetensors file, or cut off in its header; fetch it again")
     end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     if size != 8 + length + end:
-        raise ConfigError(f"{path}: {size} bytes, but its header asks for {8 + length + end}; the file is cut off: fetch it again")
+        raise ConfigError(
+            f"{path}: {size} bytes, but its header asks for {8 + length + end}; the file is cut off: fetch it again"
+        )
 
 
 def _identity(directory: Path, pooling: str | None) -> str:
@@ -156,7 +158,12 @@ def _identity(directory: Path, pooling: str | None) -> str:
     for path in sorted(directory.rglob("*")):
         is_hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
         is_foreign = path.relative_to(directory).parts[0] in ("onnx", "openvino")
-        if path.is_file() and path.suffix in _IDENTITY_SUFFIXES and path.name not in _IGNORED and not (is_hidden or is_foreign):
+        if (
+            path.is_file()
+            and path.suffix in _IDENTITY_SUFFIXES
+            and path.name not in _IGNORED
+            and not (is_hidden or is_foreign)
+        ):
             digest.update(f"{path.relative_to(directory).as_posix()} {sha256_file(path)}\n".encode())
     return digest.hexdigest()
 
@@ -174,7 +181,9 @@ def load(located: Located) -> SentenceTransformer:
         from sentence_transformers.sentence_transformer import modules
         from transformers.utils import logging as transformers_logging
     except ImportError as error:
-        raise ToolMissing(f"exporting needs torch and sentence-transformers ({error}); install: {EXPORT_EXTRA}") from error
+        raise ToolMissing(
+            f"exporting needs torch and sentence-transformers ({error}); install: {EXPORT_EXTRA}"
+        ) from error
     transformers_logging.disable_progress_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     options = {"attn_implementation": "eager", "dtype": torch.float32}

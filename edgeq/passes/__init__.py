@@ -48,23 +48,6 @@ FLOAT_PASSES: tuple[Pass, ...] = (
 TOLERANCE = 1e-5
 
 
-def probe_feeds(vocabulary: int, longest: int, seed: int = 0) -> tuple[Feeds, ...]:
-    """Make token batches that tell graphs apart: single, batched, padded right, and full.
-
-    Args:
-        vocabulary: token ids are drawn from 0..vocabulary-1.
-        longest: the model's limit in tokens.
-        seed: of the draw.
-    """
-    rng = np.random.default_rng(seed)
-    feeds = []
-    for lengths in ((3,), (7, 2, 12), (min(33, longest), 5), (min(longest, 64), min(longest, 64))):
-        width = max(lengths)
-        mask = (np.arange(width)[None, :] < np.array(lengths)[:, None]).astype(np.int64)
-        feeds.append(Feeds(rng.integers(0, vocabulary, mask.shape).astype(np.int64) * mask, mask))
-    return tuple(feeds)
-
-
 def apply(
     model: onnx.ModelProto, feeds: Sequence[Feeds], passes: Sequence[Pass] = FLOAT_PASSES
 ) -> tuple[onnx.ModelProto, tuple[PassReport, ...]]:
@@ -72,7 +55,7 @@ def apply(
 
     Args:
         model: FP32 ONNX with symbolic batch and sequence.
-        feeds: probe batches, see `probe_feeds`.
+        feeds: probe batches, see `probes.probe_feeds`.
         passes: what to run.
 
     Returns:
@@ -98,7 +81,13 @@ def apply(
                 "this is a defect of edgeq: please report the model"
             )
         reports.append(PassReport(name=name, rewrites=done.count, max_abs_error=error, near_misses=done.near_misses))
-    return model, tuple(reports)
+    return infer_shapes(model), tuple(reports)
+
+
+def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Write the shape of every value anew: rewrites leave shapes behind that are no longer true."""
+    del model.graph.value_info[:]
+    return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
 
 
 Outputs = list[Mapping[str, NDArray[np.float32]]]

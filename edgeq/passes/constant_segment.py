@@ -34,7 +34,9 @@ def constant_segment(model: ir.Model) -> Rewrites:
         if not all(reader.op_type == "Add" for reader in readers(node.outputs[0])):
             near.append(f"{node.name}: the row is read by something that may not broadcast it")
             continue
-        row = add_constant(model.graph, f"{node.inputs[0].name if node.inputs[0] else 'segment'}/row", np.asarray(table[int(index)]))
+        row = add_constant(
+            model.graph, f"{node.inputs[0].name if node.inputs[0] else 'segment'}/row", np.asarray(table[int(index)])
+        )
         replace_uses(node.outputs[0], row)
         count += 1
     return Rewrites(count, tuple(near))

@@ -40,7 +40,10 @@ def direct_position(model: ir.Model) -> Rewrites:
         sliced = add_node(
             node,
             "Slice",
-            [add_constant(model.graph, f"{name}/rows", rows), *(value for value in cut.inputs[1:] if value is not None)],
+            [
+                add_constant(model.graph, f"{name}/rows", rows),
+                *(value for value in cut.inputs[1:] if value is not None),
+            ],
             f"{name}/slice",
         )
         replace_uses(node.outputs[0], sliced)

@@ -29,7 +29,11 @@ def drop_expand(model: ir.Model) -> Rewrites:
         shape = dims(expanded)
         if source is None or not readers(expanded):
             continue
-        if shape is None or expanded.is_graph_output() or not all(_is_covered(use, expanded, shape) for use in readers(expanded)):
+        if (
+            shape is None
+            or expanded.is_graph_output()
+            or not all(_is_covered(use, expanded, shape) for use in readers(expanded))
+        ):
             near.append(f"{node.name}: a reader does not broadcast against the shape {shape}")
             continue
         replace_uses(expanded, source)

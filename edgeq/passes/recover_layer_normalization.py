@@ -37,7 +37,9 @@ def recover_layer_normalization(model: ir.Model) -> Rewrites:
         if x is None:
             continue
         attributes = {"axis": -1, "epsilon": epsilon}
-        replace_uses(end.outputs[0], add_node(end, "LayerNormalization", [x, weight, bias], f"{end.name}/norm", attributes))
+        replace_uses(
+            end.outputs[0], add_node(end, "LayerNormalization", [x, weight, bias], f"{end.name}/norm", attributes)
+        )
         count += 1
     return Rewrites(count, tuple(near))
 

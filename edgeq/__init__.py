@@ -1,0 +1,78 @@
+"""Take an embedding model to a verified integer release for a named piece of hardware.
+
+Names are loaded when first used: `import edgeq` costs nothing but this file.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgeq.embedder import Embedder, load
+    from edgeq.errors import (
+        BundleCorrupt,
+        ConfigError,
+        DeviceUnavailable,
+        EdgeqError,
+        LoweringFailed,
+        ParityFailed,
+        ReleaseRefused,
+        StorageFailed,
+        TimedOut,
+        ToolMissing,
+        Unsupported,
+    )
+
+_HOMES = {
+    "BundleCorrupt": "edgeq.errors",
+    "ConfigError": "edgeq.errors",
+    "DeviceUnavailable": "edgeq.errors",
+    "EdgeqError": "edgeq.errors",
+    "Embedder": "edgeq.embedder",
+    "LoweringFailed": "edgeq.errors",
+    "ParityFailed": "edgeq.errors",
+    "ReleaseRefused": "edgeq.errors",
+    "StorageFailed": "edgeq.errors",
+    "TimedOut": "edgeq.errors",
+    "ToolMissing": "edgeq.errors",
+    "Unsupported": "edgeq.errors",
+    "load": "edgeq.embedder",
+}
+
+__all__ = [
+    "BundleCorrupt",
+    "ConfigError",
+    "DeviceUnavailable",
+    "EdgeqError",
+    "Embedder",
+    "LoweringFailed",
+    "ParityFailed",
+    "ReleaseRefused",
+    "StorageFailed",
+    "TimedOut",
+    "ToolMissing",
+    "Unsupported",
+    "__version__",
+    "load",
+]
+
+try:
+    __version__ = version("edgeq")
+except PackageNotFoundError:  # a checkout on the path, not installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from the module it lives in."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edgeq' has no attribute {name!r}")
+    loaded: object = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = loaded
+    return loaded
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return list(__all__)

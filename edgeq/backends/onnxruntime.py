@@ -1,0 +1,182 @@
+"""Lower to one QDQ ONNX file for ONNX Runtime, and prove from its optimised graph that the products are integer."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from edgeq.backends.contract import Embeddings, Rejection, Session
+from edgeq.errors import ConfigError, LoweringFailed
+from edgeq.records import Artifact, Placement, QdqModel, Target
+from edgeq.storage import file_ref, storage_errors
+from edgeq.texts import Feeds
+
+MODEL = "onnx/model.onnx"  # the name sentence-transformers and text-embeddings-inference open by themselves
+LARGEST_BYTES = 2_000_000_000
+
+# What ONNX Runtime's optimiser makes of a MatMul or Gemm between DequantizeLinear nodes.
+# Source: onnxruntime 1.31, core/optimizer/qdq_transformer/selectors_actions.
+INTEGER_OPERATORS = frozenset({"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm"})
+
+_LEVELS = {
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+}
+_SETTINGS = {"intra_op_threads", "graph_optimization"}
+_FAILURES = (
+    ort_errors.EPFail,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+
+Rule = Callable[[QdqModel, Target], str | None]
+
+
+def fits_one_file(model: QdqModel, target: Target) -> str | None:
+    """The model must be one file under 2 GB."""
+    size = model.file.size_bytes
+    return f"{size} bytes" if size >= LARGEST_BYTES else None
+
+
+def has_unsigned_activations(model: QdqModel, target: Target) -> str | None:
+    """Activations must be uint8: ONNX Runtime's int8 x int8 products are three times slower on x86."""
+    return f"scheme {model.scheme.name} has int8 activations" if model.scheme.activations_signed else None
+
+
+def has_dynamic_shapes(model: QdqModel, target: Target) -> str | None:
+    """ONNX Runtime on a CPU takes dynamic shapes, so the target has no buckets."""
+    return f"buckets_tokens is {list(target.buckets_tokens)}" if target.buckets_tokens else None
+
+
+def has_known_settings(model: QdqModel, target: Target) -> str | None:
+    """The target's [runtime] holds intra_op_threads and graph_optimization ("all", "extended" or "basic")."""
+    unknown = set(target.runtime) ^ _SETTINGS
+    if unknown:
+        return f"missing or unknown: {', '.join(sorted(unknown))}"
+    level = target.runtime["graph_optimization"]
+    return None if level in _LEVELS else f'graph_optimization is "{level}"'
+
+
+RULES: tuple[Rule, ...] = (fits_one_file, has_unsigned_activations, has_dynamic_shapes, has_known_settings)
+
+
+def tools() -> Mapping[str, str]:
+    """Give the version of ONNX Runtime, which is always installed."""
+    return {"onnxruntime": ort.__version__}
+
+
+def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
+    """List every rule that the model or the target does not meet."""
+    found = [(rule.__doc__ or rule.__name__, rule(model, target)) for rule in RULES]
+    return tuple(Rejection(sentence, detail) for sentence, detail in found if detail is not None)
+
+
+def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
+    """Write `onnx/model.onnx` below `out_dir`.
+
+    Args:
+        model: the QDQ model; its file is the artifact as it is.
+        target: whose runtime settings the proof uses.
+        out_dir: an existing folder.
+
+    Returns:
+        The artifact with its placement: how many weight products are integer in the optimised graph, and by name
+        those that are not though the scheme says so.
+
+    Raises:
+        LoweringFailed: ONNX Runtime refuses the model.
+        StorageFailed: the file cannot be written.
+    """
+    path = out_dir / MODEL
+    with storage_errors(f"writing {MODEL}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(model.file.path, path)
+    return Artifact(
+        backend=target.backend,
+        target=target.name,
+        files=(file_ref(path, relative_to=out_dir),),
+        qdq_sha256=model.file.sha256,
+        placement=placement(path, model, target),
+        tools=dict(tools()),
+    )
+
+
+def placement(path: Path, model: QdqModel, target: Target) -> Placement:
+    """Read from the graph that ONNX Runtime will execute where each weight product of the scheme runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        options = _options(target)
+        options.optimized_model_filepath = str(optimized)
+        _load(path, options)
+        graph = onnx.load(optimized).graph
+    integer = {node.name for node in graph.node if node.op_type in INTEGER_OPERATORS}
+    return Placement(
+        integer_matmuls=len(integer),
+        float_by_scheme=model.float_matmuls,
+        float_fallbacks=tuple(name for name in model.integer_matmuls if name not in integer),
+        operators=dict(sorted(Counter(node.op_type for node in graph.node).items())),
+    )
+
+
+def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> Session:
+    """Load the artifact.
+
+    Args:
+        artifact: what `lower` gave.
+        bundle: the folder that its paths are relative to.
+        target: runtime settings.
+        threads: intra-op threads; 0 takes the target's.
+
+    Raises:
+        ConfigError: ONNX Runtime cannot load the file.
+    """
+    options = _options(target)
+    if threads:
+        options.intra_op_num_threads = threads
+    try:
+        return OrtSession(_load(bundle / artifact.files[0].path, options))
+    except LoweringFailed as error:
+        raise ConfigError(str(error)) from error
+
+
+class OrtSession:
+    """Keep a session; call it with feeds."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        """Take a loaded session."""
+        self._session = session
+        self._inputs = [item.name for item in session.get_inputs()]
+
+    def __call__(self, feeds: Feeds) -> Embeddings:
+        """Give the sentence embeddings, float32[batch, dim]."""
+        (embeddings,) = self._session.run(["sentence_embedding"], feeds.named(self._inputs))
+        return np.asarray(embeddings, np.float32)
+
+
+def _options(target: Target) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = int(target.runtime["intra_op_threads"])
+    options.graph_optimization_level = _LEVELS[str(target.runtime["graph_optimization"])]
+    return options
+
+
+def _load(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except _FAILURES as error:
+        raise LoweringFailed(f"{path.name}: ONNX Runtime {ort.__version__} refuses the model: {error}") from error

@@ -1,0 +1,23 @@
+"""Write and verify the release folder of one target.
+
+`OUT/TARGET/` holds the artifact, tokenizer, config and module files, the chain of records (`manifest.json`), the
+parity report (`parity.json`), golden texts with their vectors, a model card, and `SHA256SUMS` over all of them.
+"""
+
+from edgeq.bundle.golden import GoldenData, read_golden
+from edgeq.bundle.manifest import is_bundle, load_manifest, load_report, require_cpu
+from edgeq.bundle.verifying import Verification, verify
+from edgeq.bundle.writing import Lineage, write
+
+__all__ = [
+    "GoldenData",
+    "Lineage",
+    "Verification",
+    "is_bundle",
+    "load_manifest",
+    "load_report",
+    "read_golden",
+    "require_cpu",
+    "verify",
+    "write",
+]

@@ -1,0 +1,71 @@
+"""Render a bundle's model card: the numbers, where they come from, and how to run it without edgeq."""
+
+from __future__ import annotations
+
+import json
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from edgeq.records import Manifest, ParityReport, Place
+
+TEMPLATE = "model_card.md.j2"
+SENTENCE_TRANSFORMERS_FILE = "onnx/model.onnx"  # what sentence-transformers opens by itself
+
+_PLACES: dict[Place, str] = {
+    "device": "the runtime that ships, on a machine that meets the target",
+    "host-kernels": "the same runtime and file, on another kind of CPU than the target's",
+    "emulator": "an emulated processor; its vectors count, its timings do not",
+    "simulator": "a functional model of the device; its timings do not count",
+    "not-run": "nowhere: nothing was measured",
+}
+
+
+def render_card(manifest: Manifest, report: ParityReport, pad_id: int) -> str:
+    """Give the text of the model card.
+
+    Args:
+        manifest: of the bundle.
+        report: of the bundle.
+        pad_id: the token that pads, for the example.
+    """
+    # Markdown, not HTML; a name that the template misspells must fail, not print nothing.
+    environment = Environment(
+        loader=PackageLoader("edgeq"),
+        undefined=StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
+    is_onnx = manifest.artifact.files[0].path.endswith(".onnx")
+    return environment.get_template(TEMPLATE).render(
+        manifest=manifest,
+        report=report,
+        limits=_limits(report),
+        place=_PLACES[report.ran_on],
+        pad_id=pad_id,
+        model_path=manifest.artifact.files[0].path,
+        is_onnx=is_onnx,
+        opens_in_sentence_transformers=(
+            manifest.artifact.files[0].path == SENTENCE_TRANSFORMERS_FILE
+            and "last_hidden_state" in manifest.qdq_model.outputs
+        ),
+        size_mb=sum(file.size_bytes for file in manifest.artifact.files) / 1e6,
+    )
+
+
+def _limits(report: ParityReport) -> list[tuple[str, str, str]]:
+    """Give a row for each measure: its name, its value, its limit."""
+    measured, gate = report.measures, report.gate
+    if measured is None:
+        return []
+    return [
+        ("cosine with FP32, mean", f"{measured.cosine_mean:.5f}", f">= {gate.cosine_mean_min:g}"),
+        ("cosine with FP32, worst text", f"{measured.cosine_min:.5f}", f">= {gate.cosine_min_min:g}"),
+        ("top-10 overlap", f"{measured.top10_overlap:.4f}", f">= {gate.top10_overlap_min:g}"),
+        ("Spearman of pairwise similarities", f"{measured.spearman:.5f}", f">= {gate.spearman_min:g}"),
+        ("same text, other padding or batch: cosine", f"{measured.invariance_min:.6f}", f">= {gate.invariance_min:g}"),
+        ("error of the norm", f"{measured.norm_error_max:.1e}", f"<= {gate.norm_error_max:g}"),
+        ("largest absolute error", f"{measured.max_abs_error:.4f}", "-"),
+    ]

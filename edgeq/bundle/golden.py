@@ -1,0 +1,120 @@
+"""Write and read the golden texts: token ids, masks, FP32's vectors and the artifact's, byte for byte the same."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.errors import BundleCorrupt, EdgeqError
+
+VECTORS = "golden.npz"
+TEXTS = "golden.jsonl"
+
+# In the order in which they lie in the file.
+_ARRAYS = {"input_ids": np.int64, "attention_mask": np.int64, "reference": np.float32, "embeddings": np.float32}
+_AGAIN = "Fetch or export the bundle again."
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip file can hold
+
+
+@dataclass(frozen=True)
+class GoldenData:
+    """Hold the golden texts.
+
+    Attributes:
+        texts: as they were embedded, prompt included.
+        input_ids: int64[texts, longest], padded.
+        attention_mask: int64[texts, longest].
+        reference: float32[texts, dim], FP32's vectors.
+        embeddings: float32[texts, dim], the artifact's vectors.
+        pad_id: the id that pads.
+    """
+
+    texts: tuple[str, ...]
+    input_ids: NDArray[np.int64]
+    attention_mask: NDArray[np.int64]
+    reference: NDArray[np.float32]
+    embeddings: NDArray[np.float32]
+    pad_id: int
+
+    def token_ids(self) -> list[list[int]]:
+        """Give each text's ids without padding."""
+        return [
+            [int(token) for token in ids[mask == 1]]
+            for ids, mask in zip(self.input_ids, self.attention_mask, strict=True)
+        ]
+
+
+def write_golden(directory: Path, golden: GoldenData) -> None:
+    """Write `golden.npz` and `golden.jsonl`; the same data gives the same bytes.
+
+    Raises:
+        EdgeqError: the arrays do not belong together.
+    """
+    problem = _problem(golden)
+    if problem is not None:
+        raise EdgeqError(f"golden texts: {problem}. This is a defect of edgeq; please report it.")
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in golden.texts]
+    (directory / TEXTS).write_text("".join(lines), encoding="utf-8", newline="\n")
+    with zipfile.ZipFile(directory / VECTORS, "w", zipfile.ZIP_STORED) as archive:
+        arrays = {**{name: getattr(golden, name) for name in _ARRAYS}, "pad_id": np.int64(golden.pad_id)}
+        for name, array in arrays.items():
+            entry = zipfile.ZipInfo(f"{name}.npy", _EPOCH)
+            entry.create_system = 3  # the zip module writes the system it runs on
+            entry.external_attr = 0o644 << 16
+            with archive.open(entry, "w") as file:
+                np.lib.format.write_array(file, np.asarray(array, order="C"), version=(1, 0), allow_pickle=False)
+
+
+def read_golden(directory: Path) -> GoldenData:
+    """Read the golden texts of a bundle; nothing is unpickled.
+
+    Raises:
+        BundleCorrupt: a file is missing, malformed, or does not belong to the other.
+    """
+    texts = _read_texts(directory / TEXTS)
+    path = directory / VECTORS
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in _ARRAYS}
+            pad_id = int(archive["pad_id"])
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise BundleCorrupt(f"{path}: golden vectors cannot be read ({error}). {_AGAIN}") from error
+    golden = GoldenData(texts=texts, pad_id=pad_id, **arrays)
+    problem = _problem(golden)
+    if problem is not None:
+        raise BundleCorrupt(f"{path}: {problem}. {_AGAIN}")
+    return golden
+
+
+def _read_texts(path: Path) -> tuple[str, ...]:
+    """Read `text` from every line."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        texts = tuple(row["text"] for row in rows)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise BundleCorrupt(f"{path}: golden texts cannot be read ({error}). {_AGAIN}") from error
+    if not all(isinstance(text, str) for text in texts):
+        raise BundleCorrupt(f"{path}: a golden text is no string. {_AGAIN}")
+    return texts
+
+
+def _problem(golden: GoldenData) -> str | None:
+    """Say what keeps the arrays from belonging together."""
+    count = len(golden.texts)
+    if count == 0:
+        return "no texts; at least one is needed"
+    for name, dtype in _ARRAYS.items():
+        array = getattr(golden, name)
+        if array.dtype != dtype or array.ndim != 2 or len(array) != count:
+            return f"{name} is {array.dtype}{list(array.shape)}; {np.dtype(dtype).name}[{count}, ...] is needed"
+    if golden.input_ids.shape != golden.attention_mask.shape:
+        return f"attention_mask has shape {golden.attention_mask.shape}, input_ids {golden.input_ids.shape}"
+    if golden.reference.shape != golden.embeddings.shape:
+        return f"embeddings have shape {golden.embeddings.shape}, FP32's {golden.reference.shape}"
+    return None

@@ -1,0 +1,88 @@
+"""Read a bundle's records, and say whether this machine may run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from edgeq.bundle.checksums import SUMS
+from edgeq.errors import BundleCorrupt, ConfigError, Unsupported
+from edgeq.machine import machine, meets
+from edgeq.records import Manifest, ParityReport, Record, Target
+
+MANIFEST = "manifest.json"
+PARITY = "parity.json"
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+def is_bundle(path: Path) -> bool:
+    """Say whether a folder is a bundle, whole or damaged: it has a manifest and sums."""
+    return (path / MANIFEST).is_file() and (path / SUMS).is_file()
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Read a bundle's manifest.
+
+    Raises:
+        ConfigError: there is no bundle at this path.
+        BundleCorrupt: the manifest is not what edgeq writes.
+    """
+    if not path.exists():
+        raise ConfigError(
+            f"{path}: no such folder; a bundle (OUT/TARGET of an `edgeq export`) is needed. Check the path."
+        )
+    if not (path / MANIFEST).is_file():
+        inside = [child.name for child in sorted(path.iterdir()) if is_bundle(child)] if path.is_dir() else []
+        hint = f"It holds the bundles {', '.join(inside)}: name one." if inside else "Name OUT/TARGET of an export."
+        raise ConfigError(f"{path}: is no bundle: {MANIFEST} is not there. {hint}")
+    return _read(Manifest, path / MANIFEST)
+
+
+def load_report(path: Path) -> ParityReport:
+    """Read a bundle's parity report.
+
+    Raises:
+        BundleCorrupt: it is missing, or not what edgeq writes.
+    """
+    return _read(ParityReport, path / PARITY)
+
+
+def require_cpu(target: Target) -> None:
+    """Refuse a CPU of the target's own kind that lacks the flags it needs: there the vectors would be wrong.
+
+    Raises:
+        Unsupported: flags are missing; the message names them and the targets that this machine can run.
+    """
+    if machine() != target.runs_on.machine:
+        return
+    missing = meets(target.runs_on)
+    if missing:
+        raise Unsupported(
+            f"{target.name}: {'; '.join(missing)}; without that the vectors would be wrong. {_instead(target)}"
+        )
+
+
+def _instead(target: Target) -> str:
+    """Name what runs here, among the targets of the same backend."""
+    from edgeq.targets import list_targets
+
+    fit = [other.name for other in list_targets() if other.backend == target.backend and not meets(other.runs_on)]
+    if not fit:
+        return "`edgeq targets` lists what else there is."
+    return f"Use a bundle for {' or '.join(fit)} instead: edgeq export --target {fit[0]}."
+
+
+def _read(kind: type[RecordT], path: Path) -> RecordT:
+    """Read one record from JSON; the message names file and key."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise BundleCorrupt(f"{path}: is not there. Fetch or export the bundle again.") from error
+    except ValidationError as error:
+        details = [f"{'.'.join(str(part) for part in item['loc']) or 'JSON'}: {item['msg']}" for item in error.errors()]
+        raise BundleCorrupt(
+            f"{path}: {'; '.join(details[:5])}. Fetch or export the bundle again, or use the edgeq that wrote it."
+        ) from error

@@ -1,0 +1,181 @@
+"""Verify a bundle: every byte, the chain of records, and the golden texts run again here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq import backends
+from edgeq.backends.contract import embed_batches
+from edgeq.bundle.checksums import check_sums
+from edgeq.bundle.golden import VECTORS, GoldenData, read_golden
+from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle, load_manifest, load_report, require_cpu
+from edgeq.errors import BundleCorrupt, ParityFailed
+from edgeq.machine import describe, place
+from edgeq.parity import judge, unit
+from edgeq.records import FileRef, Manifest, ParityReport, Place, Record, Status
+from edgeq.storage import file_ref
+from edgeq.texts import Tokenizer, batches
+
+SAME_PLACE_ERROR_MAX = 1e-3
+SAME_PLACE_COSINE_MIN = 0.9999
+
+
+class Verification(Record):
+    """Say what was verified, and how the golden texts did here."""
+
+    path: str
+    target: str
+    status: Status  # of the bundle, as recorded
+    files: int  # hashed and whole, SHA256SUMS not counted
+    golden_texts: int
+    ran_on: Place  # here
+    machine: str  # this one
+    max_abs_error: float  # against the recorded vectors
+    cosine_min: float  # against the recorded vectors
+    float32_cosine_min: float  # against FP32's recorded vectors
+
+
+def verify(path: Path) -> Verification:
+    """Hash every file, walk the chain from source to artifact, and run the golden texts again.
+
+    On a place of the kind where the bundle was measured the vectors must be the recorded ones to 1e-3 and cosine
+    0.9999; elsewhere they must be as near to FP32 as the target's gate asks.
+
+    Raises:
+        ConfigError: there is no bundle at this path, or edgeq lacks its backend.
+        BundleCorrupt: a file, a link of the chain or a token id does not agree; the message names it.
+        Unsupported: this CPU lacks flags the target needs.
+        ParityFailed: the golden texts give other vectors here.
+    """
+    if not is_bundle(path):
+        load_manifest(path)  # says what is missing, if it is the manifest
+    files = check_sums(path)
+    manifest, report = load_manifest(path), load_report(path)
+    _walk(path, manifest, report)
+    golden = read_golden(path)
+    _check_golden(path, manifest, golden)
+    require_cpu(manifest.target)
+    ran_on = place(manifest.target.runs_on)
+    vectors = _run(path, manifest, golden)
+    recorded = _cosines(golden.embeddings, vectors)
+    against_float = _cosines(golden.reference, vectors)
+    error = float(np.abs(golden.embeddings.astype(np.float64) - vectors).max())
+    verification = Verification(
+        path=str(path),
+        target=manifest.target.name,
+        status=manifest.status,
+        files=files,
+        golden_texts=len(golden.texts),
+        ran_on=ran_on,
+        machine=describe(),
+        max_abs_error=error,
+        cosine_min=float(recorded.min()),
+        float32_cosine_min=float(against_float.min()),
+    )
+    _judge(path, manifest, verification, is_same_place=ran_on == report.ran_on)
+    return verification
+
+
+def _walk(path: Path, manifest: Manifest, report: ParityReport) -> None:
+    """Follow each record to its parents, and each file to its record."""
+    source, calibration, qdq, artifact = manifest.source, manifest.calibration, manifest.qdq_model, manifest.artifact
+    float_model, equalized = manifest.float_model, manifest.equalized_model
+    parent = equalized.file.sha256
+    links = (
+        ("float_model.source_sha256", float_model.source_sha256, "source.sha256", source.sha256),
+        ("equalized_model.source_sha256", equalized.source_sha256, "source.sha256", source.sha256),
+        ("calibration.float_model_sha256", calibration.float_model_sha256, "equalized_model.file", parent),
+        ("qdq_model.float_model_sha256", qdq.float_model_sha256, "equalized_model.file", parent),
+        ("qdq_model.calibration_sha256", qdq.calibration_sha256, "calibration.file", calibration.file.sha256),
+        ("artifact.qdq_sha256", artifact.qdq_sha256, "qdq_model.file", qdq.file.sha256),
+        ("artifact.target", artifact.target, "target.name", manifest.target.name),
+        ("artifact.backend", artifact.backend, "target.backend", manifest.target.backend),
+        ("qdq_model.scheme.name", qdq.scheme.name, "target.scheme", manifest.target.scheme),
+        ("float_model.dim", float_model.dim, "source.dim", source.dim),
+        ("qdq_model.dim", qdq.dim, "source.dim", source.dim),
+        (f"{PARITY}: target", report.target, "target.name", manifest.target.name),
+        (f"{PARITY}: status", report.status, "status", manifest.status),
+        (f"{PARITY}: gate", report.gate, "target.gate", manifest.target.gate),
+    )
+    broken = [f"{name} is {found}, but {other} is {needed}" for name, found, other, needed in links if found != needed]
+    for ref in (*artifact.files, manifest.parity, manifest.golden.vectors, manifest.golden.texts):
+        broken += _broken_file(path, ref)
+    broken += _broken_verdict(manifest, report)
+    if broken:
+        raise BundleCorrupt(f"{path / MANIFEST}: the chain is broken: {'; '.join(broken)}. Export the bundle again.")
+
+
+def _broken_file(path: Path, ref: FileRef) -> list[str]:
+    """Say what keeps a file from being the one that a record names."""
+    file = path / ref.path
+    if not file.resolve().is_relative_to(path.resolve()) or not file.is_file():
+        return [f"{ref.path} is not in the bundle"]
+    return [] if file_ref(file, path) == ref else [f"{ref.path} is not the file with sha256 {ref.sha256}"]
+
+
+def _broken_verdict(manifest: Manifest, report: ParityReport) -> list[str]:
+    """Judge the recorded measures again: a report that says `passed` must have earned it."""
+    if report.measures is None:
+        return [f"{PARITY} says passed without measures"] if report.status == "passed" else []
+    failures = judge(report.measures, manifest.artifact.placement, report.gate, report.ran_on)
+    if failures != report.failures or (report.status == "passed") != (not failures):
+        return [f"{PARITY} says {report.status}, but its measures say: {' '.join(failures) or 'passed'}"]
+    return []
+
+
+def _check_golden(path: Path, manifest: Manifest, golden: GoldenData) -> None:
+    """Compare count and dimension with the manifest, and the token ids with what the bundle's tokenizer gives."""
+    if len(golden.texts) != manifest.golden.count or golden.reference.shape[1] != manifest.source.dim:
+        raise BundleCorrupt(
+            f"{path / VECTORS}: {len(golden.texts)} texts of dimension {golden.reference.shape[1]}; the manifest "
+            f"says {manifest.golden.count} of {manifest.source.dim}. Export the bundle again."
+        )
+    tokens = Tokenizer.from_file(path / "tokenizer.json", manifest.source.max_sequence).encode(golden.texts)
+    for row, (found, recorded) in enumerate(zip(tokens.ids, golden.token_ids(), strict=True), start=1):
+        if list(found) != recorded:
+            raise BundleCorrupt(
+                f"{path / VECTORS}: text {row} has the token ids {recorded[:8]}...; the bundle's tokenizer.json "
+                f"gives {list(found)[:8]}... Install the tokenizers version that made it, or export again."
+            )
+
+
+def _run(path: Path, manifest: Manifest, golden: GoldenData) -> NDArray[np.float32]:
+    """Run the golden texts through the artifact, float32[texts, dim]."""
+    session = backends.find(manifest.artifact.backend, str(path)).load(manifest.artifact, path, manifest.target)
+    tokens = Tokenizer.from_file(path / "tokenizer.json", manifest.source.max_sequence).encode(golden.texts)
+    vectors = embed_batches(session, batches(tokens), len(golden.texts))
+    if vectors.shape != golden.embeddings.shape or not np.isfinite(vectors).all():
+        raise ParityFailed(
+            f"{path}: the golden texts give vectors of shape {vectors.shape}, finite: {np.isfinite(vectors).all()}; "
+            f"finite ones of shape {golden.embeddings.shape} are needed. Compare the runtime's version with the "
+            "manifest's."
+        )
+    return vectors
+
+
+def _judge(path: Path, manifest: Manifest, found: Verification, is_same_place: bool) -> None:
+    """Refuse golden vectors that are not the recorded ones, or, run elsewhere, too far from FP32."""
+    if is_same_place:
+        if found.max_abs_error <= SAME_PLACE_ERROR_MAX and found.cosine_min >= SAME_PLACE_COSINE_MIN:
+            return
+        wanted = f"at most {SAME_PLACE_ERROR_MAX:g} and at least {SAME_PLACE_COSINE_MIN:g} are"
+    else:
+        limit = manifest.target.gate.cosine_min_min
+        if manifest.status == "failed" or found.float32_cosine_min >= limit:
+            return
+        wanted = f"at least {limit:g} with FP32 is"
+    raise ParityFailed(
+        f"{path}: every file is whole, but on this machine ({found.ran_on}) the golden texts give vectors with error "
+        f"{found.max_abs_error:.2e} and cosine {found.cosine_min:.6f} against the recorded ones, and cosine "
+        f"{found.float32_cosine_min:.6f} with FP32; {wanted} needed. Compare the runtime's version with the "
+        "manifest's, or export on this machine."
+    )
+
+
+def _cosines(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Give the cosine of each row, float64[texts]."""
+    cosines: NDArray[np.float64] = np.sum(unit(first) * unit(second), axis=1)
+    return cosines

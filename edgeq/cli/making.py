@@ -1,0 +1,202 @@
+"""The verbs around making bundles: targets, export, doctor, cache."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgeq.cli import console
+from edgeq.errors import ParityFailed
+
+if TYPE_CHECKING:
+    from edgeq.pipeline import Exported
+    from edgeq.records import Target
+
+TargetsDir = Annotated[
+    Path | None, typer.Option("--targets", metavar="DIR", help="Read target files from here, not edgeq's own.")
+]
+
+
+def targets(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this target in full.")] = None,
+    directory: TargetsDir = None,
+    as_json: console.AsJson = False,
+    verbose: console.Verbose = 0,
+    quiet: console.Quiet = False,
+) -> None:
+    """List the targets and whether this machine can run them, or show one."""
+    from edgeq.targets import load_target, load_targets
+
+    if name is not None:
+        target = load_target(name, directory)
+        console.put_json({"targets": [_listed(target)]}) if as_json else console.put(target.model_dump_json(indent=2))
+        return
+    listed = [_listed(target) for target in load_targets(directory)]
+    if as_json:
+        console.put_json({"targets": listed})
+        return
+    rows = [
+        [item["name"], item["backend"], item["scheme"], _spell(item["runs_on"]), item["reason"] or "yes"]
+        for item in listed
+    ]
+    console.put_table(("target", "backend", "scheme", "runs on", "available here"), rows)
+
+
+def export(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model directory, a hub id in the local cache, or a packaged name.")],
+    target: Annotated[list[str], typer.Option(help="What to lower for; repeatable. `edgeq targets` lists them.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Bundles go to DIR/TARGET.")],
+    texts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Texts to calibrate on: .txt, .jsonl, .csv.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="The column of --texts that holds the text.")] = None,
+    validation: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Texts to compare on; else 20 % of --texts.")
+    ] = None,
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Refuse texts that stand here; repeatable.")
+    ] = None,
+    pooling: Annotated[str | None, typer.Option(help="How to pool a model that does not say it.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, metavar="N", help="Calibrate on N of the texts.")] = None,
+    seed: Annotated[int, typer.Option(metavar="S", help="Which N texts.")] = 0,
+    hidden_state: Annotated[
+        bool, typer.Option("--hidden-state/--no-hidden-state", help="Keep the output last_hidden_state.")
+    ] = True,
+    keep_failed: Annotated[
+        bool, typer.Option("--keep-failed", help="Write a bundle that misses its gate, marked so.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle made from other inputs.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, convert nothing.")] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither read nor keep intermediate results.")] = False,
+    directory: TargetsDir = None,
+    as_json: console.AsJson = False,
+    verbose: console.Verbose = 0,
+    quiet: console.Quiet = False,
+) -> None:
+    """Take MODEL to a verified bundle for each target.
+
+    Raises:
+        ParityFailed: an artifact's vectors miss the gate of its target.
+    """
+    from edgeq import pipeline
+    from edgeq.cache import Cache
+    from edgeq.targets import load_target
+
+    request = pipeline.ExportRequest(
+        model=model,
+        targets=tuple(load_target(name, directory) for name in dict.fromkeys(target)),
+        out=out,
+        texts=texts,
+        column=column,
+        validation=validation,
+        evaluation=tuple(evaluation or ()),
+        pooling=pooling,
+        samples=samples,
+        seed=seed,
+        hidden_state=hidden_state,
+        keep_failed=keep_failed,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        cache=Cache(),
+        command=context.find_root().obj,
+    )
+    with console.stages() as report:
+        bundles = pipeline.export(request, report)
+    if as_json:
+        console.put_json({"bundles": [_bundle(bundle) for bundle in bundles]})
+    else:
+        _put_bundles(bundles)
+    _judge(bundles)
+
+
+def doctor(as_json: console.AsJson = False, verbose: console.Verbose = 0, quiet: console.Quiet = False) -> None:
+    """Say which toolchains are installed, and what each missing one needs."""
+    from edgeq.doctor import examine
+
+    toolchains = examine()
+    if as_json:
+        console.put_json({"toolchains": [toolchain.model_dump(mode="json") for toolchain in toolchains]})
+        return
+    rows = [
+        [
+            toolchain.name,
+            ", ".join(f"{name} {version}" for name, version in toolchain.versions.items()) or "-",
+            toolchain.install or "nothing is missing",
+            toolchain.purpose,
+        ]
+        for toolchain in toolchains
+    ]
+    console.put_table(("toolchain", "found", "needs", "for"), rows)
+
+
+class CacheAction(StrEnum):
+    """Say what to do with the cache."""
+
+    SHOW = "show"
+    PURGE = "purge"
+
+
+def cache(
+    action: Annotated[CacheAction, typer.Argument(help="Show its size, or delete what it holds.")] = CacheAction.SHOW,
+    as_json: console.AsJson = False,
+    verbose: console.Verbose = 0,
+    quiet: console.Quiet = False,
+) -> None:
+    """Show the cache of float models and calibrations, or purge it."""
+    raise NotImplementedError
+
+
+def _listed(target: Target) -> dict[str, Any]:
+    """Describe a target as `targets --json` does, with what keeps this machine from running it."""
+    raise NotImplementedError
+
+
+def _spell(runs_on: dict[str, Any]) -> str:
+    """Put what a machine must be into a few words."""
+    words = [runs_on["machine"], *runs_on["cpu_flags_all"]]
+    if runs_on["cpu_flags_any"]:
+        words.append(" or ".join(runs_on["cpu_flags_any"]))
+    return ", ".join(words)
+
+
+def _bundle(exported: Exported) -> dict[str, Any]:
+    """Describe a bundle as `export --json` does."""
+    return {
+        "target": exported.target,
+        "path": str(exported.path),
+        "status": exported.status,
+        "ran_on": exported.ran_on,
+        "parity": None if exported.parity is None else exported.parity.model_dump(mode="json"),
+        "size_bytes": exported.size_bytes,
+    }
+
+
+def _put_bundles(bundles: tuple[Exported, ...]) -> None:
+    """Print a table of bundles, and the path of each."""
+    rows = []
+    for bundle in bundles:
+        parity = bundle.parity
+        quality = ["-"] * 4
+        if parity is not None:
+            measures = (parity.cosine_mean, parity.cosine_min, parity.spearman, parity.top10_overlap)
+            quality = [f"{value:.4f}" for value in measures]
+        rows.append([bundle.target, bundle.status, bundle.ran_on, *quality, console.megabytes(bundle.size_bytes)])
+    columns = ("target", "status", "ran on", "cosine mean", "cosine min", "Spearman", "top-10 overlap", "size")
+    console.put_table(columns, rows)
+    for bundle in bundles:
+        console.put(f"{bundle.path}{' (reused)' if bundle.reused else ''}")
+
+
+def _judge(bundles: tuple[Exported, ...]) -> None:
+    """Raise if any bundle missed its gate."""
+    failed = [bundle for bundle in bundles if bundle.status == "failed"]
+    if failed:
+        named = ", ".join(f"{bundle.target} ({bundle.path})" for bundle in failed)
+        raise ParityFailed(
+            f"the gate is missed by {named}. Its parity.json says which limit; try other --texts, more --samples, "
+            "or a target with a wider scheme."
+        )

@@ -1,0 +1,144 @@
+"""The verbs that prove what a bundle is worth: verify, validate, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgeq.cli import console
+from edgeq.errors import ConfigError, ParityFailed
+
+if TYPE_CHECKING:
+    from edgeq.evaluation import Comparison
+    from edgeq.records import Manifest, ParityReport
+
+BundleDir = Annotated[Path, typer.Argument(metavar="BUNDLE", help="OUT/TARGET, as `edgeq export` wrote it.")]
+Against = Annotated[
+    Path | None,
+    typer.Option("--against", metavar="FILE", help="The bundle's FP32 model; else it is looked for in the cache."),
+]
+
+
+def verify(
+    bundle: BundleDir, as_json: console.AsJson = False, verbose: console.Verbose = 0, quiet: console.Quiet = False
+) -> None:
+    """Hash every file of BUNDLE, walk its chain of records, and run its golden texts here."""
+    from edgeq.bundle import verify as verify_bundle
+
+    found = verify_bundle(bundle)
+    if as_json:
+        console.put_json(found.model_dump(mode="json"))
+        return
+    console.put(
+        f"{found.path}: {found.files} files are whole, the chain holds, and {found.golden_texts} golden texts give "
+        f"the same vectors on {found.machine} ({found.ran_on}; max abs error {found.max_abs_error:.1e}). "
+        f"The bundle for {found.target} is recorded as {found.status}."
+    )
+
+
+def validate(
+    bundle: BundleDir,
+    texts: Annotated[Path | None, typer.Option(metavar="FILE", help="Compare on these; else on edgeq's own.")] = None,
+    column: Annotated[str | None, typer.Option(help="The column of --texts that holds the text.")] = None,
+    against: Against = None,
+    as_json: console.AsJson = False,
+    verbose: console.Verbose = 0,
+    quiet: console.Quiet = False,
+) -> None:
+    """Measure BUNDLE's parity with FP32 on texts, here, and judge it by its target's gate.
+
+    Raises:
+        ParityFailed: the vectors miss the gate.
+    """
+    from edgeq.bundle import load_manifest
+    from edgeq.validation import validate as validate_bundle
+
+    float_file = find_float_model(load_manifest(bundle), against)
+    with console.stages() as report:
+        found = validate_bundle(bundle, texts, column, float_file, report)
+    if as_json:
+        console.put_json(found.model_dump(mode="json"))
+    else:
+        _put_report(found)
+    if found.status == "failed":
+        raise ParityFailed(f"{bundle}: misses the gate of {found.target}: {' '.join(found.failures)}")
+
+
+def evaluate(
+    bundle: BundleDir,
+    sts: Annotated[Path | None, typer.Option(metavar="FILE", help="Pairs with sentence1, sentence2, score.")] = None,
+    retrieval: Annotated[Path | None, typer.Option(metavar="BEIR_DIR", help="corpus, queries and qrels.")] = None,
+    against: Against = None,
+    as_json: console.AsJson = False,
+    verbose: console.Verbose = 0,
+    quiet: console.Quiet = False,
+) -> None:
+    """Score BUNDLE and FP32 side by side on sentence similarity, on retrieval, or on both.
+
+    Raises:
+        ConfigError: neither --sts nor --retrieval is given.
+    """
+    if sts is None and retrieval is None:
+        raise ConfigError("evaluate: no data is named; give --sts FILE, --retrieval BEIR_DIR, or both.")
+    from edgeq import evaluation
+    from edgeq.bundle import load_manifest
+    from edgeq.validation import embedders
+
+    # Data before models: a typo in a path should not cost a minute.
+    pairs = None if sts is None else evaluation.load_sts(sts)
+    data = None if retrieval is None else evaluation.load_beir(retrieval)
+    manifest = load_manifest(bundle)
+    sides = embedders(bundle, find_float_model(manifest, against))
+    rows: list[list[str]] = []
+    document: dict[str, object] = {}
+    if pairs is not None:
+        sts_result = evaluation.evaluate_sts(pairs, *sides)
+        document["sts"] = sts_result.model_dump(mode="json")
+        rows.append(_figure("STS Spearman", sts_result.spearman))
+    if data is not None:
+        result = evaluation.evaluate_retrieval(data, manifest.source.prompts, *sides)
+        document["retrieval"] = result.model_dump(mode="json")
+        rows += [_figure("nDCG@10", result.ndcg_at_10), _figure("recall@10", result.recall_at_10)]
+        rows.append(["top-10 overlap", "1", f"{result.top10_overlap:.4f}", f"{100 * result.top10_overlap:.2f} %"])
+    if as_json:
+        console.put_json({"bundle": str(bundle), "target": manifest.target.name, **document})
+    else:
+        console.put_table(("figure", "FP32", manifest.target.name, "kept"), rows)
+
+
+def find_float_model(manifest: Manifest, against: Path | None) -> Path:
+    """Find a bundle's FP32 model: the named file, or the cache's."""
+    from edgeq.ancestry import float_model
+    from edgeq.cache import Cache
+
+    return float_model(manifest, against, Cache().root)
+
+
+def _figure(name: str, figure: Comparison) -> list[str]:
+    """Turn a figure into a table row."""
+    return [name, f"{figure.float32:.4f}", f"{figure.artifact:.4f}", f"{figure.retention_percent:.2f} %"]
+
+
+def _put_report(report: ParityReport) -> None:
+    """Print what was measured beside its limit, and where."""
+    measures, gate = report.measures, report.gate
+    rows: list[list[str]] = []
+    if measures is not None:
+        rows = [
+            ["cosine mean", f"{measures.cosine_mean:.5f}", f">= {gate.cosine_mean_min:g}"],
+            ["cosine min", f"{measures.cosine_min:.5f}", f">= {gate.cosine_min_min:g}"],
+            ["top-10 overlap", f"{measures.top10_overlap:.4f}", f">= {gate.top10_overlap_min:g}"],
+            ["Spearman of similarities", f"{measures.spearman:.5f}", f">= {gate.spearman_min:g}"],
+            ["invariance", f"{measures.invariance_min:.7f}", f">= {gate.invariance_min:g}"],
+            ["norm error", f"{measures.norm_error_max:.1e}", f"<= {gate.norm_error_max:g}"],
+            ["max abs error", f"{measures.max_abs_error:.4f}", "-"],
+        ]
+    place = f"ran on {report.ran_on} ({report.machine})"
+    title = f"{report.target}: {report.status}, on {report.texts.count} texts, {place}"
+    console.put_table(("measure", "value", "gate"), rows, title)
+    if measures is not None:
+        console.put(f"farthest from FP32: {measures.worst_text}")
+    if report.texts.truncated:
+        console.note(f"{report.texts.truncated} of {report.texts.count} texts were cut at the model's limit")

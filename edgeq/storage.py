@@ -1,0 +1,128 @@
+"""Hash files, and write files and folders so that a killed run leaves no half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgeq.errors import StorageFailed
+from edgeq.records import FileRef
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.EACCES: "permission denied; choose another folder or change its permissions",
+    errno.EPERM: "permission denied; choose another folder or change its permissions",
+    errno.ENOENT: "the folder is not there; make it, or choose another",
+    errno.ENOTDIR: "a part of the path is a file; choose another folder",
+    errno.EIO: "the disk reports an error; check it",
+}
+
+
+def sha256_file(path: Path) -> str:
+    """Give the sha256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_bytes(content: bytes) -> str:
+    """Give the sha256 of bytes, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def file_ref(path: Path, relative_to: Path | None = None) -> FileRef:
+    """Name a file by path, content and size; the path is relative in POSIX form when a folder is given."""
+    name = path.relative_to(relative_to).as_posix() if relative_to is not None else str(path)
+    return FileRef(path=name, sha256=sha256_file(path), size_bytes=path.stat().st_size)
+
+
+@contextlib.contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Turn the operating system's refusals into one sentence.
+
+    Raises:
+        StorageFailed: the disk is full, read-only, not there or not permitted.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = _REASONS.get(error.errno or 0)
+        if reason is None:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        raise StorageFailed(f"{what}{where}: {reason}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`; rename it to `path` at the end, or remove it when anything goes wrong.
+
+    Raises:
+        StorageFailed: the disk refuses.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with storage_errors(f"writing {path}"):
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_dir(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling folder; let it take the place of `path` at the end, or remove it.
+
+    A folder that stood at `path` steps aside first and is removed last, so that one of the two is always whole.
+
+    Raises:
+        StorageFailed: the disk refuses.
+    """
+    partial: Path | None = None
+    aside: Path | None = None
+    try:
+        with storage_errors(f"writing {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+            partial.chmod(0o755)
+            yield partial
+            if path.exists():
+                aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".replaced", dir=path.parent))
+                path.rename(aside / path.name)
+            partial.rename(path)
+    finally:
+        if aside is not None and not path.exists() and (aside / path.name).exists():
+            (aside / path.name).rename(path)
+        for folder in (partial, aside):
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing.
+
+    Raises:
+        StorageFailed: the disk refuses.
+    """
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def work_dir() -> Iterator[Path]:
+    """Yield a temporary folder that is gone afterwards.
+
+    Raises:
+        StorageFailed: the disk refuses.
+    """
+    with storage_errors("working in a temporary folder"), tempfile.TemporaryDirectory(prefix="edgeq-") as folder:
+        yield Path(folder)

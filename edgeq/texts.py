@@ -1,0 +1,148 @@
+"""Turn texts into token batches, bucketed by length."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from edgeq.errors import ConfigError
+from edgeq.records import TextSet
+
+
+@dataclass(frozen=True)
+class Feeds:
+    """Hold one padded batch of tokens.
+
+    Attributes:
+        input_ids: int64[batch, sequence].
+        attention_mask: int64[batch, sequence], 1 for tokens and 0 for padding.
+    """
+
+    input_ids: NDArray[np.int64]
+    attention_mask: NDArray[np.int64]
+
+    def named(self, inputs: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        """Give the arrays by graph input name; `token_type_ids` is all zero, as for single texts."""
+        known = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "token_type_ids": np.zeros_like(self.input_ids),
+        }
+        return {name: known[name] for name in inputs}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Hold the feeds of a few texts of like length, and which texts they are (`rows`: positions in the input)."""
+
+    rows: tuple[int, ...]
+    feeds: Feeds
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Hold the token ids of texts, special tokens included.
+
+    Attributes:
+        ids: one tuple for each text, at most the model's limit long.
+        truncated: how many texts were cut at the limit.
+        pad_id: the id that fills a batch up.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    truncated: int
+    pad_id: int
+
+
+class Tokenizer:
+    """Turn texts into token ids."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, max_sequence: int) -> None:
+        """Take a tokenizer; texts are cut at `max_sequence` tokens."""
+        self._tokenizer = tokenizer
+        self._limit = max_sequence
+        padding = tokenizer.padding or {}
+        self.pad_id = int(padding.get("pad_id", _pad_id(tokenizer)))
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_sequence)
+        self.vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def from_file(cls, path: Path, max_sequence: int) -> Tokenizer:
+        """Read a tokenizer.json.
+
+        Raises:
+            ConfigError: it is not there or not one.
+        """
+        if not path.is_file():
+            raise ConfigError(f"{path}: not there; a fast tokenizer's tokenizer.json is needed")
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the boundary to the tokenizers library, which raises bare Exception
+            raise ConfigError(f"{path}: not a tokenizer: {error}") from error
+        return cls(tokenizer, max_sequence)
+
+    def encode(self, texts: Sequence[str]) -> Tokens:
+        """Give the token ids of the texts, and count those that were cut."""
+        encoded = self._tokenizer.encode_batch(list(texts))
+        ids = tuple(tuple(item.ids) for item in encoded)
+        return Tokens(ids, sum(1 for item in encoded if item.overflowing), self.pad_id)
+
+
+def _pad_id(tokenizer: tokenizers.Tokenizer) -> int:
+    for token in ("[PAD]", "<pad>", "<|endoftext|>"):
+        found = tokenizer.token_to_id(token)
+        if found is not None:
+            return int(found)
+    return 0
+
+
+def batches(tokens: Tokens, batch_size: int = 32, max_tokens: int = 4096) -> list[Batch]:
+    """Batch texts of like length, so that padding is small.
+
+    Args:
+        tokens: of the texts.
+        batch_size: most texts in a batch.
+        max_tokens: most tokens in a batch, padding included; a longer text is a batch of its own.
+    """
+    order = sorted(range(len(tokens.ids)), key=lambda row: len(tokens.ids[row]))
+    made: list[Batch] = []
+    rows: list[int] = []
+    for row in order:
+        width = len(tokens.ids[row])
+        if rows and (len(rows) == batch_size or (len(rows) + 1) * width > max_tokens):
+            made.append(_batch(tokens, rows))
+            rows = []
+        rows.append(row)
+    return [*made, _batch(tokens, rows)] if rows else made
+
+
+def _batch(tokens: Tokens, rows: Sequence[int]) -> Batch:
+    width = max(len(tokens.ids[row]) for row in rows)
+    ids = np.full((len(rows), width), tokens.pad_id, np.int64)
+    mask = np.zeros((len(rows), width), np.int64)
+    for line, row in enumerate(rows):
+        length = len(tokens.ids[row])
+        ids[line, :length] = tokens.ids[row]
+        mask[line, :length] = 1
+    return Batch(tuple(rows), Feeds(ids, mask))
+
+
+def text_set(origin: str, texts: Sequence[str], tokens: Tokens) -> TextSet:
+    """Describe a set of texts by its content."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(f"{len(text)}:".encode() + text.encode())
+    return TextSet(
+        origin=origin,
+        sha256=digest.hexdigest(),
+        count=len(texts),
+        tokens=sum(len(ids) for ids in tokens.ids),
+        truncated=tokens.truncated,
+    )

@@ -1,0 +1,210 @@
+"""Run the part of exporting that needs torch: load the model, save its configuration, write the raw ONNX graph.
+
+It runs in a process of its own, `python -m edgeq.torch_export`, so that torch's memory is given back before the graph is
+rewritten, and so that a crash inside torch is a message and not the end of edgeq.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from edgeq import source
+from edgeq.errors import EdgeqError, Unsupported
+from edgeq.probes import probe_feeds
+from edgeq.records import Source
+from edgeq.source import Located
+from edgeq.texts import Feeds
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+OPSET = 21
+EXTERNAL_DATA_BYTES = 2_000_000_000  # protobuf refuses messages of 2 GiB
+RAW, PROBES, SOURCE, CONFIG = "raw.onnx", "probes.npz", "source.json", "config"
+
+
+def run(located: Located, out_dir: Path, hidden_state: bool) -> Source:
+    """Write the raw graph, torch's embeddings of the probe feeds, the source record and the configuration.
+
+    Args:
+        located: the model.
+        out_dir: an existing folder.
+        hidden_state: also give `last_hidden_state`.
+
+    Raises:
+        ToolMissing: torch or sentence-transformers is not installed.
+        ConfigError: the model cannot be loaded.
+        Unsupported: torch cannot export it.
+    """
+    model = source.load(located)
+    record = source.describe(located, model)
+    feeds = probe_feeds(len(model.tokenizer), record.max_sequence)
+    expected = _torch_embeddings(model, feeds)
+    arrays = [(feed.input_ids, feed.attention_mask, vectors) for feed, vectors in zip(feeds, expected, strict=True)]
+    np.savez(
+        out_dir / PROBES,
+        **{f"{row}_{item}": array for row, three in enumerate(arrays) for item, array in enumerate(three)},
+    )
+    _save_config(model, out_dir / CONFIG)
+    proto = _to_onnx(model, hidden_state, located.name, record.max_sequence)
+    save(proto, out_dir / RAW)
+    (out_dir / SOURCE).write_text(record.model_dump_json(), encoding="utf-8")
+    return record
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Write one self-contained file below 2 GB, and weights in a file beside it above."""
+    is_large = model.ByteSize() > EXTERNAL_DATA_BYTES
+    if is_large:
+        onnx.save(model, path, save_as_external_data=True, location=path.name + ".data", size_threshold=1024)
+        return
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _graph_module(model: SentenceTransformer, hidden_state: bool) -> torch.nn.Module:
+    import torch
+
+    class Graph(torch.nn.Module):
+        """Run every module of the model on bare tensors."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            features = {"input_ids": input_ids, "attention_mask": attention_mask}
+            if "token_type_ids" in model.tokenizer.model_input_names:
+                features["token_type_ids"] = torch.zeros_like(input_ids)  # a single text is segment 0 throughout
+            for module in self.model:
+                features = module(features)
+            embedding = features["sentence_embedding"]
+            return (embedding, features["token_embeddings"]) if hidden_state else (embedding,)
+
+    return Graph().eval()
+
+
+def _to_onnx(model: SentenceTransformer, hidden_state: bool, name: str, max_sequence: int) -> onnx.ModelProto:
+    import torch
+
+    batch, sequence = torch.export.Dim("batch", min=1, max=65536), torch.export.Dim("sequence", min=2, max=max_sequence)
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 0, 0, 0]])
+    mask = (ids > 0).to(torch.int64)
+    axes = {0: batch, 1: sequence}
+    try:
+        with torch.no_grad(), quiet():
+            program = torch.onnx.export(
+                _graph_module(model, hidden_state),
+                (ids, mask),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["input_ids", "attention_mask"],
+                output_names=["sentence_embedding", "last_hidden_state"][: 2 if hidden_state else 1],
+                dynamic_shapes={"input_ids": axes, "attention_mask": axes},
+                optimize=True,
+                verbose=False,
+            )
+    except Exception as error:  # the boundary to the exporter, which may raise anything
+        first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+        raise Unsupported(f"{name}: torch cannot export this model: {type(error).__name__}: {first}") from error
+    if program is None:
+        raise Unsupported(f"{name}: torch.onnx.export gave no program")
+    proto = program.model_proto
+    proto.producer_name, proto.producer_version = "edgeq", ""
+    _strip_traces(proto)
+    return proto
+
+
+def _strip_traces(model: onnx.ModelProto) -> None:
+    """Drop stack traces and other metadata: they hold machine paths and differ between machines."""
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+    for item in (
+        *model.graph.node,
+        *model.graph.value_info,
+        *model.graph.input,
+        *model.graph.output,
+        *model.graph.initializer,
+    ):
+        del item.metadata_props[:]
+        item.doc_string = ""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter's prints, log lines and deprecation warnings off the user's terminal."""
+    root = logging.getLogger("torch.onnx")
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.setLevel(level)
+
+
+def _torch_embeddings(model: SentenceTransformer, feeds: tuple[Feeds, ...]) -> list[NDArray[np.float32]]:
+    import torch
+
+    graph = _graph_module(model, hidden_state=False)
+    with torch.no_grad():
+        return [
+            graph(torch.from_numpy(feed.input_ids), torch.from_numpy(feed.attention_mask))[0].numpy() for feed in feeds
+        ]
+
+
+def _save_config(model: SentenceTransformer, folder: Path) -> None:
+    """Write tokenizer, config and module files as sentence-transformers does, without the transformer's weights."""
+    folder.mkdir()
+    with quiet():
+        model.save(str(folder), create_model_card=False)
+    for pattern in ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def load_probes(path: Path) -> tuple[tuple[Feeds, ...], list[NDArray[np.float32]]]:
+    """Read the probe feeds and torch's embeddings of them, each float32[batch, dim]."""
+    with np.load(path, allow_pickle=False) as archive:
+        count = len(archive.files) // 3
+        feeds = tuple(Feeds(archive[f"{row}_0"], archive[f"{row}_1"]) for row in range(count))
+        return feeds, [archive[f"{row}_2"] for row in range(count)]
+
+
+def main() -> int:
+    """Read the model's whereabouts as JSON from the command line, run, and print an error as JSON."""
+    request = json.loads(sys.argv[1])
+    located = Located(
+        request["name"],
+        Path(request["directory"]),
+        request["is_sentence_transformers"],
+        request["pooling"],
+        request["sha256"],
+    )
+    try:
+        run(located, Path(request["out_dir"]), request["hidden_state"])
+    except EdgeqError as error:
+        sys.stdout.write(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Build a two-layer encoder from a fixed seed, as ONNX in the dialect of float models, without torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+VOCABULARY, DIM, HEADS, HIDDEN, LONGEST = 300, 64, 4, 256, 48
+
+
+class Builder:
+    """Collect nodes and weights."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: dict[str, NDArray[np.generic]] = {}
+
+    def weight(self, name: str, *shape: int, spread: float = 0.08) -> str:
+        self.weights[name] = (self.rng.standard_normal(shape) * spread).astype(np.float32)
+        return name
+
+    def constant(self, name: str, array: NDArray[np.generic]) -> str:
+        self.weights[name] = array
+        return name
+
+    def node(self, op_type: str, inputs: list[str], name: str, **attributes: object) -> str:
+        self.nodes.append(helper.make_node(op_type, inputs, [name], name=name, **attributes))
+        return name
+
+    def linear(self, x: str, name: str, rows: int, columns: int) -> str:
+        product = self.node(
+            "MatMul", [x, self.weight(f"{name}.weight", rows, columns, spread=rows**-0.5)], f"{name}.product"
+        )
+        self.nodes[-1].name = name
+        return self.node("Add", [product, self.weight(f"{name}.bias", columns)], name + ".out")
+
+    def norm(self, x: str, name: str) -> str:
+        gain = self.constant(f"{name}.weight", (1 + 0.2 * self.rng.standard_normal(DIM)).astype(np.float32))
+        return self.node("LayerNormalization", [x, gain, self.weight(f"{name}.bias", DIM)], name, axis=-1)
+
+
+def encoder(seed: int = 0, outliers: bool = True, dense: bool = False) -> onnx.ModelProto:
+    """Give an encoder with masked attention, mean pooling, optional Dense, and normalisation.
+
+    With outliers, two FFN neurons of the first layer fire 40 times as hard as the rest, as real models' do.
+    """
+    b = Builder(seed)
+    b.constant("one", np.array(1, np.float32))
+    for name, numbers in (
+        ("axes12", [1, 2]),
+        ("axis1", [1]),
+        ("axis2", [2]),
+        ("start", [0]),
+        ("to_heads", [0, 0, HEADS, DIM // HEADS]),
+        ("from_heads", [0, 0, DIM]),
+    ):
+        b.constant(name, np.array(numbers, np.int64))
+    b.constant("attention_mask_size", np.array(1e4, np.float32))
+    mask = b.node("Cast", ["attention_mask"], "mask", to=TensorProto.FLOAT)
+    bias = b.node("Sub", [b.node("Unsqueeze", [mask, "axes12"], "mask4"), "one"], "mask_shifted")
+    bias = b.node("Mul", [bias, "attention_mask_size"], "attention_bias")
+    x = b.node("Gather", [b.weight("words", VOCABULARY, DIM, spread=0.5), "input_ids"], "looked_up")
+    length = b.node("Shape", ["input_ids"], "length", start=1, end=2)
+    rows = b.node("Slice", [b.weight("positions", 1, LONGEST, DIM), "start", length, "axis1"], "rows")
+    x = b.norm(b.node("Add", [x, rows], "embedded"), "norm")
+    for layer in range(2):
+        x = _layer(b, x, f"layer.{layer}")
+    if outliers:
+        b.weights["layer.0.ffn.weight"][:, [3, 77]] *= 40.0
+        b.weights["layer.0.ffn_out.weight"][[3, 77]] *= 4.0
+    weights = b.node("Unsqueeze", [mask, "axis1"], "mask3")
+    count = b.node("ReduceSum", [weights, "axis2"], "count", keepdims=1)
+    x = b.node("MatMul", [b.node("Div", [weights, count], "shares"), x], "pooled3")
+    x = b.node("Squeeze", [x, "axis1"], "pooled")
+    if dense:
+        x = b.node("Tanh", [b.linear(x, "dense", DIM, DIM)], "dense.tanh")
+    b.node("Div", [x, b.node("ReduceL2", [x, "axis1"], "length2", keepdims=1)], "sentence_embedding")
+    return _model(b)
+
+
+def _layer(b: Builder, x: str, name: str) -> str:
+    heads = []
+    for part, order in (("query", [0, 2, 1, 3]), ("key", [0, 2, 3, 1]), ("value", [0, 2, 1, 3])):
+        y = b.linear(x, f"{name}.{part}", DIM, DIM)
+        heads.append(
+            b.node(
+                "Transpose",
+                [
+                    b.node("Reshape", [y, "to_heads"], f"{y}.split"),
+                ],
+                f"{y}.heads",
+                perm=order,
+            )
+        )
+    scores = b.node("Add", [b.node("MatMul", heads[:2], f"{name}.scores"), "attention_bias"], f"{name}.masked")
+    context = b.node("MatMul", [b.node("Softmax", [scores], f"{name}.softmax", axis=-1), heads[2]], f"{name}.context")
+    context = b.node("Transpose", [context], f"{name}.context_back", perm=[0, 2, 1, 3])
+    context = b.node("Reshape", [context, "from_heads"], f"{name}.context_flat")
+    x = b.norm(b.node("Add", [b.linear(context, f"{name}.out", DIM, DIM), x], f"{name}.sum"), f"{name}.norm")
+    hidden = b.node("Gelu", [b.linear(x, f"{name}.ffn", DIM, HIDDEN)], f"{name}.gelu")
+    return b.norm(b.node("Add", [b.linear(hidden, f"{name}.ffn_out", HIDDEN, DIM), x], f"{name}.sum2"), f"{name}.norm2")
+
+
+def _model(b: Builder) -> onnx.ModelProto:
+    inputs = [
+        helper.make_tensor_value_info(n, TensorProto.INT64, ["batch", "sequence"])
+        for n in ("input_ids", "attention_mask")
+    ]
+    output = helper.make_tensor_value_info("sentence_embedding", TensorProto.FLOAT, ["batch", DIM])
+    graph = helper.make_graph(
+        b.nodes, "encoder", inputs, [output], [numpy_helper.from_array(a, n) for n, a in b.weights.items()]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+
+
+def tokens(seed: int, count: int, longest: int = LONGEST) -> tuple[tuple[int, ...], ...]:
+    """Draw token ids of texts with 3 to `longest` tokens."""
+    rng = np.random.default_rng(seed)
+    return tuple(tuple(int(t) for t in rng.integers(1, VOCABULARY, rng.integers(3, longest + 1))) for _ in range(count))

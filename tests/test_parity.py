@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from tiny_bundle import GATE, MEASURES, PLACEMENT, TEXT_SET, make_target
+
+from edgeq import parity
+from edgeq.errors import ConfigError, ParityFailed
+from edgeq.targets import list_targets
+
+COUNT, DIM = 200, 64
+
+
+def unit_rows(count: int = COUNT, dim: int = DIM, seed: int = 0) -> np.ndarray:
+    rows = np.random.default_rng(seed).standard_normal((count, dim))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def near(reference: np.ndarray) -> np.ndarray:
+    rows = reference + 1e-4 * np.random.default_rng(9).standard_normal(reference.shape).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def texts(count: int = COUNT) -> list[str]:
+    return [f"text {number}" for number in range(count)]
+
+
+TARGETS = {target.name: target for target in list_targets()}
+
+
+def failures(
+    reference: np.ndarray, embeddings: np.ndarray, invariance_min: float = 1.0, name: str | None = None
+) -> tuple[str, ...]:
+    target = make_target() if name is None else TARGETS[name]
+    report = parity.report(
+        target, "device", PLACEMENT, reference, embeddings, texts(len(reference)), TEXT_SET, invariance_min
+    )
+    assert report.status == ("failed" if report.failures else "passed")
+    return report.failures
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_close_vectors_pass_the_gate(name: str) -> None:
+    reference = unit_rows()
+    assert failures(reference, near(reference), name=name) == ()
+
+
+def swapped(rows: np.ndarray) -> np.ndarray:
+    changed = rows.copy()
+    changed[[3, 7]] = changed[[7, 3]]
+    return changed
+
+
+def sign_of_one_channel(rows: np.ndarray) -> np.ndarray:
+    changed = rows.copy()
+    changed[:, 5] *= -1
+    return changed
+
+
+def scale_of_one_channel(rows: np.ndarray) -> np.ndarray:
+    changed = rows.copy()
+    changed[:, 5] *= 1.5
+    return changed
+
+
+def scale_of_one_channel_normalised(rows: np.ndarray) -> np.ndarray:
+    changed = rows.copy()
+    changed[:, 5] *= 2.5
+    return changed / np.linalg.norm(changed, axis=1, keepdims=True)
+
+
+def scale_of_each_channel(rows: np.ndarray) -> np.ndarray:
+    return rows * np.linspace(0.7, 1.3, rows.shape[1], dtype=np.float32)
+
+
+def one_nan(rows: np.ndarray) -> np.ndarray:
+    changed = rows.copy()
+    changed[11, 2] = np.nan
+    return changed
+
+
+def one_infinity(rows: np.ndarray) -> np.ndarray:
+    changed = rows.copy()
+    changed[11, 2] = np.inf
+    return changed
+
+
+def constant(rows: np.ndarray) -> np.ndarray:
+    return np.tile(rows[:1], (len(rows), 1))
+
+
+def zeros(rows: np.ndarray) -> np.ndarray:
+    return np.zeros_like(rows)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (swapped, "cosine min"),
+        (np.negative, "cosine mean"),
+        (sign_of_one_channel, "cosine m"),
+        (scale_of_one_channel, "norm error"),
+        (scale_of_one_channel_normalised, "cosine m"),
+        (scale_of_each_channel, "cosine m"),
+        (lambda rows: rows * np.float32(1.01), "norm error"),
+        (lambda rows: rows[::-1], "cosine mean"),
+        (lambda rows: np.roll(rows, 1, axis=1), "cosine mean"),
+        (one_nan, "NaN or infinity for 1 of 200 texts, first for text 12"),
+        (one_infinity, "NaN or infinity"),
+        (constant, "Spearman"),
+        (zeros, "cosine mean"),
+        (lambda rows: rows[:-1], "shape (199, 64)"),
+        (lambda rows: rows[:, :-1], "shape (200, 63)"),
+        (lambda rows: rows[:, None, :], "shape (200, 1, 64)"),
+        (lambda rows: rows.ravel(), "shape (12800,)"),
+    ],
+)
+def test_every_damage_fails_the_gate(damage, named: str, name: str) -> None:  # type: ignore[no-untyped-def]
+    reference = unit_rows()
+    missed = failures(reference, damage(near(reference)), name=name)
+    assert any(named in sentence for sentence in missed), missed
+
+
+@pytest.mark.parametrize("invariance_min", [0.9999, 0.0])
+def test_a_vector_that_depends_on_its_batch_fails_the_gate(invariance_min: float) -> None:
+    reference = unit_rows()
+    assert [line.split(" is ")[0] for line in failures(reference, near(reference), invariance_min)] == ["invariance"]
+
+
+def test_measures_of_a_known_case() -> None:
+    reference = np.eye(4, dtype=np.float32)
+    embeddings = reference.copy()
+    embeddings[2] = [0, 0, 0.8, 0.6]
+    measured = parity.measure(reference, embeddings, ["a", "b", "c" * 200, "d"], 1.0)
+    assert measured.cosine_min == pytest.approx(0.8)
+    assert measured.cosine_mean == pytest.approx(0.95)
+    assert measured.max_abs_error == pytest.approx(0.6)
+    assert measured.worst_text == "c" * 80
+    assert measured.norm_error_max == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_norm_is_compared_with_fp32s_own() -> None:
+    reference = unit_rows() * np.linspace(0.5, 9, COUNT, dtype=np.float32)[:, None]
+    assert parity.measure(reference, reference, texts(), 1.0).norm_error_max < 1e-6
+    assert parity.measure(reference, reference * np.float32(1.02), texts(), 1.0).norm_error_max == pytest.approx(
+        0.02, rel=1e-3
+    )
+
+
+def test_top10_overlap_counts_shared_neighbours() -> None:
+    reference, other = unit_rows(), unit_rows(seed=5)
+    similarities = [rows @ rows.T - 9 * np.eye(COUNT) for rows in (reference, other)]
+    nearest = [np.argsort(-values, axis=1)[:, :10] for values in similarities]
+    expected = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(*nearest, strict=True)])
+    measured = parity.measure(reference, other, texts(), 1.0)
+    assert measured.top10_overlap == pytest.approx(expected)
+    assert 0.0 < expected < 0.2
+
+
+@pytest.mark.parametrize("count", [3, 10, 11])
+def test_few_texts_compare_all_their_neighbours(count: int) -> None:
+    reference = unit_rows(count)
+    assert parity.measure(reference, reference, texts(count), 1.0).top10_overlap == 1.0
+
+
+def test_many_texts_are_measured_in_blocks() -> None:
+    reference = unit_rows(3300, 8)
+    measured = parity.measure(reference, reference, texts(3300), 1.0)
+    assert measured.top10_overlap == 1.0
+    assert measured.spearman == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_two_texts_are_too_few(count: int) -> None:
+    with pytest.raises(ConfigError, match=f"{count} texts"):
+        parity.measure(unit_rows(count), unit_rows(count), texts(count), 1.0)
+
+
+def test_a_damaged_reference_is_not_compared_with() -> None:
+    reference = unit_rows()
+    with pytest.raises(ParityFailed, match="FP32 gave NaN"):
+        parity.measure(one_nan(reference), reference, texts(), 1.0)
+    with pytest.raises(ParityFailed, match="text 1: FP32's vector is zero"):
+        parity.measure(zeros(reference), reference, texts(), 1.0)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_rank_correlation_agrees_with_its_definition(ties: bool) -> None:
+    generator = np.random.default_rng(3)
+    first, second = generator.standard_normal(300), generator.standard_normal(300)
+    second += first
+    if ties:
+        first, second = np.round(first), np.round(second)
+
+    def ranks(values: np.ndarray) -> np.ndarray:
+        return np.array([np.mean(np.flatnonzero(np.sort(values) == value)) for value in values])
+
+    expected = np.corrcoef(ranks(first), ranks(second))[0, 1]
+    assert parity.rank_correlation(first, second) == pytest.approx(expected, abs=1e-12)
+    assert 0.4 < expected < 0.9
+
+
+def test_rank_correlation_of_a_constant_is_zero() -> None:
+    assert parity.rank_correlation(np.ones(5), np.arange(5.0)) == 0.0
+    assert parity.rank_correlation(np.ones(5), np.ones(5)) == 0.0
+
+
+def test_every_limit_is_judged() -> None:
+    assert parity.judge(MEASURES, PLACEMENT, GATE, "device") == ()
+    worse = {
+        "cosine_mean": (0.9984, "cosine mean is 0.998400; at least 0.9985 is needed."),
+        "cosine_min": (0.99, "cosine min is 0.990000; at least 0.993 is needed."),
+        "top10_overlap": (0.96, "top-10 overlap is 0.960000; at least 0.97 is needed."),
+        "spearman": (0.98, "Spearman of pairwise similarities is 0.980000; at least 0.99 is needed."),
+        "invariance_min": (0.9999, "invariance is 0.999900; at least 0.99999 is needed."),
+        "norm_error_max": (0.01, "norm error is 1.00e-02 of FP32's norm; at most 0.001 is allowed."),
+    }
+    for field, (value, sentence) in worse.items():
+        assert parity.judge(MEASURES.model_copy(update={field: value}), PLACEMENT, GATE, "device") == (sentence,)
+        damaged = MEASURES.model_copy(update={field: float("nan")})
+        assert len(parity.judge(damaged, PLACEMENT, GATE, "device")) == 1
+
+
+def test_float_fallbacks_are_judged_by_name() -> None:
+    placement = PLACEMENT.model_copy(update={"float_fallbacks": ("layer.3.query",)})
+    (sentence,) = parity.judge(MEASURES, placement, GATE, "device")
+    assert "layer.3.query" in sentence
+
+
+def test_the_place_is_judged() -> None:
+    (sentence,) = parity.judge(MEASURES, PLACEMENT, GATE, "emulator")
+    assert sentence == "it ran on emulator; for export device or host-kernels is needed."
+
+
+@dataclass
+class Tokens:
+    ids: list[list[int]]
+    truncated: int = 0
+    pad_id: int = 0
+
+
+TABLE = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float32)
+SOME = Tokens([list(range(1, 1 + length)) for length in (1, 2, 3, 5, 8, 13, 21, 30, 31, 32)])
+
+
+def faithful(feeds):  # type: ignore[no-untyped-def]
+    return (TABLE[feeds.input_ids] * feeds.attention_mask[..., None]).sum(axis=1)
+
+
+def test_a_faithful_session_is_invariant() -> None:
+    widths: set[int] = set()
+    batches: set[int] = set()
+
+    def watched(feeds):  # type: ignore[no-untyped-def]
+        widths.add(feeds.input_ids.shape[1])
+        batches.add(feeds.input_ids.shape[0])
+        return faithful(feeds)
+
+    assert parity.invariance(watched, SOME, 32) == pytest.approx(1.0, abs=1e-6)
+    assert {1, 2, 8, 32} <= widths
+    assert max(widths) == 32
+    assert batches == {1, 2, 8}
+
+
+def test_static_buckets_see_only_their_own_lengths() -> None:
+    def static(feeds):  # type: ignore[no-untyped-def]
+        assert feeds.input_ids.shape[1] in (8, 32)
+        return faithful(feeds)
+
+    assert parity.invariance(static, SOME, 32, buckets_tokens=(8, 32)) == pytest.approx(1.0, abs=1e-6)
+
+
+def padding_leaks(feeds):  # type: ignore[no-untyped-def]
+    return TABLE[feeds.input_ids].mean(axis=1)
+
+
+def batch_leaks(feeds):  # type: ignore[no-untyped-def]
+    return faithful(feeds) + 0.2 * faithful(feeds).mean(axis=0)
+
+
+def order_leaks(feeds):  # type: ignore[no-untyped-def]
+    return faithful(feeds) + 0.3 * np.arange(len(feeds.input_ids))[:, None]
+
+
+@pytest.mark.parametrize("session", [padding_leaks, batch_leaks, order_leaks])
+def test_a_leak_between_paddings_or_texts_is_seen(session) -> None:  # type: ignore[no-untyped-def]
+    assert parity.invariance(session, SOME, 32) < 0.999
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
+def test_vectors_without_a_direction_give_zero(bad: float) -> None:
+    def session(feeds):  # type: ignore[no-untyped-def]
+        vectors = faithful(feeds)
+        if feeds.input_ids.shape[1] == 8:
+            vectors[:] = bad
+        return vectors
+
+    assert parity.invariance(session, SOME, 32) == 0.0
+
+
+def test_invariance_needs_a_text() -> None:
+    with pytest.raises(ConfigError, match="no texts"):
+        parity.invariance(faithful, Tokens([]), 32)

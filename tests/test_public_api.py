@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import edgeq
+
+
+def test_public_names_are_sorted_and_there() -> None:
+    assert edgeq.__all__ == sorted(edgeq.__all__)
+    for name in edgeq.__all__:
+        assert getattr(edgeq, name) is not None
+    assert dir(edgeq) == edgeq.__all__
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        edgeq.no_such_name  # noqa: B018
+
+
+def test_every_error_has_an_exit_code_of_its_own() -> None:
+    kinds = edgeq.EdgeqError.__subclasses__()
+    assert sorted(kind.exit_code for kind in kinds) == list(range(2, 12))
+    assert edgeq.EdgeqError.exit_code == 1
+
+
+@pytest.mark.parametrize("module", ["edgeq", "edgeq.cli"])
+def test_importing_loads_nothing_heavy(module: str) -> None:
+    heavy = ("numpy", "onnx", "onnxruntime", "pydantic", "tokenizers", "torch", "transformers")
+    code = f"import sys, {module}; print(*sorted(set({heavy!r}) & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert loaded == []
