@@ -16,6 +16,7 @@ from edgeq.texts import Batch, Feeds, Tokens
 BINS = 2048
 MOMENT_ROWS = 8192  # tokens that enter a second moment; several times the widest tensor is enough
 WIDE = 1024
+MOMENT_BLOCK = 512
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Statistics:
         histogram: of all values, when asked for.
         moment: float32[channels, channels], mean of x xᵀ over tokens, when asked for.
         rows: tokens that entered the moment.
+        waiting: rows that have not entered it yet.
     """
 
     minimum: NDArray[np.float32]
@@ -55,6 +57,7 @@ class Statistics:
     histogram: Histogram | None = None
     moment: NDArray[np.float32] | None = None
     rows: int = 0
+    waiting: list[NDArray[np.float32]] = field(default_factory=list, repr=False)
 
 
 def equal_length_batches(tokens: Tokens, longest: int) -> list[Batch]:
@@ -137,13 +140,25 @@ def _observing(model: onnx.ModelProto, tensors: Sequence[str]) -> FloatSession:
 
 
 def _add_moment(statistics: Statistics, rows: NDArray[np.float32], stride: int) -> None:
-    chosen = rows[:: min(stride, len(rows))]
-    product = chosen.T @ chosen
-    statistics.moment = product if statistics.moment is None else statistics.moment + product
-    statistics.rows += len(chosen)
+    """Gather rows and multiply them in blocks: one large product costs far less than many small ones."""
+    statistics.waiting.append(rows[:: min(stride, len(rows))].copy())
+    if sum(map(len, statistics.waiting)) >= MOMENT_BLOCK:
+        _flush_moment(statistics)
+
+
+def _flush_moment(statistics: Statistics) -> None:
+    if not statistics.waiting:
+        return
+    block = np.concatenate(statistics.waiting)
+    statistics.waiting.clear()
+    if statistics.moment is None:
+        statistics.moment = np.zeros((block.shape[1], block.shape[1]), np.float32)
+    statistics.moment += block.T @ block
+    statistics.rows += len(block)
 
 
 def _mean_moment(statistics: Statistics) -> Statistics:
+    _flush_moment(statistics)
     if statistics.moment is not None:
         statistics.moment /= statistics.rows
     return statistics

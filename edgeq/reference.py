@@ -46,6 +46,8 @@ class FloatSession:
         options.log_severity_level = 3
         # Memory patterns and the arena trade memory for speed on repeated shapes; lengths vary here.
         options.enable_mem_pattern = False
+        # numpy works between the runs; threads that spin while they wait would take the cores from it.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:

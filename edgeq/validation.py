@@ -8,12 +8,13 @@ from pathlib import Path
 from edgeq import parity
 from edgeq.backends.contract import Embeddings, Session, embed_batches
 from edgeq.bundle import load_manifest, require_cpu
+from edgeq.corpora import deduplicate, default_texts, read_texts
 from edgeq.embedder import Embedder, load
 from edgeq.evaluation import Embed
 from edgeq.machine import place
 from edgeq.records import Manifest, ParityReport
 from edgeq.reference import FloatSession
-from edgeq.texts import Tokenizer, batches, deduplicate, default_texts, read_texts, text_set
+from edgeq.texts import Tokenizer, batches, text_set
 
 Report = Callable[[str, int, int], None]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Annotated
 
@@ -25,12 +25,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (making.targets, making.export, making.doctor, making.cache):
-    app.command()(verb)
-for verb in (proving.verify, proving.validate, proving.evaluate):
-    app.command()(verb)
-for verb in (running.embed, running.bench, running.inspect):
-    app.command()(verb)
+_VERBS: tuple[Callable[..., None], ...] = (
+    making.targets,
+    making.doctor,
+    making.export,
+    running.inspect,
+    proving.verify,
+    proving.validate,
+    proving.evaluate,
+    running.bench,
+    running.embed,
+    making.cache,
+)
+for _verb in _VERBS:
+    app.command()(_verb)
 
 
 def _show_version(is_wanted: bool) -> None:
@@ -57,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line and give its exit code; a defect of ours leaves as the exception it is."""
     console.set_up()
     try:
-        app(list(arguments), prog_name="edgeq", obj=("edgeq", *arguments))
+        app(list(arguments), prog_name="edgeq")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except EdgeqError as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgeq.cli import console
-from edgeq.errors import ParityFailed
+from edgeq.errors import ParityFailed, ToolMissing
 
 if TYPE_CHECKING:
     from edgeq.pipeline import Exported
@@ -28,13 +28,13 @@ def targets(
     quiet: console.Quiet = False,
 ) -> None:
     """List the targets and whether this machine can run them, or show one."""
-    from edgeq.targets import load_target, load_targets
+    from edgeq.targets import list_targets, load_target
 
     if name is not None:
         target = load_target(name, directory)
         console.put_json({"targets": [_listed(target)]}) if as_json else console.put(target.model_dump_json(indent=2))
         return
-    listed = [_listed(target) for target in load_targets(directory)]
+    listed = [_listed(target) for target in list_targets(directory)]
     if as_json:
         console.put_json({"targets": listed})
         return
@@ -46,7 +46,6 @@ def targets(
 
 
 def export(
-    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model directory, a hub id in the local cache, or a packaged name.")],
     target: Annotated[list[str], typer.Option(help="What to lower for; repeatable. `edgeq targets` lists them.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Bundles go to DIR/TARGET.")],
@@ -86,6 +85,7 @@ def export(
     from edgeq.cache import Cache
     from edgeq.targets import load_target
 
+    store = Cache.temporary() if no_cache else Cache()
     request = pipeline.ExportRequest(
         model=model,
         targets=tuple(load_target(name, directory) for name in dict.fromkeys(target)),
@@ -101,11 +101,13 @@ def export(
         keep_failed=keep_failed,
         overwrite=overwrite,
         dry_run=dry_run,
-        cache=Cache(),
-        command=context.find_root().obj,
+        cache=store,
     )
-    with console.stages() as report:
-        bundles = pipeline.export(request, report)
+    try:
+        with console.stages() as report:
+            bundles = pipeline.export(request, report)
+    finally:
+        store.close()
     if as_json:
         console.put_json({"bundles": [_bundle(bundle) for bundle in bundles]})
     else:
@@ -147,12 +149,41 @@ def cache(
     quiet: console.Quiet = False,
 ) -> None:
     """Show the cache of float models and calibrations, or purge it."""
-    raise NotImplementedError
+    from edgeq.cache import Cache
+
+    store = Cache()
+    freed = store.purge() if action is CacheAction.PURGE else None
+    entries = [{"kind": entry.kind, "key": entry.key, "size_bytes": entry.size_bytes} for entry in store.entries()]
+    if as_json:
+        sizes = {"size_bytes": store.size(), "freed_bytes": freed}
+        console.put_json({"path": str(store.root), **sizes, "entries": entries})
+        return
+    if freed is not None:
+        console.put(f"{store.root}: {console.megabytes(freed)} freed")
+        return
+    rows = [[entry.kind, entry.key[:12], console.megabytes(entry.size_bytes)] for entry in store.entries()]
+    console.put_table(("kind", "key", "size"), rows)
+    console.put(f"{store.root}: {console.megabytes(store.size())} in {len(rows)} entries")
 
 
 def _listed(target: Target) -> dict[str, Any]:
     """Describe a target as `targets --json` does, with what keeps this machine from running it."""
-    raise NotImplementedError
+    from edgeq.backends import find
+    from edgeq.targets import availability
+
+    is_available, reason = availability(target)
+    try:
+        find(target.backend, target.name).tools()
+    except ToolMissing as error:
+        is_available, reason = False, "; ".join(filter(None, (reason, str(error))))
+    return {
+        "name": target.name,
+        "backend": target.backend,
+        "scheme": target.scheme,
+        "runs_on": target.runs_on.model_dump(mode="json"),
+        "available": is_available,
+        "reason": reason or None,
+    }
 
 
 def _spell(runs_on: dict[str, Any]) -> str:
@@ -167,7 +198,7 @@ def _bundle(exported: Exported) -> dict[str, Any]:
     """Describe a bundle as `export --json` does."""
     return {
         "target": exported.target,
-        "path": str(exported.path),
+        "path": exported.path or None,
         "status": exported.status,
         "ran_on": exported.ran_on,
         "parity": None if exported.parity is None else exported.parity.model_dump(mode="json"),
@@ -188,15 +219,15 @@ def _put_bundles(bundles: tuple[Exported, ...]) -> None:
     columns = ("target", "status", "ran on", "cosine mean", "cosine min", "Spearman", "top-10 overlap", "size")
     console.put_table(columns, rows)
     for bundle in bundles:
-        console.put(f"{bundle.path}{' (reused)' if bundle.reused else ''}")
+        console.put(f"{bundle.target}: {bundle.path or 'no bundle was written'}")
 
 
 def _judge(bundles: tuple[Exported, ...]) -> None:
     """Raise if any bundle missed its gate."""
     failed = [bundle for bundle in bundles if bundle.status == "failed"]
     if failed:
-        named = ", ".join(f"{bundle.target} ({bundle.path})" for bundle in failed)
+        missed = " ".join(f"{bundle.target}: {' '.join(bundle.failures)}" for bundle in failed)
         raise ParityFailed(
-            f"the gate is missed by {named}. Its parity.json says which limit; try other --texts, more --samples, "
-            "or a target with a wider scheme."
+            f"{missed} Calibrate on --texts like your own, on more --samples, or choose another target; "
+            "--keep-failed writes such a bundle to look into."
         )

@@ -42,7 +42,7 @@ def embed(
         ConfigError: the texts cannot be read, or --out is no .npy file.
     """
     from edgeq import embedder
-    from edgeq.texts import read_texts
+    from edgeq.corpora import read_texts
 
     if out.suffix != ".npy":
         raise ConfigError(f"--out: {out} does not end in .npy, the format that is written. Rename it.")
