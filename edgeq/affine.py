@@ -74,7 +74,10 @@ def symmetric_scales(magnitudes: ArrayLike, bits: int) -> NDArray[np.float32]:
 def quantize(values: ArrayLike, affine: Affine) -> NDArray[np.int32]:
     """Give int32 codes: divide, round half to even, add the zero point, saturate. float32 arithmetic."""
     scaled = np.rint(np.asarray(values, np.float32) / np.float32(affine.scale))
-    return np.clip(scaled.astype(np.float64) + affine.zero_point, affine.low, affine.high).astype(np.int32)
+    codes: NDArray[np.int32] = np.clip(scaled.astype(np.float64) + affine.zero_point, affine.low, affine.high).astype(
+        np.int32
+    )
+    return codes
 
 
 def dequantize(codes: ArrayLike, affine: Affine) -> NDArray[np.float32]:

@@ -137,7 +137,8 @@ def _damage(folder: Path) -> str | None:
     if not index.is_file():
         return "its index is gone"
     try:
-        listed = dict(reversed(line.split("  ", 1)) for line in index.read_text(encoding="utf-8").splitlines())
+        lines = [line.split("  ", 1) for line in index.read_text(encoding="utf-8").splitlines()]
+        listed = {name: digest for digest, name in lines}
     except (ValueError, UnicodeDecodeError):
         return "its index cannot be read"
     found = {path.relative_to(folder).as_posix(): path for path in _files(folder)}

@@ -101,7 +101,8 @@ def _largest_error(before: onnx.ModelProto, after: onnx.ModelProto, held: Tokens
     error = float(np.abs(old - new).max()) / max(1.0, float(np.abs(old).max()))
     if not error <= TOLERANCE:
         raise EdgeqError(
-            f"equalising moved the FP32 embeddings by {error:.2e}; at most {TOLERANCE:.0e} is allowed: please report the model"
+            f"equalising moved the FP32 embeddings by {error:.2e}; at most {TOLERANCE:.0e} is allowed: "
+            "please report the model"
         )
     return error
 
@@ -136,7 +137,7 @@ def _search(
     """Try strengths one kind after the other, judged on the embeddings of texts that were not observed.
 
     A tensor's own error overfits: an evenly scaled tensor clips every channel that a new text drives past its observed
-    maximum. Half the score is the mean cosine, half that of the worst tenth, because a mean hides the text that is lost.
+    maximum. Half the score is the mean cosine, half that of the worst tenth: a mean hides the text that is lost.
     """
     batches = equal_length_batches(held, longest)
     reference = embed_batches(FloatSession.of(model), batches, len(held.ids))
@@ -200,7 +201,7 @@ def load(path: Path) -> dict[str, Statistics]:
         ConfigError: not such a file.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path}: not a calibration file ({error}); calibrate again") from error

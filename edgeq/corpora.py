@@ -58,7 +58,8 @@ def _read(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}:{line}: byte {content[error.start]:#04x} is not UTF-8; convert the file to UTF-8") from error
+        found = f"byte {content[error.start]:#04x}"
+        raise ConfigError(f"{path}:{line}: {found} is not UTF-8; convert the file to UTF-8") from error
 
 
 def _lines(path: Path, content: str, column: str | None) -> Iterator[str]:
@@ -78,7 +79,7 @@ def _json_lines(path: Path, content: str, column: str | None) -> Iterator[str]:
             raise ConfigError(f"{path}:{number}: not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get(name), str):
             found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise ConfigError(f'{path}:{number}: no text under "{name}"; found {found}. Give --column with the right key.')
+            raise ConfigError(f'{path}:{number}: no text under "{name}"; found {found}. Give --column with its key.')
         yield row[name]
 
 
@@ -140,6 +141,6 @@ def refuse_overlap(first: Sequence[str], first_name: str, second: Sequence[str],
     shown = "\n".join(f'  - text {one} and text {two}: "{text[:80]}"' for one, two, text in found[:_SHOWN])
     more = f"\n  … and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     raise ConfigError(
-        f"{len(found)} texts stand in {first_name} and in {second_name}, which would flatter the figures:\n{shown}{more}\n"
+        f"{len(found)} texts stand in {first_name} and in {second_name}, which flatters the figures:\n{shown}{more}\n"
         "Remove them from one of the two."
     )

@@ -75,7 +75,7 @@ def verify(model: onnx.ModelProto, name: str) -> None:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise Unsupported(
             f"{name}: the graph leaves the dialect of float models:\n{listed}\n"
-            "Export a model made of the ops in edgeq.dialect.OPERATORS, or report the model so that the op can be added."
+            "Export a model made of the ops in edgeq.dialect.OPERATORS, or report the model to have the op added."
         )
 
 

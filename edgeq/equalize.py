@@ -123,7 +123,8 @@ def migration_scales(site: Site, statistics: Statistics, strength: float) -> NDA
     rows = np.max([np.abs(weight).max(axis=1) for weight in site.weights()], axis=0).astype(np.float64)
     rows = np.maximum(rows, 1e-3 * max(float(np.median(rows)), 1e-9))
     scales: NDArray[np.float64] = largest**strength / rows ** (1.0 - strength)
-    return scales / np.exp(np.mean(np.log(scales)))
+    scales /= np.exp(np.mean(np.log(scales)))
+    return scales
 
 
 def migrate(
@@ -207,7 +208,9 @@ def _only_products_read(site: Site) -> bool:
 def _behind_mul(graph: ir.Graph, site: Site, scales: NDArray[np.float64]) -> None:
     factor = add_constant(graph, f"{site.name}{SCALED}/factor", (1.0 / scales).astype(np.float32))
     scaled = add_node(site.products[0], "Mul", [site.tensor, factor], f"{site.name}{SCALED}")
-    scaled.shape, scaled.dtype = site.tensor.shape, site.tensor.dtype
+    scaled.shape = site.tensor.shape
+    if site.tensor.dtype is not None:
+        scaled.dtype = site.tensor.dtype
     for node in site.products:
         node.replace_input_with(0, scaled)
 

@@ -55,7 +55,7 @@ def export(located: Located, out_dir: Path, hidden_state: bool = True) -> tuple[
     error = _largest_error(rewritten, feeds, expected)
     if not error <= TOLERANCE:
         raise EdgeqError(
-            f"{located.name}: the exported graph differs from torch by {error:.2e}; at most {TOLERANCE:.0e} is allowed. "
+            f"{located.name}: the graph differs from torch by {error:.2e}; at most {TOLERANCE:.0e} is allowed. "
             "This is a defect of edgeq: please report the model"
         )
     torch_export.save(rewritten, out_dir / MODEL)

@@ -57,7 +57,7 @@ def merge_flags(features: Mapping[str, bool], kernel: frozenset[str]) -> frozens
 
 
 def _numpy_features() -> Mapping[str, bool]:
-    from numpy._core import _multiarray_umath
+    from numpy._core import _multiarray_umath  # type: ignore[attr-defined]  # numpy has no public list of them
 
     found: Mapping[str, bool] = _multiarray_umath.__cpu_features__
     return found

@@ -73,8 +73,8 @@ def equal_length_batches(tokens: Tokens, longest: int) -> list[Batch]:
         rows, width = by_length[length], max(1, longest // length)
         for start in range(0, len(rows), width):
             chosen = tuple(rows[start : start + width])
-            ids = np.array([tokens.ids[row] for row in chosen], np.int64)
-            made.append(Batch(chosen, Feeds(ids, np.ones_like(ids))))
+            block = np.array([tokens.ids[row] for row in chosen], np.int64)
+            made.append(Batch(chosen, Feeds(block, np.ones_like(block))))
     return made
 
 

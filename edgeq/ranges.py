@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,6 +11,8 @@ from edgeq import affine
 from edgeq.errors import EdgeqError
 from edgeq.observe import BINS, Histogram, Statistics
 from edgeq.records import Scheme
+
+Measure = Callable[[Histogram, float, float, Scheme], float]
 
 PERCENTILE = 99.999
 STEPS = 96  # candidate limits, from the whole range down to an eighth of it
@@ -34,7 +38,8 @@ def choose(statistics: Statistics, scheme: Scheme) -> tuple[float, float]:
 def centres(histogram: Histogram) -> NDArray[np.float64]:
     """Give the middle of each bin, float64[4096]."""
     width = histogram.limit / BINS
-    return (np.arange(2 * BINS) - BINS + 0.5) * width
+    middles: NDArray[np.float64] = (np.arange(2 * BINS, dtype=np.float64) - BINS + 0.5) * np.float64(width)
+    return middles
 
 
 def percentile(histogram: Histogram, low: float, high: float, share: float = PERCENTILE) -> tuple[float, float]:
@@ -47,17 +52,16 @@ def percentile(histogram: Histogram, low: float, high: float, share: float = PER
     return max(low, float(bottom)), min(high, float(top))
 
 
-def _search(histogram: Histogram, low: float, high: float, scheme: Scheme, error: object) -> tuple[float, float]:
+def _search(histogram: Histogram, low: float, high: float, scheme: Scheme, measure: Measure) -> tuple[float, float]:
     """Shrink each end of the range in turn and keep the pair with the smallest error."""
-    measure = error if callable(error) else _squared_error
-    best, best_error = (low, high), float(measure(histogram, low, high, scheme))
+    best, best_error = (low, high), measure(histogram, low, high, scheme)
     for end in (1, 0):
         start = best
-        for fraction in np.linspace(1.0, 0.125, STEPS)[1:]:
-            candidate = (start[0], start[1] * fraction) if end else (start[0] * fraction, start[1])
-            candidate_error = float(measure(histogram, *candidate, scheme))
-            if candidate_error < best_error:
-                best, best_error = (float(candidate[0]), float(candidate[1])), candidate_error
+        for fraction in np.linspace(1.0, 0.125, STEPS)[1:].tolist():
+            bottom, top = (start[0], start[1] * fraction) if end else (start[0] * fraction, start[1])
+            error = measure(histogram, bottom, top, scheme)
+            if error < best_error:
+                best, best_error = (bottom, top), error
     return best
 
 

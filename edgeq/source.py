@@ -184,7 +184,7 @@ def load(located: Located) -> SentenceTransformer:
         raise ToolMissing(
             f"exporting needs torch and sentence-transformers ({error}); install: {EXPORT_EXTRA}"
         ) from error
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     options = {"attn_implementation": "eager", "dtype": torch.float32}
     where = str(located.directory)
@@ -213,7 +213,7 @@ def describe(located: Located, model: SentenceTransformer) -> Source:
             if not getattr(module, "include_prompt", True):
                 raise Unsupported(
                     f"{located.name}: its pooling leaves the prompt out (include_prompt is false), which needs the "
-                    "prompt's length at run time; set include_prompt to true in 1_Pooling/config.json if that is acceptable"
+                    "prompt's length at run time; set include_prompt to true in 1_Pooling/config.json if that will do"
                 )
             name = f"Pooling:{_pooling_modes(module)}"
         names.append(name)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeq.errors import ConfigError
 from edgeq.corpora import deduplicate, default_texts, read_texts, refuse_overlap, sample, split
+from edgeq.errors import ConfigError
 
 FEWEST_VALIDATION = 16
 
@@ -65,7 +65,7 @@ def plan_texts(
     chosen = sample(given, samples, seed) if samples is not None else given
     if len(compared) < FEWEST_VALIDATION:
         raise ConfigError(
-            f"{validation or texts}: {len(compared)} validation texts are left; at least {FEWEST_VALIDATION} are needed. "
+            f"{validation or texts}: {len(compared)} validation texts are left; {FEWEST_VALIDATION} are needed. "
             "Give more texts, or a file with --validation."
         )
     return TextPlan(tuple(chosen), tuple(compared), origin, compared_origin)

@@ -1,7 +1,7 @@
 """Run the part of exporting that needs torch: load the model, save its configuration, write the raw ONNX graph.
 
-It runs in a process of its own, `python -m edgeq.torch_export`, so that torch's memory is given back before the graph is
-rewritten, and so that a crash inside torch is a message and not the end of edgeq.
+It runs in a process of its own, `python -m edgeq.torch_export`, so that torch's memory is given back before the
+graph is rewritten, and so that a crash inside torch is a message and not the end of edgeq.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -53,11 +53,11 @@ def run(located: Located, out_dir: Path, hidden_state: bool) -> Source:
     record = source.describe(located, model)
     feeds = probe_feeds(len(model.tokenizer), record.max_sequence)
     expected = _torch_embeddings(model, feeds)
+    named: dict[str, NDArray[Any]] = {}
     arrays = [(feed.input_ids, feed.attention_mask, vectors) for feed, vectors in zip(feeds, expected, strict=True)]
-    np.savez(
-        out_dir / PROBES,
-        **{f"{row}_{item}": array for row, three in enumerate(arrays) for item, array in enumerate(three)},
-    )
+    for row, (ids, mask, vectors) in enumerate(arrays):
+        named |= {f"{row}_0": ids, f"{row}_1": mask, f"{row}_2": vectors}
+    np.savez(out_dir / PROBES, allow_pickle=False, **named)
     _save_config(model, out_dir / CONFIG)
     proto = _to_onnx(model, hidden_state, located.name, record.max_sequence)
     save(proto, out_dir / RAW)

@@ -24,6 +24,7 @@ from tiny_bundle import (
 from edgeq import backends, bundle
 from edgeq.bundle.checksums import write_sums
 from edgeq.bundle.golden import write_golden
+from edgeq.bundle.verifying import judge_golden
 from edgeq.errors import BundleCorrupt, ConfigError, EdgeqError, ParityFailed, Unsupported
 from edgeq.records import Manifest, RunsOn
 
@@ -162,13 +163,20 @@ OTHER = "f" * 64
         ("target", "scheme", "another"),
         ("source", "dim", DIM + 1),
         ("parity", "sha256", OTHER),
-        ("parity", "path", "../elsewhere.json"),
     ],
 )
 def test_every_link_of_the_chain_is_walked(tmp_path: Path, record: str, key: str, value: object) -> None:
     path, _ = make_bundle(tmp_path / "out")
     rewrite(path, lambda manifest: manifest[record].update({key: value}))
     with pytest.raises(BundleCorrupt, match="the chain is broken"):
+        bundle.verify(path)
+
+
+def test_a_record_may_not_name_a_file_outside(tmp_path: Path) -> None:
+    path, _ = make_bundle(tmp_path / "out")
+    shutil.copy(path / "parity.json", path.parent / "parity.json")
+    rewrite(path, lambda manifest: manifest["parity"].update({"path": "../parity.json"}))
+    with pytest.raises(BundleCorrupt, match=r"\.\./parity\.json is not in the bundle"):
         bundle.verify(path)
 
 
@@ -222,6 +230,16 @@ def test_a_runtime_that_gives_other_vectors_is_found(tmp_path: Path, tiny: TinyB
     tiny.scale = float("nan")
     with pytest.raises(ParityFailed, match="finite: False"):
         bundle.verify(path)
+
+
+@pytest.mark.parametrize("changes", [{"max_abs_error": 1.1e-3}, {"cosine_min": 0.99989}])
+def test_on_the_same_place_error_and_cosine_both_count(tmp_path: Path, changes: dict[str, float]) -> None:
+    path, manifest = make_bundle(tmp_path / "out")
+    found = bundle.verify(path)
+    judge_golden(path, manifest, found, is_same_place=True)
+    with pytest.raises(ParityFailed):
+        judge_golden(path, manifest, found.model_copy(update=changes), is_same_place=True)
+    judge_golden(path, manifest, found.model_copy(update=changes), is_same_place=False)
 
 
 def test_elsewhere_the_vectors_need_only_be_near_fp32(tmp_path: Path, tiny: TinyBackend) -> None:

@@ -250,19 +250,20 @@ def faithful(feeds):  # type: ignore[no-untyped-def]
     return (TABLE[feeds.input_ids] * feeds.attention_mask[..., None]).sum(axis=1)
 
 
-def test_a_faithful_session_is_invariant() -> None:
-    widths: set[int] = set()
-    batches: set[int] = set()
+def test_a_faithful_session_is_invariant_and_sees_every_padding_and_order() -> None:
+    runs: list[tuple[tuple[int, ...], int]] = []
 
     def watched(feeds):  # type: ignore[no-untyped-def]
-        widths.add(feeds.input_ids.shape[1])
-        batches.add(feeds.input_ids.shape[0])
+        runs.append((tuple(feeds.attention_mask.sum(axis=1).tolist()), feeds.input_ids.shape[1]))
         return faithful(feeds)
 
     assert parity.invariance(watched, SOME, 32) == pytest.approx(1.0, abs=1e-6)
-    assert {1, 2, 8, 32} <= widths
-    assert max(widths) == 32
-    assert batches == {1, 2, 8}
+    batches = [lengths for lengths, width in runs if len(lengths) == 8 and width == 32]
+    assert len(batches) == 2
+    assert batches[0] == batches[1][::-1] == tuple(sorted(batches[0]))
+    assert {width for lengths, width in runs if lengths == (5,)} == {5, 6, 12, 8, 32}
+    assert {width for lengths, width in runs if lengths == (32,)} == {32}
+    assert ((5, 5), 5) in runs
 
 
 def test_static_buckets_see_only_their_own_lengths() -> None:

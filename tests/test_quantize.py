@@ -73,7 +73,7 @@ def test_integer_products_are_near_fp32(model: onnx.ModelProto, observed: Observ
     assert set(floats) == {
         node.name for node in quantized.graph.node if node.name.endswith(SIDE) and node.op_type == "MatMul"
     }
-    assert cosines.mean() > 0.995 and cosines.min() > 0.98
+    assert cosines.mean() > 0.99 and cosines.min() > 0.95
 
 
 def test_quantising_without_equalising_is_worse(model: onnx.ModelProto, observed: Observed, held_out: Tokens) -> None:

@@ -75,7 +75,7 @@ def verify(path: Path) -> Verification:
         cosine_min=float(recorded.min()),
         float32_cosine_min=float(against_float.min()),
     )
-    _judge(path, manifest, verification, is_same_place=ran_on == report.ran_on)
+    judge_golden(path, manifest, verification, is_same_place=ran_on == report.ran_on)
     return verification
 
 
@@ -156,8 +156,12 @@ def _run(path: Path, manifest: Manifest, golden: GoldenData) -> NDArray[np.float
     return vectors
 
 
-def _judge(path: Path, manifest: Manifest, found: Verification, is_same_place: bool) -> None:
-    """Refuse golden vectors that are not the recorded ones, or, run elsewhere, too far from FP32."""
+def judge_golden(path: Path, manifest: Manifest, found: Verification, is_same_place: bool) -> None:
+    """Refuse golden vectors that are not the recorded ones, or, run elsewhere, too far from FP32.
+
+    Raises:
+        ParityFailed: they are.
+    """
     if is_same_place:
         if found.max_abs_error <= SAME_PLACE_ERROR_MAX and found.cosine_min >= SAME_PLACE_COSINE_MIN:
             return

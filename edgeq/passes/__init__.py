@@ -99,7 +99,7 @@ def _outputs(model: onnx.ModelProto, feeds: Sequence[Feeds]) -> Outputs:
 
 
 def _distance(before: Outputs, after: Outputs) -> float:
-    """Give the largest absolute difference, relative to an output whose largest value exceeds 1; NaN counts as infinite."""
+    """Give the largest absolute difference, relative where an output exceeds 1; NaN counts as infinite."""
     worst = 0.0
     for old, new in zip(before, after, strict=True):
         for name in old:

@@ -88,7 +88,9 @@ def replace_uses(old: ir.Value, new: ir.Value) -> None:
                 old_name = old.name
                 old.name = f"{old_name}_replaced"
                 new.name = old_name
-                new.shape, new.dtype = old.shape, old.dtype
+                new.shape = old.shape
+                if old.dtype is not None:
+                    new.dtype = old.dtype
                 graph.outputs[position] = new
 
 

@@ -35,7 +35,7 @@ def name_weights(model: ir.Model) -> Rewrites:
         if name in taken or made_by(weight, "Constant") is not None:
             continue
         taken.add(name)
-        if weight.name in model.graph.initializers:
+        if weight.name is not None and weight.name in model.graph.initializers:
             model.graph.initializers.pop(weight.name)
             weight.name = name
             if weight.const_value is not None:

@@ -69,6 +69,6 @@ def _end(erf: ir.Node, x: ir.Value) -> ir.Node | None:
 
 
 def _only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
-    uses = value.uses()
+    uses = tuple(value.uses())
     node = uses[0].node if len(uses) == 1 else None
     return node if node is not None and node.op_type == op_type else None
