@@ -215,7 +215,7 @@ def describe(located: Located, model: SentenceTransformer) -> Source:
                     f"{located.name}: its pooling leaves the prompt out (include_prompt is false), which needs the "
                     "prompt's length at run time; set include_prompt to true in 1_Pooling/config.json if that will do"
                 )
-            name = f"Pooling:{_pooling_modes(module)}"
+            name = f"Pooling:{pooling_modes(module)}"
         names.append(name)
     dim = model.get_embedding_dimension()
     limit = model.max_seq_length
@@ -234,9 +234,23 @@ def describe(located: Located, model: SentenceTransformer) -> Source:
     )
 
 
-def _pooling_modes(module: object) -> str:
-    mode = getattr(module, "pooling_mode", "unknown")
-    return mode if isinstance(mode, str) else "+".join(mode) if isinstance(mode, Sequence) else str(mode)
+def pooling_modes(module: object) -> str:
+    """Name the modes of a Pooling module, joined by "+" where their vectors are concatenated."""
+    mode = getattr(module, "pooling_mode", None)
+    if isinstance(mode, str):
+        return mode
+    if isinstance(mode, Sequence) and mode:
+        return "+".join(str(item) for item in mode)
+    raise Unsupported(f"the Pooling module states no mode but {mode!r}; sentence-transformers 6 is needed")
+
+
+def pooling_width(module: object) -> int:
+    """Give the width of the token vectors that a Pooling module reads."""
+    for name in ("embedding_dimension", "word_embedding_dimension"):
+        width = getattr(module, name, None)
+        if isinstance(width, int):
+            return width
+    raise Unsupported("the Pooling module states no width; sentence-transformers 6 is needed")
 
 
 def _first_line(error: Exception) -> str:

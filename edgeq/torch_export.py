@@ -171,13 +171,37 @@ def _torch_embeddings(model: SentenceTransformer, feeds: tuple[Feeds, ...]) -> l
 
 
 def _save_config(model: SentenceTransformer, folder: Path) -> None:
-    """Write tokenizer, config and module files as sentence-transformers does, without the transformer's weights."""
+    """Write tokenizer, config and module files, without the transformer's weights (a Dense module keeps its own).
+
+    Module files take the form that sentence-transformers 5 and 6 both read: 5 knows neither 6's class paths nor its
+    shorter pooling configuration.
+    """
     folder.mkdir()
     with quiet():
         model.save(str(folder), create_model_card=False)
     for pattern in ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin"):
         for path in folder.glob(pattern):
             path.unlink()
+    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    for entry, module in zip(modules, model, strict=True):
+        entry["type"] = f"sentence_transformers.models.{type(module).__name__}"
+        if type(module).__name__ == "Pooling":
+            _write_json(folder / entry["path"] / "config.json", _pooling_config(module))
+    _write_json(folder / "modules.json", modules)
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": model.max_seq_length, "do_lower_case": False})
+
+
+def _pooling_config(module: torch.nn.Module) -> dict[str, object]:
+    """Write the pooling modes as one flag each."""
+    names = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken"}
+    names |= {"mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "weightedmean": "weightedmean_tokens"}
+    mode = source.pooling_modes(module).split("+")
+    flags: dict[str, object] = {f"pooling_mode_{key}": name in mode for name, key in names.items()}
+    return {"word_embedding_dimension": source.pooling_width(module), **flags, "include_prompt": True}
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load_probes(path: Path) -> tuple[tuple[Feeds, ...], list[NDArray[np.float32]]]:

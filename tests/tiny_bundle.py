@@ -224,7 +224,7 @@ def make_lineage(artifact_dir: Path, target: Target, prompts: Mapping[str, str] 
         float_matmuls=(),
     )
     artifact = Artifact(
-        backend="tiny",
+        backend=target.backend,
         target=target.name,
         files=(file_ref(artifact_dir / "onnx" / "model.onnx", artifact_dir),),
         qdq_sha256=qdq.file.sha256,

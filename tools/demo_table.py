@@ -11,8 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 COLUMNS = (
-    "target", "size MB", "cosine mean", "cosine min", "Spearman", "top-10", "ms, 1 x 128", "speed-up", "ran on", "result",
-)  # fmt: skip
+    "target",
+    "MB",
+    "cosine mean",
+    "cosine min",
+    "Spearman",
+    "top-10",
+    "ms, 1 x 128",
+    "speed-up",
+    "ran on",
+    "result",
+)
 
 
 def row(bundle: dict[str, Any], bench: dict[str, Any]) -> list[str]:

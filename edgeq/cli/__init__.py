@@ -65,7 +65,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line and give its exit code; a defect of ours leaves as the exception it is."""
     console.set_up()
     try:
-        app(list(arguments), prog_name="edgeq")
+        # Not `app(...)`: that would put typer's own hook for unforeseen exceptions over ours.
+        typer.main.get_command(app)(list(arguments), prog_name="edgeq")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except EdgeqError as error:
