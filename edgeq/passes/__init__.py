@@ -7,13 +7,16 @@ Every pass takes an `onnx_ir` model, edits it in place and returns `Rewrites`. `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir import external_data
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from edgeq import storage
 from edgeq.errors import EdgeqError
 from edgeq.passes.constant_reshape import constant_reshape
 from edgeq.passes.constant_segment import constant_segment
@@ -46,6 +49,7 @@ FLOAT_PASSES: tuple[Pass, ...] = (
 )
 
 TOLERANCE = 1e-5
+_LARGE_WEIGHT_BYTES = 1 << 16
 
 
 def apply(
@@ -64,24 +68,43 @@ def apply(
     Raises:
         EdgeqError: a pass wrote a graph that is invalid, or moved an output by more than 1e-5.
     """
-    reports = []
-    before = _outputs(model, feeds)
-    for rewrite in passes:
-        graph = ir.from_proto(model)
-        done = rewrite(graph)
-        if done.count:
-            RemoveUnusedNodesPass()(graph)
-            model = ir.to_proto(graph)
-            onnx.checker.check_model(model)
-        error = _distance(before, _outputs(model, feeds)) if done.count else 0.0
-        name = getattr(rewrite, "__name__", repr(rewrite))
-        if not error <= TOLERANCE:
-            raise EdgeqError(
-                f"pass {name}: moved the FP32 outputs by {error:.2e}, at most {TOLERANCE:.0e} is allowed; "
-                "this is a defect of edgeq: please report the model"
+    with storage.work_dir() as folder:
+        model = _with_weights_outside(model, folder)
+        reports = []
+        before = _outputs(model, feeds, folder)
+        for rewrite in passes:
+            graph = _graph(model, folder)
+            done = rewrite(graph)
+            error = 0.0
+            if done.count:
+                RemoveUnusedNodesPass()(graph)
+                model = ir.to_proto(graph)
+                error = _distance(before, _outputs(model, feeds, folder))
+            name = getattr(rewrite, "__name__", repr(rewrite))
+            if not error <= TOLERANCE:
+                raise EdgeqError(
+                    f"pass {name}: moved the FP32 outputs by {error:.2e}, at most {TOLERANCE:.0e} is allowed; "
+                    "this is a defect of edgeq: please report the model"
+                )
+            reports.append(
+                PassReport(name=name, rewrites=done.count, max_abs_error=error, near_misses=done.near_misses)
             )
-        reports.append(PassReport(name=name, rewrites=done.count, max_abs_error=error, near_misses=done.near_misses))
-    return infer_shapes(model), tuple(reports)
+        whole = ir.to_proto(external_data.load_to_model(_graph(model, folder)))
+    return infer_shapes(whole), tuple(reports)
+
+
+def _with_weights_outside(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    """Move large weights into a file: every pass serialises and loads the graph, and copying them takes longest."""
+    outside = external_data.unload_from_model(
+        ir.from_proto(model), folder, "weights", size_threshold_bytes=_LARGE_WEIGHT_BYTES
+    )
+    return ir.to_proto(outside)
+
+
+def _graph(model: onnx.ModelProto, folder: Path) -> ir.Model:
+    graph = ir.from_proto(model)
+    external_data.set_base_dir(graph.graph, folder)
+    return graph
 
 
 def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -93,8 +116,12 @@ def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
 Outputs = list[Mapping[str, NDArray[np.float32]]]
 
 
-def _outputs(model: onnx.ModelProto, feeds: Sequence[Feeds]) -> Outputs:
-    session = FloatSession.of(model)
+def _outputs(model: onnx.ModelProto, feeds: Sequence[Feeds], folder: Path) -> Outputs:
+    """Check that the model is valid ONNX, and run it beside its weights."""
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    onnx.checker.check_model(str(path))
+    session = FloatSession.of(path)
     return [session.outputs(feed) for feed in feeds]
 
 
