@@ -16,7 +16,19 @@ from edgeq import export as exporting
 from edgeq.backends.contract import Backend, Embeddings, embed_batches
 from edgeq.cache import Cache, key
 from edgeq.errors import ConfigError, Unsupported
-from edgeq.records import Calibration, FloatModel, Measures, Place, QdqModel, Record, Source, Status, Target, TextSet
+from edgeq.records import (
+    Calibration,
+    FloatModel,
+    Measures,
+    ParityReport,
+    Place,
+    QdqModel,
+    Record,
+    Source,
+    Status,
+    Target,
+    TextSet,
+)
 from edgeq.reference import FloatSession
 from edgeq.source import Located
 from edgeq.texts import Tokenizer, Tokens, batches, text_set
@@ -52,10 +64,11 @@ class ExportRequest:
 
 
 class Exported(Record):
-    """Say what came of one target. `path` is empty when no bundle was written."""
+    """Say what came of one target. Without a bundle `path` is empty, and `report` names the report of a missed gate."""
 
     target: str
     path: str
+    report: str
     status: Status
     ran_on: Place
     parity: Measures | None
@@ -252,9 +265,11 @@ def _bundle(
         size = sum(ref.size_bytes for ref in artifact.files)
         path = request.out / target.name
         is_written = found.status != "failed" or request.keep_failed
+        kept_report = _keep_report(found, request.out, is_written)
         if is_written:
+            command = _command(request, floats.source.name, target)
             lineage = bundle.Lineage(
-                __version__, _command(request, target), target, floats.source, floats.model, calibrated.equalized,
+                __version__, command, target, floats.source, floats.model, calibrated.equalized,
                 calibrated.calibration, model, artifact, _versions(_EXPORT_TOOLS) | dict(backend.tools()),
             )  # fmt: skip
             golden = _golden(validation, embeddings)
@@ -262,12 +277,25 @@ def _bundle(
     return Exported(
         target=target.name,
         path=str(path) if is_written else "",
+        report=kept_report,
         status=found.status,
         ran_on=found.ran_on,
         parity=found.measures,
         size_bytes=size,
         failures=found.failures,
     )
+
+
+def _keep_report(found: ParityReport, out: Path, is_written: bool) -> str:
+    """Keep the report of a refused bundle beside the place where it would stand; else remove an earlier one."""
+    path = out / f"{found.target}.parity.json"
+    with storage.storage_errors(f"writing {path}"):
+        if is_written:
+            path.unlink(missing_ok=True)
+            return ""
+        out.mkdir(parents=True, exist_ok=True)
+    storage.write_bytes(path, (found.model_dump_json(indent=2) + "\n").encode())
+    return str(path)
 
 
 def _refuse(backend: Backend, model: QdqModel, target: Target) -> None:
@@ -293,7 +321,14 @@ def _golden(validation: _Validation, embeddings: Embeddings) -> bundle.GoldenDat
 
 def _not_run(target: Target) -> Exported:
     return Exported(
-        target=target.name, path="", status="not-run", ran_on="not-run", parity=None, size_bytes=0, failures=()
+        target=target.name,
+        path="",
+        report="",
+        status="not-run",
+        ran_on="not-run",
+        parity=None,
+        size_bytes=0,
+        failures=(),
     )
 
 
@@ -302,11 +337,15 @@ def _name(located: Located) -> str:
     return located.directory.name if Path(located.name).exists() else located.name
 
 
-def _command(request: ExportRequest, target: Target) -> tuple[str, ...]:
-    """Write the command that makes this one bundle again: only what decides its content, in a fixed order."""
-    words = ["edgeq", "export", request.model, "--target", target.name]
+def _command(request: ExportRequest, name: str, target: Target) -> tuple[str, ...]:
+    """Write the command that makes this one bundle again: only what decides its content, in a fixed order.
+
+    Files go by their bare names: where they lay means nothing elsewhere, and would make equal bundles differ.
+    """
+    words = ["edgeq", "export", name, "--target", target.name]
     optional: Mapping[str, object | None] = {
-        "--texts": request.texts, "--column": request.column, "--validation": request.validation,
+        "--texts": request.texts and request.texts.name, "--column": request.column,
+        "--validation": request.validation and request.validation.name,
         "--pooling": request.pooling, "--samples": request.samples, "--seed": request.seed or None,
     }  # fmt: skip
     for option, value in optional.items():

@@ -140,7 +140,8 @@ class Gate(Record):
     top10_overlap_min: float
     spearman_min: float  # of pairwise similarities, artifact against FP32
     invariance_min: float  # cosine of one text at other paddings and batches
-    norm_error_max: float  # of abs(norm - 1); only for models that normalise
+    norm_error_max: float  # relative to FP32's norm, for models that normalise
+    norm_error_unnormalized_max: float  # the same for models that do not: there a norm drifts as the vector does
     float_fallbacks_max: int
     export_places: tuple[Place, ...]
     release_places: tuple[Place, ...]
@@ -190,7 +191,8 @@ class Measures(Record):
     top10_overlap: float
     spearman: float
     invariance_min: float
-    norm_error_max: float
+    norm_error_max: float  # relative to FP32's norm
+    is_normalized: bool  # whether all of FP32's vectors have length 1
     worst_text: str
 
 

@@ -44,6 +44,7 @@ def exported(status: str = "passed", **changes: object) -> Exported:
     fields = {
         "target": TARGET,
         "path": f"out/{TARGET}",
+        "report": "",
         "status": status,
         "ran_on": "device",
         "parity": MEASURES,
@@ -189,11 +190,12 @@ def test_export_as_json_is_the_documented_document(
 def test_a_failed_gate_prints_the_result_and_exits_6(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stand_in(monkeypatch, lambda request: (exported(), exported("failed", path="")))
+    stand_in(monkeypatch, lambda request: (exported(), exported("failed", path="", report="out/a.parity.json")))
     assert cli.run([*EXPORT, "--json"]) == 6
     found = capsys.readouterr()
     assert [item["status"] for item in json.loads(found.out)["bundles"]] == ["passed", "failed"]
     assert "cosine min is 0.5" in found.err
+    assert "The report is out/a.parity.json." in found.err
 
 
 @pytest.mark.parametrize("kind", edgeq.EdgeqError.__subclasses__())

@@ -224,6 +224,20 @@ def test_every_limit_is_judged() -> None:
         assert len(parity.judge(damaged, PLACEMENT, GATE, "device")) == 1
 
 
+def test_a_model_that_does_not_normalise_has_a_norm_limit_of_its_own() -> None:
+    drifted = MEASURES.model_copy(update={"is_normalized": False, "norm_error_max": 0.04})
+    assert parity.judge(drifted, PLACEMENT, GATE, "device") == ()
+    (sentence,) = parity.judge(drifted.model_copy(update={"norm_error_max": 0.06}), PLACEMENT, GATE, "device")
+    assert sentence == "norm error is 6.00e-02 of FP32's norm; at most 0.05 is allowed."
+
+
+def test_whether_a_model_normalises_is_read_from_its_vectors() -> None:
+    reference = unit_rows()
+    assert parity.measure(reference, reference, texts(), 1.0).is_normalized
+    longer = reference * np.float32(1.5)
+    assert not parity.measure(longer, longer, texts(), 1.0).is_normalized
+
+
 def test_float_fallbacks_are_judged_by_name() -> None:
     placement = PLACEMENT.model_copy(update={"float_fallbacks": ("layer.3.query",)})
     (sentence,) = parity.judge(MEASURES, placement, GATE, "device")

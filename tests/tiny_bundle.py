@@ -46,6 +46,7 @@ GATE = Gate(
     spearman_min=0.99,
     invariance_min=0.99999,
     norm_error_max=1e-3,
+    norm_error_unnormalized_max=0.05,
     float_fallbacks_max=0,
     export_places=("device", "host-kernels"),
     release_places=("device",),
@@ -60,6 +61,7 @@ MEASURES = Measures(
     spearman=0.999,
     invariance_min=0.9999999,
     norm_error_max=1e-6,
+    is_normalized=True,
     worst_text="how do i",
 )
 TEXT_SET = TextSet(origin="default", sha256="7" * 64, count=64, tokens=640, truncated=2)

@@ -15,6 +15,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from edgeq.backends.contract import Embeddings, Rejection, Session
 from edgeq.errors import ConfigError, LoweringFailed
+from edgeq.machine import meets
 from edgeq.records import Artifact, Placement, QdqModel, Target
 from edgeq.storage import file_ref, storage_errors
 from edgeq.texts import Feeds
@@ -172,6 +173,10 @@ def _options(target: Target) -> ort.SessionOptions:
     options.log_severity_level = 3
     options.intra_op_num_threads = int(target.runtime["intra_op_threads"])
     options.graph_optimization_level = _LEVELS[str(target.runtime["graph_optimization"])]
+    if meets(target.runs_on):
+        # This machine stands in for the target's. An x86 CPU without VNNI saturates sums of uint8 x int8 products, which
+        # the target's CPU does not: this makes them exact, and does not travel with the file.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 

@@ -222,11 +222,16 @@ def _put_bundles(bundles: tuple[Exported, ...]) -> None:
         console.put(f"{bundle.target}: {bundle.path or 'no bundle was written'}")
 
 
+def _kept(exported: Exported) -> str:
+    """Say where the report of a missed gate lies."""
+    return f"The report is {exported.report or f'{exported.path}/parity.json'}."
+
+
 def _judge(bundles: tuple[Exported, ...]) -> None:
     """Raise if any bundle missed its gate."""
     failed = [bundle for bundle in bundles if bundle.status == "failed"]
     if failed:
-        missed = " ".join(f"{bundle.target}: {' '.join(bundle.failures)}" for bundle in failed)
+        missed = " ".join(f"{bundle.target}: {' '.join(bundle.failures)} {_kept(bundle)}" for bundle in failed)
         raise ParityFailed(
             f"{missed} Calibrate on --texts like your own, on more --samples, or choose another target; "
             "--keep-failed writes such a bundle to look into."
