@@ -4,7 +4,7 @@ Three exact rewrites of the float model, done once and shared by all backends:
 
 - the few FFN neurons that carry massive activations leave for a small product of their own (`split_neurons`);
 - per-channel scale moves from a tensor into the weights that read it (`migrate`): into the LayerNorm or the value
-  weights where nothing else reads them, and behind one `Mul` where the residual stream or an activation is in the way;
+  weights where nothing else reads them, and behind one `Mul` where the residual stream is in the way;
 - the mask gets a finite size that follows from the range of the scores (`size_mask`).
 """
 
@@ -23,7 +23,7 @@ from edgeq.passes.graph import add_constant, add_node, constant, is_read_once, m
 
 SCALED = "/scaled"
 SIDE_WIDTH = 16  # neurons move in blocks of this many: integer kernels work on such blocks
-SIDE_SHARE = 0.01
+SIDE_SHARE = 0.02
 EXP_UNDERFLOW = 30.0  # exp(-30) is 1e-13: below the rounding of a float32 sum
 
 
@@ -33,7 +33,9 @@ def magnitudes(statistics: Statistics) -> NDArray[np.float64]:
     return np.maximum(largest, 1e-3 * max(float(np.median(largest)), 1e-6))
 
 
-def split_neurons(graph: ir.Graph, observed: Mapping[str, Statistics]) -> dict[str, Statistics]:
+def split_neurons(
+    graph: ir.Graph, observed: Mapping[str, Statistics], swept: Mapping[str, Statistics]
+) -> dict[str, Statistics]:
     """Move the neurons with the largest possible contribution of each feed-forward pair into a side path.
 
     Before::
@@ -45,8 +47,15 @@ def split_neurons(graph: ir.Graph, observed: Mapping[str, Statistics]) -> dict[s
         x ─┬─ MatMul(W1 rest) ─ Add ─ Gelu ─ MatMul(W2 rest) ─ Add(b2) ─┐
            └─ MatMul(W1 few) ── Add ─ Gelu ─ MatMul(W2 few) ────────────┴─ Add
 
-    A neuron's contribution is bounded by its largest observed activation times the norm of its row of W2. One per cent
-    of the neurons moves, rounded up to a block of 16, so no threshold is tuned on one model.
+    A neuron's contribution is bounded by its largest activation times the norm of its row of W2. Two per cent of
+    the neurons move, rounded up to a block of 16, so no threshold is tuned on one model. The largest activation counts
+    the vocabulary sweep too: some neurons sleep through every calibration text and wake, far past every range, at a
+    rare name.
+
+    Args:
+        graph: edited in place.
+        observed: statistics on the calibration texts.
+        swept: statistics of the same tensors on a sweep through the vocabulary; used for nothing but this choice.
 
     Returns:
         The statistics with those of the moved neurons left out.
@@ -58,7 +67,8 @@ def split_neurons(graph: ir.Graph, observed: Mapping[str, Statistics]) -> dict[s
         weight = constant(pair.second.inputs[1])
         if statistics is None or weight is None or weight.shape[0] < 4 * SIDE_WIDTH:
             continue
-        bound = magnitudes(statistics) * np.linalg.norm(weight.astype(np.float64), axis=1)
+        largest = np.maximum(magnitudes(statistics), magnitudes(swept[name]))
+        bound = largest * np.linalg.norm(weight.astype(np.float64), axis=1)
         width = SIDE_WIDTH * int(np.ceil(SIDE_SHARE * weight.shape[0] / SIDE_WIDTH))
         few = np.sort(np.argsort(-bound, kind="stable")[:width])
         rest = np.setdiff1d(np.arange(weight.shape[0]), few)
@@ -106,12 +116,14 @@ def _split(graph: ir.Graph, pair: FeedForward, few: NDArray[np.int64], rest: NDA
         value.shape = None if value.shape is None else ir.Shape([*list(value.shape)[:-1], len(rest)])
 
 
-def migration_scales(site: Site, statistics: Statistics, strength: float) -> NDArray[np.float64]:
+def migration_scales(site: Site, statistics: Statistics, swept: Statistics, strength: float) -> NDArray[np.float64]:
     """Give the divisor of each channel: magnitude^strength / weight^(1 - strength), with geometric mean 1.
 
     Args:
         site: the tensor and the weights that read it.
-        statistics: of the tensor.
+        statistics: of the tensor on the calibration texts.
+        swept: of the tensor on the vocabulary sweep. A channel that merely looks quiet in the texts must not be blown
+            up: a new text would drive it past the range.
         strength: 0 evens out the weights, 1 the tensor.
 
     Returns:
@@ -119,7 +131,7 @@ def migration_scales(site: Site, statistics: Statistics, strength: float) -> NDA
 
     Source: Xiao et al. 2023, SmoothQuant, equation 4.
     """
-    largest = magnitudes(statistics)
+    largest = np.maximum(magnitudes(statistics), magnitudes(swept))
     rows = np.max([np.abs(weight).max(axis=1) for weight in site.weights()], axis=0).astype(np.float64)
     rows = np.maximum(rows, 1e-3 * max(float(np.median(rows)), 1e-9))
     scales: NDArray[np.float64] = largest**strength / rows ** (1.0 - strength)
@@ -128,14 +140,18 @@ def migration_scales(site: Site, statistics: Statistics, strength: float) -> NDA
 
 
 def migrate(
-    graph: ir.Graph, observed: Mapping[str, Statistics], strengths: Mapping[str, float]
+    graph: ir.Graph,
+    observed: Mapping[str, Statistics],
+    swept: Mapping[str, Statistics],
+    strengths: Mapping[str, float],
 ) -> dict[str, Statistics]:
     """Divide each site's tensor per channel, and multiply the weights that read it.
 
     Args:
         graph: edited in place.
-        observed: statistics of each site's tensor, by name.
-        strengths: per kind; a kind with strength 0 is left alone.
+        observed: statistics of each site's tensor on the calibration texts, by name.
+        swept: the same on the vocabulary sweep.
+        strengths: per kind; a kind without one is left alone.
 
     Returns:
         The statistics of the tensors that the products read now, by name: exact, because scaling is.
@@ -143,11 +159,10 @@ def migrate(
     moved: dict[str, Statistics] = {}
     for site in list(sites(graph)):
         statistics = observed[site.name]
-        strength = strengths[site.kind]
-        if strength == 0.0:
+        if site.kind not in strengths:
             moved[site.name] = statistics
             continue
-        scales = migration_scales(site, statistics, strength)
+        scales = migration_scales(site, statistics, swept[site.name], strengths[site.kind])
         if not (_into_norm(graph, site, scales) or _into_value(graph, site, scales)):
             if site.kind == "context":
                 moved[site.name] = statistics

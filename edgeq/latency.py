@@ -120,7 +120,7 @@ def measure(bundle: Path, shapes: Shapes, against: Path | None, report: Report) 
                 num_runs=shapes.num_runs, warmup_runs=shapes.warmup_runs)
             for model in (bundle, against) if model is not None
         ]  # fmt: skip
-        cells.extend(_cells(jobs, [_in_process(job) for job in jobs], is_device=ran_on == "device"))
+        cells.extend(_cells(jobs, [in_process(job) for job in jobs], is_device=ran_on == "device"))
     report("measure", len(grid), len(grid))
     return Benchmark(
         target=manifest.artifact.target,
@@ -170,7 +170,7 @@ def _cells(jobs: list[Job], samples: list[Sample], is_device: bool) -> list[Cell
     ]
 
 
-def _in_process(job: Job) -> Sample:
+def in_process(job: Job) -> Sample:
     """Run one job in a child process and read what it measured."""
     command = [sys.executable, "-m", "edgeq.latency", job.model_dump_json()]
     try:

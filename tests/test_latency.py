@@ -51,7 +51,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
         jobs.append(job)
         return Sample(latencies_ms=(2.0 if Path(job.model).is_dir() else 6.0,) * 3, peak_memory_bytes=1000)
 
-    monkeypatch.setattr(latency, "_in_process", run)
+    monkeypatch.setattr(latency, "in_process", run)
     return jobs
 
 

@@ -174,8 +174,8 @@ def _options(target: Target) -> ort.SessionOptions:
     options.intra_op_num_threads = int(target.runtime["intra_op_threads"])
     options.graph_optimization_level = _LEVELS[str(target.runtime["graph_optimization"])]
     if meets(target.runs_on):
-        # This machine stands in for the target's. An x86 CPU without VNNI saturates sums of uint8 x int8 products, which
-        # the target's CPU does not: this makes them exact, and does not travel with the file.
+        # This machine stands in for the target's. An x86 CPU without VNNI saturates sums of uint8 x int8 products; the
+        # target's CPU does not. This makes them exact, and does not travel with the file.
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
