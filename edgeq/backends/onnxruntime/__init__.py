@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -10,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from edgeq.backends.contract import Embeddings, Rejection, Session
+from edgeq.backends.onnxruntime.flat_tokens import flat_tokens
 from edgeq.errors import ConfigError, LoweringFailed
 from edgeq.machine import meets
 from edgeq.records import Artifact, Placement, QdqModel, Target
-from edgeq.storage import file_ref, storage_errors
+from edgeq.storage import file_ref, storage_errors, write_bytes
 from edgeq.texts import Feeds
 
 MODEL = "onnx/model.onnx"  # the name sentence-transformers and text-embeddings-inference open by themselves
@@ -90,7 +92,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     """Write `onnx/model.onnx` below `out_dir`.
 
     Args:
-        model: the QDQ model; its file is the artifact as it is.
+        model: the QDQ model.
         target: whose runtime settings the proof uses.
         out_dir: an existing folder.
 
@@ -105,7 +107,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     path = out_dir / MODEL
     with storage_errors(f"writing {MODEL}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(model.file.path, path)
+    write_bytes(path, _flattened(Path(model.file.path)).SerializeToString(deterministic=True))
     return Artifact(
         backend=target.backend,
         target=target.name,
@@ -114,6 +116,17 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
         placement=placement(path, model, target),
         tools=dict(tools()),
     )
+
+
+def _flattened(path: Path) -> onnx.ModelProto:
+    """Give the QDQ model with its weight products as Gemm on a flat list of tokens, checked, shapes inferred."""
+    model = ir.load(path)
+    flat_tokens(model)
+    RemoveUnusedNodesPass()(model)
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]
+    onnx.checker.check_model(proto, full_check=True)
+    return onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
 
 
 def placement(path: Path, model: QdqModel, target: Target) -> Placement:
