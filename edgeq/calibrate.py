@@ -85,13 +85,17 @@ def calibrate(model: onnx.ModelProto, tokens: Tokens, seed: int, progress: Progr
     )
     statistics = equalize.split_neurons(split.graph, first, swept)
     equalize.size_mask(split.graph, first)
-    migration = _search(model, ir.to_proto(split), statistics, swept, held, longest, progress)
-    equalized = ir.from_proto(ir.to_proto(split))
+    parted = ir.to_proto(split)
+    del graph, split  # each holds the weights once more
+    migration = _search(model, parted, statistics, swept, held, longest, progress)
+    equalized = ir.from_proto(parted)
     equalize.migrate(equalized.graph, statistics, swept, migration.strengths)
     proto = ir.to_proto(equalized)
     read = [site.name for site in sites(equalized.graph)]
+    tensors = _float_tensors(equalized.graph, read)
+    del parted, equalized
     kept = observe(
-        proto, _float_tensors(equalized.graph, read), batches,
+        proto, tensors, batches,
         lambda done, total: progress("calibrate", done, total), histograms=read, moments=read,
     )  # fmt: skip
     return Observed(proto, kept, migration, _largest_error(model, proto, held, longest))

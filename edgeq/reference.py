@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from edgeq.errors import ConfigError
+from edgeq.storage import work_dir
 from edgeq.texts import Feeds
 
 FloatArray = NDArray[np.float32]
@@ -60,8 +61,16 @@ class FloatSession:
 
     @classmethod
     def of(cls, model: onnx.ModelProto | Path, threads: int = 0, optimize: bool = True) -> FloatSession:
-        """Load a model from a file or from memory."""
-        return cls(str(model) if isinstance(model, Path) else model.SerializeToString(), threads, optimize)
+        """Load a model from a file or from memory.
+
+        From memory it goes through a file, too: a session that was given bytes keeps them as long as it lives.
+        """
+        if isinstance(model, Path):
+            return cls(str(model), threads, optimize)
+        with work_dir() as folder:
+            path = folder / "model.onnx"
+            path.write_bytes(model.SerializeToString())
+            return cls(str(path), threads, optimize)
 
     def run(self, names: Sequence[str] | None, feeds: Feeds) -> list[FloatArray]:
         """Run the model and give the named outputs, or all, in order."""
