@@ -106,9 +106,10 @@ def _sweep(graph: ir.Graph, tokens: Tokens, seed: int) -> Tokens:
     size = max(
         len(table) for node in graph if node.op_type == "Gather" and (table := constant(node.inputs[0])) is not None
     )
-    length = max(1, min(SWEEP_LENGTH, max(map(len, tokens.ids)) - 2))
+    length = max(1, min(SWEEP_LENGTH, size, max(map(len, tokens.ids)) - 2))
+    count = min(SWEEP_TOKENS, size) // length
     rng = np.random.default_rng(seed)
-    drawn = rng.permutation(size)[: SWEEP_TOKENS // length * length].reshape(-1, length).tolist()
+    drawn = rng.permutation(size)[: count * length].reshape(count, length).tolist()
     first, last = ({ids[end] for ids in tokens.ids} for end in (0, -1))
     before, after = (tuple(ends) if len(ends) == 1 else () for ends in (first, last))
     return Tokens(tuple((*before, *row, *after) for row in drawn), 0, tokens.pad_id)

@@ -123,6 +123,7 @@ def export(request: ExportRequest, report: Report) -> tuple[Exported, ...]:
     for target in request.targets:
         schemes.find(target.scheme, target.name)
         backends.find(target.backend, target.name).tools()
+        bundle.require_place(request.out / target.name)
     if request.dry_run:
         return tuple(_not_run(target) for target in request.targets)
     report("export", 0, 1)

@@ -108,7 +108,8 @@ def _dequantized_constant(
         add_constant(graph, f"{name}/scale", scales),
         add_constant(graph, f"{name}/zero_point", np.zeros(scales.shape, np.int8)),
     ]
-    return add_node(before, "DequantizeLinear", inputs, f"{name}/dequantized", {"axis": axis})
+    # Named after the product, because several products may share one weight.
+    return add_node(before, "DequantizeLinear", inputs, f"{before.name}/weight", {"axis": axis})
 
 
 def _quantize_table(graph: ir.Graph, node: ir.Node, position: int, bits: int) -> None:

@@ -76,7 +76,7 @@ def write(
         StorageFailed: the disk refuses.
         EdgeqError: the inputs do not belong together.
     """
-    _require_place(bundle_dir)
+    require_place(bundle_dir)
     with storage_errors(f"writing the bundle {bundle_dir}"):
         bundle_dir.parent.mkdir(parents=True, exist_ok=True)
         with replacing_dir(bundle_dir) as partial:
@@ -86,8 +86,12 @@ def write(
     return manifest
 
 
-def _require_place(bundle_dir: Path) -> None:
-    """Refuse to replace anything but a bundle or an empty folder."""
+def require_place(bundle_dir: Path) -> None:
+    """Refuse to replace anything but a bundle or an empty folder.
+
+    Raises:
+        ConfigError: something else is there.
+    """
     if not bundle_dir.exists() or is_bundle(bundle_dir):
         return
     if not bundle_dir.is_dir() or any(bundle_dir.iterdir()):

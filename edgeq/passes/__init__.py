@@ -22,6 +22,7 @@ from edgeq.passes.constant_reshape import constant_reshape
 from edgeq.passes.constant_segment import constant_segment
 from edgeq.passes.direct_position import direct_position
 from edgeq.passes.drop_expand import drop_expand
+from edgeq.passes.finite_fill import finite_fill
 from edgeq.passes.finite_mask import finite_mask
 from edgeq.passes.fold_attention_scale import fold_attention_scale
 from edgeq.passes.graph import Rewrites
@@ -29,6 +30,7 @@ from edgeq.passes.name_weights import name_weights
 from edgeq.passes.pool_by_matmul import pool_by_matmul
 from edgeq.passes.recover_gelu import recover_gelu
 from edgeq.passes.recover_layer_normalization import recover_layer_normalization
+from edgeq.passes.split_gemm import split_gemm
 from edgeq.records import PassReport
 from edgeq.reference import FloatSession
 from edgeq.texts import Feeds
@@ -44,6 +46,8 @@ FLOAT_PASSES: tuple[Pass, ...] = (
     constant_reshape,  # needs the symbolic shapes that the exporter wrote, so before nodes are added without them
     drop_expand,
     pool_by_matmul,
+    finite_fill,
+    split_gemm,  # before names are given: a Dense layer is a product like any other
     fold_attention_scale,
     name_weights,  # last: names follow the final weights
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeq.passes.graph import Rewrites, add_constant, constant, made_by, readers, replace_uses, scalar
+from edgeq.passes.graph import Rewrites, add_constant, constant, made_by, readers, replace_uses
 
 
 def constant_segment(model: ir.Model) -> Rewrites:
@@ -19,7 +19,8 @@ def constant_segment(model: ir.Model) -> Rewrites:
 
         token_type_embeddings[0] ─ Add
 
-    A single text has segment 0 throughout, so the input `token_type_ids` is not needed either.
+    A single text has segment 0 throughout, so the input `token_type_ids` is not needed either. The index may also be
+    cut out of a buffer that holds one value throughout.
     """
     count, near = 0, []
     for node in list(model.graph):
@@ -27,7 +28,7 @@ def constant_segment(model: ir.Model) -> Rewrites:
         if expand is None:
             continue
         table = constant(node.inputs[0])
-        index = scalar(expand.inputs[0]) if expand.op_type == "Expand" else 0.0
+        index = _only_value(expand.inputs[0]) if expand.op_type == "Expand" else 0.0
         if table is None or index is None:
             near.append(f"{node.name}: looks up an expanded index, but table or index is not constant")
             continue
@@ -40,3 +41,12 @@ def constant_segment(model: ir.Model) -> Rewrites:
         replace_uses(node.outputs[0], row)
         count += 1
     return Rewrites(count, tuple(near))
+
+
+def _only_value(value: ir.Value | None) -> float | None:
+    """Give the one number that a constant, or a part of a constant, holds throughout."""
+    part = made_by(value, "Gather", "GatherElements", "Slice")
+    array = constant(part.inputs[0] if part is not None else value)
+    if array is None or array.size == 0 or not np.all(array == array.reshape(-1)[0]):
+        return None
+    return float(array.reshape(-1)[0])

@@ -57,7 +57,7 @@ def add_constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
     unique, number = name, 1
     while unique in graph.initializers:
         unique, number = f"{name}_{number}", number + 1
-    value = ir.Value(name=unique, const_value=ir.Tensor(np.ascontiguousarray(array), name=unique))
+    value = ir.Value(name=unique, const_value=ir.Tensor(np.asarray(array, order="C"), name=unique))
     value.shape = ir.Shape(array.shape)
     value.dtype = ir.DataType.from_numpy(array.dtype)
     graph.register_initializer(value)

@@ -107,7 +107,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     path = out_dir / MODEL
     with storage_errors(f"writing {MODEL}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, _flattened(Path(model.file.path)).SerializeToString(deterministic=True))
+    write_bytes(path, flattened(Path(model.file.path)).SerializeToString(deterministic=True))
     return Artifact(
         backend=target.backend,
         target=target.name,
@@ -118,7 +118,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     )
 
 
-def _flattened(path: Path) -> onnx.ModelProto:
+def flattened(path: Path) -> onnx.ModelProto:
     """Give the QDQ model with its weight products as Gemm on a flat list of tokens, checked, shapes inferred."""
     model = ir.load(path)
     flat_tokens(model)

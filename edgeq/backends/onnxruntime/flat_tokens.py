@@ -242,7 +242,8 @@ def _bias(graph: ir.Graph, node: ir.Node, name: str, bias: NDArray[np.float32]) 
         add_constant(graph, f"{name}/codes", codes.astype(np.int32)),
         add_constant(graph, f"{name}/scale", step),
     ]
-    return add_node(node, "DequantizeLinear", inputs, f"{name}/dequantized", {"axis": 0})
+    # Named after the product: torch lets equal biases share one tensor.
+    return add_node(node, "DequantizeLinear", inputs, f"{node.name}/bias", {"axis": 0})
 
 
 def _take_summand(gemm: ir.Node) -> None:

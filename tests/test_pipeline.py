@@ -1,0 +1,189 @@
+"""The whole export on a tiny BERT: what is written, what is reused, and what is left behind when it goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.export
+pytest.importorskip("sentence_transformers", reason="needs the extra `export`")
+
+import tiny_source  # noqa: E402
+
+from edgeq import calibrate, cli, pipeline, storage  # noqa: E402
+from edgeq.bundle import verify  # noqa: E402
+from edgeq.cache import Cache  # noqa: E402
+from edgeq.errors import ConfigError, StorageFailed  # noqa: E402
+from edgeq.machine import place  # noqa: E402
+from edgeq.records import Gate  # noqa: E402
+from edgeq.targets import load_target  # noqa: E402
+
+# Random weights hardly separate texts: only that the vectors are near is judged here.
+EASY = Gate(
+    cosine_mean_min=0.9, cosine_min_min=0.5, top10_overlap_min=0.1, spearman_min=0.1, invariance_min=0.99999,
+    norm_error_max=1e-3, norm_error_unnormalized_max=0.5, float_fallbacks_max=0,
+    export_places=("device", "host-kernels"), release_places=("device",),
+)  # fmt: skip
+STRICT = EASY.model_copy(update={"cosine_mean_min": 1.0})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_source.sentence_transformer(tmp_path_factory.mktemp("source") / "model", dense=True)
+
+
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return Cache(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def request_(model: Path, shared_cache: Cache, tmp_path: Path) -> pipeline.ExportRequest:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(tiny_source.texts(200)), encoding="utf-8")
+    target = load_target("x86-64-avx2-onnxruntime").model_copy(update={"gate": EASY})
+    return pipeline.ExportRequest(
+        model=str(model), targets=(target,), out=tmp_path / "out", cache=shared_cache, texts=texts
+    )
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report to nobody."""
+
+
+def failing(request: pipeline.ExportRequest) -> pipeline.ExportRequest:
+    (target,) = request.targets
+    return replace(request, targets=(target.model_copy(update={"gate": STRICT}),))
+
+
+def test_an_export_writes_a_bundle_that_verifies(request_: pipeline.ExportRequest) -> None:
+    (made,) = pipeline.export(request_, silent)
+    assert (made.status, made.failures, made.report) == ("passed", (), "")
+    assert made.ran_on == place(request_.targets[0].runs_on)
+    found = verify(Path(made.path))
+    assert found.golden_texts >= 16
+    manifest = json.loads((Path(made.path) / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["artifact"]["placement"]["integer_matmuls"] == 12
+    assert str(request_.out.parent) not in json.dumps(manifest)  # no machine path
+    assert (Path(made.path) / "2_Dense" / "model.safetensors").is_file()
+
+
+def test_a_second_export_reuses_everything_and_gives_the_same_bytes(
+    request_: pipeline.ExportRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first,) = pipeline.export(request_, silent)
+
+    def again(*_: object) -> None:
+        raise AssertionError("the cache was not used")
+
+    monkeypatch.setattr(calibrate, "calibrate", again)
+    (second,) = pipeline.export(replace(request_, out=request_.out.parent / "other"), silent)
+    names = sorted(path.relative_to(first.path) for path in Path(first.path).rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(second.path) for path in Path(second.path).rglob("*") if path.is_file())
+    assert all((Path(first.path) / name).read_bytes() == (Path(second.path) / name).read_bytes() for name in names)
+
+
+def test_a_failed_gate_keeps_the_report_and_no_bundle(request_: pipeline.ExportRequest) -> None:
+    (made,) = pipeline.export(failing(request_), silent)
+    assert made.status == "failed" and made.path == ""
+    assert "cosine mean" in made.failures[0]
+    assert [path.name for path in request_.out.iterdir()] == ["x86-64-avx2-onnxruntime.parity.json"]
+    assert json.loads(Path(made.report).read_text(encoding="utf-8"))["status"] == "failed"
+    (passed,) = pipeline.export(request_, silent)
+    assert passed.status == "passed" and not Path(made.report).exists()
+
+
+def test_a_failed_bundle_is_written_when_asked_for_and_says_so(request_: pipeline.ExportRequest) -> None:
+    (made,) = pipeline.export(replace(failing(request_), keep_failed=True), silent)
+    assert made.status == "failed"
+    assert "FAILED" in (Path(made.path) / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_dry_run_converts_nothing(request_: pipeline.ExportRequest) -> None:
+    (made,) = pipeline.export(replace(request_, dry_run=True), silent)
+    assert made.status == "not-run" and made.parity is None
+    assert not request_.out.exists()
+
+
+def test_texts_that_are_evaluated_on_are_refused(request_: pipeline.ExportRequest, tmp_path: Path) -> None:
+    assert request_.texts is not None
+    line = request_.texts.read_text(encoding="utf-8").splitlines()
+    # A calibration text, in other spacing and case.
+    from edgeq.corpora import split
+
+    kept, _ = split(line)
+    (tmp_path / "evaluation.txt").write_text(f"something else entirely\n  {kept[0].upper()} \n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="text 2"):
+        pipeline.export(replace(request_, evaluation=(tmp_path / "evaluation.txt",)), silent)
+
+
+def test_too_few_validation_texts_are_refused(request_: pipeline.ExportRequest, tmp_path: Path) -> None:
+    few = tmp_path / "few.txt"
+    few.write_text("\n".join(tiny_source.texts(3, seed=9)), encoding="utf-8")
+    with pytest.raises(ConfigError, match="validation texts are left; 16 are needed"):
+        pipeline.export(replace(request_, validation=few), silent)
+
+
+def test_an_interrupt_leaves_neither_bundle_nor_damaged_cache(
+    request_: pipeline.ExportRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = replace(request_, cache=Cache(tmp_path / "cache"))
+
+    def interrupted(stage: str, done: int, total: int) -> None:
+        if stage == "calibrate" and done > 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.export(fresh, interrupted)
+    assert not fresh.out.exists()
+    assert {entry.kind for entry in fresh.cache.entries()} == {"float-model"}
+    leftovers = [path for path in (tmp_path / "cache").rglob("*") if path.name.endswith((".partial", ".replaced"))]
+    assert leftovers == []
+    (made,) = pipeline.export(fresh, silent)
+    assert made.status == "passed"
+
+
+def test_a_full_disk_is_one_message(request_: pipeline.ExportRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.export(replace(request_, out=request_.out.parent / "before"), silent)  # fills the cache
+    original = storage.write_bytes
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "model.onnx":
+            with storage.storage_errors(f"writing {path}"):
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        original(path, content)
+
+    monkeypatch.setattr("edgeq.backends.onnxruntime.write_bytes", full)
+    with pytest.raises(StorageFailed, match="the disk is full"):
+        pipeline.export(request_, silent)
+    assert not list(request_.out.glob("*")) if request_.out.exists() else True
+
+
+def test_an_output_folder_with_something_else_is_left_alone(request_: pipeline.ExportRequest) -> None:
+    place_ = request_.out / request_.targets[0].name
+    place_.mkdir(parents=True)
+    (place_ / "thesis.tex").write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match="is no edgeq bundle"):
+        pipeline.export(replace(request_, overwrite=True), silent)
+    assert (place_ / "thesis.tex").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--target", "x86-64-onnxruntim"], 2, "x86-64-onnxruntime"),
+        (["--target", "x86-64-onnxruntime", "--texts", "missing.txt"], 2, "no such file"),
+        (["--target", "x86-64-onnxruntime", "--pooling", "average"], 2, "unknown mode"),
+    ],
+)
+def test_a_wrong_argument_is_one_message_before_any_work(
+    model: Path, arguments: list[str], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["export", str(model), "--out", str(tmp_path / "out"), *arguments, "-q"]) == code
+    found = capsys.readouterr()
+    assert message in found.err and "Traceback" not in found.err
+    assert not (tmp_path / "out").exists()

