@@ -26,6 +26,7 @@ from edgeq.reference import FloatSession
 from edgeq.schemes import SCHEMES
 from edgeq.storage import replacing
 from edgeq.texts import Batch, Tokens
+from edgeq.textsets import FEWEST_CALIBRATION
 
 Progress = Callable[[str, int, int], None]
 
@@ -38,7 +39,6 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
 SEARCH_SCHEME = "w8a8-gemm"  # the strength serves every scheme; this one quantises what all of them quantise
 HELD_BACK_SHARE = 8  # one calibration text in so many judges the strength and is never observed
 HELD_BACK_MOST = 48
-FEWEST_TEXTS = 16
 SWEEP_TOKENS, SWEEP_LENGTH = 8192, 30
 TOLERANCE = 1e-5
 
@@ -66,9 +66,9 @@ def calibrate(model: onnx.ModelProto, tokens: Tokens, seed: int, progress: Progr
         ConfigError: too few texts.
         EdgeqError: FP32 gives NaN or infinity.
     """
-    if len(tokens.ids) < FEWEST_TEXTS:
+    if len(tokens.ids) < FEWEST_CALIBRATION:
         raise ConfigError(
-            f"{len(tokens.ids)} calibration texts; at least {FEWEST_TEXTS} are needed: give more, or leave --texts out"
+            f"{len(tokens.ids)} calibration texts; at least {FEWEST_CALIBRATION} are needed: give more with --texts"
         )
     seen, held = _hold_back(tokens, seed)
     longest = max(len(ids) for ids in tokens.ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -36,6 +37,8 @@ from edgeq.textsets import TextPlan, plan_texts
 
 Report = Callable[[str, int, int], None]
 FiledT = TypeVar("FiledT", FloatModel, Calibration, QdqModel)
+
+_log = logging.getLogger(__name__)
 
 GOLDEN_TEXTS = 32
 _EXPORT_TOOLS = ("torch", "transformers", "sentence-transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
@@ -158,6 +161,11 @@ def _calibrated(floats: _Float, texts: TextPlan, request: ExportRequest, report:
 
     def make(folder: Path) -> None:
         tokens = floats.tokenizer.encode(texts.calibration)
+        if tokens.truncated:
+            _log.warning(
+                "%d of %d calibration texts were cut at the model's limit of %d tokens",
+                tokens.truncated, len(tokens.ids), floats.source.max_sequence,
+            )  # fmt: skip
         observed = calibrate.calibrate(onnx.load(floats.model.file.path), tokens, request.seed, report)
         storage.write_bytes(folder / _EQUALIZED, observed.model.SerializeToString(deterministic=True))
         calibrate.save(observed.statistics, folder / _STATISTICS)

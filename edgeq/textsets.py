@@ -8,6 +8,7 @@ from pathlib import Path
 from edgeq.corpora import deduplicate, default_texts, read_texts, refuse_overlap, sample, split
 from edgeq.errors import ConfigError
 
+FEWEST_CALIBRATION = 16
 FEWEST_VALIDATION = 16
 
 
@@ -63,6 +64,11 @@ def plan_texts(
         others = read_texts(file, column)
         refuse_overlap(given, str(texts or "the default calibration texts"), others, str(file))
     chosen = sample(given, samples, seed) if samples is not None else given
+    if len(chosen) < FEWEST_CALIBRATION:
+        raise ConfigError(
+            f"{len(chosen)} calibration texts are left; {FEWEST_CALIBRATION} are needed. "
+            "Give more with --texts, or more --samples."
+        )
     if len(compared) < FEWEST_VALIDATION:
         raise ConfigError(
             f"{validation or texts}: {len(compared)} validation texts are left; {FEWEST_VALIDATION} are needed. "

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import edgeq
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def test_public_names_are_sorted_and_there() -> None:
@@ -32,3 +35,14 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*sorted(set({heavy!r}) & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert loaded == []
+
+
+def test_the_support_table_is_true() -> None:
+    command = [sys.executable, REPOSITORY / "tools" / "support_table", "--check"]
+    assert subprocess.run(command, check=False).returncode == 0, "run tools/support_table"
+
+
+@pytest.mark.parametrize("verb", ["export", "validate", "embed"])
+def test_help_does_not_speak_of_exceptions(verb: str) -> None:
+    shown = subprocess.run([sys.executable, "-m", "edgeq", verb, "--help"], capture_output=True, text=True, check=True)
+    assert "Raises" not in shown.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -38,7 +39,8 @@ _VERBS: tuple[Callable[..., None], ...] = (
     making.cache,
 )
 for _verb in _VERBS:
-    app.command()(_verb)
+    # What a verb raises is for who reads the code; its exit codes are in the README.
+    app.command(help=(inspect.getdoc(_verb) or "").split("\n\nRaises:")[0])(_verb)
 
 
 def _show_version(is_wanted: bool) -> None:
