@@ -54,10 +54,8 @@ def quantize(
             raise EdgeqError(f"{site.name}: read by a weight product, but the calibration has no statistics of it")
         integer.extend(_quantize_site(graph, site, observed[site.name], scheme, compensate))
     for node in list(graph):
-        if node.op_type == "Gather":
-            _quantize_table(graph, node, 0, scheme.embedding_bits)
-        elif node.op_type == "Slice":
-            _quantize_table(graph, node, 0, scheme.embedding_bits)
+        if node.op_type in ("Gather", "Slice"):
+            _quantize_table(graph, node, scheme.embedding_bits)
     floats = tuple(
         str(node.name)
         for node in graph
@@ -112,8 +110,8 @@ def _dequantized_constant(
     return add_node(before, "DequantizeLinear", inputs, f"{before.name}/weight", {"axis": axis})
 
 
-def _quantize_table(graph: ir.Graph, node: ir.Node, position: int, bits: int) -> None:
-    """Look codes up and dequantise the rows: a table before the lookup would be unpacked to FP32 at load time.
+def _quantize_table(graph: ir.Graph, node: ir.Node, bits: int) -> None:
+    """Look up codes and the scale of each row: a table dequantised before would be unpacked to FP32 at load time.
 
     Before::
 
@@ -121,27 +119,30 @@ def _quantize_table(graph: ir.Graph, node: ir.Node, position: int, bits: int) ->
 
     After::
 
-        Gather(codes, input_ids) ─ DequantizeLinear(scale per column)
+        Gather(codes, input_ids) ─ Cast ─┬─ Mul
+        Gather(row scales, input_ids) ───┘
+
+    A scale per row fits a table better than one per column, which the largest of all tokens decides.
     """
-    table = constant(node.inputs[position])
+    table = constant(node.inputs[0])
     shape = dims(node.outputs[0])
     if table is None or table.dtype != np.float32 or table.ndim < 2 or shape is None or len(shape) != 3:
         return
-    columns = table.reshape(-1, table.shape[-1])
-    codes, scales = rounding.nearest(columns, bits)
-    name = str(node.inputs[position].name)  # type: ignore[union-attr]
-    node.replace_input_with(position, add_constant(graph, f"{name}/codes", codes.reshape(table.shape)))
-    following = next(iter(node.outputs[0].uses())).node
-    rows = node.outputs[0]
-    rows.dtype = ir.DataType.INT8
-    rows.name = f"{rows.name}/codes"
-    scale = add_constant(graph, f"{name}/scale", scales)
-    zero_point = add_constant(graph, f"{name}/zero_point", np.zeros(scales.shape, np.int8))
-    real = ir.node("DequantizeLinear", [rows, scale, zero_point], attributes={"axis": 2}, name=f"{name}/rows")
-    real.outputs[0].name = f"{name}/rows"
-    replace_uses(rows, real.outputs[0])
-    real.replace_input_with(0, rows)
-    graph.insert_before(following, real)
+    codes, scales = rounding.nearest(table.reshape(-1, table.shape[-1]).T, bits)
+    name = str(node.inputs[0].name)  # type: ignore[union-attr]
+    code_table = add_constant(graph, f"{name}/codes", codes.T.reshape(table.shape))
+    scale_table = add_constant(graph, f"{name}/scale", scales.reshape(*table.shape[:-1], 1))
+    attributes = {key: item.value for key, item in node.attributes.items() if item.value is not None}
+    stem, others = str(node.outputs[0].name), [value for value in node.inputs[1:] if value is not None]
+    rows = add_node(node, node.op_type, [code_table, *others], f"{stem}/codes", attributes)
+    rows.shape, rows.dtype = node.outputs[0].shape, ir.DataType.INT8
+    steps = add_node(node, node.op_type, [scale_table, *others], f"{stem}/scales", attributes)
+    numbers = add_node(node, "Cast", [rows], f"{stem}/numbers", {"to": ir.DataType.FLOAT.value})
+    numbers.shape, numbers.dtype = node.outputs[0].shape, ir.DataType.FLOAT
+    real = add_node(node, "Mul", [numbers, steps], f"{stem}/rows")
+    real.shape, real.dtype = node.outputs[0].shape, ir.DataType.FLOAT
+    replace_uses(node.outputs[0], real)
+    graph.remove(node, safe=True)
 
 
 def _drop_unused(graph: ir.Graph) -> None:

@@ -32,8 +32,6 @@ def flat_tokens(model: ir.Model) -> int:
     rounded to the step of the integer sums, far below the rounding of the activations.
     """
     graph = model.graph
-    for node in list(graph):
-        _unpack_rows(graph, node)
     flat = _flat_values(graph)
     if not flat:
         return 0
@@ -53,21 +51,6 @@ def flat_tokens(model: ir.Model) -> int:
             value.shape = None
     TopologicalSortPass()(model)
     return made
-
-
-def _unpack_rows(graph: ir.Graph, node: ir.Node) -> None:
-    """Turn looked-up codes into numbers by Cast and Mul: DequantizeLinear per column takes ten times as long."""
-    if node.op_type != "DequantizeLinear" or made_by(node.inputs[0], "Gather", "Slice") is None:
-        return
-    codes, scale = node.inputs[0], constant(node.inputs[1])
-    if codes is None or scale is None or scale.ndim != 1:
-        return
-    stem = str(node.outputs[0].name)
-    numbers = add_node(node, "Cast", [codes], f"{stem}/numbers", {"to": ir.DataType.FLOAT.value})
-    numbers.shape = node.outputs[0].shape
-    real = add_node(node, "Mul", [numbers, add_constant(graph, f"{stem}/factor", scale)], f"{stem}/scaled")
-    real.shape, real.dtype = node.outputs[0].shape, ir.DataType.FLOAT
-    replace_uses(node.outputs[0], real)
 
 
 def _flat_values(graph: ir.Graph) -> list[ir.Value]:
