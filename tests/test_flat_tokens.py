@@ -1,4 +1,4 @@
-"""The lowering to Gemm on flat tokens: what it makes, that it computes the same, and what it leaves alone."""
+"""The lowering to Gemm on flat tokens, heads joined: what it makes, that it computes the same, what it leaves alone."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from pathlib import Path
 import encoder
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 from edgeq import calibrate, quantize
 from edgeq.backends import onnxruntime as backend
 from edgeq.backends.contract import embed_batches
+from edgeq.backends.onnxruntime.flat_tokens import flat_tokens
+from edgeq.backends.onnxruntime.joined_heads import JOINT, joined_heads
+from edgeq.passes.graph import add_constant, add_node, made_by, readers
 from edgeq.reference import FloatSession
 from edgeq.schemes import SCHEMES
 from edgeq.texts import Feeds, Tokens, batches
 
-INTEGER_PRODUCTS, SIDE_PRODUCTS = 12, 4
+LAYERS, INTEGER_PRODUCTS, SIDE_PRODUCTS = 2, 12, 4
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -35,12 +40,51 @@ def qdq(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_token_level_product_becomes_a_gemm(qdq: Path) -> None:
     graph = backend.flattened(qdq).graph
     operators = Counter(node.op_type for node in graph.node)
-    assert operators["Gemm"] == INTEGER_PRODUCTS + SIDE_PRODUCTS
-    assert operators["MatMul"] == 2 * 2 + 1 + 1  # attention, pooling, Dense
-    names = {node.name for node in graph.node if node.op_type == "Gemm"}
+    joined = 2 * LAYERS  # query, key and value are one
+    assert operators["Gemm"] == INTEGER_PRODUCTS + SIDE_PRODUCTS - joined
+    assert operators["MatMul"] == 2 * LAYERS + 1 + 1  # attention, pooling, Dense
+    names = {name for node in graph.node if node.op_type == "Gemm" for name in node.name.split(JOINT)}
     assert names == {node.name for node in onnx.load(qdq).graph.node if node.op_type == "MatMul"} - {
         node.name for node in graph.node if node.op_type == "MatMul"
     }
+
+
+def test_joined_heads_give_the_same_bits(qdq: Path) -> None:
+    apart = ir.load(qdq)
+    flat_tokens(apart)
+    joined = ir.from_proto(ir.to_proto(apart))
+    assert joined_heads(joined) == LAYERS
+    tokens = Tokens(encoder.tokens(5, 24), 0, 0)
+    old, new = (embed_batches(FloatSession.of(ir.to_proto(model)), batches(tokens), 24) for model in (apart, joined))
+    assert np.array_equal(old, new)
+
+
+def test_onnx_runtime_keeps_heads_joined(qdq: Path, tmp_path: Path) -> None:
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(backend.flattened(qdq).SerializeToString(), options)
+    optimized = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert optimized["Transpose"] == 2 * LAYERS  # heads to the front and the context back
+    assert optimized["FusedMatMul"] == LAYERS  # the key is read turned
+
+
+@pytest.mark.parametrize("reason", ["read by another", "another size of head"])
+def test_heads_that_differ_stay_apart(qdq: Path, reason: str) -> None:
+    model = ir.load(qdq)
+    flat_tokens(model)
+    products = {node.name: node for node in model.graph if node.op_type == "Gemm"}
+    reshape = readers(products["layer.0.value"].outputs[0])[0]
+    if reason == "read by another":
+        add_node(reshape, "Identity", [products["layer.0.value"].outputs[0]], "other")
+    else:
+        concat = made_by(reshape.inputs[1], "Concat")
+        assert concat is not None
+        tail = add_constant(model.graph, "tail", np.array([encoder.HEADS // 2, 2 * encoder.DIM // encoder.HEADS]))
+        shape = add_node(reshape, "Concat", [concat.inputs[0], tail], "other_shape", {"axis": 0})  # type: ignore[list-item]
+        reshape.replace_input_with(1, shape)
+    assert joined_heads(model) == LAYERS
+    assert {"layer.0.value", "layer.0.query + layer.0.key"} <= {node.name for node in model.graph}
 
 
 def test_the_vectors_stay_the_same(qdq: Path) -> None:

@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from edgeq.backends.contract import Embeddings, Rejection, Session
 from edgeq.backends.onnxruntime.flat_tokens import flat_tokens
+from edgeq.backends.onnxruntime.joined_heads import JOINT, joined_heads
 from edgeq.errors import ConfigError, LoweringFailed
 from edgeq.machine import meets
 from edgeq.records import Artifact, Placement, QdqModel, Target
@@ -119,10 +119,13 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
 
 
 def flattened(path: Path) -> onnx.ModelProto:
-    """Give the QDQ model with its weight products as Gemm on a flat list of tokens, checked, shapes inferred."""
+    """Give the QDQ model with its weight products as Gemm on a flat list of tokens, query, key and value in one.
+
+    The model is checked and its shapes are inferred.
+    """
     model = ir.load(path)
     flat_tokens(model)
-    RemoveUnusedNodesPass()(model)
+    joined_heads(model)
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]
     onnx.checker.check_model(proto, full_check=True)
@@ -137,7 +140,8 @@ def placement(path: Path, model: QdqModel, target: Target) -> Placement:
         options.optimized_model_filepath = str(optimized)
         _load(path, options)
         graph = onnx.load(optimized).graph
-    integer = {node.name for node in graph.node if node.op_type in INTEGER_OPERATORS}
+    products = (node for node in graph.node if node.op_type in INTEGER_OPERATORS)
+    integer = {name for node in products for name in node.name.split(JOINT)}
     return Placement(
         integer_matmuls=len(integer),
         float_by_scheme=model.float_matmuls,
