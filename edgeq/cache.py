@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -15,7 +16,6 @@ from pathlib import Path
 import platformdirs
 from filelock import FileLock
 
-from edgeq import __version__
 from edgeq.storage import replacing_dir, sha256_file, storage_errors
 
 LOCATION_VARIABLE = "EDGEQ_CACHE_DIR"
@@ -25,9 +25,19 @@ _log = logging.getLogger(__name__)
 
 
 def key(**inputs: object) -> str:
-    """Give the sha256 over everything that decides an entry's content, edgeq's own version among it."""
-    text = json.dumps({"edgeq": __version__, **inputs}, sort_keys=True, ensure_ascii=False)
+    """Give the sha256 over everything that decides an entry's content, edgeq's own code among it."""
+    text = json.dumps({"edgeq": _own_code(), **inputs}, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def _own_code() -> str:
+    """Hash the package: a version stands for many states of a checkout, and none may serve another's entries."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,192 @@
+"""Make what the targets of one export share, each stage once, and take it from the cache the next time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import onnx
+
+from edgeq import calibrate, quantize, schemes, storage
+from edgeq import export as exporting
+from edgeq.backends.contract import Embeddings, embed_batches
+from edgeq.cache import Cache, key
+from edgeq.errors import ConfigError
+from edgeq.records import Calibration, FloatModel, QdqModel, Record, Source, Target, TextSet
+from edgeq.reference import FloatSession
+from edgeq.source import Located
+from edgeq.texts import Tokenizer, Tokens, batches, text_set
+from edgeq.textsets import TextPlan
+
+Report = Callable[[str, int, int], None]
+FiledT = TypeVar("FiledT", FloatModel, Calibration, QdqModel)
+
+_log = logging.getLogger(__name__)
+
+EXPORT_TOOLS = ("torch", "transformers", "sentence-transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
+_FLOAT, _EQUALIZED, _STATISTICS, _QDQ = "model.onnx", "equalized.onnx", "calibration.npz", "qdq.onnx"
+
+
+@dataclass(frozen=True)
+class Floats:
+    """Hold a float model, where its files lie, and its tokenizer."""
+
+    source: Source
+    model: FloatModel
+    folder: Path
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Hold an equalised float model, its calibration, and the cache entry of both."""
+
+    equalized: FloatModel
+    calibration: Calibration
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Hold the texts that parity is measured on, and FP32's vectors of them, float32[texts, dim]."""
+
+    texts: tuple[str, ...]
+    tokens: Tokens
+    record: TextSet
+    reference: Embeddings
+
+
+def float_model(located: Located, has_hidden_state: bool, cache: Cache) -> Floats:
+    """Export the model, or take it from the cache."""
+
+    def make(folder: Path) -> None:
+        record, model = exporting.export(located, folder, has_hidden_state)
+        _write(folder / "source.json", record)
+        _write(folder / "model.json", model)
+
+    name = key(source=located.sha256, hidden_state=has_hidden_state, tools=versions(EXPORT_TOOLS))
+    folder = cache.entry("float-model", name, make)
+    record = Source.model_validate_json((folder / "source.json").read_bytes()).model_copy(
+        update={"name": _name(located)}
+    )
+    tokenizer = Tokenizer.from_file(folder / exporting.CONFIG / "tokenizer.json", record.max_sequence)
+    return Floats(record, _read(FloatModel, folder / "model.json", folder / _FLOAT), folder, tokenizer)
+
+
+def calibrated(floats: Floats, texts: TextPlan, seed: int, cache: Cache, report: Report) -> Calibrated:
+    """Equalise and observe the float model, or take both from the cache."""
+
+    def make(folder: Path) -> None:
+        tokens = floats.tokenizer.encode(texts.calibration)
+        if tokens.truncated:
+            _log.warning(
+                "%d of %d calibration texts were cut at the model's limit of %d tokens",
+                tokens.truncated, len(tokens.ids), floats.source.max_sequence,
+            )  # fmt: skip
+        observed = calibrate.calibrate(onnx.load(floats.model.file.path), tokens, seed, report)
+        storage.write_bytes(folder / _EQUALIZED, observed.model.SerializeToString(deterministic=True))
+        calibrate.save(observed.statistics, folder / _STATISTICS)
+        equalized = floats.model.model_copy(
+            update={
+                "file": storage.file_ref(folder / _EQUALIZED),
+                "max_abs_error": observed.max_abs_error,
+                "passes": (),
+            }
+        )
+        record = Calibration(
+            file=storage.file_ref(folder / _STATISTICS),
+            float_model_sha256=equalized.file.sha256,
+            texts=text_set(texts.origin, texts.calibration, tokens),
+            seed=seed,
+            migration=observed.migration,
+        )
+        _write(folder / "equalized.json", equalized)
+        _write(folder / "calibration.json", record)
+
+    name = key(
+        float_model=floats.model.file.sha256, texts=list(texts.calibration), seed=seed, origin=texts.origin,
+        tools=versions(("onnxruntime", "onnx", "onnx-ir", "numpy")),
+    )  # fmt: skip
+    folder = cache.entry("calibration", name, make)
+    return Calibrated(
+        _read(FloatModel, folder / "equalized.json", folder / _EQUALIZED),
+        _read(Calibration, folder / "calibration.json", folder / _STATISTICS),
+        folder,
+    )
+
+
+def quantized(target: Target, calibrated: Calibrated, cache: Cache) -> QdqModel:
+    """Quantise by the target's scheme, or take the QDQ model from the cache: targets with one scheme share it."""
+    scheme = schemes.find(target.scheme, target.name)
+
+    def make(folder: Path) -> None:
+        statistics = calibrate.load(Path(calibrated.calibration.file.path))
+        model, integer, floats = quantize.quantize(onnx.load(calibrated.equalized.file.path), statistics, scheme)
+        storage.write_bytes(folder / _QDQ, model.SerializeToString(deterministic=True))
+        parent = calibrated.equalized
+        record = QdqModel(
+            file=storage.file_ref(folder / _QDQ),
+            float_model_sha256=parent.file.sha256,
+            calibration_sha256=calibrated.calibration.file.sha256,
+            scheme=scheme,
+            inputs=parent.inputs,
+            outputs=parent.outputs,
+            dim=parent.dim,
+            max_sequence=parent.max_sequence,
+            integer_matmuls=integer,
+            float_matmuls=floats,
+        )
+        _write(folder / "qdq.json", record)
+
+    name = key(
+        float_model=calibrated.equalized.file.sha256, calibration=calibrated.calibration.file.sha256,
+        scheme=scheme.model_dump(mode="json"), tools=versions(("onnx", "onnx-ir", "numpy")),
+    )  # fmt: skip
+    folder = cache.entry("qdq-model", name, make)
+    return _read(QdqModel, folder / "qdq.json", folder / _QDQ)
+
+
+def validation(floats: Floats, texts: TextPlan, cache: Cache) -> Validation:
+    """Embed the validation texts in FP32, or take the vectors from the cache."""
+    tokens = floats.tokenizer.encode(texts.validation)
+
+    def make(folder: Path) -> None:
+        session = FloatSession.of(Path(floats.model.file.path))
+        np.save(folder / "reference.npy", embed_batches(session, batches(tokens), len(tokens.ids)), allow_pickle=False)
+
+    name = key(float_model=floats.model.file.sha256, texts=list(texts.validation), tools=versions(("onnxruntime",)))
+    reference = np.load(cache.entry("reference", name, make) / "reference.npy", allow_pickle=False)
+    return Validation(texts.validation, tokens, text_set(texts.validation_origin, texts.validation, tokens), reference)
+
+
+def _name(located: Located) -> str:
+    """Give a local directory's own name, and any other model's as the user wrote it."""
+    return located.directory.name if Path(located.name).exists() else located.name
+
+
+def versions(names: tuple[str, ...]) -> dict[str, str]:
+    """Give the version of each distribution that is installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _write(path: Path, record: Record) -> None:
+    storage.write_bytes(path, record.model_dump_json(indent=1).encode())
+
+
+def _read(kind: type[FiledT], path: Path, file: Path) -> FiledT:
+    """Read a record from a cache entry; its file lies where the entry lies now."""
+    record = kind.model_validate_json(path.read_bytes())
+    if not file.is_file():
+        raise ConfigError(f"{file}: gone from the cache; run edgeq cache purge and try again")
+    return record.model_copy(update={"file": record.file.model_copy(update={"path": str(file)})})
