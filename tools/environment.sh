@@ -28,7 +28,7 @@ interpreters() {
 make_environment() {
     local directory=$1 python=$2 constraints=$3 stamp torch options=()
     shift 3
-    torch=$("$python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null)
+    torch=$("$python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null) || torch=
     stamp=$({ cat "$constraints" "$repository/pyproject.toml"; "$python" -VV; printf '%s\n' "$repository" "$torch" "$@"; } | sha256sum)
     if [ "$(cat "$directory/.stamp" 2>/dev/null)" = "$stamp" ]; then
         return
@@ -49,8 +49,8 @@ make_environment() {
 
 # make_main_environment: .venv with every extra. Sets $python.
 make_main_environment() {
-    local found
-    found=$(interpreters 3.11 3.12 3.13 | head -n 1)
+    local found=
+    read -r found < <(interpreters 3.11 3.12 3.13)  # no pipe: its first end would die of the broken other
     [ -n "$found" ] || die "no Python 3.11, 3.12 or 3.13 with venv and ensurepip found: apt-get install python3 python3-venv, and run again"
     make_environment "$repository/.venv" "$found" "$repository/tools/constraints.txt" --editable '.[export,dev]'
     python=$repository/.venv/bin/python
