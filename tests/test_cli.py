@@ -259,7 +259,8 @@ def test_a_defect_exits_1_without_a_traceback_unless_asked_for() -> None:
 
 def test_ctrl_c_ends_a_real_process_with_130() -> None:
     code = (
-        "import sys, time, edgeq.cli, edgeq.targets\n"
+        "import signal, sys, time, edgeq.cli, edgeq.targets\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background inherits it ignored
         "def slow(directory=None): sys.stderr.write('ready\\n'); sys.stderr.flush(); time.sleep(60)\n"
         "edgeq.targets.list_targets = slow\n"
         "sys.argv[1:] = ['targets']\n"
