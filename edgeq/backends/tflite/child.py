@@ -1,0 +1,237 @@
+"""Run .tflite files in one runtime, in a process of its own: `python child.py RUNTIME`, spoken to by `edgeq.children`.
+
+A script, not a module: it runs in environments where edgeq is not installed, and imports the standard library, numpy
+and one runtime only. RUNTIME is a key of `RUNTIMES`. Requests, one JSON object per line, arrays as `edgeq.children`
+packs them:
+
+    {"do": "version"}                                           -> {"runtime", "version", "numpy", "python"}
+    {"do": "load", "path", "threads"}                           -> {"signatures": [name, ...]}; threads 0: its choice
+    {"do": "run", "signature", "inputs": {name: array}}         -> {"outputs": {name: array}}
+    {"do": "run_many", "signature", "inputs": {name: arrays}}   -> the same; one run per item of the leading axis
+    {"do": "time", "signature", "inputs", "runs", "warmup"}     -> {"milliseconds": [one per run]}
+    {"do": "memory"}                                            -> {"resident_bytes"}
+
+A signature of null runs subgraph 0, its inputs and outputs under their tensors' names. Before each thing a kernel may
+die of stands an {"announce": ...}; what Python raises becomes an {"error": ...}, and the child stays.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+# runtime -> the package whose version counts, the module with the interpreter, the operator resolver by name
+RUNTIMES = {
+    "litert": ("ai_edge_litert", "ai_edge_litert.interpreter", "AUTO"),
+    "litert-builtin": ("ai_edge_litert", "ai_edge_litert.interpreter", "BUILTIN_WITHOUT_DEFAULT_DELEGATES"),
+    "litert-reference": ("ai_edge_litert", "ai_edge_litert.interpreter", "BUILTIN_REF"),
+    "tensorflow": ("tensorflow", "tensorflow.lite.python.interpreter", "AUTO"),
+    "tensorflow-reference": ("tensorflow", "tensorflow.lite.python.interpreter", "BUILTIN_REF"),
+    "tflite-runtime": ("tflite_runtime", "tflite_runtime.interpreter", "AUTO"),
+}
+
+Announce = Callable[[str], None]
+Arrays = dict[str, Any]  # name -> numpy array; numpy 1 and 2 agree on no narrower type
+
+
+def pack(array: Any) -> dict[str, Any]:
+    """Turn an array into what JSON can carry."""
+    data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
+    return {"dtype": array.dtype.str, "shape": list(array.shape), "data": data}
+
+
+def unpack(packed: Mapping[str, Any]) -> Any:
+    """Turn what `pack` made back into an array."""
+    data = bytearray(base64.b64decode(packed["data"], validate=True))
+    return np.frombuffer(data, np.dtype(packed["dtype"])).reshape(packed["shape"])
+
+
+class Program:
+    """Run one signature of a loaded file, or subgraph 0 of one that has none."""
+
+    def __init__(self, interpreter: Any, signature: str | None) -> None:
+        """Look up what it takes; nothing runs yet."""
+        self._interpreter = interpreter
+        self._runner: Any = None
+        if signature is None:
+            self._inputs = {detail["name"]: detail for detail in interpreter.get_input_details()}
+        else:
+            self._runner = interpreter.get_signature_runner(signature)
+            self._inputs = self._runner.get_input_details()
+
+    def check(self, inputs: Arrays) -> None:
+        """Refuse what the signature does not take: runtimes resize it to whatever they are given, and may die of it."""
+        if inputs.keys() != self._inputs.keys():
+            raise ValueError(f"inputs are {sorted(inputs)}; {sorted(self._inputs)} are needed")
+        for name, array in inputs.items():
+            dtype, shape = np.dtype(self._inputs[name]["dtype"]), self._inputs[name]["shape_signature"].tolist()
+            fits = len(shape) == array.ndim and all(n in (-1, m) for n, m in zip(shape, array.shape, strict=True))
+            if array.dtype != dtype or not fits:
+                raise ValueError(f"input {name} is {array.dtype}{list(array.shape)}; {dtype}{shape} is needed")
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Run once, on inputs that were checked."""
+        if self._runner is not None:
+            outputs: Arrays = self._runner(**inputs)
+            return outputs
+        for name, array in inputs.items():
+            self._interpreter.resize_tensor_input(self._inputs[name]["index"], array.shape)
+        self._interpreter.allocate_tensors()
+        for name, array in inputs.items():
+            self._interpreter.set_tensor(self._inputs[name]["index"], array)
+        self._interpreter.invoke()
+        details = self._interpreter.get_output_details()
+        return {detail["name"]: self._interpreter.get_tensor(detail["index"]) for detail in details}
+
+
+class Child:
+    """Answer requests with one runtime and one loaded file."""
+
+    def __init__(self, runtime: str, announce: Announce) -> None:
+        """Import nothing yet: a runtime that cannot be imported is an error of the first request."""
+        self._runtime = runtime
+        self._announce = announce
+        self._interpreter: Any = None
+        self._path = ""
+        self._programs: dict[str | None, Program] = {}
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Do what a request says."""
+        actions: dict[str, Callable[..., dict[str, Any]]] = {
+            "version": self._version,
+            "load": self._load,
+            "run": self._run,
+            "run_many": self._run_many,
+            "time": self._time,
+            "memory": self._memory,
+        }
+        do = request.pop("do", None)
+        if do not in actions:
+            raise ValueError(f"do is {do!r}; one of {', '.join(actions)} is needed")
+        return actions[do](**request)
+
+    def _module(self) -> Any:
+        """Import the runtime, by a name that decides nothing about any other runtime."""
+        self._announce(f"importing {RUNTIMES[self._runtime][1]}")
+        return importlib.import_module(RUNTIMES[self._runtime][1])
+
+    def _version(self) -> dict[str, Any]:
+        self._module()
+        version = sys.modules[RUNTIMES[self._runtime][0]].__version__
+        python = platform.python_version()
+        return {"runtime": self._runtime, "version": version, "numpy": np.__version__, "python": python}
+
+    def _load(self, path: str, threads: int) -> dict[str, Any]:
+        self._interpreter, self._path, self._programs = None, path, {}  # a failed load leaves no older file to run
+        module = self._module()
+        self._announce(f"loading {path}")
+        self._interpreter = module.Interpreter(
+            model_path=path,
+            num_threads=threads or None,
+            experimental_op_resolver_type=module.OpResolverType[RUNTIMES[self._runtime][2]],
+        )
+        return {"signatures": list(self._interpreter.get_signature_list())}
+
+    def _run(self, signature: str | None, inputs: dict[str, Any]) -> dict[str, Any]:
+        program, arrays = self._prepared(signature, inputs)
+        (outputs,) = self._run_each(signature, program, [arrays])
+        return {"outputs": {name: pack(array) for name, array in outputs.items()}}
+
+    def _run_many(self, signature: str | None, inputs: dict[str, Any]) -> dict[str, Any]:
+        program = self._program(signature)
+        arrays = {name: unpack(packed) for name, packed in inputs.items()}
+        counts = {len(array) for array in arrays.values() if array.ndim}
+        if len(counts) != 1 or counts == {0} or not all(array.ndim for array in arrays.values()):
+            raise ValueError(f"leading axes are {sorted(counts)}; one length above 0, of all inputs, is needed")
+        runs = [{name: array[i] for name, array in arrays.items()} for i in range(counts.pop())]
+        program.check(runs[0])
+        results = self._run_each(signature, program, runs)
+        return {"outputs": {name: pack(np.stack([result[name] for result in results])) for name in results[0]}}
+
+    def _run_each(self, signature: str | None, program: Program, runs: list[Arrays]) -> list[Arrays]:
+        results = []
+        for number, arrays in enumerate(runs, 1):
+            self._announce(f"running {signature or 'subgraph 0'} of {self._path} ({number} of {len(runs)})")
+            results.append(program(arrays))
+        return results
+
+    def _time(self, signature: str | None, inputs: dict[str, Any], runs: int, warmup: int) -> dict[str, Any]:
+        program, arrays = self._prepared(signature, inputs)
+        self._announce(f"timing {signature or 'subgraph 0'} of {self._path}, {runs} runs after {warmup} to warm up")
+        for _ in range(warmup):
+            program(arrays)
+        milliseconds = []
+        for _ in range(runs):
+            begin = time.perf_counter_ns()
+            program(arrays)
+            milliseconds.append((time.perf_counter_ns() - begin) / 1e6)
+        return {"milliseconds": milliseconds}
+
+    def _memory(self) -> dict[str, Any]:
+        """Give the resident memory. Source: Linux, Documentation/filesystems/proc.rst, table 1-3, statm."""
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return {"resident_bytes": pages * os.sysconf("SC_PAGE_SIZE")}
+
+    def _program(self, signature: str | None) -> Program:
+        if self._interpreter is None:
+            raise ValueError("no file is loaded; a load is needed first")
+        if signature not in self._programs:
+            self._programs[signature] = Program(self._interpreter, signature)
+        return self._programs[signature]
+
+    def _prepared(self, signature: str | None, inputs: dict[str, Any]) -> tuple[Program, Arrays]:
+        program = self._program(signature)
+        arrays = {name: unpack(packed) for name, packed in inputs.items()}
+        program.check(arrays)
+        return program, arrays
+
+
+def serve(runtime: str, requests: Iterable[bytes], replies: IO[str]) -> None:
+    """Answer every request until there are no more."""
+    announced = ""
+
+    def put(message: dict[str, Any]) -> None:
+        replies.write(json.dumps(message) + "\n")
+        replies.flush()
+
+    def announce(what: str) -> None:
+        nonlocal announced
+        announced = what
+        put({"announce": what})
+
+    child = Child(runtime, announce)
+    for line in requests:
+        announced = ""
+        try:
+            reply = child.answer(json.loads(line))
+        except Exception as error:  # the one boundary: a runtime may raise anything
+            traceback.print_exc()
+            what = f"{type(error).__name__}: {error}"
+            reply = {"error": f"{announced}: {what}" if announced else what}
+        put(reply)
+
+
+def main() -> int:
+    """Keep stdout for replies alone: a runtime's own prints, in Python or C++, go to stderr."""
+    if len(sys.argv) != 2 or sys.argv[1] not in RUNTIMES:
+        sys.stderr.write(f"arguments are {sys.argv[1:]}; one of {', '.join(RUNTIMES)} is needed\n")
+        return 2
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
+        os.dup2(2, 1)
+        serve(sys.argv[1], sys.stdin.buffer, replies)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
