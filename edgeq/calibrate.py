@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from edgeq import equalize
 from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.errors import ConfigError, EdgeqError
-from edgeq.gemm import feed_forwards, sites
+from edgeq.gemm import feed_forwards, sites, value_sum
 from edgeq.observe import BINS, Histogram, Statistics, equal_length_batches, observe
 from edgeq.passes.graph import constant
+from edgeq.primitives import follows, primitives
 from edgeq.quantize import quantize
 from edgeq.records import Migration
 from edgeq.reference import FloatSession
@@ -41,6 +42,9 @@ HELD_BACK_SHARE = 8  # one calibration text in so many judges the strength and i
 HELD_BACK_MOST = 48
 SWEEP_TOKENS, SWEEP_LENGTH = 8192, 30
 TOLERANCE = 1e-5
+_OBSERVED = frozenset(
+    "Add Gelu MatMul Mul Reciprocal ReduceMax ReduceMean ReduceSumSquare Relu Sigmoid Sub Tanh".split()
+)
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,13 @@ def calibrate(model: onnx.ModelProto, tokens: Tokens, seed: int, progress: Progr
     equalize.migrate(equalized.graph, statistics, swept, migration.strengths)
     proto = ir.to_proto(equalized)
     read = [site.name for site in sites(equalized.graph)]
+    primitives(equalized)
     tensors = _float_tensors(equalized.graph, read)
+    expanded = ir.to_proto(equalized)
     del parted, equalized
     kept = observe(
-        proto, tensors, batches,
-        lambda done, total: progress("calibrate", done, total), histograms=read, moments=read,
+        expanded, tensors, batches, lambda done, total: progress("calibrate", done, total),
+        histograms=read, moments=read, means=_read_by_attention(expanded),
     )  # fmt: skip
     return Observed(proto, kept, migration, _largest_error(model, proto, held, longest))
 
@@ -133,15 +139,25 @@ def _largest_error(before: onnx.ModelProto, after: onnx.ModelProto, held: Tokens
 
 
 def _float_tensors(graph: ir.Graph, read: list[str]) -> list[str]:
-    """Name what is kept: the tensors that products read, and every other float activation of the encoder."""
-    others = [
-        str(value.name)
-        for node in graph
-        if node.op_type in ("Add", "LayerNormalization", "Softmax", "Gelu", "MatMul")
-        for value in node.outputs
-        if value.name not in read and value.shape is not None and len(value.shape) >= 3
-    ]
+    """Name what is kept: the tensors that products read, and what schemes that leave nothing float need besides.
+
+    What follows exactly from another tensor is left out, and so is what is made of the mask alone.
+    """
+    mask = {value for value in graph.inputs if value.name == "attention_mask"}
+    others = []
+    for node in graph:
+        variable = [value for value in node.inputs if value is not None and constant(value) is None]
+        if variable and all(value in mask for value in variable):
+            mask.update(node.outputs)
+        elif node.op_type in _OBSERVED and not follows(node):
+            others += [str(value.name) for value in node.outputs if value.name not in read]
     return [*read, *others]
+
+
+def _read_by_attention(model: onnx.ModelProto) -> list[str]:
+    """Name the values that attention mixes, as their products make them."""
+    graph = ir.from_proto(model).graph
+    return [str(values.outputs[0].name) for site in sites(graph) if (values := value_sum(site)) is not None]
 
 
 def _hold_back(tokens: Tokens, seed: int) -> tuple[Tokens, Tokens]:
@@ -212,6 +228,8 @@ def save(statistics: Mapping[str, Statistics], path: Path) -> None:
         if item.histogram is not None:
             arrays[f"{name}|limit"] = np.array(item.histogram.limit)
             arrays[f"{name}|counts"] = item.histogram.counts
+        if item.mean is not None:
+            arrays[f"{name}|mean"] = item.mean
         if item.moment is not None:
             arrays[f"{name}|moment"] = item.moment
     with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
@@ -241,6 +259,7 @@ def load(path: Path) -> dict[str, Statistics]:
                 raise ConfigError(f"{path}: {name} has a histogram of shape {counts.shape}; ({2 * BINS},) is needed")
             histogram = Histogram(float(arrays[f"{name}|limit"]), counts)
         kept[name] = Statistics(
-            arrays[f"{name}|minimum"], arrays[f"{name}|maximum"], histogram, arrays.get(f"{name}|moment")
-        )
+            arrays[f"{name}|minimum"], arrays[f"{name}|maximum"], histogram,
+            arrays.get(f"{name}|moment"), arrays.get(f"{name}|mean"),
+        )  # fmt: skip
     return kept

@@ -15,7 +15,7 @@ from edgeq.bundle import load_manifest, require_cpu
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.machine import machine
 from edgeq.records import Manifest
-from edgeq.texts import Tokenizer, batches
+from edgeq.texts import Tokenizer, batches, token_limit
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Embedder:
         self._tokenizer = tokenizer
         self.manifest = manifest
         self.dim = manifest.source.dim
-        self.max_sequence = manifest.source.max_sequence
+        self.max_sequence = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
 
     def encode(self, texts: Sequence[str], batch_size: int = 32, prompt_name: str | None = None) -> NDArray[np.float32]:
         """Embed texts, batched by length.
@@ -111,5 +111,6 @@ def load(bundle: str | Path, threads: int = 0, allow_failed: bool = False) -> Em
             machine(),
         )
     session = backend.load(manifest.artifact, path, target, threads)
-    tokenizer = Tokenizer.from_file(path / "tokenizer.json", manifest.source.max_sequence)
+    limit = token_limit(target.buckets_tokens, manifest.source.max_sequence)
+    tokenizer = Tokenizer.from_file(path / "tokenizer.json", limit)
     return Embedder(session, tokenizer, manifest)

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.gemm import SIDE, FeedForward, Site, bias_of, feed_forwards, sites
+from edgeq.gemm import SIDE, FeedForward, Site, bias_of, feed_forwards, sites, value_sum
 from edgeq.observe import Statistics
 from edgeq.passes.finite_mask import MASK_SIZE
 from edgeq.passes.graph import add_constant, add_node, constant, is_read_once, made_by, readers
@@ -195,9 +195,7 @@ def _into_value(graph: ir.Graph, site: Site, scales: NDArray[np.float64]) -> boo
     """Divide the value weights: attention mixes positions, never channels."""
     if site.kind != "context" or not _only_products_read(site):
         return False
-    mixed = made_by(_through(site.tensor), "MatMul")
-    value = _through(mixed.inputs[1]) if mixed is not None and constant(mixed.inputs[1]) is None else None
-    add = made_by(value, "Add")
+    add = value_sum(site)
     bias = bias_of(add) if add is not None else None
     product = made_by(add.inputs[1 - bias[0]], "MatMul") if add is not None and bias is not None else None
     weight = constant(product.inputs[1]) if product is not None else None
@@ -208,12 +206,6 @@ def _into_value(graph: ir.Graph, site: Site, scales: NDArray[np.float64]) -> boo
     _replace_constant(graph, product, 1, (weight / scales).astype(np.float32))
     _replace_constant(graph, add, bias[0], (bias[1] / scales).astype(np.float32))
     return True
-
-
-def _through(value: ir.Value | None) -> ir.Value | None:
-    while value is not None and (step := made_by(value, "Reshape", "Transpose")) is not None:
-        value = step.inputs[0]
-    return value
 
 
 def _only_products_read(site: Site) -> bool:

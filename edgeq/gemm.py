@@ -111,3 +111,18 @@ def bias_of(add: ir.Node) -> tuple[int, NDArray[np.float32]] | None:
         if array is not None:
             return position, array
     return None
+
+
+def value_sum(site: Site) -> ir.Node | None:
+    """Give the Add behind the value product whose rows attention mixes into a context, or None."""
+    if site.kind != "context":
+        return None
+    mixed = made_by(_through(site.tensor), "MatMul")
+    value = _through(mixed.inputs[1]) if mixed is not None and constant(mixed.inputs[1]) is None else None
+    return made_by(value, "Add")
+
+
+def _through(value: ir.Value | None) -> ir.Value | None:
+    while value is not None and (step := made_by(value, "Reshape", "Transpose")) is not None:
+        value = step.inputs[0]
+    return value

@@ -106,9 +106,11 @@ def measure(bundle: Path, shapes: Shapes, against: Path | None, report: Report) 
 
     from edgeq.bundle import load_manifest
     from edgeq.machine import describe, place
+    from edgeq.texts import token_limit
 
     manifest = load_manifest(bundle)
-    _check(shapes, manifest.artifact.target, manifest.source.max_sequence, against)
+    limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
+    _check(shapes, manifest.artifact.target, limit, against)
     vocabulary = Tokenizer.from_file(str(bundle / "tokenizer.json")).get_vocab_size()
     ran_on = place(manifest.target.runs_on)
     grid = [(t, b, s) for t in shapes.threads for b in shapes.batches for s in shapes.sequences]
@@ -235,11 +237,15 @@ def _float_session(job: Job) -> Session:
 
 def _run(job: Job) -> Sample:
     """Load, warm up, and time every run."""
+    from edgeq.backends.contract import TimesItself
     from edgeq.texts import Feeds
 
     ids = np.random.default_rng(0).integers(0, job.vocabulary, (job.batch, job.sequence), np.int64)
     feeds = Feeds(input_ids=ids, attention_mask=np.ones_like(ids))
     session = _session(job)
+    if isinstance(session, TimesItself):
+        latencies_ms = tuple(session.milliseconds(feeds, job.num_runs, job.warmup_runs))
+        return Sample(latencies_ms=latencies_ms, peak_memory_bytes=session.peak_memory_bytes())
     for _ in range(job.warmup_runs):
         session(feeds)
     latencies: list[float] = []

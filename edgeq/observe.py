@@ -46,6 +46,7 @@ class Statistics:
         minimum: float32[channels], smallest value per channel (last axis).
         maximum: float32[channels], largest value per channel.
         histogram: of all values, when asked for.
+        mean: float32[channels], mean over tokens, when asked for; with a moment, over the same tokens.
         moment: float32[channels, channels], mean of x xᵀ over tokens, when asked for.
         seen: tokens so far.
         rows: tokens that entered the moment, evenly spread over those seen.
@@ -56,6 +57,7 @@ class Statistics:
     maximum: NDArray[np.float32]
     histogram: Histogram | None = None
     moment: NDArray[np.float32] | None = None
+    mean: NDArray[np.float32] | None = None
     seen: int = 0
     rows: int = 0
     waiting: list[NDArray[np.float32]] = field(default_factory=list, repr=False)
@@ -86,6 +88,7 @@ def observe(
     progress: Callable[[int, int], None],
     histograms: Iterable[str] = (),
     moments: Iterable[str] = (),
+    means: Iterable[str] = (),
 ) -> dict[str, Statistics]:
     """Run the model over the batches and keep statistics of the named tensors.
 
@@ -95,13 +98,14 @@ def observe(
         batches: without padding, see `equal_length_batches`.
         progress: called with (done, total) after each batch.
         histograms: names to keep a histogram of.
-        moments: names to keep a second moment of.
+        moments: names to keep a second moment and a mean of.
+        means: names to keep the mean of only, each a tensor of tokens.
 
     Raises:
         EdgeqError: a tensor held NaN or infinity.
     """
     session = _observing(model, tensors)
-    with_histogram, with_moment = set(histograms), set(moments)
+    with_histogram, with_moment, with_mean = set(histograms), set(moments), set(means)
     total = sum(batch.feeds.input_ids.size for batch in batches)
     stride = max(1, total // MOMENT_ROWS)
     kept: dict[str, Statistics] = {}
@@ -123,6 +127,9 @@ def observe(
                 np.maximum(statistics.maximum, high, out=statistics.maximum)
             if statistics.histogram is not None:
                 statistics.histogram.add(array, float(max(-low.min(), high.max())))
+            if name in with_mean:
+                share = rows.sum(0) / np.float32(total)
+                statistics.mean = share if statistics.mean is None else statistics.mean + share
             if name in with_moment:
                 _add_moment(statistics, rows, stride)
         progress(done, len(batches))
@@ -153,14 +160,17 @@ def _flush_moment(statistics: Statistics) -> None:
         return
     block = np.concatenate(statistics.waiting)
     statistics.waiting.clear()
-    if statistics.moment is None:
+    if statistics.moment is None or statistics.mean is None:
         statistics.moment = np.zeros((block.shape[1], block.shape[1]), np.float32)
+        statistics.mean = np.zeros(block.shape[1], np.float32)
     statistics.moment += block.T @ block
+    statistics.mean += block.sum(0)
     statistics.rows += len(block)
 
 
 def _mean_moment(statistics: Statistics) -> Statistics:
     _flush_moment(statistics)
-    if statistics.moment is not None:
+    if statistics.moment is not None and statistics.mean is not None:
         statistics.moment /= statistics.rows
+        statistics.mean /= statistics.rows
     return statistics

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from edgeq.errors import ConfigError, ParityFailed
 from edgeq.machine import describe
 from edgeq.records import Gate, Measures, ParityReport, Place, Placement, Target, TextSet
-from edgeq.texts import Feeds
+from edgeq.texts import Feeds, lengths
 
 if TYPE_CHECKING:
     from edgeq.backends.contract import Session
@@ -96,15 +96,15 @@ def invariance(session: Session, tokens: Tokens, max_sequence: int, buckets_toke
     by_length = sorted(range(len(tokens.ids)), key=lambda row: (len(tokens.ids[row]), row))
     spread = np.linspace(0, len(by_length) - 1, min(_INVARIANCE_TEXTS, len(by_length))).round().astype(int)
     chosen = [tokens.ids[by_length[position]] for position in spread]
-    lengths = sorted(buckets_tokens) or list(range(1, max_sequence + 1))
-    widest = _smallest(lengths, len(chosen[-1]))
+    sizes = list(lengths(buckets_tokens, max_sequence)) or list(range(1, max_sequence + 1))
+    widest = _smallest(sizes, len(chosen[-1]))
     mixed = session(_padded(chosen, widest, tokens.pad_id))
     reverse = session(_padded(chosen[::-1], widest, tokens.pad_id))[::-1]
     smallest = 1.0
     for row, ids in enumerate(chosen):
         size = len(ids)
         asked = {size, size + 1, size + 7, 1 << size.bit_length(), widest}
-        paddings = sorted({_smallest(lengths, width) for width in asked})
+        paddings = sorted({_smallest(sizes, width) for width in asked})
         vectors = [session(_padded([ids], width, tokens.pad_id))[0] for width in paddings]
         vectors.extend(session(_padded([ids, ids], paddings[0], tokens.pad_id)))
         smallest = min(smallest, _smallest_cosine(np.stack([*vectors, mixed[row], reverse[row]])))

@@ -23,8 +23,8 @@ from edgeq.records import (
     Target,
 )
 from edgeq.stages import Report
-from edgeq.texts import Tokens, batches
-from edgeq.textsets import plan_texts
+from edgeq.texts import Tokens, batches, token_limit
+from edgeq.textsets import TextPlan, plan_texts
 
 GOLDEN_TEXTS = 32
 
@@ -90,17 +90,14 @@ def export(request: ExportRequest, report: Report) -> tuple[Exported, ...]:
     floats = stages.float_model(located, request.hidden_state, request.cache)
     report("export", 1, 1)
     calibrated = stages.calibrated(floats, texts, request.seed, request.cache, report)
-    report("reference", 0, 1)
-    validation = stages.validation(floats, texts, request.cache)
-    report("reference", 1, 1)
-    return tuple(_bundle(target, floats, calibrated, validation, request, report) for target in request.targets)
+    return tuple(_bundle(target, floats, calibrated, texts, request, report) for target in request.targets)
 
 
 def _bundle(
     target: Target,
     floats: stages.Floats,
     calibrated: stages.Calibrated,
-    validation: stages.Validation,
+    texts: TextPlan,
     request: ExportRequest,
     report: Report,
 ) -> Exported:
@@ -111,6 +108,10 @@ def _bundle(
     model = stages.quantized(target, calibrated, request.cache)
     _refuse(backend, model, target)
     report(f"{stage}quantize", 1, 1)
+    report(f"{stage}reference", 0, 1)
+    limit = token_limit(target.buckets_tokens, model.max_sequence)
+    validation = stages.validation(floats, texts, request.cache, limit)
+    report(f"{stage}reference", 1, 1)
     with storage.work_dir() as work:
         report(f"{stage}lower", 0, 1)
         artifact = backend.lower(model, target, work)
@@ -119,7 +120,7 @@ def _bundle(
         report(f"{stage}compare", 0, 2)
         embeddings = embed_batches(session, batches(validation.tokens), len(validation.texts))
         report(f"{stage}compare", 1, 2)
-        invariance = parity.invariance(session, validation.tokens, model.max_sequence, target.buckets_tokens)
+        invariance = parity.invariance(session, validation.tokens, limit, target.buckets_tokens)
         found = parity.report(
             target, machine.place(target.runs_on), artifact.placement, validation.reference, embeddings,
             validation.texts, validation.record, invariance,

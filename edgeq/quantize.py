@@ -15,6 +15,7 @@ from edgeq.errors import EdgeqError
 from edgeq.gemm import Site, sites
 from edgeq.observe import Statistics
 from edgeq.passes.graph import add_constant, add_node, constant, dims, replace_uses
+from edgeq.quantize_integer import quantize_integer
 from edgeq.records import Scheme
 
 LOWEST_IR_VERSION = 10  # of opset 21
@@ -24,6 +25,8 @@ def quantize(
     model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme, compensate: bool = True
 ) -> tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]:
     """Put QuantizeLinear and DequantizeLinear around every token-level weight product and the embedding tables.
+
+    A scheme that leaves nothing float has more to do: see `edgeq.quantize_integer`.
 
     Before::
 
@@ -46,6 +49,8 @@ def quantize(
     Raises:
         EdgeqError: a tensor has no statistics.
     """
+    if scheme.integer is not None:
+        return quantize_integer(model, observed, scheme)
     graph_model = ir.from_proto(model)
     graph = graph_model.graph
     integer: list[str] = []

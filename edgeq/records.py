@@ -98,6 +98,15 @@ class Calibration(Record):
     migration: Migration
 
 
+class IntegerForm(Record):
+    """Decide the bits of a scheme that leaves nothing float; what is not named here has 16."""
+
+    gemm_bits: int  # input and output of weight products
+    attention_bits: int  # scores, probabilities, values
+    output_bits: int  # the vectors
+    widen_quantile: float  # output channels above this quantile of magnitudes are scaled down in the weights
+
+
 class Scheme(Record):
     """Decide dtypes. Weights are symmetric per output channel, activations asymmetric per tensor."""
 
@@ -107,6 +116,7 @@ class Scheme(Record):
     activations_signed: bool
     embedding_bits: int
     range_method: RangeMethod
+    integer: IntegerForm | None = None  # None: what is no weight product stays float
 
 
 class QdqModel(Record):

@@ -135,7 +135,7 @@ def quantized(target: Target, calibrated: Calibrated, cache: Cache) -> QdqModel:
             calibration_sha256=calibrated.calibration.file.sha256,
             scheme=scheme,
             inputs=parent.inputs,
-            outputs=parent.outputs,
+            outputs=tuple(output.name for output in model.graph.output),
             dim=parent.dim,
             max_sequence=parent.max_sequence,
             integer_matmuls=integer,
@@ -151,15 +151,20 @@ def quantized(target: Target, calibrated: Calibrated, cache: Cache) -> QdqModel:
     return _read(QdqModel, folder / "qdq.json", folder / _QDQ)
 
 
-def validation(floats: Floats, texts: TextPlan, cache: Cache) -> Validation:
-    """Embed the validation texts in FP32, or take the vectors from the cache."""
-    tokens = floats.tokenizer.encode(texts.validation)
+def validation(floats: Floats, texts: TextPlan, cache: Cache, limit: int) -> Validation:
+    """Embed the validation texts, cut at `limit` tokens, in FP32, or take the vectors from the cache."""
+    tokens = Tokenizer.from_file(floats.folder / exporting.CONFIG / "tokenizer.json", limit).encode(texts.validation)
 
     def make(folder: Path) -> None:
         session = FloatSession.of(Path(floats.model.file.path))
         np.save(folder / "reference.npy", embed_batches(session, batches(tokens), len(tokens.ids)), allow_pickle=False)
 
-    name = key(float_model=floats.model.file.sha256, texts=list(texts.validation), tools=versions(("onnxruntime",)))
+    name = key(
+        float_model=floats.model.file.sha256,
+        texts=list(texts.validation),
+        limit=limit,
+        tools=versions(("onnxruntime",)),
+    )
     reference = np.load(cache.entry("reference", name, make) / "reference.npy", allow_pickle=False)
     return Validation(texts.validation, tokens, text_set(texts.validation_origin, texts.validation, tokens), reference)
 

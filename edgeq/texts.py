@@ -103,6 +103,16 @@ def _pad_id(tokenizer: tokenizers.Tokenizer) -> int:
     return 0
 
 
+def lengths(buckets_tokens: Sequence[int], max_sequence: int) -> tuple[int, ...]:
+    """Give the sequence lengths of a static artifact, none above the model's limit; empty for dynamic shapes."""
+    return tuple(sorted({min(bucket, max_sequence) for bucket in buckets_tokens}))
+
+
+def token_limit(buckets_tokens: Sequence[int], max_sequence: int) -> int:
+    """Give how many tokens a target takes: what the model takes, or its largest bucket holds."""
+    return max(lengths(buckets_tokens, max_sequence), default=max_sequence)
+
+
 def batches(tokens: Tokens, batch_size: int = 32, max_tokens: int = 4096) -> list[Batch]:
     """Batch texts of like length, so that padding is small.
 

@@ -14,7 +14,7 @@ from edgeq.evaluation import Embed
 from edgeq.machine import place
 from edgeq.records import Manifest, ParityReport
 from edgeq.reference import FloatSession
-from edgeq.texts import Tokenizer, batches, text_set
+from edgeq.texts import Tokenizer, batches, text_set, token_limit
 
 Report = Callable[[str, int, int], None]
 
@@ -38,7 +38,8 @@ def validate(bundle: Path, texts: Path | None, column: str | None, float_model: 
     target = manifest.target
     require_cpu(target)
     chosen = deduplicate(read_texts(texts or default_texts()[1], column if texts else None))
-    tokens = Tokenizer.from_file(bundle / "tokenizer.json", manifest.source.max_sequence).encode(chosen)
+    limit = token_limit(target.buckets_tokens, manifest.source.max_sequence)
+    tokens = Tokenizer.from_file(bundle / "tokenizer.json", limit).encode(chosen)
     report("float32", 0, 1)
     reference = embed_batches(FloatSession.of(float_model), batches(tokens), len(chosen))
     report("float32", 1, 1)
@@ -46,7 +47,7 @@ def validate(bundle: Path, texts: Path | None, column: str | None, float_model: 
     session = _session(manifest, bundle)
     embeddings = embed_batches(session, batches(tokens), len(chosen))
     report("artifact", 1, 2)
-    invariance = parity.invariance(session, tokens, manifest.source.max_sequence, target.buckets_tokens)
+    invariance = parity.invariance(session, tokens, limit, target.buckets_tokens)
     report("artifact", 2, 2)
     return parity.report(
         target,

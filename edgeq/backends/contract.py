@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,19 @@ class Session(Protocol):
 
     def __call__(self, feeds: Feeds) -> Embeddings:
         """Give float32[batch, dim]."""
+        ...
+
+
+@runtime_checkable
+class TimesItself(Protocol):
+    """A session whose runtime lives in another process, where its time and memory are measured."""
+
+    def milliseconds(self, feeds: Feeds, runs: int, warmup: int) -> list[float]:
+        """Give the time of each run."""
+        ...
+
+    def peak_memory_bytes(self) -> int:
+        """Give the peak resident memory of that process."""
         ...
 
 

@@ -17,7 +17,7 @@ from edgeq.machine import describe, place
 from edgeq.parity import judge, unit
 from edgeq.records import FileRef, Manifest, ParityReport, Place, Record, Status
 from edgeq.storage import file_ref
-from edgeq.texts import Tokenizer, batches
+from edgeq.texts import Tokenizer, batches, token_limit
 
 SAME_PLACE_ERROR_MAX = 1e-3
 SAME_PLACE_COSINE_MIN = 0.9999
@@ -41,7 +41,7 @@ class Verification(Record):
 def verify(path: Path) -> Verification:
     """Hash every file, walk the chain from source to artifact, and run the golden texts again.
 
-    On a place of the kind where the bundle was measured the vectors must be the recorded ones to 1e-3 and cosine
+    On a machine of the kind where the bundle was measured the vectors must be the recorded ones to 1e-3 and cosine
     0.9999; elsewhere they must be as near to FP32 as the target's gate asks.
 
     Raises:
@@ -75,7 +75,7 @@ def verify(path: Path) -> Verification:
         cosine_min=float(recorded.min()),
         float32_cosine_min=float(against_float.min()),
     )
-    judge_golden(path, manifest, verification, is_same_place=ran_on == report.ran_on)
+    judge_golden(path, manifest, verification, is_same_place=(ran_on, describe()) == (report.ran_on, report.machine))
     return verification
 
 
@@ -133,7 +133,8 @@ def _check_golden(path: Path, manifest: Manifest, golden: GoldenData) -> None:
             f"{path / VECTORS}: {len(golden.texts)} texts of dimension {golden.reference.shape[1]}; the manifest "
             f"says {manifest.golden.count} of {manifest.source.dim}. Export the bundle again."
         )
-    tokens = Tokenizer.from_file(path / "tokenizer.json", manifest.source.max_sequence).encode(golden.texts)
+    limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
+    tokens = Tokenizer.from_file(path / "tokenizer.json", limit).encode(golden.texts)
     for row, (found, recorded) in enumerate(zip(tokens.ids, golden.token_ids(), strict=True), start=1):
         if list(found) != recorded:
             raise BundleCorrupt(
@@ -145,7 +146,8 @@ def _check_golden(path: Path, manifest: Manifest, golden: GoldenData) -> None:
 def _run(path: Path, manifest: Manifest, golden: GoldenData) -> NDArray[np.float32]:
     """Run the golden texts through the artifact, float32[texts, dim]."""
     session = backends.find(manifest.artifact.backend, str(path)).load(manifest.artifact, path, manifest.target)
-    tokens = Tokenizer.from_file(path / "tokenizer.json", manifest.source.max_sequence).encode(golden.texts)
+    limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
+    tokens = Tokenizer.from_file(path / "tokenizer.json", limit).encode(golden.texts)
     vectors = embed_batches(session, batches(tokens), len(golden.texts))
     if vectors.shape != golden.embeddings.shape or not np.isfinite(vectors).all():
         raise ParityFailed(

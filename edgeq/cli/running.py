@@ -75,10 +75,12 @@ def bench(
     """Measure latency and peak memory of BUNDLE beside FP32, each in a process of its own."""
     from edgeq.bundle import load_manifest
     from edgeq.latency import Shapes, measure
+    from edgeq.texts import token_limit
 
     manifest = load_manifest(bundle)
+    limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
     shapes = Shapes(
-        sequences=_sequences(manifest.source.max_sequence) if sequence is None else _numbers("--sequence", sequence),
+        sequences=_sequences(limit) if sequence is None else _numbers("--sequence", sequence),
         batches=_numbers("--batch", batch),
         threads=_numbers("--threads", threads or str(len(os.sched_getaffinity(0)))),
         num_runs=num_runs,

@@ -9,7 +9,7 @@ packs them:
     {"do": "run", "signature", "inputs": {name: array}}         -> {"outputs": {name: array}}
     {"do": "run_many", "signature", "inputs": {name: arrays}}   -> the same; one run per item of the leading axis
     {"do": "time", "signature", "inputs", "runs", "warmup"}     -> {"milliseconds": [one per run]}
-    {"do": "memory"}                                            -> {"resident_bytes"}
+    {"do": "memory"}                                            -> {"resident_bytes", "peak_bytes"}
 
 A signature of null runs subgraph 0, its inputs and outputs under their tensors' names. Before each thing a kernel may
 die of stands an {"announce": ...}; what Python raises becomes an {"error": ...}, and the child stays.
@@ -179,9 +179,10 @@ class Child:
         return {"milliseconds": milliseconds}
 
     def _memory(self) -> dict[str, Any]:
-        """Give the resident memory. Source: Linux, Documentation/filesystems/proc.rst, table 1-3, statm."""
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return {"resident_bytes": pages * os.sysconf("SC_PAGE_SIZE")}
+        """Give resident memory, now and at its peak. Source: Linux, Documentation/filesystems/proc.rst, table 1-2."""
+        lines = Path("/proc/self/status").read_text().splitlines()
+        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+        return {"resident_bytes": sizes["VmRSS"], "peak_bytes": sizes["VmHWM"]}
 
     def _program(self, signature: str | None) -> Program:
         if self._interpreter is None:

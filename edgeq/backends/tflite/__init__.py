@@ -1,0 +1,240 @@
+"""Lower an integer-only QDQ model to one .tflite file, and run it in a child process."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeq.backends.contract import Embeddings, Rejection
+from edgeq.children import Worker, pack, unpack
+from edgeq.environments import Environment, interpreter
+from edgeq.errors import ConfigError, LoweringFailed, ToolMissing
+from edgeq.records import Artifact, Placement, QdqModel, Target
+from edgeq.storage import file_ref, storage_errors, write_bytes
+from edgeq.texts import Feeds, lengths
+
+MODEL = "tflite/model.tflite"
+SIGNATURE = "seq_{}"
+
+# Its wheel was built for numpy 1 and Python 3.11: it lives in an environment of its own.
+TFLITE_RUNTIME = Environment("tflite-runtime", ("tflite-runtime==2.14.0", "numpy==1.26.4"), ("3.11",))
+
+_SETTINGS = {"interpreter", "threads", "bias_bits", "upcast", "lookup"}
+_CHOICES: dict[str, tuple[str | int, ...]] = {
+    "interpreter": ("litert", "tflite-runtime"),
+    "bias_bits": (32, 64),
+    "upcast": ("quantize", "cast"),
+    "lookup": ("operator", "table"),
+}
+_CHILD = Path(__file__).with_name("child.py")
+
+Rule = Callable[[QdqModel, Target], str | None]
+
+
+def leaves_nothing_float(model: QdqModel, target: Target) -> str | None:
+    """The scheme must be integer-only: TFLite has no kernels that mix integer products with float around them."""
+    return f"scheme {model.scheme.name} leaves tensors in float" if model.scheme.integer is None else None
+
+
+def has_buckets(model: QdqModel, target: Target) -> str | None:
+    """TFLite takes static shapes: the target needs sequence lengths of at least 2 tokens, each once."""
+    buckets = target.buckets_tokens
+    is_right = buckets and len(set(buckets)) == len(buckets) and min(buckets) >= 2
+    return None if is_right else f"buckets_tokens is {list(buckets)}"
+
+
+def has_known_settings(model: QdqModel, target: Target) -> str | None:
+    """The target's [runtime] holds interpreter, threads, bias_bits, upcast and lookup, each with a known value."""
+    unknown = set(target.runtime) ^ _SETTINGS
+    if unknown:
+        return f"missing or unknown: {', '.join(sorted(unknown))}"
+    wrong = [f"{key} is {target.runtime[key]!r}" for key, known in _CHOICES.items() if target.runtime[key] not in known]
+    return "; ".join(wrong) or None
+
+
+RULES: tuple[Rule, ...] = (leaves_nothing_float, has_buckets, has_known_settings)
+
+
+def tools() -> Mapping[str, str]:
+    """Give the versions of what writes and runs .tflite files.
+
+    Raises:
+        ToolMissing: ai-edge-litert is not installed.
+    """
+    try:
+        return {name: version(name) for name in ("ai-edge-litert", "flatbuffers")}
+    except PackageNotFoundError as error:
+        raise ToolMissing(f'{error.name} is not installed; pip install "edgeq[tflite]"') from error
+
+
+def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
+    """List every rule that the model or the target does not meet."""
+    found = [(rule.__doc__ or rule.__name__, rule(model, target)) for rule in RULES]
+    return tuple(Rejection(sentence, detail) for sentence, detail in found if detail is not None)
+
+
+def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
+    """Write `tflite/model.tflite` below `out_dir`: a signature for each bucket, weights stored once.
+
+    Args:
+        model: the integer-only QDQ model.
+        target: whose buckets and runtime settings are used.
+        out_dir: an existing folder.
+
+    Returns:
+        The artifact; its placement counts operators of the largest bucket, read from the finished file.
+
+    Raises:
+        ToolMissing: ai-edge-litert is not installed.
+        LoweringFailed: an operator has no TFLite form, or the file holds one that is not known to be right.
+        StorageFailed: the file cannot be written.
+    """
+    tools()
+    from edgeq.backends.tflite import kernels
+    from edgeq.backends.tflite.lowering import Settings, lower_model
+
+    runtime = target.runtime
+    settings = Settings(int(runtime["bias_bits"]), str(runtime["upcast"]), str(runtime["lookup"]))
+    buckets = lengths(target.buckets_tokens, model.max_sequence)
+    data = lower_model(ir.load(model.file.path), buckets, settings)
+    problems = kernels.violations(data, str(runtime["interpreter"]))
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise LoweringFailed(f"{target.name}: the file holds what was not shown to be right:\n{listed}")
+    path = out_dir / MODEL
+    with storage_errors(f"writing {MODEL}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, data)
+    largest = SIGNATURE.format(max(buckets))
+    counts = Counter(item.name for item in kernels.operators(data) if item.signature == largest)
+    if counts["FULLY_CONNECTED"] != len(model.integer_matmuls):
+        raise LoweringFailed(
+            f"{target.name}: {counts['FULLY_CONNECTED']} products were written, the scheme has "
+            f"{len(model.integer_matmuls)}; please report the model"
+        )
+    return Artifact(
+        backend=target.backend,
+        target=target.name,
+        files=(file_ref(path, relative_to=out_dir),),
+        qdq_sha256=model.file.sha256,
+        placement=Placement(
+            integer_matmuls=counts["FULLY_CONNECTED"],
+            float_by_scheme=(),
+            float_fallbacks=(),
+            operators=dict(sorted(counts.items())),
+        ),
+        tools=dict(tools()),
+    )
+
+
+def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> TfliteSession:
+    """Load the artifact in the target's interpreter, in a child process.
+
+    Args:
+        artifact: what `lower` gave.
+        bundle: the folder that its paths are relative to.
+        target: buckets and runtime settings.
+        threads: 0 takes the target's.
+
+    Raises:
+        ToolMissing: the interpreter is not installed and cannot be.
+        LoweringFailed: the interpreter refuses the file, or dies of it.
+    """
+    runtime = str(target.runtime["interpreter"])
+    python = interpreter(TFLITE_RUNTIME) if runtime == "tflite-runtime" else Path(sys.executable)
+    tools()
+    worker = Worker([str(python), "-I", str(_CHILD), runtime], runtime)
+    path = bundle / artifact.files[0].path
+    loaded = worker.call(do="load", path=str(path.resolve()), threads=threads or int(target.runtime["threads"]))
+    buckets = tuple(int(name.removeprefix(SIGNATURE.format(""))) for name in loaded["signatures"])
+    return TfliteSession(worker, buckets, _output_codes(path))
+
+
+def _output_codes(path: Path) -> tuple[float, int]:
+    """Read the scale and the zero point of the vectors."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    graph = schema.Model.GetRootAsModel(path.read_bytes(), 0).Subgraphs(0)
+    parameters = graph.Tensors(graph.Outputs(0)).Quantization()
+    return float(parameters.Scale(0)), int(parameters.ZeroPoint(0))
+
+
+class TfliteSession:
+    """Keep a child with a loaded file; call it with feeds. Each text runs in the smallest bucket that it fits."""
+
+    def __init__(self, worker: Worker, buckets: tuple[int, ...], codes: tuple[float, int]) -> None:
+        """Take a child that has loaded the file."""
+        self._worker = worker
+        self._buckets = sorted(buckets)
+        self._scale, self._zero_point = codes
+
+    def __call__(self, feeds: Feeds) -> Embeddings:
+        """Give the sentence embeddings, float32[batch, dim], dequantised.
+
+        A text alone runs at the length it is given in; among others it is cut back to its own tokens first.
+
+        Raises:
+            ConfigError: a text is longer than the largest bucket.
+        """
+        rows: dict[int, list[int]] = {}
+        for row, bucket in enumerate(self._buckets_of(feeds)):
+            rows.setdefault(bucket, []).append(row)
+        embeddings: Embeddings | None = None
+        for bucket, members in rows.items():
+            inputs = {
+                "input_ids": _fitted(feeds.input_ids[members], bucket),
+                "attention_mask": _fitted(feeds.attention_mask[members], bucket),
+            }
+            packed = {name: pack(array) for name, array in inputs.items()}
+            reply = self._worker.call(do="run_many", signature=SIGNATURE.format(bucket), inputs=packed)
+            codes = unpack(reply["outputs"]["sentence_embedding"])[:, 0]
+            if embeddings is None:
+                embeddings = np.empty((len(feeds.input_ids), codes.shape[1]), np.float32)
+            embeddings[members] = (codes.astype(np.float32) - self._zero_point) * np.float32(self._scale)
+        if embeddings is None:
+            raise ConfigError("no texts to embed: give at least one")
+        return embeddings
+
+    def milliseconds(self, feeds: Feeds, runs: int, warmup: int) -> list[float]:
+        """Time runs inside the child, one text after the other: a batch is as many runs."""
+        bucket = max(self._buckets_of(feeds))
+        totals = np.zeros(runs)
+        for row in range(len(feeds.input_ids)):
+            one = {
+                "input_ids": pack(_fitted(feeds.input_ids[[row]], bucket)[0]),
+                "attention_mask": pack(_fitted(feeds.attention_mask[[row]], bucket)[0]),
+            }
+            reply = self._worker.call(
+                do="time", signature=SIGNATURE.format(bucket), inputs=one, runs=runs, warmup=warmup
+            )
+            totals += np.array(reply["milliseconds"])
+        return [float(total) for total in totals]
+
+    def peak_memory_bytes(self) -> int:
+        """Give the child's peak resident memory."""
+        return int(self._worker.call(do="memory")["peak_bytes"])
+
+    def _buckets_of(self, feeds: Feeds) -> list[int]:
+        sizes = feeds.attention_mask.sum(axis=1).tolist()
+        if len(sizes) == 1:
+            sizes = [feeds.input_ids.shape[1]]
+        longest = max(sizes)
+        if longest > self._buckets[-1]:
+            raise ConfigError(
+                f"a text has {longest} tokens; the largest bucket holds {self._buckets[-1]}. Cut it first."
+            )
+        return [next(bucket for bucket in self._buckets if bucket >= size) for size in sizes]
+
+
+def _fitted(rows: NDArray[np.int64], width: int) -> NDArray[Any]:
+    """Cut or pad each row with zeros to the width: int32[rows, 1, width]. A masked id may be any."""
+    kept = rows[:, :width]
+    return np.pad(kept, ((0, 0), (0, width - kept.shape[1]))).astype(np.int32)[:, None, :]

@@ -1,0 +1,114 @@
+"""List the kernels known to be right in each runtime, and hold a finished file against the list.
+
+A runtime refuses some dtypes, aborts on others, and is silently wrong on a few: FULLY_CONNECTED from int8 to int16,
+BATCH_MATMUL from int8 to int16, MUL from int16 to int8. What is not in the table was not shown to be right.
+
+Source: one-operator models over the whole range of codes, run in ai-edge-litert 2.3.0 and tflite-runtime 2.14.0
+(tests/test_tflite_kernels.py for what edgeq emits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ai_edge_litert import schema_py_generated as schema
+
+_NAMES = {number: name for name, number in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
+_DTYPES = {number: name.lower() for name, number in vars(schema.TensorType).items() if not name.startswith("_")}
+
+Dtypes = tuple[str, ...]  # of the inputs that are no shapes or axes, then of the output
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Describe one operator of a finished file."""
+
+    signature: str
+    name: str
+    version: int
+    dtypes: Dtypes
+    output: str
+
+
+_I8, _I16 = ("int8", "int8"), ("int16", "int16")
+_BOTH = frozenset({_I8, _I16})
+_PAIRS = frozenset({("int8", "int8", "int8"), ("int16", "int16", "int16")})
+
+# operator -> version -> dtypes
+LITERT: dict[str, dict[int, frozenset[Dtypes]]] = {
+    "ADD": {2: frozenset({*_PAIRS, ("int32", "int32", "int32")})},
+    "BATCH_MATMUL": {2: frozenset({("int8",) * 3}), 3: frozenset({("int16",) * 3})},
+    "CAST": {1: frozenset({("int32", "int8"), ("int32", "int16"), ("int8", "int16"), ("int16", "int32")})},
+    "FULLY_CONNECTED": {
+        4: frozenset({
+            ("int16", "int8", "int32", "int16"), ("int16", "int8", "int64", "int16"), ("int16", "int8", "int16"),
+        }),
+        5: frozenset({("int8", "int8", "int32", "int8"), ("int8", "int8", "int8")}),
+    },
+    "GATHER": {2: frozenset({("int8", "int32", "int8"), ("int16", "int32", "int16")})},
+    "GELU": {2: _BOTH},
+    "MEAN": {2: _BOTH},
+    "MUL": {2: _PAIRS},
+    "QUANTIZE": {1: frozenset({("int8", "int16"), ("int16", "int8"), _I16, _I8})},
+    "RELU": {2: _BOTH},
+    "RESHAPE": {1: _BOTH},
+    "RSQRT": {1: frozenset({_I16})},
+    "SOFTMAX": {2: frozenset({_I8}), 3: frozenset({_I16})},
+    "SUB": {2: _PAIRS},
+    "SUM": {1: frozenset({("int32", "int32")})},
+    "TRANSPOSE": {2: _BOTH},
+}  # fmt: skip
+
+# What tflite-runtime 2.14 lacks or gets wrong of these. Source: facts measured on one-operator models.
+_NOT_IN_TFLITE_RUNTIME: dict[str, frozenset[Dtypes]] = {
+    "FULLY_CONNECTED": frozenset({("int16", "int8", "int64", "int16")}),
+    "GELU": frozenset({_I16}),
+    "QUANTIZE": frozenset({("int8", "int16")}),
+    "RSQRT": frozenset({_I16}),
+}
+TFLITE_RUNTIME = {
+    name: {version: dtypes - _NOT_IN_TFLITE_RUNTIME.get(name, frozenset()) for version, dtypes in versions.items()}
+    for name, versions in LITERT.items()
+}
+
+KERNELS = {"litert": LITERT, "tflite-runtime": TFLITE_RUNTIME}
+_SHAPES = {"MEAN": 1, "RESHAPE": 1, "SUM": 1, "TRANSPOSE": 1}  # operators whose inputs behind the first are no data
+
+
+def operators(data: bytes) -> Iterator[Operator]:
+    """Give every operator of a .tflite file."""
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(data, 0))
+    for graph in model.subgraphs:
+        for operator in graph.operators:
+            code = model.operatorCodes[operator.opcodeIndex]
+            name = _NAMES[max(code.builtinCode, code.deprecatedBuiltinCode)]
+            read = list(operator.inputs)[: _SHAPES.get(name, len(operator.inputs))]
+            tensors = [graph.tensors[index] for index in [*read, *operator.outputs]]
+            dtypes = tuple(_DTYPES[tensor.type] for tensor in tensors)
+            yield Operator(graph.name.decode(), name, code.version, dtypes, tensors[-1].name.decode())
+
+
+def float_tensors(data: bytes) -> list[str]:
+    """Name every tensor that is neither of an integer dtype nor of truth values."""
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(data, 0))
+    return [
+        f"{graph.name.decode()}: {tensor.name.decode()} ({_DTYPES[tensor.type]})"
+        for graph in model.subgraphs
+        for tensor in graph.tensors
+        if not _DTYPES[tensor.type].startswith(("int", "uint", "bool"))
+    ]
+
+
+def violations(data: bytes, runtime: str) -> list[str]:
+    """List float tensors, and operators that are not known to be right in the runtime; empty for a good file."""
+    table = KERNELS[runtime]
+    found = [f"{name}: a float tensor" for name in float_tensors(data)]
+    for operator in operators(data):
+        if operator.dtypes not in table.get(operator.name, {}).get(operator.version, frozenset()):
+            kinds = " ".join(operator.dtypes[:-1])
+            found.append(
+                f"{operator.signature}: {operator.output}: {operator.name} version {operator.version} from {kinds} to "
+                f"{operator.dtypes[-1]} is not known to be right in {runtime}"
+            )
+    return found

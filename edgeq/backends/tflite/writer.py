@@ -1,0 +1,231 @@
+"""Write a .tflite file with the schema's object API: several subgraphs that share buffers and quantisation parameters.
+
+Source: TensorFlow Lite schema version 3c, as ai-edge-litert 2.3.0 ships it (`schema_py_generated`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import flatbuffers
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from numpy.typing import NDArray
+
+DTYPES: dict[str, int] = {
+    "int8": schema.TensorType.INT8,
+    "int16": schema.TensorType.INT16,
+    "int32": schema.TensorType.INT32,
+    "int64": schema.TensorType.INT64,
+}
+_FILE_IDENTIFIER = b"TFL3"
+_SCHEMA_VERSION = 3
+_LARGEST_SMALL_CODE = 127  # operators above it stand in the wide field only
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Hold the quantisation parameters of a tensor: one scale, or one for each slice along `axis`."""
+
+    scales: tuple[float, ...]
+    zero_points: tuple[int, ...]
+    axis: int = 0
+
+    @classmethod
+    def of(cls, scale: float, zero_point: int = 0) -> Codes:
+        """Give the parameters of a whole tensor."""
+        return cls((scale,), (zero_point,))
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Name a tensor of one subgraph by its index, and keep what lowering asks about it."""
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: str
+    codes: Codes | None
+
+
+class _SharedParameters(schema.QuantizationParametersT):  # type: ignore[misc]
+    """Be packed once: every tensor with the same parameters points at the same table.
+
+    Five subgraphs would otherwise repeat the scales of every weight, a tenth of the file.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._builder: flatbuffers.Builder | None = None
+        self._offset = 0
+
+    def Pack(self, builder: flatbuffers.Builder) -> int:  # noqa: N802 (the schema's name)
+        """Give the offset of the table, packed the first time."""
+        if self._builder is not builder:
+            self._offset = super().Pack(builder)
+            self._builder = builder
+        return self._offset
+
+
+class ModelWriter:
+    """Collect subgraphs, and what they share, into one file."""
+
+    def __init__(self, description: str) -> None:
+        """Start an empty model."""
+        self._description = description
+        self._buffers = [schema.BufferT()]  # the first is empty by definition
+        self._buffer_of: dict[bytes, int] = {}
+        self._parameters: dict[Codes, _SharedParameters] = {}
+        self._operator_codes: list[schema.OperatorCodeT] = []
+        self._code_of: dict[tuple[int, int], int] = {}
+        self._subgraphs: list[SubgraphWriter] = []
+
+    def subgraph(self, name: str) -> SubgraphWriter:
+        """Start a subgraph, which is also a signature of this name."""
+        self._subgraphs.append(SubgraphWriter(self, name))
+        return self._subgraphs[-1]
+
+    def to_bytes(self) -> bytes:
+        """Give the file."""
+        model = schema.ModelT()
+        model.version = _SCHEMA_VERSION
+        model.description = self._description.encode()
+        model.operatorCodes = self._operator_codes
+        model.buffers = self._buffers
+        model.subgraphs = [part.finished() for part in self._subgraphs]
+        model.signatureDefs = [part.signature(index) for index, part in enumerate(self._subgraphs)]
+        builder = flatbuffers.Builder(1 << 20)
+        builder.Finish(model.Pack(builder), file_identifier=_FILE_IDENTIFIER)
+        return bytes(builder.Output())
+
+    def buffer(self, data: NDArray[Any]) -> int:
+        """Give the index of the buffer with these bytes."""
+        content = np.ascontiguousarray(data).tobytes()
+        digest = hashlib.sha256(content).digest()
+        if digest not in self._buffer_of:
+            stored = schema.BufferT()
+            stored.data = np.frombuffer(content, np.uint8)
+            self._buffers.append(stored)
+            self._buffer_of[digest] = len(self._buffers) - 1
+        return self._buffer_of[digest]
+
+    def parameters(self, codes: Codes) -> schema.QuantizationParametersT:
+        """Give the shared table of these parameters."""
+        if codes not in self._parameters:
+            table = _SharedParameters()
+            table.scale = np.array(codes.scales, np.float32)
+            table.zeroPoint = np.array(codes.zero_points, np.int64)
+            table.quantizedDimension = codes.axis
+            self._parameters[codes] = table
+        return self._parameters[codes]
+
+    def operator_code(self, builtin: int, version: int) -> int:
+        """Give the index of an operator in this version."""
+        key = (builtin, version)
+        if key not in self._code_of:
+            code = schema.OperatorCodeT()
+            code.builtinCode = builtin
+            code.deprecatedBuiltinCode = min(builtin, _LARGEST_SMALL_CODE)
+            code.version = version
+            self._operator_codes.append(code)
+            self._code_of[key] = len(self._operator_codes) - 1
+        return self._code_of[key]
+
+
+@dataclass
+class SubgraphWriter:
+    """Collect the tensors and operators of one subgraph."""
+
+    model: ModelWriter
+    name: str
+    _tensors: list[schema.TensorT] = field(default_factory=list)
+    _operators: list[schema.OperatorT] = field(default_factory=list)
+    _inputs: dict[str, Tensor] = field(default_factory=dict)
+    _outputs: dict[str, Tensor] = field(default_factory=dict)
+    _constants: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensor(self, name: str, shape: Sequence[int], dtype: str, codes: Codes | None = None) -> Tensor:
+        """Add a tensor that an operator, or the caller, fills."""
+        return self._add(name, tuple(shape), dtype, codes, 0)
+
+    def constant(self, name: str, data: NDArray[Any], codes: Codes | None = None) -> Tensor:
+        """Add a stored tensor; the same name gives the same tensor again."""
+        if name not in self._constants:
+            buffer = self.model.buffer(data)
+            self._constants[name] = self._add(name, data.shape, str(data.dtype), codes, buffer)
+        return self._constants[name]
+
+    def input(self, name: str, shape: Sequence[int], dtype: str) -> Tensor:
+        """Add an input of the signature."""
+        self._inputs[name] = self.tensor(name, shape, dtype)
+        return self._inputs[name]
+
+    def output(self, name: str, tensor: Tensor) -> None:
+        """Make a tensor an output of the signature."""
+        self._outputs[name] = tensor
+
+    def operator(
+        self,
+        builtin: int,
+        version: int,
+        inputs: Sequence[Tensor],
+        output: Tensor,
+        options: tuple[int, Any] | None = None,
+    ) -> Tensor:
+        """Add an operator with one output.
+
+        Args:
+            builtin: of `schema.BuiltinOperator`.
+            version: of the operator, which decides the kernels that take it.
+            inputs: in the operator's order.
+            output: its result.
+            options: the member of `schema.BuiltinOptions` and the table itself.
+        """
+        made = schema.OperatorT()
+        made.opcodeIndex = self.model.operator_code(builtin, version)
+        made.inputs = np.array([tensor.index for tensor in inputs], np.int32)
+        made.outputs = np.array([output.index], np.int32)
+        if options is not None:
+            made.builtinOptionsType, made.builtinOptions = options
+        self._operators.append(made)
+        return output
+
+    def finished(self) -> schema.SubGraphT:
+        """Give the subgraph's table."""
+        table = schema.SubGraphT()
+        table.name = self.name.encode()
+        table.tensors = self._tensors
+        table.operators = self._operators
+        table.inputs = np.array([tensor.index for tensor in self._inputs.values()], np.int32)
+        table.outputs = np.array([tensor.index for tensor in self._outputs.values()], np.int32)
+        return table
+
+    def signature(self, index: int) -> schema.SignatureDefT:
+        """Give the signature's table."""
+        table = schema.SignatureDefT()
+        table.signatureKey = self.name.encode()
+        table.subgraphIndex = index
+        table.inputs = [_port(name, tensor) for name, tensor in self._inputs.items()]
+        table.outputs = [_port(name, tensor) for name, tensor in self._outputs.items()]
+        return table
+
+    def _add(self, name: str, shape: tuple[int, ...], dtype: str, codes: Codes | None, buffer: int) -> Tensor:
+        stored = schema.TensorT()
+        stored.name = name.encode()
+        stored.shape = np.array(shape, np.int32)
+        stored.hasRank = True
+        stored.type = DTYPES[dtype]
+        stored.buffer = buffer
+        if codes is not None:
+            stored.quantization = self.model.parameters(codes)
+        self._tensors.append(stored)
+        return Tensor(len(self._tensors) - 1, shape, dtype, codes)
+
+
+def _port(name: str, tensor: Tensor) -> schema.TensorMapT:
+    port = schema.TensorMapT()
+    port.name = name.encode()
+    port.tensorIndex = tensor.index
+    return port

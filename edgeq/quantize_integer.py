@@ -1,0 +1,490 @@
+"""Turn an equalised float model into an integer-only QDQ model: every tensor has codes, and nothing stays float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
+
+from edgeq import affine, rounding
+from edgeq.affine import Affine
+from edgeq.errors import EdgeqError, Unsupported
+from edgeq.folding import Observed, even_values, fold_norm_biases, widen_outputs
+from edgeq.gemm import SIDE, bias_of
+from edgeq.observe import Statistics
+from edgeq.passes.graph import add_constant, add_node, constant, made_by, readers
+from edgeq.primitives import ROW_MAXIMUM, primitives
+from edgeq.records import IntegerForm, Scheme
+
+HEADROOM = 1.25  # of 16-bit ranges over what was observed: it costs a third of a bit, and saturation costs the text
+OUTPUT_HEADROOM = 1.1
+MASKED_BELOW = 20.0  # exp(-20) = 2e-9: what a masked position may keep beside the largest of its row
+GELU_FLOOR = -4.0  # GELU(-4) = -1.3e-4: below, nothing is left to tell apart
+SOFTMAX = {8: Affine(1 / 256, -128, -128, 127), 16: Affine(1 / 32768, 0, -32768, 32767)}
+SHARE = Affine(1 / 32767, 0, -32768, 32767)  # of a token in the mean
+_STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather"})
+_INT32 = np.iinfo(np.int32)
+_INTEGER_DTYPES = {8: np.int8, 16: np.int16}
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """Hold a dequantised tensor and the parameters of its codes."""
+
+    value: ir.Value
+    affine: Affine
+    bits: int
+
+
+def quantize_integer(
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme
+) -> tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]:
+    """Take norms apart, fold constants, and give every tensor codes.
+
+    Args:
+        model: equalised FP32 ONNX; not changed.
+        observed: statistics of the tensors of the model and of its primitives.
+        scheme: bits of products, attention and the rest.
+
+    Returns:
+        The QDQ model, the names of the integer products, and an empty tuple: nothing stays float.
+
+    Raises:
+        Unsupported: the graph holds what has no integer form.
+        EdgeqError: a tensor has no statistics.
+    """
+    form = scheme.integer
+    if form is None:
+        raise EdgeqError(f"{scheme.name} is no integer-only scheme")
+    seen: Observed = dict(observed)
+    graph_model = ir.from_proto(model)
+    graph = graph_model.graph
+    del graph.outputs[1:]
+    primitives(graph_model)
+    _join_positions(graph)
+    even_values(graph, seen)
+    fold_norm_biases(graph, seen)
+    if form.gemm_bits == 8:
+        widen_outputs(graph, seen, form.widen_quantile)
+    RemoveUnusedNodesPass()(graph_model)
+    TopologicalSortPass()(graph_model)
+    coder = _Coder(graph, seen, scheme, form)
+    for node in list(graph):
+        coder.visit(node)
+    coder.finish()
+    TopologicalSortPass()(graph_model)
+    RemoveUnusedNodesPass()(graph_model)
+    for value in (value for node in graph for value in node.outputs):
+        if not value.is_graph_output():
+            value.shape = None
+    graph_model.ir_version = 10
+    proto = ir.to_proto(graph_model)
+    del proto.graph.value_info[:]
+    onnx.checker.check_model(proto, full_check=True)
+    return (
+        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True),
+        coder.products,
+        (),
+    )
+
+
+def _join_positions(graph: ir.Graph) -> None:
+    """Add a constant row, such as the token type's, to the table of positions."""
+    for node in list(graph):
+        sliced = made_by(node.inputs[1], "Slice") if node.op_type == "Add" else None
+        first = made_by(node.inputs[0], "Add") if sliced is not None else None
+        table = constant(sliced.inputs[0]) if sliced is not None else None
+        row = bias_of(first) if first is not None else None
+        if sliced is None or first is None or table is None or row is None or row[1].ndim > 1:
+            continue
+        name = f"{sliced.inputs[0].name}/joined"  # type: ignore[union-attr]
+        sliced.replace_input_with(0, add_constant(graph, name, (table + row[1]).astype(np.float32)))
+        node.replace_input_with(0, first.inputs[1 - row[0]])
+
+
+class _Coder:
+    """Walk the graph in order and put QuantizeLinear and DequantizeLinear behind every tensor."""
+
+    def __init__(self, graph: ir.Graph, observed: Observed, scheme: Scheme, form: IntegerForm) -> None:
+        self._graph = graph
+        self._observed = observed
+        self._form = form
+        self._weight_bits = scheme.weight_bits
+        self._table_bits = scheme.embedding_bits
+        self._coded: dict[ir.Value, _Coded] = {}
+        self._converted: dict[tuple[ir.Value, int], _Coded] = {}
+        self._masks: set[ir.Value] = {item for item in graph.inputs if item.name == "attention_mask"}
+        self._done: set[ir.Node] = set()
+        self._products: list[str] = []
+        self._visitors: dict[str, Callable[[ir.Node], None]] = {
+            "Add": self._add, "Gather": self._lookup, "Gelu": self._pointwise, "MatMul": self._matmul,
+            "Mul": self._arithmetic, "ReduceMean": self._arithmetic, "ReduceSumSquare": self._arithmetic,
+            "Relu": self._pointwise, "Slice": self._lookup, "Softmax": self._softmax, "Sqrt": self._root,
+            "Sub": self._arithmetic, "Reciprocal": self._arithmetic,
+        }  # fmt: skip
+
+    @property
+    def products(self) -> tuple[str, ...]:
+        """Give the names of the weight products, all of them integer."""
+        return tuple(self._products)
+
+    def visit(self, node: ir.Node) -> None:
+        """Code the output of one node."""
+        if node in self._done:
+            return
+        variable = [value for value in node.inputs if value is not None and constant(value) is None]
+        table = constant(node.inputs[0]) if node.op_type in ("Gather", "Slice") else None
+        is_table = table is not None and table.dtype == np.float32
+        if not is_table and variable and all(value in self._masks for value in variable):
+            self._masks.update(node.outputs)
+            return
+        if node.op_type in _STILL and variable and variable[0] in self._coded:
+            self._still(node)
+            return
+        if node.op_type not in self._visitors:
+            raise Unsupported(f"{node.name}: {node.op_type} has no integer form; use a scheme that leaves it float")
+        self._visitors[node.op_type](node)
+
+    def finish(self) -> None:
+        """Let the graph's output be the dequantised codes."""
+        output = self._graph.outputs[0]
+        coded = self._coded[output]
+        name = str(output.name)
+        if self._form.output_bits != coded.bits:
+            limit = self._largest(name)
+            coded = self._requantize(
+                coded, _symmetric(limit * 1.1, self._form.output_bits), self._form.output_bits, f"{name}/output"
+            )
+        output.name = f"{name}/real"
+        coded.value.name = name
+        coded.value.shape, coded.value.dtype = output.shape, ir.DataType.FLOAT
+        self._graph.outputs[0] = coded.value
+
+    # what each operator needs -----------------------------------------------------------------------------------
+
+    def _lookup(self, node: ir.Node) -> None:
+        table = constant(node.inputs[0])
+        if table is None:
+            raise Unsupported(f"{node.name}: {node.op_type} of something that is neither a table nor coded")
+        bits = self._table_bits if node.op_type == "Gather" else 16
+        codes = _symmetric(float(np.abs(table).max()), bits)
+        name = str(node.inputs[0].name)  # type: ignore[union-attr]
+        stored = add_constant(self._graph, f"{name}/codes", affine.quantize(table, codes).astype(_INTEGER_DTYPES[bits]))
+        node.replace_input_with(0, stored)
+        output = node.outputs[0]
+        output.dtype = ir.DataType.INT8 if bits == 8 else ir.DataType.INT16
+        parameters = self._parameters(str(output.name), codes, bits)
+        dequantized = add_node_after(node, "DequantizeLinear", [output, *parameters], f"{output.name}/dequantized")
+        self._coded[output] = _Coded(dequantized, codes, bits)
+
+    def _matmul(self, node: ir.Node) -> None:
+        weight = constant(node.inputs[1])
+        if weight is not None:
+            self._product(node, weight)
+            return
+        left, right = node.inputs
+        is_pooling = left in self._masks
+        if is_pooling:
+            share = self._mask(left, SHARE, 16, node)
+            node.replace_input_with(0, share.value)
+            node.replace_input_with(1, self._read(right, 16, node).value)
+            self._store(node, node.outputs[0], self._range(node.outputs[0], 16), 16)
+            return
+        bits = self._form.attention_bits
+        for position, value in enumerate(node.inputs):
+            node.replace_input_with(position, self._read(value, bits, node).value)
+        output = node.outputs[0]
+        followers = readers(output)
+        masked = followers[0] if len(followers) == 1 and followers[0].op_type in ("Add", "Softmax") else None
+        codes = self._scores(masked, bits) if masked is not None else self._range(output, bits)
+        self._store(node, output, codes, bits)
+
+    def _product(self, node: ir.Node, weight: NDArray[np.float32]) -> None:
+        """Code input, weight, bias and output of a weight product."""
+        bits = 16 if self._is_wide(node) else self._form.gemm_bits
+        source = node.inputs[0]
+        read = self._read(source, bits, node)
+        seen = self._observed.get(str(source.name))  # type: ignore[union-attr]
+        moment = seen.moment if seen is not None else None
+        rounded, scales = (
+            rounding.compensated(weight, moment, read.affine.scale, self._weight_bits)
+            if moment is not None
+            else rounding.nearest(weight, self._weight_bits)
+        )
+        node.replace_input_with(0, read.value)
+        node.replace_input_with(1, self._weight(node, rounded, scales))
+        self._products.append(str(node.name))
+        end = self._biased(node)
+        if end is not node:
+            missing = np.zeros(len(scales))
+            if seen is not None and seen.mean is not None:
+                missing = seen.mean.astype(np.float64) @ (weight - rounded * scales.astype(np.float64))
+            self._bias(node, end, missing, np.float64(read.affine.scale) * scales)
+        output = end.outputs[0]
+        self._store(end, output, self._product_range(output, bits), bits)
+
+    def _biased(self, product: ir.Node) -> ir.Node:
+        """Give the Add of a constant behind a product, or the product itself."""
+        reader = readers(product.outputs[0])[0]
+        is_bias = reader.op_type == "Add" and bias_of(reader) is not None and len(product.outputs[0].uses()) == 1
+        return reader if is_bias else product
+
+    def _bias(self, product: ir.Node, add: ir.Node, missing: NDArray[np.float64], step: NDArray[np.float64]) -> None:
+        """Code a bias in steps of the product's sums; with it goes what rounding the weights takes from their mean."""
+        self._done.add(add)
+        position, bias = bias_of(add)  # type: ignore[misc]
+        codes = np.clip(np.rint((bias + missing) / step), _INT32.min + 1, _INT32.max).astype(np.int32)
+        name = str(product.name)
+        inputs = [
+            add_constant(self._graph, f"{name}/bias/codes", codes),
+            add_constant(self._graph, f"{name}/bias/scale", step.astype(np.float32)),
+        ]
+        add.replace_input_with(position, add_node(add, "DequantizeLinear", inputs, f"{name}/bias", {"axis": 0}))
+
+    def _product_range(self, output: ir.Value, bits: int) -> Affine:
+        following = readers(output)
+        kinds = {node.op_type for node in following}
+        seen = self._statistics(output)
+        if bits == 16:
+            return self._range(output, 16)
+        if kinds <= {"Gelu"}:
+            top = max(float(seen.maximum.max()), 0.1)
+            return affine.asymmetric(max(float(seen.minimum.min()), GELU_FLOOR), top, 8, signed=True)
+        if kinds <= {"Mul", "Add"}:  # on the way to 16 bits: without a zero point the step is exact
+            return _symmetric(self._largest(str(output.name)), 8)
+        return self._range(output, 8)
+
+    def _pointwise(self, node: ir.Node) -> None:
+        source = self._coded[node.inputs[0]]  # type: ignore[index]
+        node.replace_input_with(0, source.value)
+        self._store(node, node.outputs[0], self._range(node.outputs[0], source.bits), source.bits)
+
+    def _softmax(self, node: ir.Node) -> None:
+        bits = self._form.attention_bits
+        node.replace_input_with(0, self._read(node.inputs[0], bits, node).value)
+        self._store(node, node.outputs[0], SOFTMAX[bits], bits)
+
+    def _add(self, node: ir.Node) -> None:
+        masks = [position for position, value in enumerate(node.inputs) if value in self._masks]
+        if not masks:
+            self._arithmetic(node)
+            return
+        bits = self._form.attention_bits
+        codes = self._scores(node, bits)
+        position = masks[0]
+        scores, mask = node.inputs[1 - position], node.inputs[position]
+        size = self._mask_size(mask)
+        node.replace_input_with(1 - position, self._read(scores, bits, node).value)
+        if bits == 8:
+            node.replace_input_with(position, self._mask(mask, Affine(size, 1, -128, 127), 8, node).value)
+        else:
+            lifted = self._lifted_mask(mask, node)
+            node.replace_input_with(position, self._mask(lifted, _symmetric(size, 16), 16, node).value)
+            codes = _symmetric(size + self._largest(str(node.outputs[0].name)) * HEADROOM, 16)
+        self._store(node, node.outputs[0], codes, bits)
+
+    def _arithmetic(self, node: ir.Node) -> None:
+        """Code an operator whose operands and result have 16 bits."""
+        if node.op_type == "Add" and self._vanishes(node):
+            return
+        for position, value in enumerate(node.inputs):
+            if value is None or (node.op_type.startswith("Reduce") and position > 0):
+                continue
+            array = constant(value)
+            if array is not None:
+                node.replace_input_with(position, self._constant(value, array, node))
+            else:
+                node.replace_input_with(position, self._read(value, 16, node).value)
+        self._store(node, node.outputs[0], self._range(node.outputs[0], 16), 16)
+
+    def _root(self, node: ir.Node) -> None:
+        """Sqrt and Reciprocal are one operator: no codes between them."""
+        inverse = readers(node.outputs[0])[0]
+        if inverse.op_type != "Reciprocal" or len(node.outputs[0].uses()) != 1:
+            raise Unsupported(f"{node.name}: a square root without reciprocal has no integer form")
+        node.replace_input_with(0, self._read(node.inputs[0], 16, node).value)
+        self._done.add(inverse)
+        self._store(inverse, inverse.outputs[0], self._range(inverse.outputs[0], 16), 16)
+
+    def _still(self, node: ir.Node) -> None:
+        """Code what moves values without changing them with the parameters it reads."""
+        source = self._coded[node.inputs[0]]  # type: ignore[index]
+        node.replace_input_with(0, source.value)
+        self._store(node, node.outputs[0], source.affine, source.bits)
+        name, before = str(node.outputs[0].name), None
+        if node.inputs[0] is not None and name not in self._observed:
+            before = self._name_of(source)
+        if before is not None and before in self._observed:
+            self._observed[name] = self._observed[before]
+
+    def _vanishes(self, node: ir.Node) -> bool:
+        """Drop the sum with a constant that is below half a step."""
+        for position, value in enumerate(node.inputs):
+            array = constant(value)
+            other = node.inputs[1 - position]
+            if array is not None and other in self._coded and np.abs(array).max() < self._coded[other].affine.scale / 2:
+                self._coded[node.outputs[0]] = self._coded[other]
+                self._observed[str(node.outputs[0].name)] = self._observed[str(other.name)]
+                return True
+        return False
+
+    # codes --------------------------------------------------------------------------------------------------------
+
+    def _is_wide(self, node: ir.Node) -> bool:
+        return str(node.name).endswith(SIDE)
+
+    def _statistics(self, value: ir.Value) -> Statistics:
+        name = str(value.name)
+        if name not in self._observed:
+            raise EdgeqError(f"{name}: the calibration has no statistics of it")
+        return self._observed[name]
+
+    def _largest(self, name: str) -> float:
+        seen = self._observed[name]
+        return max(-float(seen.minimum.min()), float(seen.maximum.max()), 1e-9)
+
+    def _range(self, value: ir.Value, bits: int) -> Affine:
+        seen = self._statistics(value)
+        if bits == 16:
+            return _symmetric(max(-float(seen.minimum.min()), float(seen.maximum.max()), 1e-9) * HEADROOM, 16)
+        return affine.asymmetric(float(seen.minimum.min()), float(seen.maximum.max()), bits, signed=True)
+
+    def _scores(self, masked: ir.Node, bits: int) -> Affine:
+        """Cover scores down to where exp leaves nothing beside the smallest maximum of a row."""
+        value = masked.outputs[0] if masked.op_type == "Add" else masked.inputs[0]
+        seen = self._statistics(value)  # type: ignore[arg-type]
+        if bits == 16:
+            return self._range(value, 16)  # type: ignore[arg-type]
+        rows = self._observed[f"{value.name}{ROW_MAXIMUM}"]  # type: ignore[union-attr]
+        low = float(rows.minimum.min()) - MASKED_BELOW
+        return affine.asymmetric(low, float(seen.maximum.max()), 8, signed=True)
+
+    def _mask_size(self, mask: ir.Value | None) -> float:
+        product = made_by(mask, "Mul")
+        size = (
+            next((array for value in product.inputs if (array := constant(value)) is not None), None)
+            if product
+            else None
+        )
+        if size is None or size.size != 1:
+            raise Unsupported("the attention mask is not of the form (mask - 1) * size")
+        return float(size.reshape(-1)[0])
+
+    def _lifted_mask(self, mask: ir.Value | None, node: ir.Node) -> ir.Value:
+        """Lift what counts instead of lowering what does not: codes without zero point hold 0 and 1."""
+        product = made_by(mask, "Mul")
+        shifted = next(made_by(value, "Sub") for value in product.inputs if made_by(value, "Sub"))  # type: ignore[union-attr]
+        known = next((use for use in readers(shifted.inputs[0]) if use.name == "attention_lift"), None)  # type: ignore[union-attr,arg-type]
+        if known is not None:
+            return known.outputs[0]
+        size = next(value for value in product.inputs if constant(value) is not None)  # type: ignore[union-attr]
+        lifted = add_node(product, "Mul", [shifted.inputs[0], size], "attention_lift")  # type: ignore[union-attr,list-item,arg-type]
+        self._masks.add(lifted)
+        return lifted
+
+    def _mask(self, value: ir.Value | None, codes: Affine, bits: int, node: ir.Node) -> _Coded:
+        key = (value, bits)
+        if key not in self._converted:
+            self._converted[key] = self._quantize(node, value, codes, bits, str(value.name))  # type: ignore[index,arg-type,union-attr]
+        return self._converted[key]  # type: ignore[index]
+
+    def _read(self, value: ir.Value | None, bits: int, node: ir.Node) -> _Coded:
+        """Give a tensor in the bits an operator reads, converted once for all its readers."""
+        if value not in self._coded:
+            raise Unsupported(f"{node.name}: reads {value.name if value else None}, which has no integer form")
+        home = self._coded[value]
+        if home.bits == bits:
+            return home
+        key = (home.value, bits)
+        if key not in self._converted:
+            name = self._name_of(home)
+            if bits == 16 and home.affine.zero_point == 0:
+                codes = Affine(home.affine.scale / 256, 0, -32768, 32767)
+            elif bits == 16:
+                low, high = affine.dequantize([home.affine.low, home.affine.high], home.affine).tolist()
+                codes = _symmetric(max(-low, high), 16)
+            else:
+                seen = self._observed[name]
+                codes = affine.asymmetric(float(seen.minimum.min()), float(seen.maximum.max()), bits, signed=True)
+            self._converted[key] = self._requantize(home, codes, bits, f"{name}/{bits}bit")
+        return self._converted[key]
+
+    def _name_of(self, coded: _Coded) -> str:
+        return str(coded.value.name).removesuffix("/dequantized")
+
+    def _requantize(self, home: _Coded, codes: Affine, bits: int, name: str) -> _Coded:
+        producer = home.value.producer()
+        if producer is None:
+            raise ValueError(f"{name}: made by nobody")
+        return _Coded(self._pair(producer, home.value, name, codes, bits), codes, bits)
+
+    def _store(self, node: ir.Node, output: ir.Value, codes: Affine, bits: int) -> None:
+        """Put the output's codes behind a node; who reads it is served when visited."""
+        self._coded[output] = _Coded(self._pair(node, output, str(output.name), codes, bits), codes, bits)
+
+    def _pair(self, after: ir.Node, value: ir.Value, name: str, codes: Affine, bits: int) -> ir.Value:
+        """Insert QuantizeLinear and DequantizeLinear behind a node, and give the dequantised value."""
+        parameters = self._parameters(name, codes, bits)
+        quantized = add_node_after(after, "QuantizeLinear", [value, *parameters], f"{name}/quantized")
+        place = next(node for node in readers(value) if node.outputs[0] is quantized)
+        return add_node_after(place, "DequantizeLinear", [quantized, *parameters], f"{name}/dequantized")
+
+    def _quantize(self, before: ir.Node, value: ir.Value, codes: Affine, bits: int, name: str) -> _Coded:
+        stem = f"{name}/{bits}bit"
+        parameters = self._parameters(stem, codes, bits)
+        quantized = add_node(before, "QuantizeLinear", [value, *parameters], f"{stem}/quantized")
+        return _Coded(
+            add_node(before, "DequantizeLinear", [quantized, *parameters], f"{stem}/dequantized"), codes, bits
+        )
+
+    def _dequantize(self, node: ir.Node, value: ir.Value, codes: Affine, bits: int, name: str, after: bool) -> ir.Value:
+        value.dtype = ir.DataType.INT8 if bits == 8 else ir.DataType.INT16
+        return add_node_after(
+            node, "DequantizeLinear", [value, *self._parameters(name, codes, bits)], f"{name}/dequantized"
+        )
+
+    def _parameters(self, name: str, codes: Affine, bits: int) -> list[ir.Value]:
+        made = []
+        for kind, array in (
+            ("scale", np.array(codes.scale, np.float32)),
+            ("zero_point", np.array(codes.zero_point, _INTEGER_DTYPES[bits])),
+        ):
+            known = self._graph.initializers.get(f"{name}/{kind}")
+            made.append(known if known is not None else add_constant(self._graph, f"{name}/{kind}", array))
+        return made
+
+    def _weight(self, node: ir.Node, codes: NDArray[np.int8], scales: NDArray[np.float32]) -> ir.Value:
+        name = str(node.name)
+        inputs = [
+            add_constant(self._graph, f"{name}/weight/codes", codes),
+            add_constant(self._graph, f"{name}/weight/scale", scales),
+            add_constant(self._graph, f"{name}/weight/zero_point", np.zeros(scales.shape, np.int8)),
+        ]
+        return add_node(node, "DequantizeLinear", inputs, f"{name}/weight", {"axis": 1})
+
+    def _constant(self, value: ir.Value, array: NDArray[np.float32], node: ir.Node) -> ir.Value:
+        codes = _symmetric(float(np.abs(array).max()), 16)
+        name = f"{node.name}/{value.name}"
+        stored = add_constant(self._graph, f"{name}/codes", affine.quantize(array, codes).astype(np.int16))
+        return add_node(node, "DequantizeLinear", [stored, *self._parameters(name, codes, 16)], f"{name}/dequantized")
+
+
+def _symmetric(largest: float, bits: int) -> Affine:
+    limit = 2 ** (bits - 1) - 1
+    return Affine(float(np.float32(max(largest, 1e-12) / limit)), 0, -limit - 1, limit)
+
+
+def add_node_after(after: ir.Node, op_type: str, inputs: list[ir.Value], name: str) -> ir.Value:
+    """Insert a node with one output behind another."""
+    node = ir.node(op_type, inputs, name=name)
+    node.outputs[0].name = name
+    graph = after.graph
+    if graph is None:
+        raise ValueError(f"node {after.name} stands in no graph")
+    graph.insert_after(after, node)
+    return node.outputs[0]
