@@ -28,7 +28,7 @@ GELU_FLOOR = -4.0  # GELU(-4) = -1.3e-4: below, nothing is left to tell apart
 SOFTMAX = {8: Affine(1 / 256, -128, -128, 127), 16: Affine(1 / 32768, 0, -32768, 32767)}
 SHARE = Affine(1 / 32767, 0, -32768, 32767)  # of a token in the mean
 _STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather"})
-_INT32 = np.iinfo(np.int32)
+_INT16, _INT32 = np.iinfo(np.int16), np.iinfo(np.int32)
 _INTEGER_DTYPES = {8: np.int8, 16: np.int16}
 
 
@@ -140,7 +140,8 @@ class _Coder:
         variable = [value for value in node.inputs if value is not None and constant(value) is None]
         table = constant(node.inputs[0]) if node.op_type in ("Gather", "Slice") else None
         is_table = table is not None and table.dtype == np.float32
-        if not is_table and variable and all(value in self._masks for value in variable):
+        is_of_mask = variable and all(value in self._masks for value in variable)
+        if node.op_type == "Shape" or (is_of_mask and not is_table):
             self._masks.update(node.outputs)
             return
         if node.op_type in _STILL and variable and variable[0] in self._coded:
@@ -307,9 +308,14 @@ class _Coder:
         inverse = readers(node.outputs[0])[0]
         if inverse.op_type != "Reciprocal" or len(node.outputs[0].uses()) != 1:
             raise Unsupported(f"{node.name}: a square root without reciprocal has no integer form")
-        node.replace_input_with(0, self._read(node.inputs[0], 16, node).value)
+        read = self._read(node.inputs[0], 16, node)
+        node.replace_input_with(0, read.value)
         self._done.add(inverse)
-        self._store(inverse, inverse.outputs[0], self._range(inverse.outputs[0], 16), 16)
+        # With a power of four below the smallest code seen, 1 / sqrt(code) is the same table for many norms.
+        smallest = 1.0 / self._largest(str(inverse.outputs[0].name)) ** 2 / read.affine.scale / HEADROOM
+        power = 4.0 ** max(0.0, float(np.floor(np.log2(max(smallest, 1.0)) / 2.0)))
+        scale = float(np.float32(1.0 / (np.sqrt(power * read.affine.scale) * _INT16.max)))
+        self._store(inverse, inverse.outputs[0], Affine(scale, 0, _INT16.min, _INT16.max), 16)
 
     def _still(self, node: ir.Node) -> None:
         """Code what moves values without changing them with the parameters it reads."""

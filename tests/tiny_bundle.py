@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from edgeq import bundle
-from edgeq.machine import machine
+from edgeq.machine import describe, machine
 from edgeq.records import (
     Artifact,
     Calibration,
@@ -160,7 +160,7 @@ def make_report(target: Target, **changes: object) -> ParityReport:
     report = ParityReport(
         target=target.name,
         ran_on="device",
-        machine="a test machine",
+        machine=describe(),
         status="passed",
         measures=MEASURES,
         gate=target.gate,

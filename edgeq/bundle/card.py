@@ -8,6 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from edgeq.parity import norm_limit
 from edgeq.records import Manifest, ParityReport, Place
+from edgeq.texts import lengths
 
 TEMPLATE = "model_card.md.j2"
 SENTENCE_TRANSFORMERS_FILE = "onnx/model.onnx"  # what sentence-transformers opens by itself
@@ -40,6 +41,8 @@ def render_card(manifest: Manifest, report: ParityReport, pad_id: int) -> str:
     )
     environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
     is_onnx = manifest.artifact.files[0].path.endswith(".onnx")
+    is_tflite = manifest.artifact.files[0].path.endswith(".tflite")
+    buckets = lengths(manifest.target.buckets_tokens, manifest.source.max_sequence)
     return environment.get_template(TEMPLATE).render(
         manifest=manifest,
         report=report,
@@ -48,6 +51,9 @@ def render_card(manifest: Manifest, report: ParityReport, pad_id: int) -> str:
         pad_id=pad_id,
         model_path=manifest.artifact.files[0].path,
         is_onnx=is_onnx,
+        is_tflite=is_tflite,
+        buckets=buckets,
+        token_limit=max(buckets, default=manifest.source.max_sequence),
         opens_in_sentence_transformers=(
             manifest.artifact.files[0].path == SENTENCE_TRANSFORMERS_FILE
             and "last_hidden_state" in manifest.qdq_model.outputs

@@ -32,7 +32,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "interpreter": ("litert", "tflite-runtime"),
     "bias_bits": (32, 64),
     "upcast": ("quantize", "cast"),
-    "lookup": ("operator", "table"),
+    "lookup": ("none", "roots", "all"),
 }
 _CHILD = Path(__file__).with_name("child.py")
 

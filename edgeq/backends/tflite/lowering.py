@@ -17,7 +17,7 @@ from edgeq.errors import LoweringFailed
 from edgeq.passes.graph import constant, is_read_once, made_by, readers
 
 SIGNATURE = "seq_{}"
-Function = Callable[[NDArray[np.float64], float], NDArray[np.float64]]
+_CODES = np.arange(-(2**15), 2**15)  # of 16 bits
 _OPERATOR = schema.BuiltinOperator
 _OPTIONS = schema.BuiltinOptions
 _ADD_LIMIT = 2.0**14  # 16-bit sums: an input's scale over the output's, above which the kernel aborts
@@ -29,7 +29,7 @@ class Settings:
 
     bias_bits: int  # of products that read 16 bits: 32 on LiteRT and tflite-runtime, 64 for the reference kernels
     upcast: str  # "quantize" or "cast": how 8 bits become 16; tflite-runtime 2.14 has no QUANTIZE for it
-    lookup: str  # "operator" or "table": how 16-bit RSQRT and GELU are computed; tflite-runtime 2.14 has neither
+    lookup: str  # "none", "roots" or "all": which 16-bit RSQRT and GELU are tables; tflite-runtime 2.14 has neither
 
 
 def lower_model(graph_model: ir.Model, buckets: Sequence[int], settings: Settings) -> bytes:
@@ -45,17 +45,18 @@ def lower_model(graph_model: ir.Model, buckets: Sequence[int], settings: Setting
     """
     writer = ModelWriter("edgeq")
     for length in sorted(buckets, reverse=True):
-        _Lowering(graph_model.graph, writer.subgraph(SIGNATURE.format(length)), length, settings).run()
+        _Lowering(graph_model.graph, writer.subgraph(SIGNATURE.format(length)), length, max(buckets), settings).run()
     return writer.to_bytes()
 
 
 class _Lowering:
     """Write one subgraph: batch 1, a fixed number of tokens."""
 
-    def __init__(self, graph: ir.Graph, out: SubgraphWriter, length: int, settings: Settings) -> None:
+    def __init__(self, graph: ir.Graph, out: SubgraphWriter, length: int, longest: int, settings: Settings) -> None:
         self._graph = graph
         self._out = out
         self._length = length
+        self._longest = longest
         self._settings = settings
         self._tensors: dict[ir.Value, Tensor] = {}
         self._adjoint: set[ir.Value] = set()  # tensors written with their last two axes exchanged
@@ -155,14 +156,20 @@ class _Lowering:
         self._tensors[node.outputs[0]] = result
 
     def _slice(self, node: ir.Node) -> None:
-        """Positions are the first rows of their table: a constant of this bucket."""
+        """Positions are the first rows of their table: the longest signature's rows, gathered in shorter ones."""
         table = constant(node.inputs[0])
         dequantizer = next((use for use in readers(node.outputs[0]) if use.op_type == "DequantizeLinear"), None)
         if table is None or dequantizer is None or table.ndim != 3:
             raise LoweringFailed(f"{node.name}: slices something else than a table of positions")
-        name = str(node.outputs[0].name)
-        rows = self._out.constant(name, table[:, : self._length], self._codes(dequantizer))
-        self._tensors[node.outputs[0]] = rows
+        name, codes = str(node.outputs[0].name), self._codes(dequantizer)
+        if self._length == self._longest:
+            self._tensors[node.outputs[0]] = self._out.constant(name, table[:, : self._length], codes)
+            return
+        rows = self._out.constant(f"{name}/table", table[0, : self._longest], codes)
+        numbers = self._out.constant("positions", np.arange(self._length, dtype=np.int32)[None])
+        result = self._out.tensor(name, (1, self._length, table.shape[2]), str(table.dtype), codes)
+        gather = (_OPTIONS.GatherOptions, schema.GatherOptionsT())
+        self._tensors[node.outputs[0]] = self._out.operator(_OPERATOR.GATHER, 2, [rows, numbers], result, gather)
 
     def _quantize(self, node: ir.Node) -> None:
         """Write what turns codes into other codes; what stands behind an operator was written with it."""
@@ -174,13 +181,18 @@ class _Lowering:
 
     def _requantize(self, node: ir.Node) -> None:
         source = self._read(node.inputs[0])
-        result = self._result(node, source.shape)
-        if self._settings.upcast == "cast" and source.dtype == "int8" and result.dtype == "int16":
-            self._upcast(source, result)
+        zero_point = constant(node.inputs[2])
+        is_wider = source.dtype == "int8" and zero_point is not None and zero_point.dtype == np.int16
+        if self._settings.upcast == "cast" and is_wider:
+            name = str(node.outputs[0].name).removesuffix("/quantized")
+            self._tensors[node.outputs[0]] = self._out.tensor(name, source.shape, "int16", source.codes)
+            self._upcast(source, self._tensors[node.outputs[0]])
             return
-        self._out.operator(
-            _OPERATOR.QUANTIZE, 1, [source], result, (_OPTIONS.QuantizeOptions, schema.QuantizeOptionsT())
-        )
+        self._requantized(source, self._result(node, source.shape))
+
+    def _requantized(self, source: Tensor, result: Tensor) -> None:
+        options = (_OPTIONS.QuantizeOptions, schema.QuantizeOptionsT())
+        self._out.operator(_OPERATOR.QUANTIZE, 1, [source], result, options)
 
     def _upcast(self, source: Tensor, result: Tensor) -> None:
         """Take 8-bit codes for 16-bit ones: their scale stays, and so does every value."""
@@ -213,9 +225,7 @@ class _Lowering:
         self._cast(self._mask, flat)
         shaped = self._reshaped(flat, (1, 1, 1, self._length), f"{name}/shaped")
         result = self._result(node, (1, 1, 1, self._length))
-        self._out.operator(
-            _OPERATOR.QUANTIZE, 1, [shaped], result, (_OPTIONS.QuantizeOptions, schema.QuantizeOptionsT())
-        )
+        self._requantized(shaped, result)
 
     def _shares(self, node: ir.Node) -> None:
         """Count the tokens, look up one over the count, and give each token that much."""
@@ -323,8 +333,9 @@ class _Lowering:
 
     def _gelu(self, node: ir.Node) -> None:
         source = self._read(node.inputs[0])
-        if source.dtype == "int16" and self._settings.lookup == "table":
-            self._looked_up(node.outputs[0], source, _gelu, -(2**15))
+        if source.dtype == "int16" and self._settings.lookup == "all":
+            entries = _gelu(_CODES.astype(np.float64) * self._step(source)) / self._result_step(node.outputs[0])
+            self._looked_up(node.outputs[0], source, entries)
             return
         options = schema.GeluOptionsT()
         kind = node.attributes["approximate"].as_string() if "approximate" in node.attributes else "none"
@@ -367,27 +378,38 @@ class _Lowering:
     def _inverse_root(self, node: ir.Node) -> None:
         source = self._read(node.inputs[0])
         inverse = readers(node.outputs[0])[0]
-        if self._settings.lookup == "table":
-            self._looked_up(inverse.outputs[0], source, _inverse_root, 0)
+        if self._settings.lookup == "none":
+            self._write(inverse.outputs[0], source.shape, _OPERATOR.RSQRT, 1, [source])
             return
-        self._write(inverse.outputs[0], source.shape, _OPERATOR.RSQRT, 1, [source])
+        # The operator is off by half a per cent and more where codes are small, and most tokens' are.
+        factor = 1.0 / (math.sqrt(self._step(source)) * self._result_step(inverse.outputs[0]))
+        exact = 2.0 ** round(math.log2(factor / _CODES[-1])) * float(_CODES[-1])
+        if math.isclose(factor, exact, rel_tol=1e-6):  # but for the rounding of scales to float32
+            factor = exact
+        codes = np.maximum(_CODES[len(_CODES) // 2 :], 0.5)  # no sum of squares is negative; 0 is half a step at most
+        self._looked_up(inverse.outputs[0], source, factor / np.sqrt(codes))
 
-    def _looked_up(self, value: ir.Value, source: Tensor, function: Function, first: int) -> None:
-        """Compute a function of one 16-bit tensor by a table of all its codes from `first` up."""
+    def _step(self, tensor: Tensor) -> float:
+        if tensor.codes is None or len(tensor.codes.scales) != 1:
+            raise LoweringFailed(f"{self._out.name}: a tensor of a table has no scale")
+        return tensor.codes.scales[0]
+
+    def _result_step(self, value: ir.Value) -> float:
+        return self._codes(self._quantizer(value)).scales[0]
+
+    def _looked_up(self, value: ir.Value, source: Tensor, entries: NDArray[np.float64]) -> None:
+        """Compute a function of a 16-bit tensor by a table of all its codes, or of those that are not negative."""
         quantizer = self._quantizer(value)
-        codes, source_codes = self._codes(quantizer), source.codes
+        codes = self._codes(quantizer)
         name = str(quantizer.outputs[0].name).removesuffix("/quantized")
-        if source_codes is None or len(codes.scales) != 1:
-            raise LoweringFailed(f"{name}: its operand has no codes")
-        reals = np.arange(first, 2**15, dtype=np.float64) * source_codes.scales[0]
-        table = np.clip(np.rint(function(reals, source_codes.scales[0]) / codes.scales[0]), -(2**15), 2**15 - 1)
-        stored = self._out.constant(f"{name}/table", table.astype(np.int16), codes)
+        table = np.clip(np.rint(entries), _CODES[0], _CODES[-1]).astype(np.int16)
+        stored = self._out.constant(f"{name}/table", table, codes)
         index = self._out.tensor(f"{name}/index", source.shape, "int32")
         options = schema.CastOptionsT()
         options.inDataType, options.outDataType = schema.TensorType.INT16, schema.TensorType.INT32
         self._out.operator(_OPERATOR.CAST, 1, [source], index, (_OPTIONS.CastOptions, options))
-        if first:
-            offset = self._out.constant("table_offset", np.array([-first], np.int32))
+        if len(table) == len(_CODES):
+            offset = self._out.constant("table_offset", np.array([-_CODES[0]], np.int32))
             shifted = self._out.tensor(f"{name}/shifted", source.shape, "int32")
             add = schema.AddOptionsT()
             add.potScaleInt16 = False
@@ -446,16 +468,10 @@ class _Lowering:
         return bool(uses) and all(use.node.op_type == "MatMul" and use.idx == 1 for use in uses)
 
 
-def _gelu(reals: NDArray[np.float64], step: float) -> NDArray[np.float64]:
+def _gelu(reals: NDArray[np.float64]) -> NDArray[np.float64]:
     twice = np.array([1.0 + math.erf(real / math.sqrt(2.0)) for real in reals.tolist()], np.float64)
     product: NDArray[np.float64] = reals * twice / 2.0
     return product
-
-
-def _inverse_root(reals: NDArray[np.float64], step: float) -> NDArray[np.float64]:
-    """Give 1 / sqrt(x); a code of 0 stands for half a step."""
-    inverse: NDArray[np.float64] = 1.0 / np.sqrt(np.maximum(reals, step / 2.0))
-    return inverse
 
 
 _TYPE = {"int8": schema.TensorType.INT8, "int16": schema.TensorType.INT16}

@@ -1,0 +1,182 @@
+"""The integer-only form: norms apart and constants folded without changing FP32, and codes on every tensor."""
+
+from __future__ import annotations
+
+import encoder
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
+
+from edgeq import calibrate, folding, quantize
+from edgeq.backends.contract import Embeddings, embed_batches
+from edgeq.errors import EdgeqError, Unsupported
+from edgeq.observe import Statistics, equal_length_batches, observe
+from edgeq.primitives import primitives
+from edgeq.reference import FloatSession
+from edgeq.schemes import SCHEMES
+from edgeq.texts import Tokens, batches
+
+TOKENS = Tokens(encoder.tokens(3, 40), 0, 0)
+INTEGER = ("w8a8-int", "w8a16-int")
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report to nobody."""
+
+
+def embed(model: onnx.ModelProto | ir.Model) -> Embeddings:
+    proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
+    session = FloatSession.of(proto, optimize=False)
+    return embed_batches(session, batches(TOKENS), len(TOKENS.ids))
+
+
+def cosines(first: Embeddings, second: Embeddings) -> np.ndarray:
+    return np.sum(first * second, axis=1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> calibrate.Observed:
+    return calibrate.calibrate(encoder.encoder(), Tokens(encoder.tokens(1, 64), 0, 0), 0, silent)
+
+
+@pytest.fixture(scope="module", params=INTEGER)
+def qdq(request: pytest.FixtureRequest, calibrated: calibrate.Observed) -> onnx.ModelProto:
+    return quantize.quantize(calibrated.model, calibrated.statistics, SCHEMES[request.param])[0]
+
+
+def clean(model: ir.Model) -> ir.Model:
+    TopologicalSortPass()(model)
+    RemoveUnusedNodesPass()(model)
+    for value in (value for node in model.graph for value in node.outputs):
+        if not value.is_graph_output():
+            value.shape = None
+    return model
+
+
+def test_taking_norms_apart_keeps_the_function(calibrated: calibrate.Observed) -> None:
+    apart = ir.from_proto(calibrated.model)
+    assert primitives(apart) == 5 + 1  # LayerNorms, and the unit length
+    left = {node.op_type for node in clean(apart).graph}
+    assert not left & {"LayerNormalization", "ReduceL2"}
+    assert np.abs(embed(calibrated.model) - embed(apart)).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("fold", "least"),
+    [
+        (lambda graph, seen: folding.even_values(graph, seen), 2),
+        (lambda graph, seen: folding.fold_norm_biases(graph, seen), 10),
+        (lambda graph, seen: folding.widen_outputs(graph, seen, 0.5), 4),
+    ],
+    ids=["even_values", "fold_norm_biases", "widen_outputs"],
+)
+def test_folding_keeps_the_function_and_its_statistics(calibrated: calibrate.Observed, fold, least: int) -> None:  # type: ignore[no-untyped-def]
+    model = ir.from_proto(calibrated.model)
+    primitives(model)
+    seen = dict(calibrated.statistics)
+    assert fold(model.graph, seen) >= least
+    proto = ir.to_proto(clean(model))
+    assert np.abs(embed(calibrated.model) - embed(proto)).max() < 1e-5
+    # What was derived is what observing the folded model on the same texts gives.
+    there = {name for node in proto.graph.node for name in node.output}
+    names = [name for name in there & seen.keys() if seen[name] is not calibrated.statistics.get(name)]
+    assert names
+    held = calibrate._hold_back(Tokens(encoder.tokens(1, 64), 0, 0), 0)[0]
+    again = observe(proto, names, equal_length_batches(held, encoder.LONGEST), lambda done, total: None)
+    for name in names:
+        if seen[name].minimum.shape != again[name].minimum.shape:
+            continue  # attention's scalars
+        span = float(again[name].maximum.max() - again[name].minimum.min())
+        assert np.abs(seen[name].minimum - again[name].minimum).max() < 1e-3 * span, name
+        assert np.abs(seen[name].maximum - again[name].maximum).max() < 1e-3 * span, name
+
+
+def test_every_operator_reads_and_writes_codes(qdq: onnx.ModelProto) -> None:
+    made = {output: node.op_type for node in qdq.graph.node for output in node.output}
+    readers: dict[str, list[str]] = {}
+    for node in qdq.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node.op_type)
+    stored = {tensor.name for tensor in qdq.graph.initializer}
+    of_mask = {"attention_mask"}
+    for node in qdq.graph.node:
+        variable = [name for name in node.input if name not in stored]
+        if variable and all(name in of_mask for name in variable) and node.op_type != "QuantizeLinear":
+            of_mask.update(node.output)
+            continue
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear", "Gather", "Shape", "Slice"):
+            continue
+        ends = {"Add", "QuantizeLinear", "Reciprocal"}  # a bias; codes; the second half of one root
+        assert set(readers[node.output[0]]) <= ends, node.name
+        for name in variable:
+            assert made[name] in {"DequantizeLinear", "MatMul", "Sqrt"}, (node.name, name)
+
+
+@pytest.mark.parametrize(("scheme", "mean", "least"), [("w8a8-int", 0.985, 0.95), ("w8a16-int", 0.995, 0.985)])
+def test_vectors_stay_near_fp32(calibrated: calibrate.Observed, scheme: str, mean: float, least: float) -> None:
+    model, products, floats = quantize.quantize(calibrated.model, calibrated.statistics, SCHEMES[scheme])
+    reference = embed(calibrated.model)
+    found = cosines(reference - reference.mean(0), embed(model) - reference.mean(0))
+    assert found.mean() > mean
+    assert found.min() > least
+    assert len(products) == 12 + 4
+    assert floats == ()
+
+
+def test_quantising_twice_gives_the_same_bytes(calibrated: calibrate.Observed) -> None:
+    first, second = (
+        quantize.quantize(calibrated.model, calibrated.statistics, SCHEMES["w8a8-int"])[0].SerializeToString(
+            deterministic=True
+        )
+        for _ in range(2)
+    )
+    assert first == second
+
+
+def test_masked_positions_leave_nothing(qdq: onnx.ModelProto) -> None:
+    session = FloatSession.of(qdq, optimize=False)
+    short = Tokens(tuple(ids[:9] for ids in encoder.tokens(5, 8)), 0, 0)
+    alone = embed_batches(session, batches(short, batch_size=1), 8)
+    padded = embed_batches(session, batches(Tokens((*short.ids, tuple(range(1, 41))), 0, 0)), 9)[:8]
+    assert cosines(alone, padded).min() > 0.9999
+
+
+def test_a_tensor_without_statistics_is_named(calibrated: calibrate.Observed) -> None:
+    seen = {name: item for name, item in calibrated.statistics.items() if not name.endswith("/centred")}
+    with pytest.raises(EdgeqError, match="/centred: the calibration has no statistics"):
+        quantize.quantize(calibrated.model, seen, SCHEMES["w8a8-int"])
+
+
+def test_an_operator_without_integer_form_is_named(calibrated: calibrate.Observed) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(calibrated.model)
+    gelu = next(node for node in model.graph.node if node.op_type == "Gelu")
+    gelu.op_type = "Erf"
+    with pytest.raises(Unsupported, match="Erf has no integer form"):
+        quantize.quantize(model, calibrated.statistics, SCHEMES["w8a8-int"])
+
+
+def test_a_wrong_scale_shows(qdq: onnx.ModelProto, calibrated: calibrate.Observed) -> None:
+    broken = onnx.ModelProto()
+    broken.CopyFrom(qdq)
+    scale = next(t for t in broken.graph.initializer if t.name == "layer.1.gelu/scale")
+    scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) / 8, scale.name))
+    reference = embed(calibrated.model)
+    right, wrong = (cosines(reference, embed(model)).mean() for model in (qdq, broken))
+    assert wrong < right - 0.01
+
+
+def test_affine_statistics_are_exact() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((500, 6)).astype(np.float32)
+    factor, shift = rng.standard_normal(6), rng.standard_normal(6)
+
+    def seen(values: np.ndarray) -> Statistics:
+        moment = (values.T @ values / len(values)).astype(np.float32)
+        return Statistics(values.min(0), values.max(0), None, moment, values.mean(0))
+
+    moved, wanted = folding._affine(seen(rows), factor, shift), seen(rows * factor + shift)
+    for name in ("minimum", "maximum", "mean", "moment"):
+        np.testing.assert_allclose(getattr(moved, name), getattr(wanted, name), atol=1e-4)
