@@ -114,7 +114,7 @@ def test_every_operator_reads_and_writes_codes(qdq: onnx.ModelProto) -> None:
             assert made[name] in {"DequantizeLinear", "MatMul", "Sqrt"}, (node.name, name)
 
 
-@pytest.mark.parametrize(("scheme", "mean", "least"), [("w8a8-int", 0.985, 0.95), ("w8a16-int", 0.995, 0.985)])
+@pytest.mark.parametrize(("scheme", "mean", "least"), [("w8a8-int", 0.985, 0.92), ("w8a16-int", 0.995, 0.985)])
 def test_vectors_stay_near_fp32(calibrated: calibrate.Observed, scheme: str, mean: float, least: float) -> None:
     model, products, floats = quantize.quantize(calibrated.model, calibrated.statistics, SCHEMES[scheme])
     reference = embed(calibrated.model)

@@ -17,6 +17,7 @@ from edgeq.backends.contract import Embeddings, Rejection
 from edgeq.children import Worker, pack, unpack
 from edgeq.environments import Environment, interpreter
 from edgeq.errors import ConfigError, LoweringFailed, ToolMissing
+from edgeq.primitives import MEAN
 from edgeq.records import Artifact, Placement, QdqModel, Target
 from edgeq.storage import file_ref, storage_errors, write_bytes
 from edgeq.texts import Feeds, lengths
@@ -114,11 +115,13 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
         path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, data)
     largest = SIGNATURE.format(max(buckets))
-    counts = Counter(item.name for item in kernels.operators(data) if item.signature == largest)
-    if counts["FULLY_CONNECTED"] != len(model.integer_matmuls):
+    written = [item for item in kernels.operators(data) if item.signature == largest]
+    counts = Counter(item.name for item in written)
+    products = sum(item.name == "FULLY_CONNECTED" and not item.output.endswith(MEAN) for item in written)
+    if products != len(model.integer_matmuls):
         raise LoweringFailed(
-            f"{target.name}: {counts['FULLY_CONNECTED']} products were written, the scheme has "
-            f"{len(model.integer_matmuls)}; please report the model"
+            f"{target.name}: {products} products were written, the scheme has {len(model.integer_matmuls)}; "
+            "please report the model"
         )
     return Artifact(
         backend=target.backend,
@@ -126,7 +129,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
         files=(file_ref(path, relative_to=out_dir),),
         qdq_sha256=model.file.sha256,
         placement=Placement(
-            integer_matmuls=counts["FULLY_CONNECTED"],
+            integer_matmuls=products,
             float_by_scheme=(),
             float_fallbacks=(),
             operators=dict(sorted(counts.items())),

@@ -356,12 +356,16 @@ class _Lowering:
         )
 
     def _mean(self, node: ir.Node) -> None:
+        """Take the mean over channels as a product with one column of ones: MEAN takes fifteen times as long."""
         source = self._read(node.inputs[0])
-        axis = self._out.constant("axis_2", np.array([2], np.int32))
-        options = schema.ReducerOptionsT()
-        options.keepDims = True
-        shape = (*source.shape[:-1], 1)
-        self._write(node.outputs[0], shape, _OPERATOR.MEAN, 2, [source, axis], (_OPTIONS.ReducerOptions, options))
+        width = source.shape[-1]
+        ones = self._out.constant(
+            f"ones_{width}", np.ones((1, width), np.int8), Codes.of(float(np.float32(1.0 / width)))
+        )
+        options = schema.FullyConnectedOptionsT()
+        options.keepNumDims = True
+        table = (_OPTIONS.FullyConnectedOptions, options)
+        self._write(node.outputs[0], (*source.shape[:-1], 1), _OPERATOR.FULLY_CONNECTED, 4, [source, ones], table)
 
     def _squares(self, node: ir.Node) -> None:
         """Sum squares as the product of each row with itself: exact in the accumulator, rounded once."""
