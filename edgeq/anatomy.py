@@ -65,7 +65,7 @@ def inspect(path: Path) -> Anatomy:
     """Take an ONNX file, or a bundle's artifact, apart.
 
     Raises:
-        ConfigError: nothing is there, or it is neither a bundle nor a readable ONNX file.
+        ConfigError: nothing is there, or it is neither an ONNX file nor a bundle of one.
         BundleCorrupt: the manifest cannot be read or names an artifact that is not there.
     """
     if path.is_dir():
@@ -129,6 +129,11 @@ def _artifact_of(bundle: Path) -> Path:
     from edgeq.bundle import load_manifest
 
     model_path = bundle / load_manifest(bundle).artifact.files[0].path
+    if model_path.suffix != ".onnx":
+        raise ConfigError(
+            f"{model_path}: inspect takes ONNX files. The bundle's manifest.json lists this file's operators under "
+            "artifact.placement; another tool, such as TensorFlow's analyzer, shows its tensors."
+        )
     if not model_path.is_file():
         raise BundleCorrupt(f"{model_path}: named by manifest.json, but not there. Export the bundle again.")
     return model_path

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,12 @@ from edgeq.texts import Tokenizer, batches
 
 MODEL = "all-MiniLM-L6-v2"
 TARGETS = ("x86-64-onnxruntime", "x86-64-avx2-onnxruntime")
-PARTS = ("quality", "latency", "export", "calibration")
+TFLITE = {
+    "w8a8-int": "android-litert",
+    "w8a8-int, tflite-runtime 2.14": "raspberry-pi-tflite-runtime",
+    "w8a16-int": "integer-only-w8a16",
+}
+PARTS = ("quality", "latency", "tflite", "export", "calibration")
 SEQUENCES = (16, 32, 128, 256)
 ROUNDS, RUNS, WARMUP_RUNS = 3, 60, 15
 THREADS = 2
@@ -76,6 +81,19 @@ GOALS = (
     Goal("nDCG@10, % of FP32", (*QUALITY, "ndcg_percent"), at_least=99.7),
     Goal("invariance", (*QUALITY, "invariance"), at_least=0.99999),
     Goal("7 bit: cosine mean", ("quality", "edgeq w8a8-gemm-7bit", "cosine_mean"), at_least=0.9968),
+    Goal("w8a8-int: cosine mean", ("quality", "edgeq w8a8-int", "cosine_mean"), at_least=0.998),
+    Goal("w8a8-int: cosine min", ("quality", "edgeq w8a8-int", "cosine_min"), at_least=0.99),
+    Goal("w8a8-int: STS Spearman, % of FP32", ("quality", "edgeq w8a8-int", "sts_percent"), at_least=99.7),
+    Goal("w8a8-int: nDCG@10, % of FP32", ("quality", "edgeq w8a8-int", "ndcg_percent"), at_least=99.7),
+    Goal("w8a8-int: between buckets", ("quality", "edgeq w8a8-int", "invariance"), at_least=0.999),
+    Goal("w8a8-int: size, MB", ("quality", "edgeq w8a8-int", "size_mb"), at_most=24.0),
+    Goal(
+        "tflite-runtime form: size, MB",
+        ("quality", "edgeq w8a8-int, tflite-runtime 2.14", "size_mb"),
+        at_most=25.0,
+    ),
+    Goal("w8a16-int: cosine mean", ("quality", "edgeq w8a16-int", "cosine_mean"), at_least=0.999),
+    Goal("w8a16-int: cosine min", ("quality", "edgeq w8a16-int", "cosine_min"), at_least=0.995),
     Goal("latency at 128 tokens, of FP32", ("latency", "128", "edgeq_of_float32"), at_most=0.55),
     Goal("latency at 128 tokens, of ORT dynamic", ("latency", "128", "edgeq_of_dynamic"), at_most=1.0),
     Goal("size, MB", (*QUALITY, "size_mb"), at_most=24.0),
@@ -175,6 +193,7 @@ def quality(bundles: Bundles, data: Path, limit: int | None) -> Figures:
     models: dict[str, Path] = {
         "edgeq w8a8-gemm": bundles.folder / TARGETS[0],
         "edgeq w8a8-gemm-7bit": bundles.folder / TARGETS[1],
+        **{f"edgeq {name}": bundles.folder / target for name, target in TFLITE.items()},
         "ORT dynamic": bundles.dynamic,
         "ORT static": bundles.static,
     }
@@ -183,9 +202,10 @@ def quality(bundles: Bundles, data: Path, limit: int | None) -> Figures:
         vectors = Vectors(path, tokenizer)
         tokens = tokenizer.encode(texts[:: max(1, len(texts) // 200)])
         measures = parity.measure(
-            expected, vectors(texts, None), texts, parity.invariance(vectors.session, tokens, MAX_SEQUENCE)
-        )
-        files = [path] if path.is_file() else list((path / "onnx").iterdir())
+            expected, vectors(texts, None), texts,
+            parity.invariance(vectors.session, tokens, MAX_SEQUENCE, vectors.buckets),
+        )  # fmt: skip
+        files = [path] if path.is_file() else [path / ref.path for ref in load_manifest(path).artifact.files]
         figures[name] = {
             "cosine_mean": measures.cosine_mean,
             "cosine_min": measures.cosine_min,
@@ -210,10 +230,12 @@ class Vectors:
 
     def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
         """Load the model."""
+        self.buckets: tuple[int, ...] = ()
         if path.is_dir():
             manifest = load_manifest(path)
             backend = backends.find(manifest.artifact.backend, str(path))
             self.session: Session = backend.load(manifest.artifact, path, manifest.target, THREADS)
+            self.buckets = manifest.target.buckets_tokens
         else:
             self.session = FloatSession.of(path, threads=THREADS)
         self._tokenizer = tokenizer
@@ -238,21 +260,31 @@ def latencies(bundles: Bundles, sequences: Sequence[int]) -> Figures:
     }
     figures = {}
     for sequence in sequences:
-        medians: dict[str, list[float]] = {name: [] for name in models}
-        for _ in range(ROUNDS):
-            for name, path in models.items():
-                job = latency.Job(
-                    model=str(path), threads=THREADS, batch=1, sequence=sequence, vocabulary=30000,
-                    num_runs=RUNS, warmup_runs=WARMUP_RUNS,
-                )  # fmt: skip
-                medians[name].append(float(np.median(latency.in_process(job).latencies_ms)))
-        found = {f"{name}_ms": float(np.median(values)) for name, values in medians.items()}
+        found = _medians(models, sequence, THREADS)
         figures[str(sequence)] = {
             **found,
             "edgeq_of_float32": found["edgeq_ms"] / found["float32_ms"],
             "edgeq_of_dynamic": found["edgeq_ms"] / found["dynamic_ms"],
         }
     return figures
+
+
+def tflite_latencies(bundles: Bundles, sequences: Sequence[int]) -> Figures:
+    """Time the TFLite artifacts, and FP32 in ONNX Runtime, each on one thread."""
+    models = {"float32": bundles.float_model, **{name: bundles.folder / target for name, target in TFLITE.items()}}
+    return {str(sequence): _medians(models, sequence, 1) for sequence in sequences}
+
+
+def _medians(models: Mapping[str, Path], sequence: int, threads: int) -> dict[str, float]:
+    medians: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(ROUNDS):
+        for name, path in models.items():
+            job = latency.Job(
+                model=str(path), threads=threads, batch=1, sequence=sequence, vocabulary=30000,
+                num_runs=RUNS, warmup_runs=WARMUP_RUNS,
+            )  # fmt: skip
+            medians[name].append(float(np.median(latency.in_process(job).latencies_ms)))
+    return {f"{name}_ms": float(np.median(values)) for name, values in medians.items()}
 
 
 def calibration(bundles: Bundles, data: Path, folder: Path) -> Figures:
@@ -298,12 +330,11 @@ def markdown(results: Figures) -> str:
         columns = ("cosine_mean", "cosine_min", "top10_overlap", "sts_percent", "ndcg_percent", "invariance", "size_mb")
         rows = [(name, *(_number(found.get(column)) for column in columns)) for name, found in models.items()]
         parts += [f"Quality on {results['quality']['texts']} texts:", _table(("model", *columns), rows)]
-    if "latency" in results:
-        columns = tuple(next(iter(results["latency"].values())))
-        rows = [
-            (tokens, *(_number(found[column]) for column in columns)) for tokens, found in results["latency"].items()
-        ]
-        parts += [f"Median latency at batch 1, {THREADS} threads:", _table(("tokens", *columns), rows)]
+    for part, threads in (("latency", f"{THREADS} threads"), ("tflite", "1 thread")):
+        if part in results:
+            columns = tuple(next(iter(results[part].values())))
+            rows = [(tokens, *(_number(found[key]) for key in columns)) for tokens, found in results[part].items()]
+            parts += [f"Median latency at batch 1, {threads}:", _table(("tokens", *columns), rows)]
     for part in ("export", "calibration"):
         if part in results:
             rows = [(name, _number(value)) for name, value in results[part].items()]
@@ -341,10 +372,13 @@ def main() -> int:
         folder = Path(name)
         os.environ["EDGEQ_CACHE_DIR"] = str(folder / "cache")
         measure("export", lambda: export(folder / "timed"))
-        run_measured(command(folder, *TARGETS))  # what is compared is what a user gets who asks for nothing special
+        run_measured(
+            command(folder, *TARGETS, *TFLITE.values())
+        )  # what is compared is what a user gets who asks for nothing special
         bundles = _bundles(folder)
         measure("quality", lambda: quality(bundles, options.data, options.limit))
         measure("latency", lambda: latencies(bundles, SEQUENCES))
+        measure("tflite", lambda: tflite_latencies(bundles, SEQUENCES))
         measure("calibration", lambda: calibration(bundles, options.data, folder))
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
