@@ -1,0 +1,426 @@
+"""Each kernel that lowering emits, alone in a file, over all its codes: what LiteRT gives against exact arithmetic.
+
+The reference decodes the operands' codes, computes in float64, divides by the result's scale, rounds to the nearest
+code and saturates. A case allows 1 code of difference, for a fixed-point multiplier and ties, unless it says why it
+allows something else; kernels that only move codes must be exact.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from math import erf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgeq.children import Worker, pack, unpack
+
+pytest.importorskip("ai_edge_litert", reason="needs the extra `tflite`")
+from ai_edge_litert import schema_py_generated as schema
+
+from edgeq.backends.tflite import child
+from edgeq.backends.tflite.kernels import KERNELS, LITERT, operators, violations
+from edgeq.backends.tflite.writer import DTYPES, Codes, ModelWriter
+
+pytestmark = pytest.mark.tflite
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Codes and what they mean; without parameters they are plain numbers."""
+
+    codes: Array
+    parameters: Codes | None = None
+    is_constant: bool = False
+
+    def real(self) -> NDArray[np.float64]:
+        return decoded(self.codes, self.parameters)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator, its operands, its exact result, and how many codes the kernel may be away from that."""
+
+    name: str
+    builtin: str
+    version: int
+    operands: Sequence[Operand]
+    exact: NDArray[np.float64]
+    dtype: str
+    parameters: Codes | None = None
+    options: tuple[str, dict[str, Any]] | None = None
+    tolerance: int | Array = 1
+
+    def __str__(self) -> str:
+        data = [operand for operand in self.operands if operand.parameters or not operand.is_constant]
+        dtypes = dict.fromkeys([*(str(operand.codes.dtype) for operand in data), self.dtype])
+        return "-".join([self.builtin, *dtypes, *([self.name] if self.name else [])])
+
+    def expected(self) -> NDArray[np.int64]:
+        scale, zero_point = scale_and_zero_point(self.parameters, self.exact.ndim)
+        limits = np.iinfo(self.dtype)
+        return np.clip(np.rint(self.exact / scale + zero_point), limits.min, limits.max).astype(np.int64)
+
+    def differences(self, codes: Array) -> NDArray[np.int64]:
+        """Count the codes between a result and the expected one."""
+        return np.abs(codes.astype(np.int64) - self.expected())
+
+    def to_bytes(self) -> bytes:
+        writer = ModelWriter("one operator")
+        graph = writer.subgraph("only")
+        tensors = []
+        for number, operand in enumerate(self.operands):
+            name, codes = f"operand_{number}", operand.codes
+            if operand.is_constant:
+                tensors.append(graph.constant(name, codes, operand.parameters))
+            else:
+                tensors.append(graph.tensor(name, codes.shape, str(codes.dtype), operand.parameters))
+                graph._inputs[name] = tensors[-1]  # `input` gives none any parameters: edgeq's own have no need of them
+        result = graph.tensor("result", self.exact.shape, self.dtype, self.parameters)
+        graph.operator(getattr(schema.BuiltinOperator, self.builtin), self.version, tensors, result, self._options())
+        graph.output("result", result)
+        return writer.to_bytes()
+
+    def _options(self) -> tuple[int, Any] | None:
+        if self.options is None:
+            return None
+        name, values = self.options
+        table = getattr(schema, f"{name}T")()
+        vars(table).update(values)
+        return getattr(schema.BuiltinOptions, name), table
+
+
+def scale_and_zero_point(parameters: Codes | None, rank: int) -> tuple[Array, Array]:
+    """Give what a file stores (32-bit scales), in the shape that broadcasts against a tensor."""
+    if parameters is None:
+        return np.array(1.0), np.array(0.0)
+    shape = [-1 if axis == parameters.axis else 1 for axis in range(rank)]
+    scale = np.array(parameters.scales, np.float32).astype(np.float64).reshape(shape)
+    return scale, np.array(parameters.zero_points, np.float64).reshape(shape)
+
+
+def decoded(codes: Array, parameters: Codes | None) -> NDArray[np.float64]:
+    scale, zero_point = scale_and_zero_point(parameters, codes.ndim)
+    return (codes - zero_point) * scale
+
+
+# --- the codes --------------------------------------------------------------------------------------------------------
+
+ALL = {dtype: np.arange(np.iinfo(dtype).min, np.iinfo(dtype).max + 1).astype(dtype) for dtype in ("int8", "int16")}
+GRID = {  # both codes of a pair: all, or every 131st, the extremes, and those around zero
+    "int8": ALL["int8"],
+    "int16": np.unique([*ALL["int16"][::131], -32767, *range(-3, 4), 32766, 32767]).astype(np.int16),
+}
+RANDOM = np.random.default_rng(5)
+
+
+def shuffled(dtype: str, *shape: int) -> Array:
+    """Give all codes in no order, again and again until the shape is full."""
+    rounds = -(-int(np.prod(shape)) // ALL[dtype].size)
+    codes = np.concatenate([RANDOM.permutation(ALL[dtype]) for _ in range(rounds)])
+    return codes[: int(np.prod(shape))].reshape(shape)
+
+
+def ordered(dtype: str, *shape: int) -> Array:
+    """Give the codes of `shuffled` from the smallest up, so that rows differ as much as they can."""
+    return np.sort(shuffled(dtype, *shape), axis=None).reshape(shape)
+
+
+def of(dtype: str, scale: float, zero_point: int) -> Codes:
+    """Give 16-bit codes no zero point, and a scale for the same range: 256 times as fine."""
+    return Codes.of(scale, zero_point) if dtype == "int8" else Codes.of(scale / 256.0)
+
+
+# --- the cases --------------------------------------------------------------------------------------------------------
+
+
+def elementwise() -> Iterator[Case]:
+    """Give sums, differences and products of all pairs, the right operand whole or repeated along an axis."""
+    kinds: dict[str, tuple[Callable[[Array, Array], Array], dict[str, Any], float]] = {
+        "ADD": (np.add, {"potScaleInt16": False}, 0.11),
+        "SUB": (np.subtract, {"potScaleInt16": False}, 0.11),
+        "MUL": (np.multiply, {}, 0.45),
+    }
+    for (builtin, (function, options, scale)), dtype in product(kinds.items(), GRID):
+        left, right = of(dtype, 0.07, -11), of(dtype, 0.05, 23)
+        column, row = GRID[dtype][:, None], GRID[dtype][None, :]
+        first, second = np.meshgrid(GRID[dtype], GRID[dtype], indexing="ij")
+        pairs = {
+            "side by side": (Operand(first, left), Operand(second, right)),
+            "a column": (Operand(second, left), Operand(column, right)),
+            "a row": (Operand(first, left), Operand(row, right)),
+            "a stored row": (Operand(first, left), Operand(row[0], right, is_constant=True)),
+        }
+        for name, (one, other) in pairs.items():
+            exact = function(one.real(), other.real())
+            kind = f"{builtin.title()}Options"
+            yield Case(name, builtin, 2, (one, other), exact, dtype, of(dtype, scale, 5), (kind, options))
+    number = Operand(ALL["int16"].astype(np.int32)[None])
+    offset = Operand(np.array([2589], np.int32), is_constant=True)
+    exact = number.real() + offset.real()
+    yield Case("", "ADD", 2, (number, offset), exact, "int32", None, ("AddOptions", {}), tolerance=0)
+
+
+def products() -> Iterator[Case]:
+    """Give products of tensors: of all pairs (inner length 1), of rows, and each row's with itself."""
+    for dtype, version in (("int8", 2), ("int16", 3)):
+        left, right, scores = of(dtype, 0.07, -11), of(dtype, 0.05, 23), of(dtype, 0.6, 5)
+        wide, shares = of(dtype, 3.0, 5), Codes.of(1 / 256, -128) if dtype == "int8" else Codes.of(1 / 32768)
+        column = Operand(GRID[dtype][None, :, None], left)
+        heads = Operand(shuffled(dtype, 1, 3, 40, 32), left)
+        others = Operand(shuffled(dtype, 1, 3, 24, 32), right)
+        weights = Operand(shuffled(dtype, 1, 3, 40, 24), shares)
+        cases = [
+            ("all pairs", column, Operand(column.codes, right), True, scores),
+            ("scores", heads, others, True, wide),
+            ("context", weights, others, False, of(dtype, 0.15, 0)),
+        ]
+        if dtype == "int16":
+            rows = Operand(ordered(dtype, 1, 2048, 1, 32), left)
+            cases.append(("squares", rows, rows, True, Codes.of(0.08)))
+        for name, one, other, is_adjoint, parameters in cases:
+            exact = one.real() @ (other.real().swapaxes(-1, -2) if is_adjoint else other.real())
+            options = ("BatchMatMulOptions", {"adjY": is_adjoint})
+            yield Case(name, "BATCH_MATMUL", version, (one, other), exact, dtype, parameters, options)
+
+
+def linear() -> Iterator[Case]:
+    """Give weight products with a scale per channel: of all pairs (inner length 1), and of rows."""
+    options = ("FullyConnectedOptions", {"keepNumDims": True})
+    shapes = {"all pairs": (ALL["int8"][1:, None], 0.05), "rows": (RANDOM.integers(-127, 128, (48, 64)), 0.005)}
+    for (name, (weight, size)), (dtype, version) in product(shapes.items(), (("int8", 5), ("int16", 4))):
+        channels, width = weight.shape
+        scales = size * (1.0 + np.arange(channels) / channels)
+        source = of(dtype, 0.07, -11)
+        codes = GRID[dtype] if width == 1 else shuffled(dtype, 65536)
+        operands = [
+            Operand(codes.reshape(1, -1, width), source),
+            Operand(weight.astype(np.int8), Codes(tuple(scales), (0,) * channels), is_constant=True),
+        ]
+        product_ = operands[0].real() @ operands[1].real().T
+        for bias_dtype in ("int32", "int64", None) if dtype == "int16" else ("int32", None):
+            exact, bias = product_, []
+            if bias_dtype is not None:
+                steps = Codes(tuple(scales * source.scales[0]), (0,) * channels)
+                reals = RANDOM.uniform(-3.0, 3.0, channels)
+                stored = np.rint(reals / np.array(steps.scales)).astype(bias_dtype)
+                bias = [Operand(stored, steps, is_constant=True)]
+                exact = product_ + bias[0].real()
+            yield Case(
+                f"{name}, {bias_dtype} bias", "FULLY_CONNECTED", version, [*operands, *bias], exact, dtype,
+                of(dtype, 0.4, 5), options,
+            )  # fmt: skip
+
+
+def interpolated(case: Case) -> Case:
+    """Allow a 16-bit function what its kernel strays: 2 codes more than straight lines between every 128th code do.
+
+    A line strays far where the function bends or saturates within 128 codes. The kernel moves each of the 128th codes
+    to share that error with the line before it, so the larger of two neighbours is allowed.
+    """
+    step, x, nearest = 128, case.operands[0].codes.reshape(-1), case.expected().reshape(-1)
+    line = np.interp(x, [*x[::step], 2**15], [*nearest[::step], nearest[-1]])
+    stray = np.abs(line - nearest).reshape(-1, step).max(axis=1)
+    allowed = np.ceil(2 + np.maximum(stray, [*stray[1:], 0])).repeat(step)
+    return replace(case, tolerance=allowed.reshape(case.exact.shape))
+
+
+def functions() -> Iterator[Case]:
+    """Give functions of one tensor, over all its codes."""
+    for dtype in ALL:
+        x, result = Operand(ALL[dtype][None], of(dtype, 0.04, 9)), of(dtype, 0.018, -120)
+        gelus = {
+            "erf": x.real() * (1.0 + np.vectorize(erf)(x.real() / np.sqrt(2.0))) / 2.0,
+            "tanh": x.real() * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x.real() + 0.044715 * x.real() ** 3))) / 2.0,
+        }
+        for name, exact in gelus.items():
+            options = ("GeluOptions", {"approximate": name == "tanh"})
+            case = Case(name, "GELU", 2, [x], exact, dtype, result, options)
+            yield case if dtype == "int8" else interpolated(case)
+        yield Case("", "RELU", 2, [x], np.maximum(x.real(), 0.0), dtype, result)
+
+        x = Operand(ordered(dtype, 1, 4096, 16), of(dtype, 0.04, 9))
+        exact, axis = x.real().mean(axis=2, keepdims=True), Operand(np.array([2], np.int32), is_constant=True)
+        options = ("ReducerOptions", {"keepDims": True})
+        yield Case("", "MEAN", 2, [x, axis], exact, dtype, of(dtype, 0.03, -20), options)
+
+
+def softmaxes() -> Iterator[Case]:
+    """Give shares of a row, with the scales that the kernel takes: of all pairs, and of rows near and far apart.
+
+    The 16-bit kernel may be 2 codes away: it interpolates exp and 1 / x. It also takes exp(-10), up to 2 codes, for
+    anything smaller, so each of a row's members may add that to the sum by which the others are divided.
+    """
+    pairs = {dtype: np.stack(np.meshgrid(grid, grid, indexing="ij"), axis=-1) for dtype, grid in GRID.items()}
+    for dtype, version, shares in (("int8", 2, Codes.of(1 / 256, -128)), ("int16", 3, Codes.of(1 / 32768))):
+        near, far = shuffled(dtype, 1, 12, 1024, 8), shuffled(dtype, 1, 12, 64, 128)
+        for name, codes, scale in (("all pairs", pairs[dtype], 0.04), ("near", near, 0.02), ("far", far, 0.5)):
+            x = Operand(codes, of(dtype, scale, 9))
+            powers = np.exp(x.real() - x.real().max(axis=-1, keepdims=True))
+            exact = powers / powers.sum(axis=-1, keepdims=True)
+            case = Case(name, "SOFTMAX", version, [x], exact, dtype, shares, ("SoftmaxOptions", {"beta": 1.0}))
+            if dtype == "int16":
+                case = replace(case, tolerance=2 + case.expected() * 2 * (codes.shape[-1] - 1) / 32768)
+            yield case
+
+
+def inverse_roots() -> Iterator[Case]:
+    """Give 1 / sqrt(x) over all codes from 0 up.
+
+    Interpolated, it is within 1.1 % from code 259 up, but 3.6 times too large at codes below 128 that do not saturate.
+    """
+    x = Operand(ALL["int16"][None, 2**15 :], Codes.of(0.002))
+    with np.errstate(divide="ignore"):
+        exact = 1.0 / np.sqrt(x.real())
+    for name, first in (("no code saturates", 1), ("codes below 259 saturate", 259)):
+        case = interpolated(Case(name, "RSQRT", 1, [x], exact, "int16", Codes.of(exact[0, first] / 32767.0)))
+        limit = np.where(x.codes < 259, np.inf, 1 + 0.011 * case.expected())
+        yield replace(case, tolerance=np.minimum(case.tolerance, limit))
+
+
+def moves() -> Iterator[Case]:
+    """Give what changes codes only, or where they stand."""
+    either = {dtype: of(dtype, 0.04, 9) for dtype in ALL}
+    for source, result in product(ALL, ALL):
+        x = Operand(ALL[source][None], either[source])
+        parameters = of(result, 0.031, -20)
+        yield Case("", "QUANTIZE", 1, [x], x.real(), result, parameters, ("QuantizeOptions", {}))
+
+    for dtype, parameters in either.items():
+        flat, wide = Operand(ALL[dtype], parameters, True), Operand(shuffled(dtype, 1, 64, 8, 128), parameters)
+        everywhere = Operand(RANDOM.permutation(flat.codes.size).astype(np.int32)[None])
+        table = Operand(wide.codes.reshape(-1, 32), parameters, True)
+        rows = Operand(RANDOM.integers(0, len(table.codes), (1, 128)).astype(np.int32))
+        for name, stored, index in (("numbers", flat, everywhere), ("rows", table, rows)):
+            exact = stored.real()[index.codes]
+            options = ("GatherOptions", {})
+            yield Case(name, "GATHER", 2, [stored, index], exact, dtype, parameters, options, tolerance=0)
+        shape = Operand(np.array([1, 64, 1024], np.int32), is_constant=True)
+        options = ("ReshapeOptions", {"newShape": shape.codes})
+        exact = wide.real().reshape(shape.codes)
+        yield Case("", "RESHAPE", 1, [wide, shape], exact, dtype, parameters, options, tolerance=0)
+        for perm in ((0, 2, 1, 3), (0, 2, 3, 1)):
+            order = Operand(np.array(perm, np.int32), is_constant=True)
+            exact, options = wide.real().transpose(perm), ("TransposeOptions", {})
+            yield Case(str(perm), "TRANSPOSE", 2, [wide, order], exact, dtype, parameters, options, tolerance=0)
+
+    symmetric = Codes.of(0.04)
+    casts: list[tuple[Operand, str, Codes | None]] = [
+        (Operand(ALL["int8"].astype(np.int32)[None]), "int8", Codes.of(70.0, 1)),  # bits of the mask are codes
+        (Operand(ALL["int16"].astype(np.int32)[None]), "int16", symmetric),
+        (Operand(ALL["int8"][None], symmetric), "int16", symmetric),
+        (Operand(ALL["int16"][None], symmetric), "int32", None),
+    ]
+    for x, dtype, parameters in casts:
+        options = ("CastOptions", {"inDataType": DTYPES[str(x.codes.dtype)], "outDataType": DTYPES[dtype]})
+        exact = decoded(x.codes, parameters)  # a cast keeps codes, whatever they mean
+        yield Case("", "CAST", 1, [x], exact, dtype, parameters, options, tolerance=0)
+
+    for name, least, limit in (("mask", 0, 2), ("large", -(2**23), 2**23)):
+        x = Operand(RANDOM.integers(least, limit, (9, 128)).astype(np.int32))
+        axis, options = Operand(np.array([1], np.int32), is_constant=True), ("ReducerOptions", {"keepDims": False})
+        yield Case(name, "SUM", 1, [x, axis], x.real().sum(axis=1), "int32", None, options, tolerance=0)
+
+
+CASES = [*elementwise(), *products(), *linear(), *functions(), *softmaxes(), *inverse_roots(), *moves()]
+BY_NAME = {str(case): case for case in CASES}
+
+
+def narrowed_or_widened(name: str, scale: float) -> Case:
+    """Give a case whose result has the other number of bits than its first operand."""
+    case = BY_NAME[name]
+    dtype = "int16" if case.dtype == "int8" else "int8"
+    return replace(case, name="", dtype=dtype, parameters=of(dtype, scale, 5))
+
+
+SILENTLY_WRONG = [
+    narrowed_or_widened("FULLY_CONNECTED-int8-int32-rows, int32 bias", 0.4),
+    narrowed_or_widened("FULLY_CONNECTED-int16-int8-int32-rows, int32 bias", 0.4),
+    narrowed_or_widened("BATCH_MATMUL-int8-scores", 3.0),
+    narrowed_or_widened("MUL-int16-side by side", 0.02),  # right by chance near 0.45: the kernel reads no scale
+]
+
+
+@pytest.fixture(scope="module", params=["litert", "litert-builtin"])
+def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
+    with Worker([sys.executable, "-I", child.__file__, request.param], request.param, time_limit_s=60) as worker:
+        yield worker
+
+
+def run(case: Case, worker: Worker, folder: Path) -> Array:
+    path = folder / "one.tflite"
+    path.write_bytes(case.to_bytes())
+    worker.call(do="load", path=str(path), threads=1)
+    given = {f"operand_{i}": pack(each.codes) for i, each in enumerate(case.operands) if not each.is_constant}
+    result = unpack(worker.call(do="run", signature="only", inputs=given)["outputs"]["result"])
+    assert result.dtype == case.dtype and result.shape == case.exact.shape
+    return result
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_kernel_gives_the_nearest_code(case: Case, worker: Worker, tmp_path: Path) -> None:
+    differences = case.differences(run(case, worker, tmp_path))
+    excess = differences - case.tolerance
+    assert np.all(excess <= 0), f"{np.sum(excess > 0)} of {excess.size} codes are up to {excess.max():g} too far away"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_wrong_result_would_be_noticed(case: Case) -> None:
+    right, limits = case.expected(), np.iinfo(case.dtype)
+    zero_point = case.parameters.zero_points[0] if case.parameters else 0
+    wrong = {
+        "a scale": np.clip(np.rint((right - zero_point) * 1.03 + zero_point), limits.min, limits.max),
+        "the sign": np.clip(2 * zero_point - right, limits.min, limits.max),
+        "the place": np.roll(right, 1),
+        "a constant": np.full_like(right, np.median(right)),
+    }
+    assert not [what for what, codes in wrong.items() if np.all(case.differences(codes) <= case.tolerance)]
+
+
+@pytest.mark.parametrize("case", SILENTLY_WRONG, ids=str)
+def test_what_is_silently_wrong_is_refused(case: Case, worker: Worker, tmp_path: Path) -> None:
+    kernel = f"{case.builtin} version {case.version} from {case.operands[0].codes.dtype} .*to {case.dtype}"
+    for runtime in KERNELS:
+        (violation,) = violations(case.to_bytes(), runtime)
+        assert re.search(f"^only: result: {kernel} is not known to be right in {runtime}$", violation)
+    differences = case.differences(run(case, worker, tmp_path))
+    assert np.mean(differences > 10) > 0.5, f"{differences.max()} codes away at most"
+
+
+def test_the_table_holds_what_was_shown_to_be_right_and_nothing_else() -> None:
+    shown = {(each.name, each.version, each.dtypes) for case in CASES for each in operators(case.to_bytes())}
+    held = {
+        (name, version, dtypes)
+        for name, versions in LITERT.items()
+        for version, kinds in versions.items()
+        for dtypes in kinds
+    }
+    assert held == shown
+
+
+@pytest.mark.parametrize("runtime", KERNELS)
+def test_another_version_is_refused(runtime: str) -> None:
+    for case in CASES:
+        assert "version 9 from" in violations(replace(case, version=9).to_bytes(), runtime)[0]
+
+
+def test_a_float_tensor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DTYPES, "float32", schema.TensorType.FLOAT32)
+    case = replace(BY_NAME["RELU-int8"], dtype="float32", parameters=None)
+    for runtime in KERNELS:
+        assert violations(case.to_bytes(), runtime)[0] == "only: result (float32): a float tensor"
+
+
+def test_tflite_runtime_is_refused_what_it_lacks_or_gets_wrong() -> None:
+    refused = {str(case) for case in CASES if violations(case.to_bytes(), "tflite-runtime")}
+    lacking = ("GELU-int16-", "RSQRT-int16-", "QUANTIZE-int8-int16", "FULLY_CONNECTED-int16-int8-int64-")
+    assert refused == {name for name in BY_NAME if name.startswith(lacking)}
