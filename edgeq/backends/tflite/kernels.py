@@ -2,8 +2,8 @@
 
 A runtime refuses some dtypes, aborts on others, and is silently wrong on a few: FULLY_CONNECTED from int8 to int16,
 BATCH_MATMUL from int8 to int16, MUL from int16 to int8. What is not in the table was not shown to be right. Two in the
-table are less exact than the rest: RSQRT in 16 bits interpolates a table of every 128th code, so that roots of small codes
-are wrong, and SOFTMAX in 16 bits lets every masked score count as exp(-10).
+table are less exact than the rest: RSQRT in 16 bits interpolates a table of every 128th code, so that roots of small
+codes are wrong, and SOFTMAX in 16 bits lets every masked score count as exp(-10).
 
 Source: one-operator models over the whole range of codes, run in ai-edge-litert 2.3.0 and tflite-runtime 2.14.0
 (tests/test_tflite_kernels.py for what edgeq emits).
