@@ -37,6 +37,8 @@ def primitives(model: ir.Model) -> int:
             count += _norm(graph, node)
         elif node.op_type == "Div":
             count += _unit_length(graph, node)
+        elif node.op_type == "GatherElements":
+            count += _first_token(graph, node)
         elif node.op_type == "Softmax":
             _row_maximum(graph, node)
     return count
@@ -91,6 +93,23 @@ def _unit_length(graph: ir.Graph, node: ir.Node) -> int:
     inverse = _inverse_root(graph, node, x, name, floor)
     result = _like(add_node(node, "Mul", [x, inverse], f"{name}/primitives"), node)
     _take_place(graph, node, result, name)
+    return 1
+
+
+def _first_token(graph: ir.Graph, node: ir.Node) -> int:
+    """Take the first token as it lies: static artifacts are given texts that begin at position 0, never padded left."""
+    found = node.inputs[1]
+    while (step := made_by(found, "Expand", "Unsqueeze", "Cast", "Reshape")) is not None:
+        found = step.inputs[0]
+    if made_by(found, "ArgMax") is None or node.inputs[0] is None:
+        return 0
+    start, end, axis = (
+        add_constant(graph, f"{node.name}/{name}", np.array([number], np.int64))
+        for name, number in (("start", 0), ("end", 1), ("axis", 1))
+    )
+    first = add_node(node, "Slice", [node.inputs[0], start, end, axis], f"{node.name}/first")
+    _like(first, node)
+    replace_uses(node.outputs[0], first)
     return 1
 
 

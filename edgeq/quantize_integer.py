@@ -17,7 +17,7 @@ from edgeq.errors import EdgeqError, Unsupported
 from edgeq.folding import Observed, even_values, fold_norm_biases, widen_outputs
 from edgeq.gemm import SIDE, bias_of
 from edgeq.observe import Statistics
-from edgeq.passes.graph import add_constant, add_node, constant, made_by, readers
+from edgeq.passes.graph import add_constant, add_node, constant, dims, made_by, readers
 from edgeq.primitives import ROW_MAXIMUM, primitives
 from edgeq.records import IntegerForm, Scheme
 
@@ -125,7 +125,7 @@ class _Coder:
             "Add": self._add, "Gather": self._lookup, "Gelu": self._pointwise, "MatMul": self._matmul,
             "Mul": self._arithmetic, "ReduceMean": self._arithmetic, "ReduceSumSquare": self._arithmetic,
             "Relu": self._pointwise, "Slice": self._lookup, "Softmax": self._softmax, "Sqrt": self._root,
-            "Sub": self._arithmetic, "Reciprocal": self._arithmetic,
+            "Sub": self._arithmetic, "Tanh": self._arithmetic,
         }  # fmt: skip
 
     @property
@@ -344,7 +344,9 @@ class _Coder:
     # codes --------------------------------------------------------------------------------------------------------
 
     def _is_wide(self, node: ir.Node) -> bool:
-        return str(node.name).endswith(SIDE)
+        """The side path of large neurons has 16 bits, and so has a Dense layer: it is one row."""
+        shape = dims(node.inputs[0])
+        return str(node.name).endswith(SIDE) or (shape is not None and len(shape) == 2)
 
     def _statistics(self, value: ir.Value) -> Statistics:
         name = str(value.name)

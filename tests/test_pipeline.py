@@ -17,6 +17,7 @@ import tiny_source  # noqa: E402
 from edgeq import calibrate, cli, pipeline, storage  # noqa: E402
 from edgeq.bundle import verify  # noqa: E402
 from edgeq.cache import Cache  # noqa: E402
+from edgeq.embedder import load  # noqa: E402
 from edgeq.errors import ConfigError, StorageFailed  # noqa: E402
 from edgeq.machine import place  # noqa: E402
 from edgeq.records import Gate  # noqa: E402
@@ -70,6 +71,27 @@ def test_an_export_writes_a_bundle_that_verifies(request_: pipeline.ExportReques
     assert manifest["artifact"]["placement"]["integer_matmuls"] == 12
     assert str(request_.out.parent) not in json.dumps(manifest)  # no machine path
     assert (Path(made.path) / "2_Dense" / "model.safetensors").is_file()
+
+
+@pytest.mark.tflite
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_an_integer_only_bundle_holds_dense_and_pooling(
+    request_: pipeline.ExportRequest, tmp_path: Path, pooling: str
+) -> None:
+    pytest.importorskip("ai_edge_litert", reason="needs the extra `tflite`")
+    target = load_target("integer-only-w8a16")
+    gate = target.gate.model_copy(update={"cosine_mean_min": 0.9995, "cosine_min_min": 0.999})
+    target = target.model_copy(update={"gate": gate, "buckets_tokens": (16, 64, 512)})
+    model = tiny_source.sentence_transformer(tmp_path / "model", pooling=pooling, dense=pooling == "mean")
+    (made,) = pipeline.export(replace(request_, model=str(model), targets=(target,)), silent)
+    assert (made.status, made.failures) == ("passed", ())
+    assert verify(Path(made.path)).max_abs_error == 0.0
+    embedder = load(made.path)
+    assert embedder.max_sequence == 64  # the largest bucket is cut to what the model takes
+    short, long = embedder.encode(["the red tree by the river", " ".join(tiny_source.WORDS)])
+    alone = embedder.encode(["the red tree by the river"])[0]
+    assert (short == alone).all()
+    assert (short != long).any()
 
 
 def test_a_second_export_reuses_everything_and_gives_the_same_bytes(

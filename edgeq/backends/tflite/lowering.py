@@ -67,7 +67,7 @@ class _Lowering:
             "Mul": self._elementwise, "QuantizeLinear": self._quantize, "ReduceMean": self._mean,
             "ReduceSumSquare": self._squares, "Relu": self._relu, "Reshape": self._reshape, "Softmax": self._softmax,
             "Slice": self._slice, "Sqrt": self._inverse_root, "Squeeze": self._reshape, "Sub": self._elementwise,
-            "Transpose": self._transpose,
+            "Tanh": self._tanh, "Transpose": self._transpose,
         }  # fmt: skip
 
     def run(self) -> None:
@@ -159,6 +159,9 @@ class _Lowering:
         """Positions are the first rows of their table: the longest signature's rows, gathered in shorter ones."""
         table = constant(node.inputs[0])
         dequantizer = next((use for use in readers(node.outputs[0]) if use.op_type == "DequantizeLinear"), None)
+        if made_by(node.inputs[0], "DequantizeLinear") is not None:
+            self._first_row(node)
+            return
         if table is None or dequantizer is None or table.ndim != 3:
             raise LoweringFailed(f"{node.name}: slices something else than a table of positions")
         name, codes = str(node.outputs[0].name), self._codes(dequantizer)
@@ -170,6 +173,18 @@ class _Lowering:
         result = self._out.tensor(name, (1, self._length, table.shape[2]), str(table.dtype), codes)
         gather = (_OPTIONS.GatherOptions, schema.GatherOptionsT())
         self._tensors[node.outputs[0]] = self._out.operator(_OPERATOR.GATHER, 2, [rows, numbers], result, gather)
+
+    def _first_row(self, node: ir.Node) -> None:
+        """Gather the first token."""
+        bounds = [constant(value) for value in node.inputs[1:4]]
+        if [bound.tolist() if bound is not None else None for bound in bounds] != [[0], [1], [1]]:
+            raise LoweringFailed(f"{node.name}: slices something else than the first token")
+        source = self._read(node.inputs[0])
+        options = schema.GatherOptionsT()
+        options.axis = 1
+        first = self._out.constant("first", np.array([0], np.int32))
+        shape = (1, 1, source.shape[2])
+        self._write(node.outputs[0], shape, _OPERATOR.GATHER, 2, [source, first], (_OPTIONS.GatherOptions, options))
 
     def _quantize(self, node: ir.Node) -> None:
         """Write what turns codes into other codes; what stands behind an operator was written with it."""
@@ -346,6 +361,11 @@ class _Lowering:
         source = self._read(node.inputs[0])
         self._write(node.outputs[0], source.shape, _OPERATOR.RELU, 2, [source])
 
+    def _tanh(self, node: ir.Node) -> None:
+        source = self._read(node.inputs[0])
+        reals = _CODES.astype(np.float64) * self._step(source)
+        self._looked_up(node.outputs[0], source, np.tanh(reals) / self._result_step(node.outputs[0]))
+
     def _softmax(self, node: ir.Node) -> None:
         source = self._read(node.inputs[0])
         options = schema.SoftmaxOptionsT()
@@ -479,4 +499,6 @@ def _gelu(reals: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 _TYPE = {"int8": schema.TensorType.INT8, "int16": schema.TensorType.INT16}
-_MASK_OPERATORS = frozenset({"Cast", "Clip", "Concat", "Div", "Identity", "ReduceSum", "Shape", "Unsqueeze"})
+_MASK_OPERATORS = frozenset(
+    {"ArgMax", "Cast", "Clip", "Concat", "Div", "Expand", "Identity", "ReduceSum", "Shape", "Unsqueeze"}
+)
