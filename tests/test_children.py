@@ -200,6 +200,15 @@ def test_a_child_that_does_not_even_read_meets_the_time_limit(command: list[str]
             worker.call(do="echo", text="x" * 1_000_000)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Take Ctrl-C where a job in the background inherits it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_leaves_no_child_behind(worker: Worker) -> None:
     pid = worker.call(do="pid")["pid"]
     timer = threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
