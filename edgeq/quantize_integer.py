@@ -22,6 +22,7 @@ from edgeq.primitives import ROW_MAXIMUM, primitives
 from edgeq.records import IntegerForm, Scheme
 
 HEADROOM = 1.25  # of 16-bit ranges over what was observed: it costs a third of a bit, and saturation costs the text
+ROOT_HEADROOM = 4.0  # of sums of squares below the smallest observed: a text of many names has half the usual length
 OUTPUT_HEADROOM = 1.1
 MASKED_BELOW = 20.0  # exp(-20) = 2e-9: what a masked position may keep beside the largest of its row
 GELU_FLOOR = -4.0  # GELU(-4) = -1.3e-4: below, nothing is left to tell apart
@@ -157,10 +158,9 @@ class _Coder:
         coded = self._coded[output]
         name = str(output.name)
         if self._form.output_bits != coded.bits:
-            limit = self._largest(name)
-            coded = self._requantize(
-                coded, _symmetric(limit * 1.1, self._form.output_bits), self._form.output_bits, f"{name}/output"
-            )
+            bits = self._form.output_bits
+            codes = _symmetric(self._largest(name) * OUTPUT_HEADROOM, bits)
+            coded = self._requantize(coded, codes, bits, f"{name}/output")
         output.name = f"{name}/real"
         coded.value.name = name
         coded.value.shape, coded.value.dtype = output.shape, ir.DataType.FLOAT
@@ -314,7 +314,7 @@ class _Coder:
         node.replace_input_with(0, read.value)
         self._done.add(inverse)
         # With a power of four below the smallest code seen, 1 / sqrt(code) is the same table for many norms.
-        smallest = 1.0 / self._largest(str(inverse.outputs[0].name)) ** 2 / read.affine.scale / HEADROOM
+        smallest = 1.0 / self._largest(str(inverse.outputs[0].name)) ** 2 / read.affine.scale / ROOT_HEADROOM
         power = 4.0 ** max(0.0, float(np.floor(np.log2(max(smallest, 1.0)) / 2.0)))
         scale = float(np.float32(1.0 / (np.sqrt(power * read.affine.scale) * _INT16.max)))
         self._store(inverse, inverse.outputs[0], Affine(scale, 0, _INT16.min, _INT16.max), 16)
