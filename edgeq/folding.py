@@ -42,9 +42,9 @@ def fold_norm_biases(graph: ir.Graph, observed: Observed) -> int:
     count = 0
     for norm in [found for node in list(graph) if (found := _norm(node)) is not None]:
         output = norm.add.outputs[0]
-        normalized = observed[f"{norm.name}{NORMALIZED}"]
-        observed[str(norm.gained.name)] = _affine(normalized, norm.gain, 0.0)
-        observed[norm.name] = _affine(normalized, norm.gain, norm.bias)
+        if norm.name not in observed:  # what products read was observed itself, with its moment
+            observed[norm.name] = _affine(observed[f"{norm.name}{NORMALIZED}"], norm.gain, norm.bias)
+        observed[str(norm.gained.name)] = _affine(observed[norm.name], 1.0, -norm.bias)
         for use in tuple(output.uses()):
             count += _serve(graph, norm, use.node, use.idx, observed)
     return count

@@ -14,11 +14,9 @@ from edgeq.affine import Affine
 from edgeq.errors import EdgeqError
 from edgeq.gemm import Site, sites
 from edgeq.observe import Statistics
-from edgeq.passes.graph import add_constant, add_node, constant, dims, replace_uses
-from edgeq.quantize_integer import quantize_integer
+from edgeq.passes.graph import add_constant, add_node, checked, constant, dims, replace_uses
+from edgeq.quantize_integer import LOWEST_IR_VERSION, quantize_integer
 from edgeq.records import Scheme
-
-LOWEST_IR_VERSION = 10  # of opset 21
 
 
 def quantize(
@@ -68,12 +66,7 @@ def quantize(
     )
     _drop_unused(graph)
     graph_model.ir_version = LOWEST_IR_VERSION
-    proto = ir.to_proto(graph_model)
-    del proto.graph.value_info[:]
-    onnx.checker.check_model(proto, full_check=True)
-    # Shapes let a runtime fuse around the integer products, whose own shapes it cannot infer.
-    proto = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
-    return proto, tuple(integer), floats
+    return checked(graph_model), tuple(integer), floats
 
 
 def _quantize_site(graph: ir.Graph, site: Site, statistics: Statistics, scheme: Scheme, compensate: bool) -> list[str]:

@@ -17,10 +17,11 @@ from edgeq.errors import EdgeqError, Unsupported
 from edgeq.folding import Observed, even_values, fold_norm_biases, widen_outputs
 from edgeq.gemm import SIDE, bias_of
 from edgeq.observe import Statistics
-from edgeq.passes.graph import add_constant, add_node, constant, dims, made_by, readers
+from edgeq.passes.graph import add_constant, add_node, add_node_after, checked, constant, dims, made_by, readers
 from edgeq.primitives import ROW_MAXIMUM, primitives
 from edgeq.records import IntegerForm, Scheme
 
+LOWEST_IR_VERSION = 10  # of opset 21
 HEADROOM = 1.25  # of 16-bit ranges over what was observed: it costs a third of a bit, and saturation costs the text
 ROOT_HEADROOM = 4.0  # of sums of squares below the smallest observed: a text of many names has half the usual length
 OUTPUT_HEADROOM = 1.1
@@ -83,15 +84,8 @@ def quantize_integer(
     for value in (value for node in graph for value in node.outputs):
         if not value.is_graph_output():
             value.shape = None
-    graph_model.ir_version = 10
-    proto = ir.to_proto(graph_model)
-    del proto.graph.value_info[:]
-    onnx.checker.check_model(proto, full_check=True)
-    return (
-        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True),
-        coder.products,
-        (),
-    )
+    graph_model.ir_version = LOWEST_IR_VERSION
+    return checked(graph_model), coder.products, ()
 
 
 def _join_positions(graph: ir.Graph) -> None:
@@ -159,7 +153,7 @@ class _Coder:
         name = str(output.name)
         if self._form.output_bits != coded.bits:
             bits = self._form.output_bits
-            codes = _symmetric(self._largest(name) * OUTPUT_HEADROOM, bits)
+            codes = _symmetric(self._largest(output) * OUTPUT_HEADROOM, bits)
             coded = self._requantize(coded, codes, bits, f"{name}/output")
         output.name = f"{name}/real"
         coded.value.name = name
@@ -259,7 +253,7 @@ class _Coder:
         # On the way to 16 bits the step stays exact without a zero point. And what attention multiplies must have none:
         # LiteRT multiplies by a right operand with one in its reference kernel, twenty times slower.
         if kinds <= {"Mul", "Add"} or kinds <= {"Reshape"}:
-            return _symmetric(self._largest(str(output.name)), 8)
+            return _symmetric(self._largest(output), 8)
         return self._range(output, 8)
 
     def _pointwise(self, node: ir.Node) -> None:
@@ -278,17 +272,17 @@ class _Coder:
             self._arithmetic(node)
             return
         bits = self._form.attention_bits
-        codes = self._scores(node, bits)
         position = masks[0]
         scores, mask = node.inputs[1 - position], node.inputs[position]
         size = self._mask_size(mask)
         node.replace_input_with(1 - position, self._read(scores, bits, node).value)
         if bits == 8:
             node.replace_input_with(position, self._mask(mask, Affine(size, 1, -128, 127), 8, node).value)
+            codes = self._scores(node, bits)
         else:
             lifted = self._lifted_mask(mask, node)
             node.replace_input_with(position, self._mask(lifted, _symmetric(size, 16), 16, node).value)
-            codes = _symmetric(size + self._largest(str(node.outputs[0].name)) * HEADROOM, 16)
+            codes = _symmetric(size + self._largest(node.outputs[0]) * HEADROOM, 16)
         self._store(node, node.outputs[0], codes, bits)
 
     def _arithmetic(self, node: ir.Node) -> None:
@@ -314,7 +308,7 @@ class _Coder:
         node.replace_input_with(0, read.value)
         self._done.add(inverse)
         # With a power of four below the smallest code seen, 1 / sqrt(code) is the same table for many norms.
-        smallest = 1.0 / self._largest(str(inverse.outputs[0].name)) ** 2 / read.affine.scale / ROOT_HEADROOM
+        smallest = 1.0 / self._largest(inverse.outputs[0]) ** 2 / read.affine.scale / ROOT_HEADROOM
         power = 4.0 ** max(0.0, float(np.floor(np.log2(max(smallest, 1.0)) / 2.0)))
         scale = float(np.float32(1.0 / (np.sqrt(power * read.affine.scale) * _INT16.max)))
         self._store(inverse, inverse.outputs[0], Affine(scale, 0, _INT16.min, _INT16.max), 16)
@@ -354,14 +348,14 @@ class _Coder:
             raise EdgeqError(f"{name}: the calibration has no statistics of it")
         return self._observed[name]
 
-    def _largest(self, name: str) -> float:
-        seen = self._observed[name]
+    def _largest(self, value: ir.Value) -> float:
+        seen = self._statistics(value)
         return max(-float(seen.minimum.min()), float(seen.maximum.max()), 1e-9)
 
     def _range(self, value: ir.Value, bits: int) -> Affine:
         seen = self._statistics(value)
         if bits == 16:
-            return _symmetric(max(-float(seen.minimum.min()), float(seen.maximum.max()), 1e-9) * HEADROOM, 16)
+            return _symmetric(self._largest(value) * HEADROOM, 16)
         return affine.asymmetric(float(seen.minimum.min()), float(seen.maximum.max()), bits, signed=True)
 
     def _scores(self, masked: ir.Node, bits: int) -> Affine:
@@ -452,12 +446,6 @@ class _Coder:
             add_node(before, "DequantizeLinear", [quantized, *parameters], f"{stem}/dequantized"), codes, bits
         )
 
-    def _dequantize(self, node: ir.Node, value: ir.Value, codes: Affine, bits: int, name: str, after: bool) -> ir.Value:
-        value.dtype = ir.DataType.INT8 if bits == 8 else ir.DataType.INT16
-        return add_node_after(
-            node, "DequantizeLinear", [value, *self._parameters(name, codes, bits)], f"{name}/dequantized"
-        )
-
     def _parameters(self, name: str, codes: Affine, bits: int) -> list[ir.Value]:
         made = []
         for kind, array in (
@@ -487,14 +475,3 @@ class _Coder:
 def _symmetric(largest: float, bits: int) -> Affine:
     limit = 2 ** (bits - 1) - 1
     return Affine(float(np.float32(max(largest, 1e-12) / limit)), 0, -limit - 1, limit)
-
-
-def add_node_after(after: ir.Node, op_type: str, inputs: list[ir.Value], name: str) -> ir.Value:
-    """Insert a node with one output behind another."""
-    node = ir.node(op_type, inputs, name=name)
-    node.outputs[0].name = name
-    graph = after.graph
-    if graph is None:
-        raise ValueError(f"node {after.name} stands in no graph")
-    graph.insert_after(after, node)
-    return node.outputs[0]

@@ -193,6 +193,16 @@ def test_a_dropped_operator_is_refused(model: QdqModel, tmp_path: Path) -> None:
         tflite.lower(claimed, target(model.scheme.name), tmp_path)
 
 
+def test_a_sum_that_would_abort_the_kernel_is_refused(model: QdqModel, tmp_path: Path) -> None:
+    proto = onnx.load(model.file.path)
+    scale = next(tensor for tensor in proto.graph.initializer if tensor.name == "embedded/scale")
+    scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) / 1e6, scale.name))
+    path = tmp_path / "small.onnx"
+    onnx.save(proto, path)
+    with pytest.raises(LoweringFailed, match="too large for its result"):
+        tflite.lower(model.model_copy(update={"file": file_ref(path)}), target(model.scheme.name), tmp_path)
+
+
 def test_an_operator_without_tflite_form_is_named(model: QdqModel, tmp_path: Path) -> None:
     proto = onnx.load(model.file.path)
     next(node for node in proto.graph.node if node.op_type == "Gelu").op_type = "Sigmoid"

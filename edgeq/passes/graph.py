@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
@@ -68,13 +69,36 @@ def add_node(
     before: ir.Node, op_type: str, inputs: list[ir.Value], name: str, attributes: dict[str, Any] | None = None
 ) -> ir.Value:
     """Insert a node with one output before another, and give its output, named like the node."""
+    node = _named_node(op_type, inputs, name, attributes)
+    _graph_of(before).insert_before(before, node)
+    return node.outputs[0]
+
+
+def add_node_after(after: ir.Node, op_type: str, inputs: list[ir.Value], name: str) -> ir.Value:
+    """Insert a node with one output behind another, and give its output, named like the node."""
+    node = _named_node(op_type, inputs, name, None)
+    _graph_of(after).insert_after(after, node)
+    return node.outputs[0]
+
+
+def _named_node(op_type: str, inputs: list[ir.Value], name: str, attributes: dict[str, Any] | None) -> ir.Node:
     node = ir.node(op_type, inputs, attributes=attributes or {}, name=name)
     node.outputs[0].name = name
-    graph = before.graph
-    if graph is None:
-        raise ValueError(f"node {before.name} stands in no graph")
-    graph.insert_before(before, node)
-    return node.outputs[0]
+    return node
+
+
+def _graph_of(node: ir.Node) -> ir.Graph:
+    if not isinstance(node.graph, ir.Graph):
+        raise ValueError(f"node {node.name} stands in no graph")
+    return node.graph
+
+
+def checked(model: ir.Model) -> onnx.ModelProto:
+    """Give the model as ONNX, checked, with shapes inferred anew: they let a runtime fuse around integer products."""
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]
+    onnx.checker.check_model(proto, full_check=True)
+    return onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
 
 
 def replace_uses(old: ir.Value, new: ir.Value) -> None:

@@ -18,6 +18,7 @@ from edgeq.backends.onnxruntime.flat_tokens import flat_tokens
 from edgeq.backends.onnxruntime.joined_heads import JOINT, joined_heads
 from edgeq.errors import ConfigError, LoweringFailed
 from edgeq.machine import meets
+from edgeq.passes.graph import checked
 from edgeq.records import Artifact, Placement, QdqModel, Target
 from edgeq.storage import file_ref, storage_errors, write_bytes
 from edgeq.texts import Feeds
@@ -126,10 +127,7 @@ def flattened(path: Path) -> onnx.ModelProto:
     model = ir.load(path)
     flat_tokens(model)
     joined_heads(model)
-    proto = ir.to_proto(model)
-    del proto.graph.value_info[:]
-    onnx.checker.check_model(proto, full_check=True)
-    return onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
+    return checked(model)
 
 
 def placement(path: Path, model: QdqModel, target: Target) -> Placement:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
-from edgeq.backends.tflite.writer import Codes, ModelWriter, SubgraphWriter, Tensor
+from edgeq.backends.tflite.writer import DTYPES, Codes, ModelWriter, SubgraphWriter, Tensor
 from edgeq.errors import LoweringFailed
 from edgeq.passes.graph import constant, is_read_once, made_by, readers
 
@@ -77,7 +77,7 @@ class _Lowering:
         for node in self._graph:
             if node.op_type in self._writers:
                 self._writers[node.op_type](node)
-            elif node.op_type not in ("DequantizeLinear", "Reciprocal") and not self._is_of_mask(node):
+            elif node.op_type not in _NOTHING_TO_WRITE:
                 raise LoweringFailed(f"{node.name}: {node.op_type} has no TFLite form")
         output = self._graph.outputs[0]
         self._out.output(str(output.name), self._read(output))
@@ -137,10 +137,6 @@ class _Lowering:
         self._tensors[output] = self._out.tensor(name, shape, str(zero_point.dtype), self._codes(quantizer))
         return self._tensors[output]
 
-    def _is_of_mask(self, node: ir.Node) -> bool:
-        """Tell whether a node only prepares the mask or sizes, which lowering writes in its own way."""
-        return node.op_type in _MASK_OPERATORS
-
     # operators ----------------------------------------------------------------------------------------------------
 
     def _gather(self, node: ir.Node) -> None:
@@ -198,24 +194,17 @@ class _Lowering:
         source = self._read(node.inputs[0])
         zero_point = constant(node.inputs[2])
         is_wider = source.dtype == "int8" and zero_point is not None and zero_point.dtype == np.int16
-        if self._settings.upcast == "cast" and is_wider:
+        is_centred = source.codes is not None and source.codes.zero_points == (0,)
+        if self._settings.upcast == "cast" and is_wider and is_centred:  # the scale stays, and so does every value
             name = str(node.outputs[0].name).removesuffix("/quantized")
             self._tensors[node.outputs[0]] = self._out.tensor(name, source.shape, "int16", source.codes)
-            self._upcast(source, self._tensors[node.outputs[0]])
+            self._cast(source, self._tensors[node.outputs[0]])
             return
         self._requantized(source, self._result(node, source.shape))
 
     def _requantized(self, source: Tensor, result: Tensor) -> None:
         options = (_OPTIONS.QuantizeOptions, schema.QuantizeOptionsT())
         self._out.operator(_OPERATOR.QUANTIZE, 1, [source], result, options)
-
-    def _upcast(self, source: Tensor, result: Tensor) -> None:
-        """Take 8-bit codes for 16-bit ones: their scale stays, and so does every value."""
-        if source.codes is None or source.codes.zero_points != (0,):
-            raise LoweringFailed(f"{self._out.name}: codes with a zero point cannot become 16-bit ones by CAST")
-        options = schema.CastOptionsT()
-        options.inDataType, options.outDataType = schema.TensorType.INT8, schema.TensorType.INT16
-        self._out.operator(_OPERATOR.CAST, 1, [source], result, (_OPTIONS.CastOptions, options))
 
     def _mask_codes(self, node: ir.Node) -> None:
         """Write the attention mask, or each token's share of the mean, in codes."""
@@ -268,7 +257,7 @@ class _Lowering:
 
     def _cast(self, source: Tensor, result: Tensor) -> None:
         options = schema.CastOptionsT()
-        options.inDataType, options.outDataType = schema.TensorType.INT32, _TYPE[result.dtype]
+        options.inDataType, options.outDataType = DTYPES[source.dtype], DTYPES[result.dtype]
         self._out.operator(_OPERATOR.CAST, 1, [source], result, (_OPTIONS.CastOptions, options))
 
     def _sum_or_product(self, node: ir.Node) -> None:
@@ -405,7 +394,7 @@ class _Lowering:
         if self._settings.lookup == "none":
             self._write(inverse.outputs[0], source.shape, _OPERATOR.RSQRT, 1, [source])
             return
-        # The operator is off by half a per cent and more where codes are small, and most tokens' are.
+        # The operator interpolates a table of every 128th code: it is off where codes are small.
         factor = 1.0 / (math.sqrt(self._step(source)) * self._result_step(inverse.outputs[0]))
         exact = 2.0 ** round(math.log2(factor / _CODES[-1])) * float(_CODES[-1])
         if math.isclose(factor, exact, rel_tol=1e-6):  # but for the rounding of scales to float32
@@ -429,9 +418,7 @@ class _Lowering:
         table = np.clip(np.rint(entries), _CODES[0], _CODES[-1]).astype(np.int16)
         stored = self._out.constant(f"{name}/table", table, codes)
         index = self._out.tensor(f"{name}/index", source.shape, "int32")
-        options = schema.CastOptionsT()
-        options.inDataType, options.outDataType = schema.TensorType.INT16, schema.TensorType.INT32
-        self._out.operator(_OPERATOR.CAST, 1, [source], index, (_OPTIONS.CastOptions, options))
+        self._cast(source, index)
         if len(table) == len(_CODES):
             offset = self._out.constant("table_offset", np.array([-_CODES[0]], np.int32))
             shifted = self._out.tensor(f"{name}/shifted", source.shape, "int32")
@@ -498,7 +485,7 @@ def _gelu(reals: NDArray[np.float64]) -> NDArray[np.float64]:
     return product
 
 
-_TYPE = {"int8": schema.TensorType.INT8, "int16": schema.TensorType.INT16}
-_MASK_OPERATORS = frozenset(
-    {"ArgMax", "Cast", "Clip", "Concat", "Div", "Expand", "Identity", "ReduceSum", "Shape", "Unsqueeze"}
+# Read with another node, or preparing the mask and sizes, which lowering writes in its own way.
+_NOTHING_TO_WRITE = frozenset(
+    "ArgMax Cast Clip Concat DequantizeLinear Div Expand Identity Reciprocal ReduceSum Shape Unsqueeze".split()
 )
