@@ -20,7 +20,8 @@ from edgeq import calibrate, parity, quantize, targets
 from edgeq.backends import tflite
 from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.backends.tflite import kernels
-from edgeq.backends.tflite.lowering import Settings, lower_model
+from edgeq.backends.tflite.emitter import Settings
+from edgeq.backends.tflite.lowering import lower_model
 from edgeq.errors import ConfigError, LoweringFailed
 from edgeq.records import QdqModel, Target
 from edgeq.reference import FloatSession

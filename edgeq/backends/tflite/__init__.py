@@ -100,7 +100,8 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     """
     tools()
     from edgeq.backends.tflite import kernels
-    from edgeq.backends.tflite.lowering import Settings, lower_model
+    from edgeq.backends.tflite.emitter import Settings
+    from edgeq.backends.tflite.lowering import lower_model
 
     runtime = target.runtime
     settings = Settings(int(runtime["bias_bits"]), str(runtime["upcast"]), str(runtime["lookup"]))

@@ -1,0 +1,105 @@
+"""Write what looks up or moves values without changing them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from ai_edge_litert import schema_py_generated as schema
+
+from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
+from edgeq.errors import LoweringFailed
+from edgeq.passes.graph import constant, made_by, readers
+
+
+def gather(emit: Emitter, node: ir.Node) -> None:
+    """Write the lookup of tokens in their table."""
+    table = constant(node.inputs[0])
+    dequantizer = next((use for use in readers(node.outputs[0]) if use.op_type == "DequantizeLinear"), None)
+    if table is None or table.dtype == np.int64 or dequantizer is None or emit.ids is None:
+        return  # sizes
+    codes = emit.codes(dequantizer)
+    stored = emit.out.constant(str(node.inputs[0].name), table, codes)  # type: ignore[union-attr]
+    result = emit.out.tensor(str(node.outputs[0].name), (1, emit.length, table.shape[1]), str(table.dtype), codes)
+    options = schema.GatherOptionsT()
+    emit.out.operator(OPERATOR.GATHER, 2, [stored, emit.ids], result, (OPTIONS.GatherOptions, options))
+    emit.tensors[node.outputs[0]] = result
+
+
+def slice_(emit: Emitter, node: ir.Node) -> None:
+    """Positions are the first rows of their table: the longest signature's rows, gathered in shorter ones."""
+    table = constant(node.inputs[0])
+    dequantizer = next((use for use in readers(node.outputs[0]) if use.op_type == "DequantizeLinear"), None)
+    if made_by(node.inputs[0], "DequantizeLinear") is not None:
+        _first_row(emit, node)
+        return
+    if table is None or dequantizer is None or table.ndim != 3:
+        raise LoweringFailed(f"{node.name}: slices something else than a table of positions")
+    name, codes = str(node.outputs[0].name), emit.codes(dequantizer)
+    if emit.length == emit.longest:
+        emit.tensors[node.outputs[0]] = emit.out.constant(name, table[:, : emit.length], codes)
+        return
+    rows = emit.out.constant(f"{name}/table", table[0, : emit.longest], codes)
+    numbers = emit.out.constant("positions", np.arange(emit.length, dtype=np.int32)[None])
+    result = emit.out.tensor(name, (1, emit.length, table.shape[2]), str(table.dtype), codes)
+    gather = (OPTIONS.GatherOptions, schema.GatherOptionsT())
+    emit.tensors[node.outputs[0]] = emit.out.operator(OPERATOR.GATHER, 2, [rows, numbers], result, gather)
+
+
+def _first_row(emit: Emitter, node: ir.Node) -> None:
+    """Gather the first token."""
+    bounds = [constant(value) for value in node.inputs[1:4]]
+    if [bound.tolist() if bound is not None else None for bound in bounds] != [[0], [1], [1]]:
+        raise LoweringFailed(f"{node.name}: slices something else than the first token")
+    source = emit.read(node.inputs[0])
+    options = schema.GatherOptionsT()
+    options.axis = 1
+    first = emit.out.constant("first", np.array([0], np.int32))
+    shape = (1, 1, source.shape[2])
+    emit.write(node.outputs[0], shape, OPERATOR.GATHER, 2, [source, first], (OPTIONS.GatherOptions, options))
+
+
+def reshape(emit: Emitter, node: ir.Node) -> None:
+    """Write Reshape and Squeeze with the signature's sizes."""
+    if made_by(node.inputs[0], "DequantizeLinear") is None:
+        return  # of the mask
+    source = emit.read(node.inputs[0])
+    if node.op_type == "Squeeze":
+        axes = constant(node.inputs[1])
+        dropped = {int(axis) % len(source.shape) for axis in axes.reshape(-1)} if axes is not None else set()
+        shape = tuple(size for axis, size in enumerate(source.shape) if axis not in dropped)
+    else:
+        shape = _target(node, source.shape)
+    quantizer = emit.quantizer(node.outputs[0])
+    name = str(quantizer.outputs[0].name).removesuffix("/quantized")
+    emit.tensors[quantizer.outputs[0]] = emit.reshaped(source, shape, name)
+
+
+def _target(node: ir.Node, shape: tuple[int, ...]) -> tuple[int, ...]:
+    wanted = constant(node.inputs[1])
+    if wanted is None:
+        raise LoweringFailed(f"{node.name}: its shape is no constant")
+    sizes = [shape[axis] if size == 0 else int(size) for axis, size in enumerate(wanted.tolist())]
+    rest = int(np.prod(shape)) // max(1, -int(np.prod(sizes))) if -1 in sizes else 0
+    return tuple(rest if size == -1 else size for size in sizes)
+
+
+def transpose(emit: Emitter, node: ir.Node) -> None:
+    """Move axes; the right operand of a product is written as the kernel reads it, last two axes exchanged."""
+    if made_by(node.inputs[0], "DequantizeLinear") is None:
+        return  # of the mask
+    source = emit.read(node.inputs[0])
+    perm = list(node.attributes["perm"].as_ints())
+    quantizer = emit.quantizer(node.outputs[0])
+    if _is_right_operand(quantizer):
+        perm = [*perm[:-2], perm[-1], perm[-2]]
+        emit.adjoint.add(quantizer.outputs[0])
+    result = emit.result(quantizer, [source.shape[axis] for axis in perm])
+    stored = emit.out.constant("perm_" + "_".join(map(str, perm)), np.array(perm, np.int32))
+    options = (OPTIONS.TransposeOptions, schema.TransposeOptionsT())
+    emit.out.operator(OPERATOR.TRANSPOSE, 2, [source, stored], result, options)
+
+
+def _is_right_operand(quantizer: ir.Node) -> bool:
+    dequantizers = readers(quantizer.outputs[0])
+    uses = [use for item in dequantizers for use in item.outputs[0].uses()]
+    return bool(uses) and all(use.node.op_type == "MatMul" and use.idx == 1 for use in uses)
