@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -13,6 +12,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from edgeq import affine, rounding
 from edgeq.affine import Affine
+from edgeq.coded import HEADROOM, INTEGER_DTYPES, Coded, CodedGraph, symmetric
+from edgeq.coded_mask import Masks
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.folding import Observed, even_values, fold_norm_biases, widen_outputs
 from edgeq.gemm import SIDE, bias_of
@@ -22,7 +23,6 @@ from edgeq.primitives import ROW_MAXIMUM, primitives
 from edgeq.records import IntegerForm, Scheme
 
 LOWEST_IR_VERSION = 10  # of opset 21
-HEADROOM = 1.25  # of 16-bit ranges over what was observed: it costs a third of a bit, and saturation costs the text
 ROOT_HEADROOM = 4.0  # of sums of squares below the smallest observed: a text of many names has half the usual length
 OUTPUT_HEADROOM = 1.1
 MASKED_BELOW = 20.0  # exp(-20) = 2e-9: what a masked position may keep beside the largest of its row
@@ -31,16 +31,6 @@ SOFTMAX = {8: Affine(1 / 256, -128, -128, 127), 16: Affine(1 / 32768, 0, -32768,
 SHARE = Affine(1 / 32767, 0, -32768, 32767)  # of a token in the mean
 _STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather"})
 _INT16, _INT32 = np.iinfo(np.int16), np.iinfo(np.int32)
-_INTEGER_DTYPES = {8: np.int8, 16: np.int16}
-
-
-@dataclass(frozen=True)
-class _Coded:
-    """Hold a dequantised tensor and the parameters of its codes."""
-
-    value: ir.Value
-    affine: Affine
-    bits: int
 
 
 def quantize_integer(
@@ -106,14 +96,11 @@ class _Coder:
     """Walk the graph in order and put QuantizeLinear and DequantizeLinear behind every tensor."""
 
     def __init__(self, graph: ir.Graph, observed: Observed, scheme: Scheme, form: IntegerForm) -> None:
-        self._graph = graph
-        self._observed = observed
+        self._codes = CodedGraph(graph, observed)
         self._form = form
         self._weight_bits = scheme.weight_bits
         self._table_bits = scheme.embedding_bits
-        self._coded: dict[ir.Value, _Coded] = {}
-        self._converted: dict[tuple[ir.Value, int], _Coded] = {}
-        self._masks: set[ir.Value] = {item for item in graph.inputs if item.name == "attention_mask"}
+        self._masks = Masks(self._codes)
         self._done: set[ir.Node] = set()
         self._products: list[str] = []
         self._visitors: dict[str, Callable[[ir.Node], None]] = {
@@ -135,11 +122,11 @@ class _Coder:
         variable = [value for value in node.inputs if value is not None and constant(value) is None]
         table = constant(node.inputs[0]) if node.op_type in ("Gather", "Slice") else None
         is_table = table is not None and table.dtype == np.float32
-        is_of_mask = variable and all(value in self._masks for value in variable)
+        is_of_mask = variable and all(value in self._masks.values for value in variable)
         if node.op_type == "Shape" or (is_of_mask and not is_table):
-            self._masks.update(node.outputs)
+            self._masks.values.update(node.outputs)
             return
-        if node.op_type in _STILL and variable and variable[0] in self._coded:
+        if node.op_type in _STILL and variable and variable[0] in self._codes.coded:
             self._still(node)
             return
         if node.op_type not in self._visitors:
@@ -148,34 +135,33 @@ class _Coder:
 
     def finish(self) -> None:
         """Let the graph's output be the dequantised codes."""
-        output = self._graph.outputs[0]
-        coded = self._coded[output]
+        output = self._codes.graph.outputs[0]
+        coded = self._codes.coded[output]
         name = str(output.name)
         if self._form.output_bits != coded.bits:
             bits = self._form.output_bits
-            codes = _symmetric(self._largest(output) * OUTPUT_HEADROOM, bits)
-            coded = self._requantize(coded, codes, bits, f"{name}/output")
+            codes = symmetric(self._codes.largest(output) * OUTPUT_HEADROOM, bits)
+            coded = self._codes.requantize(coded, codes, bits, f"{name}/output")
         output.name = f"{name}/real"
         coded.value.name = name
         coded.value.shape, coded.value.dtype = output.shape, ir.DataType.FLOAT
-        self._graph.outputs[0] = coded.value
-
-    # what each operator needs -----------------------------------------------------------------------------------
+        self._codes.graph.outputs[0] = coded.value
 
     def _lookup(self, node: ir.Node) -> None:
         table = constant(node.inputs[0])
         if table is None:
             raise Unsupported(f"{node.name}: {node.op_type} of something that is neither a table nor coded")
         bits = self._table_bits if node.op_type == "Gather" else 16
-        codes = _symmetric(float(np.abs(table).max()), bits)
+        codes = symmetric(float(np.abs(table).max()), bits)
         name = str(node.inputs[0].name)  # type: ignore[union-attr]
-        stored = add_constant(self._graph, f"{name}/codes", affine.quantize(table, codes).astype(_INTEGER_DTYPES[bits]))
+        array = affine.quantize(table, codes).astype(INTEGER_DTYPES[bits])
+        stored = add_constant(self._codes.graph, f"{name}/codes", array)
         node.replace_input_with(0, stored)
         output = node.outputs[0]
         output.dtype = ir.DataType.INT8 if bits == 8 else ir.DataType.INT16
-        parameters = self._parameters(str(output.name), codes, bits)
+        parameters = self._codes.parameters(str(output.name), codes, bits)
         dequantized = add_node_after(node, "DequantizeLinear", [output, *parameters], f"{output.name}/dequantized")
-        self._coded[output] = _Coded(dequantized, codes, bits)
+        self._codes.coded[output] = Coded(dequantized, codes, bits)
 
     def _matmul(self, node: ir.Node) -> None:
         weight = constant(node.inputs[1])
@@ -183,28 +169,28 @@ class _Coder:
             self._product(node, weight)
             return
         left, right = node.inputs
-        is_pooling = left in self._masks
+        is_pooling = left in self._masks.values
         if is_pooling:
-            share = self._mask(left, SHARE, 16, node)
+            share = self._masks.coded(left, SHARE, 16, node)
             node.replace_input_with(0, share.value)
-            node.replace_input_with(1, self._read(right, 16, node).value)
-            self._store(node, node.outputs[0], self._range(node.outputs[0], 16), 16)
+            node.replace_input_with(1, self._codes.read(right, 16, node).value)
+            self._codes.store(node, node.outputs[0], self._codes.range(node.outputs[0], 16), 16)
             return
         bits = self._form.attention_bits
         for position, value in enumerate(node.inputs):
-            node.replace_input_with(position, self._read(value, bits, node).value)
+            node.replace_input_with(position, self._codes.read(value, bits, node).value)
         output = node.outputs[0]
         followers = readers(output)
         masked = followers[0] if len(followers) == 1 and followers[0].op_type in ("Add", "Softmax") else None
-        codes = self._scores(masked, bits) if masked is not None else self._range(output, bits)
-        self._store(node, output, codes, bits)
+        codes = self._scores(masked, bits) if masked is not None else self._codes.range(output, bits)
+        self._codes.store(node, output, codes, bits)
 
     def _product(self, node: ir.Node, weight: NDArray[np.float32]) -> None:
         """Code input, weight, bias and output of a weight product."""
         bits = 16 if self._is_wide(node) else self._form.gemm_bits
         source = node.inputs[0]
-        read = self._read(source, bits, node)
-        seen = self._observed.get(str(source.name))  # type: ignore[union-attr]
+        read = self._codes.read(source, bits, node)
+        seen = self._codes.observed.get(str(source.name))  # type: ignore[union-attr]
         moment = seen.moment if seen is not None else None
         rounded, scales = (
             rounding.compensated(weight, moment, read.affine.scale, self._weight_bits)
@@ -212,7 +198,7 @@ class _Coder:
             else rounding.nearest(weight, self._weight_bits)
         )
         node.replace_input_with(0, read.value)
-        node.replace_input_with(1, self._weight(node, rounded, scales))
+        node.replace_input_with(1, self._codes.weight(node, rounded, scales))
         self._products.append(str(node.name))
         end = self._biased(node)
         if end is not node:
@@ -221,7 +207,7 @@ class _Coder:
                 missing = seen.mean.astype(np.float64) @ (weight - rounded * scales.astype(np.float64))
             self._bias(node, end, missing, np.float64(read.affine.scale) * scales)
         output = end.outputs[0]
-        self._store(end, output, self._product_range(output, bits), bits)
+        self._codes.store(end, output, self._product_range(output, bits), bits)
 
     def _biased(self, product: ir.Node) -> ir.Node:
         """Give the Add of a constant behind a product, or the product itself."""
@@ -236,54 +222,54 @@ class _Coder:
         codes = np.clip(np.rint((bias + missing) / step), _INT32.min + 1, _INT32.max).astype(np.int32)
         name = str(product.name)
         inputs = [
-            add_constant(self._graph, f"{name}/bias/codes", codes),
-            add_constant(self._graph, f"{name}/bias/scale", step.astype(np.float32)),
+            add_constant(self._codes.graph, f"{name}/bias/codes", codes),
+            add_constant(self._codes.graph, f"{name}/bias/scale", step.astype(np.float32)),
         ]
         add.replace_input_with(position, add_node(add, "DequantizeLinear", inputs, f"{name}/bias", {"axis": 0}))
 
     def _product_range(self, output: ir.Value, bits: int) -> Affine:
         following = readers(output)
         kinds = {node.op_type for node in following}
-        seen = self._statistics(output)
+        seen = self._codes.statistics(output)
         if bits == 16:
-            return self._range(output, 16)
+            return self._codes.range(output, 16)
         if kinds <= {"Gelu"}:
             top = max(float(seen.maximum.max()), 0.1)
             return affine.asymmetric(max(float(seen.minimum.min()), GELU_FLOOR), top, 8, signed=True)
         # On the way to 16 bits the step stays exact without a zero point. And what attention multiplies must have none:
         # LiteRT multiplies by a right operand with one in its reference kernel, twenty times slower.
         if kinds <= {"Mul", "Add"} or kinds <= {"Reshape"}:
-            return _symmetric(self._largest(output), 8)
-        return self._range(output, 8)
+            return symmetric(self._codes.largest(output), 8)
+        return self._codes.range(output, 8)
 
     def _pointwise(self, node: ir.Node) -> None:
-        source = self._coded[node.inputs[0]]  # type: ignore[index]
+        source = self._codes.coded[node.inputs[0]]  # type: ignore[index]
         node.replace_input_with(0, source.value)
-        self._store(node, node.outputs[0], self._range(node.outputs[0], source.bits), source.bits)
+        self._codes.store(node, node.outputs[0], self._codes.range(node.outputs[0], source.bits), source.bits)
 
     def _softmax(self, node: ir.Node) -> None:
         bits = self._form.attention_bits
-        node.replace_input_with(0, self._read(node.inputs[0], bits, node).value)
-        self._store(node, node.outputs[0], SOFTMAX[bits], bits)
+        node.replace_input_with(0, self._codes.read(node.inputs[0], bits, node).value)
+        self._codes.store(node, node.outputs[0], SOFTMAX[bits], bits)
 
     def _add(self, node: ir.Node) -> None:
-        masks = [position for position, value in enumerate(node.inputs) if value in self._masks]
+        masks = [position for position, value in enumerate(node.inputs) if value in self._masks.values]
         if not masks:
             self._arithmetic(node)
             return
         bits = self._form.attention_bits
         position = masks[0]
         scores, mask = node.inputs[1 - position], node.inputs[position]
-        size = self._mask_size(mask)
-        node.replace_input_with(1 - position, self._read(scores, bits, node).value)
+        size = self._masks.size(mask)
+        node.replace_input_with(1 - position, self._codes.read(scores, bits, node).value)
         if bits == 8:
-            node.replace_input_with(position, self._mask(mask, Affine(size, 1, -128, 127), 8, node).value)
+            node.replace_input_with(position, self._masks.coded(mask, Affine(size, 1, -128, 127), 8, node).value)
             codes = self._scores(node, bits)
         else:
-            lifted = self._lifted_mask(mask, node)
-            node.replace_input_with(position, self._mask(lifted, _symmetric(size, 16), 16, node).value)
-            codes = _symmetric(size + self._largest(node.outputs[0]) * HEADROOM, 16)
-        self._store(node, node.outputs[0], codes, bits)
+            lifted = self._masks.lifted(mask, node)
+            node.replace_input_with(position, self._masks.coded(lifted, symmetric(size, 16), 16, node).value)
+            codes = symmetric(size + self._codes.largest(node.outputs[0]) * HEADROOM, 16)
+        self._codes.store(node, node.outputs[0], codes, bits)
 
     def _arithmetic(self, node: ir.Node) -> None:
         """Code an operator whose operands and result have 16 bits."""
@@ -294,184 +280,60 @@ class _Coder:
                 continue
             array = constant(value)
             if array is not None:
-                node.replace_input_with(position, self._constant(value, array, node))
+                node.replace_input_with(position, self._codes.constant(value, array, node))
             else:
-                node.replace_input_with(position, self._read(value, 16, node).value)
-        self._store(node, node.outputs[0], self._range(node.outputs[0], 16), 16)
+                node.replace_input_with(position, self._codes.read(value, 16, node).value)
+        self._codes.store(node, node.outputs[0], self._codes.range(node.outputs[0], 16), 16)
 
     def _root(self, node: ir.Node) -> None:
         """Sqrt and Reciprocal are one operator: no codes between them."""
         inverse = readers(node.outputs[0])[0]
         if inverse.op_type != "Reciprocal" or len(node.outputs[0].uses()) != 1:
             raise Unsupported(f"{node.name}: a square root without reciprocal has no integer form")
-        read = self._read(node.inputs[0], 16, node)
+        read = self._codes.read(node.inputs[0], 16, node)
         node.replace_input_with(0, read.value)
         self._done.add(inverse)
         # With a power of four below the smallest code seen, 1 / sqrt(code) is the same table for many norms.
-        smallest = 1.0 / self._largest(inverse.outputs[0]) ** 2 / read.affine.scale / ROOT_HEADROOM
+        smallest = 1.0 / self._codes.largest(inverse.outputs[0]) ** 2 / read.affine.scale / ROOT_HEADROOM
         power = 4.0 ** max(0.0, float(np.floor(np.log2(max(smallest, 1.0)) / 2.0)))
         scale = float(np.float32(1.0 / (np.sqrt(power * read.affine.scale) * _INT16.max)))
-        self._store(inverse, inverse.outputs[0], Affine(scale, 0, _INT16.min, _INT16.max), 16)
+        self._codes.store(inverse, inverse.outputs[0], Affine(scale, 0, _INT16.min, _INT16.max), 16)
 
     def _still(self, node: ir.Node) -> None:
         """Code what moves values without changing them with the parameters it reads."""
-        source = self._coded[node.inputs[0]]  # type: ignore[index]
+        source = self._codes.coded[node.inputs[0]]  # type: ignore[index]
         node.replace_input_with(0, source.value)
-        self._store(node, node.outputs[0], source.affine, source.bits)
+        self._codes.store(node, node.outputs[0], source.affine, source.bits)
         name, before = str(node.outputs[0].name), None
-        if node.inputs[0] is not None and name not in self._observed:
-            before = self._name_of(source)
-        if before is not None and before in self._observed:
-            self._observed[name] = self._observed[before]
+        if node.inputs[0] is not None and name not in self._codes.observed:
+            before = self._codes.name_of(source)
+        if before is not None and before in self._codes.observed:
+            self._codes.observed[name] = self._codes.observed[before]
 
     def _vanishes(self, node: ir.Node) -> bool:
         """Drop the sum with a constant that is below half a step."""
         for position, value in enumerate(node.inputs):
-            array = constant(value)
-            other = node.inputs[1 - position]
-            if array is not None and other in self._coded and np.abs(array).max() < self._coded[other].affine.scale / 2:
-                self._coded[node.outputs[0]] = self._coded[other]
-                self._observed[str(node.outputs[0].name)] = self._observed[str(other.name)]
+            array, other = constant(value), node.inputs[1 - position]
+            if array is None or other is None or other not in self._codes.coded:
+                continue
+            coded = self._codes.coded[other]
+            if np.abs(array).max() < coded.affine.scale / 2:
+                self._codes.coded[node.outputs[0]] = coded
+                self._codes.observed[str(node.outputs[0].name)] = self._codes.observed[str(other.name)]
                 return True
         return False
-
-    # codes --------------------------------------------------------------------------------------------------------
 
     def _is_wide(self, node: ir.Node) -> bool:
         """The side path of large neurons has 16 bits, and so has a Dense layer: it is one row."""
         shape = dims(node.inputs[0])
         return str(node.name).endswith(SIDE) or (shape is not None and len(shape) == 2)
 
-    def _statistics(self, value: ir.Value) -> Statistics:
-        name = str(value.name)
-        if name not in self._observed:
-            raise EdgeqError(f"{name}: the calibration has no statistics of it")
-        return self._observed[name]
-
-    def _largest(self, value: ir.Value) -> float:
-        seen = self._statistics(value)
-        return max(-float(seen.minimum.min()), float(seen.maximum.max()), 1e-9)
-
-    def _range(self, value: ir.Value, bits: int) -> Affine:
-        seen = self._statistics(value)
-        if bits == 16:
-            return _symmetric(self._largest(value) * HEADROOM, 16)
-        return affine.asymmetric(float(seen.minimum.min()), float(seen.maximum.max()), bits, signed=True)
-
     def _scores(self, masked: ir.Node, bits: int) -> Affine:
         """Cover scores down to where exp leaves nothing beside the smallest maximum of a row."""
         value = masked.outputs[0] if masked.op_type == "Add" else masked.inputs[0]
-        seen = self._statistics(value)  # type: ignore[arg-type]
+        seen = self._codes.statistics(value)  # type: ignore[arg-type]
         if bits == 16:
-            return self._range(value, 16)  # type: ignore[arg-type]
-        rows = self._observed[f"{value.name}{ROW_MAXIMUM}"]  # type: ignore[union-attr]
+            return self._codes.range(value, 16)  # type: ignore[arg-type]
+        rows = self._codes.observed[f"{value.name}{ROW_MAXIMUM}"]  # type: ignore[union-attr]
         low = float(rows.minimum.min()) - MASKED_BELOW
         return affine.asymmetric(low, float(seen.maximum.max()), 8, signed=True)
-
-    def _mask_size(self, mask: ir.Value | None) -> float:
-        product = made_by(mask, "Mul")
-        size = (
-            next((array for value in product.inputs if (array := constant(value)) is not None), None)
-            if product
-            else None
-        )
-        if size is None or size.size != 1:
-            raise Unsupported("the attention mask is not of the form (mask - 1) * size")
-        return float(size.reshape(-1)[0])
-
-    def _lifted_mask(self, mask: ir.Value | None, node: ir.Node) -> ir.Value:
-        """Lift what counts instead of lowering what does not: codes without zero point hold 0 and 1."""
-        product = made_by(mask, "Mul")
-        shifted = next(made_by(value, "Sub") for value in product.inputs if made_by(value, "Sub"))  # type: ignore[union-attr]
-        known = next((use for use in readers(shifted.inputs[0]) if use.name == "attention_lift"), None)  # type: ignore[union-attr,arg-type]
-        if known is not None:
-            return known.outputs[0]
-        size = next(value for value in product.inputs if constant(value) is not None)  # type: ignore[union-attr]
-        lifted = add_node(product, "Mul", [shifted.inputs[0], size], "attention_lift")  # type: ignore[union-attr,list-item,arg-type]
-        self._masks.add(lifted)
-        return lifted
-
-    def _mask(self, value: ir.Value | None, codes: Affine, bits: int, node: ir.Node) -> _Coded:
-        key = (value, bits)
-        if key not in self._converted:
-            self._converted[key] = self._quantize(node, value, codes, bits, str(value.name))  # type: ignore[index,arg-type,union-attr]
-        return self._converted[key]  # type: ignore[index]
-
-    def _read(self, value: ir.Value | None, bits: int, node: ir.Node) -> _Coded:
-        """Give a tensor in the bits an operator reads, converted once for all its readers."""
-        if value not in self._coded:
-            raise Unsupported(f"{node.name}: reads {value.name if value else None}, which has no integer form")
-        home = self._coded[value]
-        if home.bits == bits:
-            return home
-        key = (home.value, bits)
-        if key not in self._converted:
-            name = self._name_of(home)
-            if bits == 16 and home.affine.zero_point == 0:
-                codes = Affine(home.affine.scale / 256, 0, -32768, 32767)
-            elif bits == 16:
-                low, high = affine.dequantize([home.affine.low, home.affine.high], home.affine).tolist()
-                codes = _symmetric(max(-low, high), 16)
-            else:
-                seen = self._observed[name]
-                codes = affine.asymmetric(float(seen.minimum.min()), float(seen.maximum.max()), bits, signed=True)
-            self._converted[key] = self._requantize(home, codes, bits, f"{name}/{bits}bit")
-        return self._converted[key]
-
-    def _name_of(self, coded: _Coded) -> str:
-        return str(coded.value.name).removesuffix("/dequantized")
-
-    def _requantize(self, home: _Coded, codes: Affine, bits: int, name: str) -> _Coded:
-        producer = home.value.producer()
-        if producer is None:
-            raise ValueError(f"{name}: made by nobody")
-        return _Coded(self._pair(producer, home.value, name, codes, bits), codes, bits)
-
-    def _store(self, node: ir.Node, output: ir.Value, codes: Affine, bits: int) -> None:
-        """Put the output's codes behind a node; who reads it is served when visited."""
-        self._coded[output] = _Coded(self._pair(node, output, str(output.name), codes, bits), codes, bits)
-
-    def _pair(self, after: ir.Node, value: ir.Value, name: str, codes: Affine, bits: int) -> ir.Value:
-        """Insert QuantizeLinear and DequantizeLinear behind a node, and give the dequantised value."""
-        parameters = self._parameters(name, codes, bits)
-        quantized = add_node_after(after, "QuantizeLinear", [value, *parameters], f"{name}/quantized")
-        place = next(node for node in readers(value) if node.outputs[0] is quantized)
-        return add_node_after(place, "DequantizeLinear", [quantized, *parameters], f"{name}/dequantized")
-
-    def _quantize(self, before: ir.Node, value: ir.Value, codes: Affine, bits: int, name: str) -> _Coded:
-        stem = f"{name}/{bits}bit"
-        parameters = self._parameters(stem, codes, bits)
-        quantized = add_node(before, "QuantizeLinear", [value, *parameters], f"{stem}/quantized")
-        return _Coded(
-            add_node(before, "DequantizeLinear", [quantized, *parameters], f"{stem}/dequantized"), codes, bits
-        )
-
-    def _parameters(self, name: str, codes: Affine, bits: int) -> list[ir.Value]:
-        made = []
-        for kind, array in (
-            ("scale", np.array(codes.scale, np.float32)),
-            ("zero_point", np.array(codes.zero_point, _INTEGER_DTYPES[bits])),
-        ):
-            known = self._graph.initializers.get(f"{name}/{kind}")
-            made.append(known if known is not None else add_constant(self._graph, f"{name}/{kind}", array))
-        return made
-
-    def _weight(self, node: ir.Node, codes: NDArray[np.int8], scales: NDArray[np.float32]) -> ir.Value:
-        name = str(node.name)
-        inputs = [
-            add_constant(self._graph, f"{name}/weight/codes", codes),
-            add_constant(self._graph, f"{name}/weight/scale", scales),
-            add_constant(self._graph, f"{name}/weight/zero_point", np.zeros(scales.shape, np.int8)),
-        ]
-        return add_node(node, "DequantizeLinear", inputs, f"{name}/weight", {"axis": 1})
-
-    def _constant(self, value: ir.Value, array: NDArray[np.float32], node: ir.Node) -> ir.Value:
-        codes = _symmetric(float(np.abs(array).max()), 16)
-        name = f"{node.name}/{value.name}"
-        stored = add_constant(self._graph, f"{name}/codes", affine.quantize(array, codes).astype(np.int16))
-        return add_node(node, "DequantizeLinear", [stored, *self._parameters(name, codes, 16)], f"{name}/dequantized")
-
-
-def _symmetric(largest: float, bits: int) -> Affine:
-    limit = 2 ** (bits - 1) - 1
-    return Affine(float(np.float32(max(largest, 1e-12) / limit)), 0, -limit - 1, limit)

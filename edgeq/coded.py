@@ -1,0 +1,146 @@
+"""Put codes on the tensors of a graph: QuantizeLinear and DequantizeLinear behind each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeq import affine
+from edgeq.affine import Affine
+from edgeq.errors import EdgeqError, Unsupported
+from edgeq.folding import Observed
+from edgeq.observe import Statistics
+from edgeq.passes.graph import add_constant, add_node, add_node_after, readers
+
+HEADROOM = 1.25  # of 16-bit ranges over what was observed: it costs a third of a bit, and saturation costs the text
+INTEGER_DTYPES = {8: np.int8, 16: np.int16}
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Hold a dequantised tensor and the parameters of its codes."""
+
+    value: ir.Value
+    affine: Affine
+    bits: int
+
+
+class CodedGraph:
+    """Hold which tensors of a graph have codes, and add more."""
+
+    def __init__(self, graph: ir.Graph, observed: Observed) -> None:
+        """Begin with no tensor coded."""
+        self.graph = graph
+        self.observed = observed
+        self.coded: dict[ir.Value, Coded] = {}
+        self.converted: dict[tuple[ir.Value, int], Coded] = {}
+
+    def statistics(self, value: ir.Value) -> Statistics:
+        """Give what was observed of a tensor.
+
+        Raises:
+            EdgeqError: nothing was.
+        """
+        name = str(value.name)
+        if name not in self.observed:
+            raise EdgeqError(f"{name}: the calibration has no statistics of it")
+        return self.observed[name]
+
+    def largest(self, value: ir.Value) -> float:
+        """Give the largest magnitude observed."""
+        seen = self.statistics(value)
+        return max(-float(seen.minimum.min()), float(seen.maximum.max()), 1e-9)
+
+    def range(self, value: ir.Value, bits: int) -> Affine:
+        """Give codes for what was observed: 16 bits symmetric with headroom, 8 bits asymmetric."""
+        seen = self.statistics(value)
+        if bits == 16:
+            return symmetric(self.largest(value) * HEADROOM, 16)
+        return affine.asymmetric(float(seen.minimum.min()), float(seen.maximum.max()), bits, signed=True)
+
+    def read(self, value: ir.Value | None, bits: int, node: ir.Node) -> Coded:
+        """Give a tensor in the bits an operator reads, converted once for all its readers."""
+        if value not in self.coded:
+            raise Unsupported(f"{node.name}: reads {value.name if value else None}, which has no integer form")
+        home = self.coded[value]
+        if home.bits == bits:
+            return home
+        key = (home.value, bits)
+        if key not in self.converted:
+            name = self.name_of(home)
+            if bits == 16 and home.affine.zero_point == 0:
+                codes = Affine(home.affine.scale / 256, 0, -32768, 32767)
+            elif bits == 16:
+                low, high = affine.dequantize([home.affine.low, home.affine.high], home.affine).tolist()
+                codes = symmetric(max(-low, high), 16)
+            else:
+                seen = self.observed[name]
+                codes = affine.asymmetric(float(seen.minimum.min()), float(seen.maximum.max()), bits, signed=True)
+            self.converted[key] = self.requantize(home, codes, bits, f"{name}/{bits}bit")
+        return self.converted[key]
+
+    def name_of(self, coded: Coded) -> str:
+        """Give the name that a tensor had before it was coded."""
+        return str(coded.value.name).removesuffix("/dequantized")
+
+    def requantize(self, home: Coded, codes: Affine, bits: int, name: str) -> Coded:
+        """Put other codes behind a tensor's codes."""
+        producer = home.value.producer()
+        if producer is None:
+            raise ValueError(f"{name}: made by nobody")
+        return Coded(self.pair(producer, home.value, name, codes, bits), codes, bits)
+
+    def store(self, node: ir.Node, output: ir.Value, codes: Affine, bits: int) -> None:
+        """Put the output's codes behind a node; who reads it is served when visited."""
+        self.coded[output] = Coded(self.pair(node, output, str(output.name), codes, bits), codes, bits)
+
+    def pair(self, after: ir.Node, value: ir.Value, name: str, codes: Affine, bits: int) -> ir.Value:
+        """Insert QuantizeLinear and DequantizeLinear behind a node, and give the dequantised value."""
+        parameters = self.parameters(name, codes, bits)
+        quantized = add_node_after(after, "QuantizeLinear", [value, *parameters], f"{name}/quantized")
+        place = next(node for node in readers(value) if node.outputs[0] is quantized)
+        return add_node_after(place, "DequantizeLinear", [quantized, *parameters], f"{name}/dequantized")
+
+    def quantize(self, before: ir.Node, value: ir.Value, codes: Affine, bits: int, name: str) -> Coded:
+        """Put codes in front of the one node that reads them."""
+        stem = f"{name}/{bits}bit"
+        parameters = self.parameters(stem, codes, bits)
+        quantized = add_node(before, "QuantizeLinear", [value, *parameters], f"{stem}/quantized")
+        return Coded(add_node(before, "DequantizeLinear", [quantized, *parameters], f"{stem}/dequantized"), codes, bits)
+
+    def parameters(self, name: str, codes: Affine, bits: int) -> list[ir.Value]:
+        """Store a scale and a zero point once."""
+        made = []
+        for kind, array in (
+            ("scale", np.array(codes.scale, np.float32)),
+            ("zero_point", np.array(codes.zero_point, INTEGER_DTYPES[bits])),
+        ):
+            known = self.graph.initializers.get(f"{name}/{kind}")
+            made.append(known if known is not None else add_constant(self.graph, f"{name}/{kind}", array))
+        return made
+
+    def weight(self, node: ir.Node, codes: NDArray[np.int8], scales: NDArray[np.float32]) -> ir.Value:
+        """Store a weight's codes with a scale for each output channel."""
+        name = str(node.name)
+        inputs = [
+            add_constant(self.graph, f"{name}/weight/codes", codes),
+            add_constant(self.graph, f"{name}/weight/scale", scales),
+            add_constant(self.graph, f"{name}/weight/zero_point", np.zeros(scales.shape, np.int8)),
+        ]
+        return add_node(node, "DequantizeLinear", inputs, f"{name}/weight", {"axis": 1})
+
+    def constant(self, value: ir.Value, array: NDArray[np.float32], node: ir.Node) -> ir.Value:
+        """Store a constant operand in 16 bits."""
+        codes = symmetric(float(np.abs(array).max()), 16)
+        name = f"{node.name}/{value.name}"
+        stored = add_constant(self.graph, f"{name}/codes", affine.quantize(array, codes).astype(np.int16))
+        return add_node(node, "DequantizeLinear", [stored, *self.parameters(name, codes, 16)], f"{name}/dequantized")
+
+
+def symmetric(largest: float, bits: int) -> Affine:
+    """Give codes without a zero point that hold -largest .. largest."""
+    limit = 2 ** (bits - 1) - 1
+    return Affine(float(np.float32(max(largest, 1e-12) / limit)), 0, -limit - 1, limit)
