@@ -72,7 +72,7 @@ class CodedGraph:
         if key not in self.converted:
             name = self.name_of(home)
             if bits == 16 and home.affine.zero_point == 0:
-                codes = Affine(home.affine.scale / 256, 0, -32768, 32767)
+                codes = Affine(home.affine.scale, 0, -32768, 32767)  # the same codes: a cast
             elif bits == 16:
                 low, high = affine.dequantize([home.affine.low, home.affine.high], home.affine).tolist()
                 codes = symmetric(max(-low, high), 16)

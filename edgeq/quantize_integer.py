@@ -14,6 +14,7 @@ from edgeq import affine, rounding
 from edgeq.affine import Affine
 from edgeq.coded import HEADROOM, INTEGER_DTYPES, Coded, CodedGraph, symmetric
 from edgeq.coded_mask import Masks
+from edgeq.coded_sums import ExactSums
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.folding import Observed, even_values, fold_norm_biases, widen_outputs
 from edgeq.gemm import SIDE, bias_of
@@ -21,6 +22,7 @@ from edgeq.observe import Statistics
 from edgeq.passes.graph import add_constant, add_node, add_node_after, checked, constant, dims, made_by, readers
 from edgeq.primitives import ROW_MAXIMUM, primitives
 from edgeq.records import IntegerForm, Scheme
+from edgeq.row_gains import outer_gains
 
 LOWEST_IR_VERSION = 10  # of opset 21
 ROOT_HEADROOM = 4.0  # of sums of squares below the smallest observed: a text of many names has half the usual length
@@ -63,6 +65,8 @@ def quantize_integer(
     fold_norm_biases(graph, seen)
     if form.gemm_bits == 8:
         widen_outputs(graph, seen, form.widen_quantile)
+    if form.sum_bits == 32:
+        outer_gains(graph, seen)
     RemoveUnusedNodesPass()(graph_model)
     TopologicalSortPass()(graph_model)
     coder = _Coder(graph, seen, scheme, form)
@@ -101,6 +105,7 @@ class _Coder:
         self._weight_bits = scheme.weight_bits
         self._table_bits = scheme.embedding_bits
         self._masks = Masks(self._codes)
+        self._sums = ExactSums(self._codes, form.gemm_bits, scheme.embedding_bits) if form.sum_bits == 32 else None
         self._done: set[ir.Node] = set()
         self._products: list[str] = []
         self._visitors: dict[str, Callable[[ir.Node], None]] = {
@@ -128,6 +133,9 @@ class _Coder:
             return
         if node.op_type in _STILL and variable and variable[0] in self._codes.coded:
             self._still(node)
+            return
+        if self._sums is not None and self._sums.takes(node):
+            self._sums.visit(node)
             return
         if node.op_type not in self._visitors:
             raise Unsupported(f"{node.name}: {node.op_type} has no integer form; use a scheme that leaves it float")
@@ -263,7 +271,9 @@ class _Coder:
         size = self._masks.size(mask)
         node.replace_input_with(1 - position, self._codes.read(scores, bits, node).value)
         if bits == 8:
-            node.replace_input_with(position, self._masks.coded(mask, Affine(size, 1, -128, 127), 8, node).value)
+            # A step of the whole size would be right too, but XNNPACK adds only what differs by less than 256 in step.
+            steps = Affine(float(np.float32(size / 127)), 127, -128, 127)
+            node.replace_input_with(position, self._masks.coded(mask, steps, 8, node).value)
             codes = self._scores(node, bits)
         else:
             lifted = self._masks.lifted(mask, node)
@@ -283,7 +293,9 @@ class _Coder:
                 node.replace_input_with(position, self._codes.constant(value, array, node))
             else:
                 node.replace_input_with(position, self._codes.read(value, 16, node).value)
-        self._codes.store(node, node.outputs[0], self._codes.range(node.outputs[0], 16), 16)
+        output = node.outputs[0]
+        codes = self._codes.range(output, 16) if self._sums is None else self._sums.range_of_sum(output)
+        self._codes.store(node, output, codes, 16)
 
     def _root(self, node: ir.Node) -> None:
         """Sqrt and Reciprocal are one operator: no codes between them."""

@@ -104,6 +104,7 @@ class IntegerForm(Record):
     gemm_bits: int  # input and output of weight products
     attention_bits: int  # scores, probabilities, values
     output_bits: int  # the vectors
+    sum_bits: int  # 32: the residual stream's sums and products are exact and rounded once; 16: each is rounded
     widen_quantile: float  # output channels above this quantile of magnitudes are scaled down in the weights
 
 

@@ -167,7 +167,43 @@ def elementwise() -> Iterator[Case]:
     number = Operand(ALL["int16"].astype(np.int32)[None])
     offset = Operand(np.array([2589], np.int32), is_constant=True)
     exact = number.real() + offset.real()
-    yield Case("", "ADD", 2, (number, offset), exact, "int32", None, ("AddOptions", {}), tolerance=0)
+    yield Case("index", "ADD", 1, (number, offset), exact, "int32", None, ("AddOptions", {}), tolerance=0)
+
+
+def whole_numbers() -> Iterator[Case]:
+    """Give 32-bit integers, which must be exact: products of all pairs of 16-bit codes, sums and shifts up to 2^31."""
+    grid = GRID["int16"].astype(np.int32)
+    first, second = np.meshgrid(grid, grid, indexing="ij")
+    large = RANDOM.integers(-(2**30), 2**30, (512, 384)).astype(np.int32)
+    large[0, :4] = (-(2**30), 2**30 - 1, -1, 1)
+    functions: dict[str, tuple[Callable[[Array, Array], Array], str, Array, Array]] = {
+        "ADD": (np.add, "AddOptions", large, large[::-1]),
+        "SUB": (np.subtract, "SubOptions", large, large[::-1]),
+        "MUL": (np.multiply, "MulOptions", first, second),
+        "MAXIMUM": (np.maximum, "MaximumMinimumOptions", large, large[::-1]),
+        "MINIMUM": (np.minimum, "MaximumMinimumOptions", large, large[::-1]),
+    }
+    for builtin, (function, options, left, right) in functions.items():
+        shapes = {
+            "side by side": Operand(right),
+            "a column": Operand(right[:, :1]),
+            "a stored row": Operand(right[0], is_constant=True),
+            "a stored number": Operand(right[:1, 0], is_constant=True),
+        }
+        for name, other in shapes.items():
+            one = Operand(left)
+            exact = function(one.real(), other.real())
+            yield Case(f"whole, {name}", builtin, 1, (one, other), exact, "int32", None, (options, {}), tolerance=0)
+    for bits in (1, 7, 16):
+        count = Operand(np.array([bits], np.int32), is_constant=True)
+        exact = np.floor(large.astype(np.float64) / 2.0**bits)
+        operands, options = (Operand(large), count), ("RightShiftOptions", {})
+        yield Case(f"by {bits}", "RIGHT_SHIFT", 1, operands, exact, "int32", None, options, tolerance=0)
+    for number in (-32768, 127):
+        sizes = Operand(np.array([1, 16, 24], np.int32), is_constant=True)
+        value = Operand(np.array(number, np.int32), is_constant=True)
+        exact, options = np.full(sizes.codes, float(number)), ("FillOptions", {})
+        yield Case(str(number), "FILL", 1, (sizes, value), exact, "int32", None, options, tolerance=0)
 
 
 def products() -> Iterator[Case]:
@@ -318,6 +354,7 @@ def moves() -> Iterator[Case]:
         (Operand(ALL["int8"].astype(np.int32)[None]), "int8", Codes.of(70.0, 1)),  # bits of the mask are codes
         (Operand(ALL["int16"].astype(np.int32)[None]), "int16", symmetric),
         (Operand(ALL["int8"][None], symmetric), "int16", symmetric),
+        (Operand(ALL["int8"][None], symmetric), "int32", None),
         (Operand(ALL["int16"][None], symmetric), "int32", None),
     ]
     for x, dtype, parameters in casts:
@@ -331,7 +368,9 @@ def moves() -> Iterator[Case]:
         yield Case(name, "SUM", 1, [x, axis], x.real().sum(axis=1), "int32", None, options, tolerance=0)
 
 
-CASES = [*elementwise(), *products(), *linear(), *functions(), *softmaxes(), *inverse_roots(), *moves()]
+CASES = [
+    *elementwise(), *whole_numbers(), *products(), *linear(), *functions(), *softmaxes(), *inverse_roots(), *moves(),
+]  # fmt: skip
 BY_NAME = {str(case): case for case in CASES}
 
 
@@ -383,6 +422,8 @@ def test_a_wrong_result_would_be_noticed(case: Case) -> None:
         "the place": np.roll(right, 1),
         "a constant": np.full_like(right, np.median(right)),
     }
+    if case.builtin == "FILL":  # one number has no places, and is constant
+        del wrong["the place"], wrong["a constant"]
     assert not [what for what, codes in wrong.items() if np.all(case.differences(codes) <= case.tolerance)]
 
 

@@ -150,6 +150,10 @@ class SubgraphWriter:
         """Add a tensor that an operator, or the caller, fills."""
         return self._add(name, tuple(shape), dtype, codes, 0)
 
+    def unnamed(self, shape: Sequence[int], dtype: str) -> Tensor:
+        """Add a tensor between two that matter: a name for each of them would take a hundred kilobytes."""
+        return self.tensor(str(len(self._tensors)), shape, dtype)
+
     def constant(self, name: str, data: NDArray[Any], codes: Codes | None = None) -> Tensor:
         """Add a stored tensor; the same name gives the same tensor again."""
         if name not in self._constants:
