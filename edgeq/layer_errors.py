@@ -39,9 +39,14 @@ class TensorError(Record):
     cosine_min: float
 
     @property
+    def weight(self) -> str:
+        """Name the weight before the tensor: most exporters number sums, and name weights."""
+        return self.name if self.name == OUTPUT else self.after.removesuffix(SIDE)
+
+    @property
     def label(self) -> str:
-        """Name the tensor so that it is found in the model: most exporters number sums, and name weights."""
-        return self.name if self.name == OUTPUT else f"{self.after.removesuffix(SIDE)} ({self.name})"
+        """Name the tensor so that it is found in the model."""
+        return self.name if self.name == OUTPUT else f"{self.weight} ({self.name})"
 
 
 class LayerErrors(Record):
@@ -58,13 +63,15 @@ class LayerErrors(Record):
 
     @property
     def entry(self) -> TensorError | None:
-        """Give the tensor of the residual stream at which most error enters; None without a stream.
+        """Give the sum of the residual stream at which most error enters; None without a stream.
 
-        The angle counts, not the length: whatever reads the stream normalises it first.
+        The angle counts, not the length: whatever reads the stream normalises it first. The vectors are no such sum:
+        a mean over tokens is nearer, or farther, than the tokens are.
         """
-        before = [1.0, *(tensor.cosine_mean for tensor in self.stream)]
-        loss = [last - tensor.cosine_mean for tensor, last in zip(self.stream, before, strict=False)]
-        return self.stream[int(np.argmax(loss))] if self.stream else None
+        sums = [tensor for tensor in self.stream if tensor.name != OUTPUT]
+        before = [1.0, *(tensor.cosine_mean for tensor in sums)]
+        loss = [last - tensor.cosine_mean for tensor, last in zip(sums, before, strict=False)]
+        return sums[int(np.argmax(loss))] if sums else None
 
 
 def counterpart(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> onnx.ModelProto:
@@ -191,9 +198,12 @@ def _weight_name(node: ir.Node) -> str | None:
 
 
 def _as_read(value: ir.Value) -> str:
-    """Give the name under which all readers see a value: that of its dequantised codes, if they read nothing else."""
+    """Give the name under which all readers see a value: that of its dequantised codes, if they read nothing else.
+
+    A lookup in a table of codes is codes itself.
+    """
     reading = readers(value)
-    if len(reading) != 1 or reading[0].op_type != "QuantizeLinear":
-        return str(value.name)
-    after = readers(reading[0].outputs[0])
-    return str(after[0].outputs[0].name if len(after) == 1 and after[0].op_type == "DequantizeLinear" else value.name)
+    if len(reading) == 1 and reading[0].op_type == "QuantizeLinear":
+        reading = readers(reading[0].outputs[0])
+    is_read_as_codes = len(reading) == 1 and reading[0].op_type == "DequantizeLinear"
+    return str(reading[0].outputs[0].name if is_read_as_codes else value.name)

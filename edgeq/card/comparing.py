@@ -16,7 +16,7 @@ from edgeq.records import Measures
 from edgeq.texts import Tokens
 
 WORST_TEXTS = 10
-_SHOWN_CHARS = 300
+_SHOWN_CHARS = 200
 
 DoubleArray = NDArray[np.float64]
 

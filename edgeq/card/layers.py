@@ -12,6 +12,7 @@ from edgeq import calibrate, layer_errors
 from edgeq.ancestry import cached
 from edgeq.card.collecting import Found
 from edgeq.card.records import Layers
+from edgeq.errors import EdgeqError
 from edgeq.layer_errors import LayerErrors
 from edgeq.records import FileRef
 from edgeq.texts import Tokens
@@ -54,8 +55,11 @@ def _of_one_model(items: Sequence[Found], tokens: Tokens, cache: Path) -> Layers
         )
         return Layers(scheme=scheme.name, names=names, errors=None, reason=reason)
     model = onnx.load(equalized)
-    counterpart = layer_errors.counterpart(model, calibrate.load(statistics), scheme)
-    tensors = layer_errors.measure(counterpart, onnx.load(qdq), tokens, layer_errors.residual_stream(model))
+    try:
+        counterpart = layer_errors.counterpart(model, calibrate.load(statistics), scheme)
+        tensors = layer_errors.measure(counterpart, onnx.load(qdq), tokens, layer_errors.residual_stream(model))
+    except EdgeqError as error:
+        return Layers(scheme=scheme.name, names=names, errors=None, reason=str(error))
     errors = LayerErrors(scheme=scheme.name, texts=len(tokens.ids), tensors=tensors)
     return Layers(scheme=scheme.name, names=names, errors=errors, reason=None)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +27,7 @@ SERIES = ("#0b62c4", "#c2410c", "#0f7b4f", "#8b2fc9", "#a16207", "#be185d", "#0e
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _VARIABLES = {INK: "--ink", LINE: "--line", **{colour: f"--series-{n}" for n, colour in enumerate(SERIES)}}
 
-_WIDTH = 7.6  # inches; a page scales it, down to what is still readable
+_WIDTH = 8.4  # inches; a page scales it, down to what is still readable
 _LEAST_ERROR = 1e-7  # of a cosine: float32 vectors tell no less apart, and a logarithm has no zero
 _UNFUSED = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _MOST_DTYPES = len(SERIES)
@@ -77,7 +79,7 @@ def distribution(card: Card) -> str | None:
         for place, row in measured:
             errors = _errors(row.cosine_percentiles[::-1])
             axes.plot(errors, np.arange(101), color=_colour(place), label=row.name)
-        axes.set_xscale("log")
+        _logarithmic(axes, "x")
         axes.set_xlabel("distance from FP32: 1 - cosine")
         axes.set_ylabel("% of texts no farther")
         _legend(axes, len(measured))
@@ -90,8 +92,8 @@ def layers(card: Card) -> str | None:
     shown = [(place, item) for place, item in enumerate(card.layers) if item.errors and item.errors.stream]
     if not shown:
         return None
-    names = list(dict.fromkeys(tensor.label for _, item in shown for tensor in _stream(item)))
-    labels = _short(names)
+    after = {tensor.label: tensor.weight for _, item in shown for tensor in _stream(item)}
+    names, labels = list(after), _short(list(after.values()))
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
@@ -101,7 +103,7 @@ def layers(card: Card) -> str | None:
             style = {"color": _colour(place), "marker": MARKERS[place % len(MARKERS)], "label": item.scheme}
             left.plot([tensor.relative_error for tensor in tensors], rows, **style)
             right.plot(_errors([tensor.cosine_mean for tensor in tensors]), rows, **style)
-        right.set_xscale("log")
+        _logarithmic(right, "x")
         left.set_xlim(left=0.0)
         left.set_xlabel("relative error")
         right.set_xlabel("1 - cosine, mean over tokens")
@@ -109,7 +111,7 @@ def layers(card: Card) -> str | None:
         left.invert_yaxis()
         _legend(left, len(shown), figure)
 
-    return _svg("layers", 1.6 + 0.3 * len(names), draw)
+    return _svg("layers", 1.6 + 0.28 * len(names), draw)
 
 
 def latency(card: Card) -> str | None:
@@ -133,9 +135,9 @@ def latency(card: Card) -> str | None:
         if reference is not None:
             label = f"{reference.name} (distance 0)"
             axes.axvline(reference.latency[-1].latency.p50_ms, color=INK, linestyle="--", linewidth=1.2, label=label)
-        axes.set_yscale("log")
-        axes.set_xlim(left=0.0)
         axes.margins(y=0.3)
+        _logarithmic(axes, "y")
+        axes.set_xlim(left=0.0)
         axes.set_xlabel(f"ms for one text of {timed[0][1].latency[-1].tokens} tokens, median")
         axes.set_ylabel("1 - cosine with FP32, mean")
         _legend(axes, len(timed) + 1)
@@ -157,7 +159,7 @@ def worst(card: Card) -> str | None:
             place = places[name]
             marker = MARKERS[place % len(MARKERS)]
             axes.plot(errors, range(len(errors)), linestyle="none", marker=marker, color=_colour(place), label=name)
-        axes.set_xscale("log")
+        _logarithmic(axes, "x")
         axes.set_yticks(range(len(card.worst_texts)), [f"text {n + 1}" for n in range(len(card.worst_texts))])
         axes.invert_yaxis()
         axes.set_xlabel("distance from FP32: 1 - cosine")
@@ -223,20 +225,46 @@ def _colour(place: int) -> str:
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Leave out the words that all names of weights begin with, such as `model.0.model.`: they take up width."""
-    split = [name.split(".") for name in names if "." in name]
-    depth = 0
-    while split and all(len(words) > depth + 1 and words[depth] == split[0][depth] for words in split):
-        depth += 1
-    prefix = "".join(f"{word}." for word in split[0][:depth]) if split else ""
-    return [name.removeprefix(prefix) for name in names]
+    """Leave out the words that most names of weights begin with, such as `model.0.model.`: they take up width."""
+    split = [name.split(".") for name in names]
+    depths = Counter(tuple(words[:depth]) for words in split for depth in range(1, len(words)))
+    # A number says nothing without the word before it.
+    starts = [
+        start for start, times in depths.items() if 4 * times >= 3 * len(names) and not _is_cut_at_number(split, start)
+    ]
+    longest = max(starts, key=len, default=())
+    return [".".join(words[_shared(words, longest) :]) for words in split]
+
+
+def _is_cut_at_number(split: Sequence[list[str]], start: tuple[str, ...]) -> bool:
+    """Tell whether what is left of a name would begin with a number."""
+    return any(words[_shared(words, start)].isdigit() for words in split)
+
+
+def _shared(words: Sequence[str], start: Sequence[str]) -> int:
+    """Count the words in front that a name shares with a start, but leave one."""
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(words[:-1], start, strict=False))
+    return sum(1 for _ in alike)
+
+
+def _logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
+    """Let an axis be logarithmic, with labels that need no typesetting."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = sorted(axis.get_view_interval())
+    is_wide = high > 30 * low
+    axis.set_major_locator(LogLocator(subs=(1.0,) if is_wide else (1.0, 2.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _legend(axes: Axes, count: int, figure: Figure | None = None) -> None:
     """Put the legend above the plot, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
     owner = figure if figure is not None else axes.figure
-    owner.legend(handles, labels, loc="outside upper left", ncols=min(count, 3))
+    owner.legend(handles, labels, loc="outside upper left", ncols=2 if count == 4 else min(count, 3))
 
 
 def _svg(name: str, height: float, draw: Callable[[Figure], None]) -> str:
