@@ -55,6 +55,34 @@ def quantize_integer(
     form = scheme.integer
     if form is None:
         raise EdgeqError(f"{scheme.name} is no integer-only scheme")
+    graph_model, seen = integer_form(model, observed, form)
+    graph = graph_model.graph
+    coder = _Coder(graph, seen, scheme, form)
+    for node in list(graph):
+        coder.visit(node)
+    coder.finish()
+    TopologicalSortPass()(graph_model)
+    RemoveUnusedNodesPass()(graph_model)
+    for value in (value for node in graph for value in node.outputs):
+        if not value.is_graph_output():
+            value.shape = None
+    graph_model.ir_version = LOWEST_IR_VERSION
+    return checked(graph_model), coder.products, ()
+
+
+def integer_form(
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], form: IntegerForm
+) -> tuple[ir.Model, Observed]:
+    """Take norms apart and fold constants, all exact in FP32: what is left is to put codes on every tensor.
+
+    Args:
+        model: equalised FP32 ONNX; not changed.
+        observed: statistics of the tensors of the model and of its primitives.
+        form: says which outputs are scaled down.
+
+    Returns:
+        A float model with `sentence_embedding` as its one output, and the statistics of its tensors.
+    """
     seen: Observed = dict(observed)
     graph_model = ir.from_proto(model)
     graph = graph_model.graph
@@ -69,17 +97,7 @@ def quantize_integer(
         outer_gains(graph, seen)
     RemoveUnusedNodesPass()(graph_model)
     TopologicalSortPass()(graph_model)
-    coder = _Coder(graph, seen, scheme, form)
-    for node in list(graph):
-        coder.visit(node)
-    coder.finish()
-    TopologicalSortPass()(graph_model)
-    RemoveUnusedNodesPass()(graph_model)
-    for value in (value for node in graph for value in node.outputs):
-        if not value.is_graph_output():
-            value.shape = None
-    graph_model.ir_version = LOWEST_IR_VERSION
-    return checked(graph_model), coder.products, ()
+    return graph_model, seen
 
 
 def _join_positions(graph: ir.Graph) -> None:

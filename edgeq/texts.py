@@ -144,14 +144,19 @@ def _batch(tokens: Tokens, rows: Sequence[int]) -> Batch:
     return Batch(tuple(rows), Feeds(ids, mask))
 
 
-def text_set(origin: str, texts: Sequence[str], tokens: Tokens) -> TextSet:
-    """Describe a set of texts by its content."""
+def sha256_texts(texts: Sequence[str]) -> str:
+    """Hash texts in order, so that a set is known again."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(f"{len(text)}:".encode() + text.encode())
+    return digest.hexdigest()
+
+
+def text_set(origin: str, texts: Sequence[str], tokens: Tokens) -> TextSet:
+    """Describe a set of texts by its content."""
     return TextSet(
         origin=origin,
-        sha256=digest.hexdigest(),
+        sha256=sha256_texts(texts),
         count=len(texts),
         tokens=sum(len(ids) for ids in tokens.ids),
         truncated=tokens.truncated,

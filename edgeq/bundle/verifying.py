@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edgeq import backends
 from edgeq.backends.contract import embed_batches
-from edgeq.bundle.checksums import check_sums
+from edgeq.bundle.checksums import bundle_files, check_sums
 from edgeq.bundle.golden import VECTORS, GoldenData, read_golden
 from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle, load_manifest, load_report, require_cpu
 from edgeq.errors import BundleCorrupt, ParityFailed
@@ -50,11 +50,7 @@ def verify(path: Path) -> Verification:
         Unsupported: this CPU lacks flags the target needs.
         ParityFailed: the golden texts give other vectors here.
     """
-    if not is_bundle(path):
-        load_manifest(path)  # says what is missing, if it is the manifest
-    files = check_sums(path)
-    manifest, report = load_manifest(path), load_report(path)
-    _walk(path, manifest, report)
+    manifest, report = read_whole(path)
     golden = read_golden(path)
     _check_golden(path, manifest, golden)
     require_cpu(manifest.target)
@@ -67,7 +63,7 @@ def verify(path: Path) -> Verification:
         path=str(path),
         target=manifest.target.name,
         status=manifest.status,
-        files=files,
+        files=len(bundle_files(path)),
         golden_texts=len(golden.texts),
         ran_on=ran_on,
         machine=describe(),
@@ -77,6 +73,21 @@ def verify(path: Path) -> Verification:
     )
     judge_golden(path, manifest, verification, is_same_place=(ran_on, describe()) == (report.ran_on, report.machine))
     return verification
+
+
+def read_whole(path: Path) -> tuple[Manifest, ParityReport]:
+    """Hash every file and walk the chain, and give what the bundle records.
+
+    Raises:
+        ConfigError: there is no bundle at this path.
+        BundleCorrupt: a file or a link of the chain does not agree; the message names it.
+    """
+    if not is_bundle(path):
+        load_manifest(path)  # says what is missing, if it is the manifest
+    check_sums(path)
+    manifest, report = load_manifest(path), load_report(path)
+    _walk(path, manifest, report)
+    return manifest, report
 
 
 def _walk(path: Path, manifest: Manifest, report: ParityReport) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from edgeq.cli import console, making, proving, running
+from edgeq.cli import comparing, console, making, proving, running
 from edgeq.errors import EdgeqError, StorageFailed
 
 _INTERRUPTED = 130
@@ -35,6 +35,7 @@ _VERBS: tuple[Callable[..., None], ...] = (
     proving.validate,
     proving.evaluate,
     running.bench,
+    comparing.compare,
     running.embed,
     making.cache,
 )
