@@ -189,6 +189,7 @@ class ExactSums:
         multipliers = np.rint(scales.astype(np.float64) / step).astype(np.int16)
         name, stem = str(lookup.inputs[0].name), str(lookup.outputs[0].name)  # type: ignore[union-attr]
         lookup.replace_input_with(0, add_constant(self._codes.graph, f"{name}/codes", np.ascontiguousarray(codes.T)))
+        lookup.name = lookup.outputs[0].name = f"{stem}/codes"
         lookup.outputs[0].dtype = ir.DataType.INT8
         factors = add_constant(self._codes.graph, f"{name}/multipliers", multipliers[:, None])
         before = readers(lookup.outputs[0])[0]
@@ -203,7 +204,7 @@ class ExactSums:
             operands.append(
                 add_node(before, "DequantizeLinear", [looked_up, *parameters], f"{looked_up.name}/dequantized")
             )
-        return add_node(before, "Mul", operands, f"{stem}/term")
+        return add_node(before, "Mul", operands, stem)
 
     def _largest_factor(self, product: ir.Node) -> float:
         factor = made_by(product.inputs[1], "Mul")
