@@ -12,13 +12,14 @@ from edgeq import __version__, backends, bundle, machine, parity, schemes, sourc
 from edgeq import export as exporting
 from edgeq.backends.contract import Backend, Embeddings, embed_batches
 from edgeq.cache import Cache
-from edgeq.errors import Unsupported
+from edgeq.errors import ConfigError, Unsupported
 from edgeq.records import (
     Measures,
     ParityReport,
     Place,
     QdqModel,
     Record,
+    Scheme,
     Status,
     Target,
 )
@@ -44,6 +45,7 @@ class ExportRequest:
     pooling: str | None = None
     samples: int | None = None
     seed: int = 0
+    scheme: Path | None = None
     hidden_state: bool = True
     keep_failed: bool = False
     overwrite: bool = False
@@ -81,7 +83,7 @@ def export(request: ExportRequest, report: Report) -> tuple[Exported, ...]:
         request.texts, request.column, request.validation, request.evaluation, request.samples, request.seed
     )
     for target in request.targets:
-        schemes.find(target.scheme, target.name)
+        _scheme(request, target)
         backends.find(target.backend, target.name).tools()
         bundle.require_place(request.out / target.name)
     if request.dry_run:
@@ -105,7 +107,7 @@ def _bundle(
     stage = f"{target.name}: "
     backend = backends.find(target.backend, target.name)
     report(f"{stage}quantize", 0, 1)
-    model = stages.quantized(target, calibrated, request.cache)
+    model = stages.quantized(target, calibrated, request.cache, _scheme(request, target))
     _refuse(backend, model, target)
     report(f"{stage}quantize", 1, 1)
     report(f"{stage}reference", 0, 1)
@@ -148,6 +150,20 @@ def _bundle(
         size_bytes=size,
         failures=found.failures,
     )
+
+
+def _scheme(request: ExportRequest, target: Target) -> Scheme:
+    """Give the target's scheme, or the one that was asked for, which differs in raised products only."""
+    own = schemes.find(target.scheme, target.name)
+    if request.scheme is None:
+        return own
+    given = schemes.read(request.scheme)
+    if given != schemes.raising(own, given.raised):
+        raise ConfigError(
+            f"{request.scheme}: is a form of {given.name.split(schemes.SEPARATOR)[0]}; {target.name} takes {own.name}. "
+            "Leave --scheme out, or choose another target."
+        )
+    return given
 
 
 def _keep_report(found: ParityReport, out: Path, is_written: bool) -> str:
@@ -205,7 +221,8 @@ def _command(request: ExportRequest, name: str, target: Target) -> tuple[str, ..
     optional: Mapping[str, object | None] = {
         "--texts": request.texts and request.texts.name, "--column": request.column,
         "--validation": request.validation and request.validation.name,
-        "--pooling": request.pooling, "--samples": request.samples, "--seed": request.seed or None,
+        "--pooling": request.pooling, "--scheme": request.scheme and request.scheme.name,
+        "--samples": request.samples, "--seed": request.seed or None,
     }  # fmt: skip
     for option, value in optional.items():
         words += [option, str(value)] if value is not None else []

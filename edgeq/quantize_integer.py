@@ -121,9 +121,12 @@ class _Coder:
         self._codes = CodedGraph(graph, observed)
         self._form = form
         self._weight_bits = scheme.weight_bits
+        self._raised = frozenset(scheme.raised)
         self._table_bits = scheme.embedding_bits
         self._masks = Masks(self._codes)
-        self._sums = ExactSums(self._codes, form.gemm_bits, scheme.embedding_bits) if form.sum_bits == 32 else None
+        self._sums: ExactSums | None = None
+        if form.sum_bits == 32:
+            self._sums = ExactSums(self._codes, form.gemm_bits, scheme.embedding_bits, self._raised)
         self._done: set[ir.Node] = set()
         self._products: list[str] = []
         self._visitors: dict[str, Callable[[ir.Node], None]] = {
@@ -354,9 +357,9 @@ class _Coder:
         return False
 
     def _is_wide(self, node: ir.Node) -> bool:
-        """The side path of large neurons has 16 bits, and so has a Dense layer: it is one row."""
+        """The side path of large neurons has 16 bits, and so have a Dense layer, which is one row, and raised ones."""
         shape = dims(node.inputs[0])
-        return str(node.name).endswith(SIDE) or (shape is not None and len(shape) == 2)
+        return str(node.name).endswith(SIDE) or node.name in self._raised or (shape is not None and len(shape) == 2)
 
     def _scores(self, masked: ir.Node, bits: int) -> Affine:
         """Cover scores down to where exp leaves nothing beside the smallest maximum of a row."""

@@ -118,6 +118,7 @@ class Scheme(Record):
     embedding_bits: int
     range_method: RangeMethod
     integer: IntegerForm | None = None  # None: what is no weight product stays float
+    raised: tuple[str, ...] = ()  # weight products with more bits than the rest: 16 where all is integer, else float
 
 
 class QdqModel(Record):

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from edgeq.cli import comparing, console, making, proving, running
+from edgeq.cli import analyzing, comparing, console, making, proving, running
 from edgeq.errors import EdgeqError, StorageFailed
 
 _INTERRUPTED = 130
@@ -36,6 +36,7 @@ _VERBS: tuple[Callable[..., None], ...] = (
     proving.evaluate,
     running.bench,
     comparing.compare,
+    analyzing.analyze,
     running.embed,
     making.cache,
 )

@@ -62,6 +62,9 @@ def export(
     pooling: Annotated[str | None, typer.Option(help="How to pool a model that does not say it.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, metavar="N", help="Calibrate on N of the texts.")] = None,
     seed: Annotated[int, typer.Option(metavar="S", help="Which N texts.")] = 0,
+    scheme: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The scheme that `edgeq analyze --auto` wrote.")
+    ] = None,
     hidden_state: Annotated[
         bool, typer.Option("--hidden-state/--no-hidden-state", help="Keep the output last_hidden_state.")
     ] = True,
@@ -97,6 +100,7 @@ def export(
         pooling=pooling,
         samples=samples,
         seed=seed,
+        scheme=scheme,
         hidden_state=hidden_state,
         keep_failed=keep_failed,
         overwrite=overwrite,
