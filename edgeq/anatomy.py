@@ -1,4 +1,4 @@
-"""Take an ONNX file or a bundle apart: operators by dtype, tensors by dtype, sizes."""
+"""Take an ONNX file, an OpenVINO IR or a bundle apart: operators by dtype, tensors by dtype, sizes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
+from edgeq import openvino_ir
 from edgeq.errors import BundleCorrupt, ConfigError
 from edgeq.records import Record
 
@@ -42,7 +43,7 @@ class StoredTensor(Record):
 
 
 class Anatomy(Record):
-    """Say what an ONNX file is made of.
+    """Say what an ONNX file or an OpenVINO IR is made of.
 
     `operators` counts by operator and then by the dtypes it computes on, seen through DequantizeLinear: a MatMul of two
     dequantised tensors counts as `uint8 x int8`. Whether a runtime really runs it in integers stands in a bundle's
@@ -62,10 +63,10 @@ class Anatomy(Record):
 
 
 def inspect(path: Path) -> Anatomy:
-    """Take an ONNX file, or a bundle's artifact, apart.
+    """Take an ONNX file, an OpenVINO IR (its .xml) or a bundle's artifact apart.
 
     Raises:
-        ConfigError: nothing is there, or it is neither an ONNX file nor a bundle of one.
+        ConfigError: nothing is there, or it is neither an ONNX file, nor an IR, nor a bundle of one.
         BundleCorrupt: the manifest cannot be read or names an artifact that is not there.
     """
     if path.is_dir():
@@ -78,12 +79,15 @@ def inspect(path: Path) -> Anatomy:
     elif path.is_file():
         model_path, bundle_files = path, {}
     else:
-        raise ConfigError(f"{path}: nothing is there; an ONNX file or a bundle is needed. Check the path.")
+        raise ConfigError(f"{path}: nothing is there; an ONNX file, an IR or a bundle is needed. Check the path.")
+    name = model_path.name if not bundle_files else model_path.relative_to(path).as_posix()
+    if model_path.suffix == ".xml":
+        return _ir_anatomy(name, model_path, bundle_files)
     model = read_onnx(model_path)
     dtypes = _dtypes(model)
     stored = _stored_tensors(model)
     return Anatomy(
-        file=model_path.name if not bundle_files else model_path.relative_to(path).as_posix(),
+        file=name,
         size_bytes=model_path.stat().st_size + _external_bytes(model, model_path),
         ir_version=model.ir_version,
         opsets={opset.domain or "ai.onnx": opset.version for opset in model.opset_import},
@@ -94,6 +98,34 @@ def inspect(path: Path) -> Anatomy:
         largest=tuple(sorted(stored, key=lambda tensor: (-tensor.size_bytes, tensor.name))[:_LARGEST]),
         bundle_files=bundle_files,
     )
+
+
+def _ir_anatomy(name: str, path: Path, bundle_files: dict[str, int]) -> Anatomy:
+    """Take an OpenVINO IR apart."""
+    network, weights = openvino_ir.read_ir(path), openvino_ir.weights_of(path)
+    stored = [
+        StoredTensor(name=layer.name, dtype=port.dtype, shape=port.shape, size_bytes=size)
+        for layer, port, size in openvino_ir.stored(network, weights)
+    ]
+    parameters = [(layer.name, layer.outputs[0]) for layer in network.of("Parameter")]
+    results = [network.port(layer.inputs[0]) for layer in network.of("Result")]
+    opsets = [layer.opset.removeprefix("opset") for layer in network.layers.values()]
+    return Anatomy(
+        file=name,
+        size_bytes=path.stat().st_size + weights.stat().st_size,
+        ir_version=network.version,
+        opsets={"openvino": max(int(number) for number in opsets if number.isdigit())},
+        inputs=tuple(_ir_port(name, port) for name, port in parameters),
+        outputs=tuple(_ir_port(next(iter(port.names), "?"), port) for port in results),
+        operators=_ordered(network.computed()),
+        tensors=_groups(stored),
+        largest=tuple(sorted(stored, key=lambda tensor: (-tensor.size_bytes, tensor.name))[:_LARGEST]),
+        bundle_files=bundle_files,
+    )
+
+
+def _ir_port(name: str, port: openvino_ir.OutputPort) -> Port:
+    return Port(name=name, dtype=port.dtype, shape=tuple("?" if size < 0 else size for size in port.shape))
 
 
 def read_onnx(path: Path) -> onnx.ModelProto:
@@ -123,16 +155,16 @@ def _artifact_of(bundle: Path) -> Path:
     """Find the file that the bundle's runtime loads."""
     if not (bundle / "manifest.json").is_file():
         raise ConfigError(
-            f"{bundle}: no manifest.json; inspect takes an ONNX file or a bundle. "
+            f"{bundle}: no manifest.json; inspect takes an ONNX file, an OpenVINO IR or a bundle. "
             "Name the file itself, or a directory that `edgeq export` wrote."
         )
     from edgeq.bundle import load_manifest
 
     model_path = bundle / load_manifest(bundle).artifact.files[0].path
-    if model_path.suffix != ".onnx":
+    if model_path.suffix not in (".onnx", ".xml"):
         raise ConfigError(
-            f"{model_path}: inspect takes ONNX files. The bundle's manifest.json lists this file's operators under "
-            "artifact.placement; another tool, such as TensorFlow's analyzer, shows its tensors."
+            f"{model_path}: inspect takes ONNX files and OpenVINO IRs. The bundle's manifest.json lists this file's "
+            "operators under artifact.placement; another tool, such as TensorFlow's analyzer, shows its tensors."
         )
     if not model_path.is_file():
         raise BundleCorrupt(f"{model_path}: named by manifest.json, but not there. Export the bundle again.")
@@ -225,6 +257,11 @@ def _operators(graph: onnx.GraphProto, dtypes: Mapping[str, str]) -> dict[str, d
     for node in graph.node:
         operator = f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
         counts.setdefault(operator, Counter())[_computes_on(node, dtypes, quantised)] += 1
+    return _ordered(counts)
+
+
+def _ordered(counts: Mapping[str, Counter[str]]) -> dict[str, dict[str, int]]:
+    """Put the most frequent operators first."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1].total(), item[0]))
     return {operator: dict(sorted(by_dtype.items())) for operator, by_dtype in ordered}
 

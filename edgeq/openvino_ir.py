@@ -5,6 +5,8 @@ Source: OpenVINO 2026.4, documentation, "Model representation: Intermediate Repr
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +14,11 @@ from xml.parsers import expat
 
 from edgeq.errors import ConfigError
 
-_DTYPES = {"fp64": "float64", "fp32": "float32", "f32": "float32", "fp16": "float16", "f16": "float16",
-           "bf16": "bfloat16", "i64": "int64", "i32": "int32", "i16": "int16", "i8": "int8", "u8": "uint8",
-           "u16": "uint16", "u32": "uint32", "u64": "uint64", "i4": "int4", "u4": "uint4", "boolean": "bool"}  # fmt: skip
+_DTYPES = {
+    "fp64": "float64", "fp32": "float32", "f32": "float32", "fp16": "float16", "f16": "float16", "bf16": "bfloat16",
+    "i64": "int64", "i32": "int32", "i16": "int16", "i8": "int8", "i4": "int4",
+    "u64": "uint64", "u32": "uint32", "u16": "uint16", "u8": "uint8", "u4": "uint4", "boolean": "bool",
+}  # fmt: skip
 _ADVICE = "Export it again, or check that the download is complete."
 
 # What stands between a product and the 8-bit codes that it reads.
@@ -53,6 +57,24 @@ class Network:
     def of(self, operation: str) -> Iterator[Layer]:
         """Give the layers of one operation."""
         return (layer for layer in self.layers.values() if layer.operation == operation)
+
+    def port(self, source: tuple[str, int]) -> OutputPort:
+        """Give the output that an input reads."""
+        return self.layers[source[0]].outputs[source[1]]
+
+    def computed(self) -> dict[str, Counter[str]]:
+        """Count operations by the dtypes they compute on: inputs of the output's dtype, seen through dequantising."""
+        counts: dict[str, Counter[str]] = {}
+        for layer in self.layers.values():
+            if layer.operation in ("Const", "Parameter", "Result"):
+                continue
+            result = layer.outputs[0].dtype
+            alike = [source for source in layer.inputs if self.port(source).dtype == result]
+            seen = [self.dtype_read(source) for source in alike or layer.inputs[:1]]
+            if layer.operation in _DEQUANTISING:
+                seen = [self.port(source).dtype for source in layer.inputs[:1]]
+            counts.setdefault(layer.operation, Counter())[" x ".join(dict.fromkeys(seen)) or result] += 1
+        return counts
 
     def dtype_read(self, source: tuple[str, int]) -> str:
         """Give the dtype of what an input reads, seen through its dequantisation to the codes behind."""
@@ -164,6 +186,35 @@ def read_ir(path: Path) -> Network:
     if not network.version or not network.layers:
         raise ConfigError(f"{path}: no <net> with layers, which an OpenVINO IR has. {_ADVICE}")
     return network
+
+
+def weights_of(path: Path) -> Path:
+    """Name the .bin of an .xml: that of its own name, or the one that static forms of several lengths share.
+
+    Raises:
+        ConfigError: neither is there.
+    """
+    shared = path.with_name(re.sub(r"_seq_\d+$", "_seq", path.stem) + ".bin")
+    for weights in (path.with_suffix(".bin"), shared):
+        if weights.is_file():
+            return weights
+    raise ConfigError(f"{path.with_suffix('.bin')}: is not there; an IR is an .xml and its .bin. {_ADVICE}")
+
+
+def stored(network: Network, weights: Path) -> Iterator[tuple[Layer, OutputPort, int]]:
+    """Give each constant that lies in the .bin, and its size in bytes.
+
+    Raises:
+        ConfigError: a constant lies beyond the end of the file.
+    """
+    end = weights.stat().st_size
+    for layer in network.of("Const"):
+        offset, size = (int(layer.attributes[key]) for key in ("offset", "size"))
+        if offset + size > end:
+            raise ConfigError(
+                f"{weights}: has {end} bytes; {layer.name} lies at {offset} and has {size} bytes. {_ADVICE}"
+            )
+        yield layer, layer.outputs[0], size
 
 
 def _reason(error: Exception) -> str:

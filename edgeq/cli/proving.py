@@ -36,7 +36,8 @@ def verify(
     elif found.float32_cosine_min is not None:
         told = f"cosine {found.float32_cosine_min:.6f} with FP32 or more on {found.machine} ({found.ran_on})"
     else:
-        told = f"nothing, because they were not run: {found.reason}"
+        told = "no vectors, because they were not run"
+        console.note(f"not run: {found.reason}")
     console.put(
         f"{found.path}: {found.files} files are whole, the chain holds, and {found.golden_texts} golden texts give "
         f"{told}. The bundle for {found.target} is recorded as {found.status}."

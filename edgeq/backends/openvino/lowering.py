@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgeq.errors import EdgeqError, LoweringFailed
 
 STEM = "openvino/openvino_model"  # the name sentence-transformers opens by itself
@@ -37,10 +39,52 @@ def read_qdq(path: Path) -> Any:
 
     with refusals(path.name, LoweringFailed, "Report the model, with what `edgeq inspect` says about the file."):
         model = ov.Core().read_model(path)
+    turn_keys_inside(model)
     _name(model)
     for key, value in _IN_THE_FILE.items():
         model.set_rt_info(value, ["runtime_options", key])
     return model
+
+
+def turn_keys_inside(model: Any) -> int:
+    """Let the product of queries and keys read the keys as they lie, and give the number of products changed.
+
+    Before::
+
+        queries ─ MatMul(Transpose[0, 2, 3, 1](keys))
+
+    After::
+
+        queries ─ MatMul(Transpose[0, 2, 1, 3](keys), transpose_b)
+
+    The same sums. The CPU plugin takes this Transpose into its attention kernel, and makes a pass over the keys of the
+    other one.
+    """
+    from openvino import opset1
+
+    changed = 0
+    for product in model.get_ordered_ops():
+        if product.get_type_name() != "MatMul" or product.get_attributes()["transpose_b"]:
+            continue
+        transpose = product.input_value(1).get_node()
+        if transpose.get_type_name() != "Transpose" or _order(transpose) != [0, 2, 3, 1]:
+            continue
+        keys = opset1.transpose(transpose.input_value(0), opset1.constant(np.array([0, 2, 1, 3])))
+        keys.set_friendly_name(transpose.get_friendly_name())
+        is_turned = bool(product.get_attributes()["transpose_a"])
+        turned = opset1.matmul(product.input_value(0), keys, is_turned, True)
+        turned.set_friendly_name(product.get_friendly_name())
+        turned.output(0).set_names(product.output(0).get_names())
+        for reader in product.output(0).get_target_inputs():
+            reader.replace_source_output(turned.output(0))
+        changed += 1
+    model.validate_nodes_and_infer_types()
+    return changed
+
+
+def _order(transpose: Any) -> list[int] | None:
+    order = transpose.input_value(1).get_node()
+    return [int(axis) for axis in order.data] if order.get_type_name() == "Constant" else None
 
 
 def _name(model: Any) -> None:
