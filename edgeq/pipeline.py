@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from edgeq import __version__, backends, bundle, machine, parity, schemes, source, stages, storage
+from edgeq import __version__, backends, bundle, comparing, schemes, source, stages, storage
 from edgeq import export as exporting
-from edgeq.backends.contract import Backend, Embeddings, embed_batches
+from edgeq.backends.contract import Backend, Embeddings
 from edgeq.cache import Cache
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.records import (
@@ -84,7 +85,9 @@ def export(request: ExportRequest, report: Report) -> tuple[Exported, ...]:
     )
     for target in request.targets:
         _scheme(request, target)
-        backends.find(target.backend, target.name).tools()
+        backend = backends.find(target.backend, target.name)
+        backend.tools()
+        comparing.require_device(backend, target)
         bundle.require_place(request.out / target.name)
     if request.dry_run:
         return tuple(_not_run(target) for target in request.targets)
@@ -117,17 +120,10 @@ def _bundle(
     with storage.work_dir() as work:
         report(f"{stage}lower", 0, 1)
         artifact = backend.lower(model, target, work)
-        session = backend.load(artifact, work, target)
         report(f"{stage}lower", 1, 1)
-        report(f"{stage}compare", 0, 2)
-        embeddings = embed_batches(session, batches(validation.tokens), len(validation.texts))
-        report(f"{stage}compare", 1, 2)
-        invariance = parity.invariance(session, validation.tokens, limit, target.buckets_tokens)
-        found = parity.report(
-            target, machine.place(target.runs_on), artifact.placement, validation.reference, embeddings,
-            validation.texts, validation.record, invariance,
-        )  # fmt: skip
-        report(f"{stage}compare", 2, 2)
+        found, embeddings = comparing.compare(
+            backend, artifact, work, target, validation, model.max_sequence, partial(report, f"{stage}compare")
+        )
         size = sum(ref.size_bytes for ref in artifact.files)
         path = request.out / target.name
         is_written = found.status != "failed" or request.keep_failed
@@ -185,7 +181,7 @@ def _refuse(backend: Backend, model: QdqModel, target: Target) -> None:
         raise Unsupported(f"{target.name}: {target.backend} cannot take this model:\n{listed}")
 
 
-def _golden(validation: stages.Validation, embeddings: Embeddings) -> bundle.GoldenData:
+def _golden(validation: stages.Validation, embeddings: Embeddings | None) -> bundle.GoldenData:
     """Choose texts of evenly spread lengths, so that short and long ones are both among the golden."""
     by_length = sorted(range(len(validation.texts)), key=lambda row: len(validation.tokens.ids[row]))
     places = np.unique(np.linspace(0, len(by_length) - 1, min(GOLDEN_TEXTS, len(by_length))).round().astype(int))
@@ -195,7 +191,7 @@ def _golden(validation: stages.Validation, embeddings: Embeddings) -> bundle.Gol
     order = [rows[row] for row in batch.rows]
     return bundle.GoldenData(
         tuple(validation.texts[row] for row in order), batch.feeds.input_ids, batch.feeds.attention_mask,
-        validation.reference[order], embeddings[order], validation.tokens.pad_id,
+        validation.reference[order], None if embeddings is None else embeddings[order], validation.tokens.pad_id,
     )  # fmt: skip
 
 

@@ -208,8 +208,21 @@ class Measures(Record):
     worst_text: str
 
 
+class SettingReport(Record):
+    """Hold what the same artifact measures run in another way, or why that was not measured."""
+
+    name: str  # e.g. "inference_precision_hint=bf16"
+    ran_on: Place
+    measures: Measures | None  # None when not measured
+    reason: str | None  # why not
+
+
 class ParityReport(Record):
-    """Measure first, judge after: `failures` has one sentence for each limit of the gate that is missed."""
+    """Measure first, judge after: `failures` has one sentence for each limit of the gate that is missed.
+
+    `other_settings` must meet the gate, too, but cannot stand in for a run: a report without `measures` is `not-run`
+    or `failed`, never `passed`. Their invariance is measured and not judged.
+    """
 
     target: str
     ran_on: Place
@@ -219,6 +232,8 @@ class ParityReport(Record):
     gate: Gate
     failures: tuple[str, ...]
     texts: TextSet
+    reason: str | None = None  # why it was not run; such a bundle is not fit for a release
+    other_settings: tuple[SettingReport, ...] = ()
 
 
 class Golden(Record):

@@ -173,13 +173,18 @@ def cache(
 def _listed(target: Target) -> dict[str, Any]:
     """Describe a target as `targets --json` does, with what keeps this machine from running it."""
     from edgeq.backends import find
+    from edgeq.backends.contract import obstacle
     from edgeq.targets import availability
 
     is_available, reason = availability(target)
+    backend = find(target.backend, target.name)
     try:
-        find(target.backend, target.name).tools()
+        backend.tools()
+        missing = obstacle(backend, target)
     except ToolMissing as error:
-        is_available, reason = False, "; ".join(filter(None, (reason, str(error))))
+        missing = str(error)
+    if missing is not None:
+        is_available, reason = False, "; ".join(filter(None, (reason, missing)))
     return {
         "name": target.name,
         "backend": target.backend,

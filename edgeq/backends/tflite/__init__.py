@@ -21,7 +21,7 @@ from edgeq.primitives import MEAN
 from edgeq.records import Artifact, Placement, QdqModel, Target
 from edgeq.row_gains import FACTOR
 from edgeq.storage import file_ref, storage_errors, write_bytes
-from edgeq.texts import Feeds, lengths
+from edgeq.texts import Feeds, fitted, lengths, rows_by_bucket
 
 MODEL = "tflite/model.tflite"
 SIGNATURE = "seq_{}"
@@ -189,11 +189,8 @@ class TfliteSession:
         Raises:
             ConfigError: a text is longer than the largest bucket.
         """
-        rows: dict[int, list[int]] = {}
-        for row, bucket in enumerate(self._buckets_of(feeds)):
-            rows.setdefault(bucket, []).append(row)
         embeddings: Embeddings | None = None
-        for bucket, members in rows.items():
+        for bucket, members in rows_by_bucket(feeds, self._buckets).items():
             inputs = {
                 "input_ids": _fitted(feeds.input_ids[members], bucket),
                 "attention_mask": _fitted(feeds.attention_mask[members], bucket),
@@ -210,7 +207,7 @@ class TfliteSession:
 
     def milliseconds(self, feeds: Feeds, runs: int, warmup: int) -> list[float]:
         """Time runs inside the child, one text after the other: a batch is as many runs."""
-        bucket = max(self._buckets_of(feeds))
+        bucket = max(rows_by_bucket(feeds, self._buckets))
         totals = np.zeros(runs)
         for row in range(len(feeds.input_ids)):
             one = {
@@ -227,19 +224,7 @@ class TfliteSession:
         """Give the child's peak resident memory."""
         return int(self._worker.call(do="memory")["peak_bytes"])
 
-    def _buckets_of(self, feeds: Feeds) -> list[int]:
-        sizes = feeds.attention_mask.sum(axis=1).tolist()
-        if len(sizes) == 1:
-            sizes = [feeds.input_ids.shape[1]]
-        longest = max(sizes)
-        if longest > self._buckets[-1]:
-            raise ConfigError(
-                f"a text has {longest} tokens; the largest bucket holds {self._buckets[-1]}. Cut it first."
-            )
-        return [next(bucket for bucket in self._buckets if bucket >= size) for size in sizes]
-
 
 def _fitted(rows: NDArray[np.int64], width: int) -> NDArray[Any]:
     """Cut or pad each row with zeros to the width: int32[rows, 1, width]. A masked id may be any."""
-    kept = rows[:, :width]
-    return np.pad(kept, ((0, 0), (0, width - kept.shape[1]))).astype(np.int32)[:, None, :]
+    return fitted(rows, width).astype(np.int32)[:, None, :]
