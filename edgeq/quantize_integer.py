@@ -31,7 +31,7 @@ MASKED_BELOW = 20.0  # exp(-20) = 2e-9: what a masked position may keep beside t
 GELU_FLOOR = -4.0  # GELU(-4) = -1.3e-4: below, nothing is left to tell apart
 SOFTMAX = {8: Affine(1 / 256, -128, -128, 127), 16: Affine(1 / 32768, 0, -32768, 32767)}
 SHARE = Affine(1 / 32767, 0, -32768, 32767)  # of a token in the mean
-_STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather"})
+_STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "ReduceMax"})
 _INT16, _INT32 = np.iinfo(np.int16), np.iinfo(np.int32)
 
 
@@ -131,9 +131,9 @@ class _Coder:
         self._products: list[str] = []
         self._visitors: dict[str, Callable[[ir.Node], None]] = {
             "Add": self._add, "Gather": self._lookup, "Gelu": self._pointwise, "MatMul": self._matmul,
-            "Mul": self._arithmetic, "ReduceMean": self._arithmetic, "ReduceSumSquare": self._arithmetic,
-            "Relu": self._pointwise, "Slice": self._lookup, "Softmax": self._softmax, "Sqrt": self._root,
-            "Sub": self._arithmetic, "Tanh": self._arithmetic,
+            "Min": self._capped, "Mul": self._arithmetic, "ReduceMean": self._arithmetic,
+            "ReduceSumSquare": self._arithmetic, "Relu": self._pointwise, "Slice": self._lookup,
+            "Softmax": self._softmax, "Sqrt": self._root, "Sub": self._arithmetic, "Tanh": self._arithmetic,
         }  # fmt: skip
 
     @property
@@ -342,6 +342,15 @@ class _Coder:
             before = self._codes.name_of(source)
         if before is not None and before in self._codes.observed:
             self._codes.observed[name] = self._codes.observed[before]
+
+    def _capped(self, node: ir.Node) -> None:
+        """Give max pooling's cap the codes of what it caps: their ends, where it lies beyond every value."""
+        hidden, cap = node.inputs
+        if hidden not in self._codes.coded or cap not in self._masks.values:
+            raise Unsupported(f"{node.name}: a minimum that is no max pooling has no integer form")
+        source = self._codes.coded[hidden]
+        node.replace_input_with(1, self._masks.coded(cap, source.affine, source.bits, node).value)
+        self._still(node)
 
     def _vanishes(self, node: ir.Node) -> bool:
         """Drop the sum with a constant that is below half a step."""

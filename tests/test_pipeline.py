@@ -78,7 +78,7 @@ def test_an_export_writes_a_bundle_that_verifies(request_: pipeline.ExportReques
 
 
 @pytest.mark.tflite
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"])
 def test_an_integer_only_bundle_holds_dense_and_pooling(
     request_: pipeline.ExportRequest, tmp_path: Path, pooling: str
 ) -> None:
@@ -86,7 +86,10 @@ def test_an_integer_only_bundle_holds_dense_and_pooling(
     target = load_target("integer-only-w8a16")
     gate = target.gate.model_copy(update={"cosine_mean_min": 0.9995, "cosine_min_min": 0.999})
     target = target.model_copy(update={"gate": gate, "buckets_tokens": (16, 64, 512)})
-    model = tiny_source.sentence_transformer(tmp_path / "model", pooling=pooling, dense=pooling == "mean")
+    # sqrt(n) is part of vectors that keep their length: unit vectors would not show it.
+    model = tiny_source.sentence_transformer(
+        tmp_path / "model", pooling=pooling, dense=pooling == "mean", normalize=pooling != "mean_sqrt_len_tokens"
+    )
     (made,) = pipeline.export(replace(request_, model=str(model), targets=(target,)), silent)
     assert (made.status, made.failures) == ("passed", ())
     assert verify(Path(made.path)).max_abs_error == 0.0

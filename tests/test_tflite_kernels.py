@@ -164,6 +164,13 @@ def elementwise() -> Iterator[Case]:
             exact = function(one.real(), other.real())
             kind = f"{builtin.title()}Options"
             yield Case(name, builtin, 2, (one, other), exact, dtype, of(dtype, scale, 5), (kind, options))
+    for dtype, codes in GRID.items():
+        same, options = of(dtype, 0.07, -11), ("MaximumMinimumOptions", {})  # it compares codes, whatever they mean
+        first, second = np.meshgrid(codes, codes, indexing="ij")
+        for name, other in (("side by side", Operand(second, same)), ("a column", Operand(codes[::-1, None], same))):
+            one = Operand(first, same)
+            exact = np.minimum(one.real(), other.real())
+            yield Case(name, "MINIMUM", 2, (one, other), exact, dtype, same, options, tolerance=0)
     number = Operand(ALL["int16"].astype(np.int32)[None])
     offset = Operand(np.array([2589], np.int32), is_constant=True)
     exact = number.real() + offset.real()
@@ -283,6 +290,12 @@ def functions() -> Iterator[Case]:
             case = Case(name, "GELU", 2, [x], exact, dtype, result, options)
             yield case if dtype == "int8" else interpolated(case)
         yield Case("", "RELU", 2, [x], np.maximum(x.real(), 0.0), dtype, result)
+
+        x = Operand(ordered(dtype, 4096, 4, 4), of(dtype, 0.04, 9))
+        exact, over = x.real().max(axis=1), Operand(np.array([1], np.int32), is_constant=True)
+        options: tuple[str, dict[str, Any]] = ("ReducerOptions", {"keepDims": False})
+        version = 2 if dtype == "int8" else 3
+        yield Case("", "REDUCE_MAX", version, [x, over], exact, dtype, x.parameters, options, tolerance=0)
 
         x = Operand(ordered(dtype, 1, 4096, 16), of(dtype, 0.04, 9))
         exact, axis = x.real().mean(axis=2, keepdims=True), Operand(np.array([2], np.int32), is_constant=True)

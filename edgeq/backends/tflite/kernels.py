@@ -58,9 +58,10 @@ LITERT: dict[str, dict[int, frozenset[Dtypes]]] = {
     "GELU": {2: _BOTH},
     "MEAN": {2: _BOTH},
     "MAXIMUM": {1: _WHOLE},
-    "MINIMUM": {1: _WHOLE},
+    "MINIMUM": {1: _WHOLE, 2: _PAIRS},
     "MUL": {1: _WHOLE, 2: _PAIRS},
     "QUANTIZE": {1: frozenset({("int8", "int16"), ("int16", "int8"), _I16, _I8})},
+    "REDUCE_MAX": {2: frozenset({_I8}), 3: frozenset({_I16})},
     "RELU": {2: _BOTH},
     "RESHAPE": {1: _BOTH},
     "RIGHT_SHIFT": {1: _WHOLE},
@@ -84,7 +85,8 @@ TFLITE_RUNTIME = {
 }
 
 KERNELS = {"litert": LITERT, "tflite-runtime": TFLITE_RUNTIME}
-_SHAPES = {"MEAN": 1, "RESHAPE": 1, "SUM": 1, "TRANSPOSE": 1}  # operators whose inputs behind the first are no data
+# Operators whose inputs behind the first are no data.
+_SHAPES = {"MEAN": 1, "REDUCE_MAX": 1, "RESHAPE": 1, "SUM": 1, "TRANSPOSE": 1}
 
 
 def operators(data: bytes) -> Iterator[Operator]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from ai_edge_litert import schema_py_generated as schema
 
-from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
+from edgeq.backends.tflite import pooling
+from edgeq.backends.tflite.emitter import Emitter
 from edgeq.backends.tflite.sums import raw
 from edgeq.backends.tflite.writer import Codes
 from edgeq.errors import LoweringFailed
@@ -38,8 +38,11 @@ def _mask_codes(emit: Emitter, node: ir.Node) -> None:
     maker = value.producer() if value is not None else None
     if maker is None or emit.mask is None:
         raise LoweringFailed(f"{node.name}: quantises an input")
-    if maker.op_type == "Div":
-        _shares(emit, node)
+    if pooling.is_share(node):
+        pooling.shares(emit, node)
+        return
+    if pooling.is_cap(node):
+        pooling.cap(emit, node)
         return
     if maker.op_type != "Mul":
         raise LoweringFailed(f"{node.name}: {maker.op_type} is no form of the attention mask")
@@ -57,28 +60,3 @@ def _mask_codes(emit: Emitter, node: ir.Node) -> None:
     shaped = emit.reshaped(flat, (1, 1, 1, emit.length), f"{name}/shaped")
     result = emit.result(node, (1, 1, 1, emit.length))
     emit.requantized(shaped, result)
-
-
-def _shares(emit: Emitter, node: ir.Node) -> None:
-    """Count the tokens, look up one over the count, and give each token that much."""
-    codes = emit.codes(node)
-    name = str(node.outputs[0].name).removesuffix("/quantized")
-    axis = emit.out.constant("axis_1", np.array([1], np.int32))
-    options = schema.ReducerOptionsT()
-    options.keepDims = False
-    count = emit.out.tensor(f"{name}/count", (1,), "int32")
-    mask = emit.mask
-    if mask is None:
-        raise LoweringFailed(f"{node.name}: there is no attention mask")
-    emit.out.operator(OPERATOR.SUM, 1, [mask, axis], count, (OPTIONS.ReducerOptions, options))
-    counts = np.maximum(np.arange(emit.length + 1), 1)
-    table = np.rint(1.0 / (counts * codes.scales[0])).astype(np.int16)
-    stored = emit.out.constant(f"{name}/one_over_count", table, codes)
-    inverse = emit.out.tensor(f"{name}/inverse", (1,), "int16", codes)
-    gather = (OPTIONS.GatherOptions, schema.GatherOptionsT())
-    emit.out.operator(OPERATOR.GATHER, 2, [stored, count], inverse, gather)
-    ones = emit.out.tensor(f"{name}/mask", (1, emit.length), "int16", Codes.of(1.0))
-    emit.cast(mask, ones)
-    flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int16", codes)
-    emit.out.operator(OPERATOR.MUL, 2, [ones, inverse], flat, (OPTIONS.MulOptions, schema.MulOptionsT()))
-    emit.tensors[node.outputs[0]] = emit.reshaped(flat, (1, 1, emit.length), name)
