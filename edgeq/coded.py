@@ -37,6 +37,7 @@ class CodedGraph:
         self.observed = observed
         self.coded: dict[ir.Value, Coded] = {}
         self.converted: dict[tuple[ir.Value, int], Coded] = {}
+        self.fixed: dict[str, Affine] = {}  # codes that follow from a rewrite, not from what was observed
 
     def statistics(self, value: ir.Value) -> Statistics:
         """Give what was observed of a tensor.
@@ -56,6 +57,8 @@ class CodedGraph:
 
     def range(self, value: ir.Value, bits: int) -> Affine:
         """Give codes for what was observed: 16 bits symmetric with headroom, 8 bits asymmetric."""
+        if str(value.name) in self.fixed:
+            return self.fixed[str(value.name)]
         seen = self.statistics(value)
         if bits == 16:
             return symmetric(self.largest(value) * HEADROOM, 16)

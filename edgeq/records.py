@@ -106,6 +106,9 @@ class IntegerForm(Record):
     output_bits: int  # the vectors
     sum_bits: int  # 32: the residual stream's sums and products are exact and rounded once; 16: each is rounded
     widen_quantile: float  # output channels above this quantile of magnitudes are scaled down in the weights
+    wide_matmul: bool  # whether two 16-bit tensors may be multiplied as matrices; else element by element
+    wide_gelu: bool  # whether GELU may have 16 bits; else the side path takes it from a sigmoid
+    tables: bool  # whether functions of 16 bits may be tables of all codes; else roots are interpolated, in two ranges
 
 
 class Scheme(Record):

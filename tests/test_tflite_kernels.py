@@ -284,6 +284,12 @@ def functions() -> Iterator[Case]:
             yield case if dtype == "int8" else interpolated(case)
         yield Case("", "RELU", 2, [x], np.maximum(x.real(), 0.0), dtype, result)
 
+        if dtype == "int16":
+            x = Operand(ALL[dtype][None], Codes.of(12.0 / 32767.0))
+            one = Codes.of(1 / 32768)
+            yield interpolated(Case("", "LOGISTIC", 3, [x], 1.0 / (1.0 + np.exp(-x.real())), dtype, one))
+            yield interpolated(Case("", "TANH", 3, [x], np.tanh(x.real()), dtype, one))
+
         x = Operand(ordered(dtype, 1, 4096, 16), of(dtype, 0.04, 9))
         exact, axis = x.real().mean(axis=2, keepdims=True), Operand(np.array([2], np.int32), is_constant=True)
         options = ("ReducerOptions", {"keepDims": True})
@@ -348,6 +354,11 @@ def moves() -> Iterator[Case]:
             order = Operand(np.array(perm, np.int32), is_constant=True)
             exact, options = wide.real().transpose(perm), ("TransposeOptions", {})
             yield Case(str(perm), "TRANSPOSE", 2, [wide, order], exact, dtype, parameters, options, tolerance=0)
+
+    wide = Operand(shuffled("int16", 1, 128, 512), either["int16"])
+    bounds = [Operand(np.array(numbers, np.int32), is_constant=True) for numbers in ([0, 0, 0], [1, 1, 512])]
+    exact = wide.real()[:, :1]
+    yield Case("", "SLICE", 4, [wide, *bounds], exact, "int16", either["int16"], ("SliceOptions", {}), tolerance=0)
 
     symmetric = Codes.of(0.04)
     casts: list[tuple[Operand, str, Codes | None]] = [

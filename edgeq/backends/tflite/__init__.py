@@ -17,9 +17,7 @@ from edgeq.backends.contract import Embeddings, Rejection
 from edgeq.children import Worker, pack, unpack
 from edgeq.environments import Environment, interpreter
 from edgeq.errors import ConfigError, LoweringFailed, ToolMissing
-from edgeq.primitives import MEAN
 from edgeq.records import Artifact, Placement, QdqModel, Target
-from edgeq.row_gains import FACTOR
 from edgeq.storage import file_ref, storage_errors, write_bytes
 from edgeq.texts import Feeds, lengths
 
@@ -119,7 +117,8 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     largest = SIGNATURE.format(max(buckets))
     written = [item for item in kernels.operators(data) if item.signature == largest]
     counts = Counter(item.name for item in written)
-    products = sum(item.name == "FULLY_CONNECTED" and not item.output.endswith((MEAN, FACTOR)) for item in written)
+    weights = {f"{name}/weight/codes" for name in model.integer_matmuls}
+    products = sum(item.name == "FULLY_CONNECTED" and not weights.isdisjoint(item.operands) for item in written)
     if products != len(model.integer_matmuls):
         raise LoweringFailed(
             f"{target.name}: {products} products were written, the scheme has {len(model.integer_matmuls)}; "

@@ -45,6 +45,7 @@ class Emitter:
         self.filled: dict[tuple[int, tuple[int, ...]], Tensor] = {}  # tensors of one number
         self.ids = out.input("input_ids", (1, length), "int32")
         self.mask = out.input("attention_mask", (1, length), "int32")
+        self.narrow_mask: Tensor | None = None  # in 8 bits, once it is needed
 
     def read(self, value: ir.Value | None) -> Tensor:
         """Give the tensor whose codes a DequantizeLinear reads."""

@@ -30,6 +30,7 @@ class Operator:
     name: str
     version: int
     dtypes: Dtypes
+    operands: tuple[str, ...]  # names of the inputs that are no shapes or axes
     output: str
 
 
@@ -56,6 +57,7 @@ LITERT: dict[str, dict[int, frozenset[Dtypes]]] = {
     },
     "GATHER": {2: frozenset({("int8", "int32", "int8"), ("int16", "int32", "int16")})},
     "GELU": {2: _BOTH},
+    "LOGISTIC": {3: frozenset({_I16})},
     "MEAN": {2: _BOTH},
     "MAXIMUM": {1: _WHOLE},
     "MINIMUM": {1: _WHOLE},
@@ -65,9 +67,11 @@ LITERT: dict[str, dict[int, frozenset[Dtypes]]] = {
     "RESHAPE": {1: _BOTH},
     "RIGHT_SHIFT": {1: _WHOLE},
     "RSQRT": {1: frozenset({_I16})},
+    "SLICE": {4: frozenset({_I16})},
     "SOFTMAX": {2: frozenset({_I8}), 3: frozenset({_I16})},
     "SUB": {1: _WHOLE, 2: _PAIRS},
     "SUM": {1: frozenset({("int32", "int32")})},
+    "TANH": {3: frozenset({_I16})},
     "TRANSPOSE": {2: _BOTH},
 }  # fmt: skip
 
@@ -84,7 +88,8 @@ TFLITE_RUNTIME = {
 }
 
 KERNELS = {"litert": LITERT, "tflite-runtime": TFLITE_RUNTIME}
-_SHAPES = {"MEAN": 1, "RESHAPE": 1, "SUM": 1, "TRANSPOSE": 1}  # operators whose inputs behind the first are no data
+# Operators whose inputs behind the first are no data.
+_SHAPES = {"MEAN": 1, "RESHAPE": 1, "SLICE": 1, "SUM": 1, "TRANSPOSE": 1}
 
 
 def operators(data: bytes) -> Iterator[Operator]:
@@ -97,7 +102,8 @@ def operators(data: bytes) -> Iterator[Operator]:
             read = list(operator.inputs)[: _SHAPES.get(name, len(operator.inputs))]
             tensors = [graph.tensors[index] for index in [*read, *operator.outputs]]
             dtypes = tuple(_DTYPES[tensor.type] for tensor in tensors)
-            yield Operator(graph.name.decode(), name, code.version, dtypes, tensors[-1].name.decode())
+            *operands, output = (tensor.name.decode() for tensor in tensors)
+            yield Operator(graph.name.decode(), name, code.version, dtypes, tuple(operands), output)
 
 
 def float_tensors(data: bytes) -> list[str]:

@@ -15,15 +15,18 @@ SIGNATURE = "seq_{}"
 
 WRITERS: dict[str, Callable[[Emitter, ir.Node], None]] = {
     "Add": products.sum_or_product,
+    "Clip": functions.clip,
     "Gather": moves.gather,
     "Gelu": functions.gelu,
     "MatMul": products.matmul,
     "Mul": products.elementwise,
     "QuantizeLinear": masks.quantize,
     "ReduceMean": products.mean,
+    "ReduceSum": products.total,
     "ReduceSumSquare": products.squares,
     "Relu": functions.relu,
     "Reshape": moves.reshape,
+    "Sigmoid": functions.sigmoid,
     "Slice": moves.slice_,
     "Softmax": products.softmax,
     "Sqrt": functions.inverse_root,
@@ -34,7 +37,7 @@ WRITERS: dict[str, Callable[[Emitter, ir.Node], None]] = {
 }
 # Read with another node, or preparing the mask and sizes, which lowering writes in its own way.
 _NOTHING_TO_WRITE = frozenset(
-    "ArgMax Cast Clip Concat DequantizeLinear Div Expand Identity Reciprocal ReduceSum Shape Unsqueeze".split()
+    "ArgMax Cast Concat DequantizeLinear Div Expand Identity Reciprocal Shape Unsqueeze".split()
 )
 
 
