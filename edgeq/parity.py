@@ -133,6 +133,13 @@ def judge(measures: Measures, placement: Placement, gate: Gate, ran_on: Place) -
             f"{len(fallbacks)} weight products run in float that the scheme makes integer ({', '.join(fallbacks)}); "
             f"at most {gate.float_fallbacks_max} are allowed."
         )
+    for file in sorted({item.file for item in placement.host_operators}):
+        on_host = [f"{item.operator} ({item.output})" for item in placement.host_operators if item.file == file]
+        if len(on_host) > gate.host_operators_max:
+            failures.append(
+                f"{file}: {len(on_host)} operators run on the host ({', '.join(on_host)}); "
+                f"at most {gate.host_operators_max} may."
+            )
     if ran_on not in gate.export_places:
         failures.append(f"it ran on {ran_on}; for export {' or '.join(gate.export_places)} is needed.")
     return tuple(failures)

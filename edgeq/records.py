@@ -157,6 +157,7 @@ class Gate(Record):
     norm_error_max: float  # relative to FP32's norm, for models that normalise
     norm_error_unnormalized_max: float  # the same for models that do not: there a norm drifts as the vector does
     float_fallbacks_max: int
+    host_operators_max: int = 0  # operators that an accelerator's compiler leaves to the CPU beside it, in one file
     export_places: tuple[Place, ...]
     release_places: tuple[Place, ...]
 
@@ -175,6 +176,32 @@ class Target(Record):
     gate: Gate
 
 
+class HostOperator(Record):
+    """Name an operator that runs on the CPU beside an accelerator."""
+
+    file: str  # that it stands in, relative to the bundle
+    operator: str
+    output: str  # the tensor it makes
+    reason: str  # the compiler's own sentence
+
+
+class Estimate(Record):
+    """Repeat what a compiler expects of a file, with the clock and memories it assumes. Nothing was measured."""
+
+    file: str
+    accelerator: str
+    system_config: str
+    memory_mode: str
+    clock_hz: int
+    arena_bytes: int
+    cycles: int
+    estimated_ms: float  # of the accelerator alone: operators on the host are not in it
+    sram_bytes: int
+    dram_bytes: int
+    flash_bytes: int
+    moved_bytes: int  # over all memories, in one inference
+
+
 class Placement(Record):
     """Say where the weight products really run, read from what the runtime will execute."""
 
@@ -182,6 +209,8 @@ class Placement(Record):
     float_by_scheme: tuple[str, ...]
     float_fallbacks: tuple[str, ...]
     operators: dict[str, int]
+    host_operators: tuple[HostOperator, ...] = ()
+    estimates: tuple[Estimate, ...] = ()  # one for each compiled file
 
 
 class Artifact(Record):

@@ -257,6 +257,17 @@ def linear() -> Iterator[Case]:
             )  # fmt: skip
 
 
+def row_products() -> Iterator[Case]:
+    """Give products of each channel with its own number, as a convolution over one place at a time."""
+    x = Operand(shuffled("int16", 1, 1, 1024, 64), Codes.of(0.07 / 256.0))
+    signs = np.where(RANDOM.random(64) < 0.5, -127, 127).astype(np.int8).reshape(1, 1, 1, 64)
+    scales = tuple(RANDOM.uniform(0.1, 3.0, 64) / 127.0)
+    row = Operand(signs, Codes(scales, (0,) * 64, axis=3), is_constant=True)
+    values = {"padding": schema.Padding.VALID, "strideW": 1, "strideH": 1, "depthMultiplier": 1}
+    options = ("DepthwiseConv2DOptions", values)
+    yield Case("", "DEPTHWISE_CONV_2D", 5, [x, row], x.real() * row.real(), "int16", Codes.of(0.2 / 256.0), options)
+
+
 def interpolated(case: Case) -> Case:
     """Allow a 16-bit function what its kernel strays: 2 codes more than straight lines between every 128th code do.
 
@@ -380,7 +391,8 @@ def moves() -> Iterator[Case]:
 
 
 CASES = [
-    *elementwise(), *whole_numbers(), *products(), *linear(), *functions(), *softmaxes(), *inverse_roots(), *moves(),
+    *elementwise(), *whole_numbers(), *products(), *linear(), *row_products(), *functions(), *softmaxes(),
+    *inverse_roots(), *moves(),
 ]  # fmt: skip
 BY_NAME = {str(case): case for case in CASES}
 

@@ -27,6 +27,9 @@ class Settings:
     bias_bits: int  # of products that read 16 bits: 32 on LiteRT and tflite-runtime, 64 for the reference kernels
     upcast: str  # "quantize" or "cast": how 8 bits become 16; tflite-runtime 2.14 has no QUANTIZE for it
     lookup: str  # "none", "roots" or "all": which 16-bit RSQRT and GELU are tables; tflite-runtime 2.14 has neither
+    rows: str = (
+        "mul"  # "mul" or "depthwise": how a tensor is multiplied by a stored row; Ethos-U55 reads MUL's row anew
+    )
 
 
 class Emitter:

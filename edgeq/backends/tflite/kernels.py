@@ -48,6 +48,7 @@ LITERT: dict[str, dict[int, frozenset[Dtypes]]] = {
             ("int32", "int8"), ("int32", "int16"), ("int8", "int16"), ("int8", "int32"), ("int16", "int32"),
         }),
     },
+    "DEPTHWISE_CONV_2D": {5: frozenset({("int16", "int8", "int16")})},
     "FILL": {1: _WHOLE},
     "FULLY_CONNECTED": {
         4: frozenset({
@@ -92,13 +93,19 @@ KERNELS = {"litert": LITERT, "tflite-runtime": TFLITE_RUNTIME}
 _SHAPES = {"MEAN": 1, "RESHAPE": 1, "SLICE": 1, "SUM": 1, "TRANSPOSE": 1}
 
 
+def operator_name(code: schema.OperatorCodeT) -> str:
+    """Give the name of an operator code; that of a custom operator as the file spells it."""
+    name = _NAMES[max(code.builtinCode, code.deprecatedBuiltinCode)]
+    return str(code.customCode.decode()) if name == "CUSTOM" and code.customCode else name
+
+
 def operators(data: bytes) -> Iterator[Operator]:
     """Give every operator of a .tflite file."""
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(data, 0))
     for graph in model.subgraphs:
         for operator in graph.operators:
             code = model.operatorCodes[operator.opcodeIndex]
-            name = _NAMES[max(code.builtinCode, code.deprecatedBuiltinCode)]
+            name = operator_name(code)
             read = list(operator.inputs)[: _SHAPES.get(name, len(operator.inputs))]
             tensors = [graph.tensors[index] for index in [*read, *operator.outputs]]
             dtypes = tuple(_DTYPES[tensor.type] for tensor in tensors)
