@@ -83,7 +83,7 @@ def test_the_npu_scheme_leaves_out_what_npus_lack(model: QdqModel) -> None:
     data = lower_model(ir.load(model.file.path), BUCKETS[-1:], PLAIN)
     found = {item.name for item in kernels.operators(data) if item.dtypes[-1] == "int16"}
     lacking = {"BATCH_MATMUL", "GATHER", "GELU"} & found
-    assert lacking == (set() if model.scheme.name == "w8a8-int-npu" else {"BATCH_MATMUL", "GELU"})
+    assert lacking == set() if model.scheme.name == "w8a8-int-npu" else lacking >= {"BATCH_MATMUL", "GELU"}
 
 
 def test_buckets_share_weights_and_the_largest_comes_first(model: QdqModel) -> None:
@@ -146,7 +146,7 @@ def test_a_dropped_operator_is_refused(model: QdqModel, tmp_path: Path) -> None:
 
 def test_a_sum_that_would_abort_the_kernel_is_refused(model: QdqModel, tmp_path: Path) -> None:
     small = with_wrong_scale(model, "embedded", 1e-6, tmp_path / "small.onnx")
-    with pytest.raises(LoweringFailed, match="which is no power of two"):
+    with pytest.raises(LoweringFailed, match="which is no power of two|too large for its result's"):
         tflite.lower(small, make_target(model.scheme.name), tmp_path)
 
 

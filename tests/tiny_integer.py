@@ -23,7 +23,18 @@ from edgeq.texts import Tokens, batches
 BUCKETS = (8, 16, 48)
 TOKENS = Tokens(encoder.tokens(3, 40), 0, 0)
 # What lowering adds between: the same codes in another shape, the mask before it is scaled, the share of a token.
-_ADDED = ("/rows", "/column", "/flat", "/shaped", "/mask", "/table", "/16bit/inverse", "/one_over_count", "/16bit/count", "/16bit/root")
+_ADDED = (
+    "/rows",
+    "/column",
+    "/flat",
+    "/shaped",
+    "/mask",
+    "/table",
+    "/16bit/inverse",
+    "/one_over_count",
+    "/16bit/count",
+    "/16bit/root",
+)
 
 
 class Meant(NamedTuple):

@@ -71,7 +71,9 @@ def _bias(emit: Emitter, node: ir.Node, codes: Codes) -> None:
     """Lower the mask by one, and make it as large as codes hold: the mask is cast once for all that read it."""
     name = str(node.outputs[0].name).removesuffix("/quantized")
     one = emit.out.constant("attention_mask/one", np.array([1], np.int8), Codes.of(1.0))
-    size = emit.out.constant("attention_mask/size", np.array([1], np.int8), Codes.of(codes.scales[0] * codes.zero_points[0]))
+    size = emit.out.constant(
+        "attention_mask/size", np.array([1], np.int8), Codes.of(codes.scales[0] * codes.zero_points[0])
+    )
     shifted = emit.out.tensor("attention_mask/shifted", (1, emit.length), "int8", Codes.of(1.0))
     table = schema.SubOptionsT()
     table.potScaleInt16 = False
