@@ -121,8 +121,8 @@ class _Coder:
     """Walk the graph in order and put QuantizeLinear and DequantizeLinear behind every tensor."""
 
     def __init__(self, graph: ir.Graph, observed: Observed, scheme: Scheme, form: IntegerForm, fixed: Fixed) -> None:
-        # Exact sums take the same codes, by a cast. Without them a step of its own keeps a compiler from merging the copy
-        # into the product before it, where it would no longer saturate (Vela does so).
+        # Exact sums take the same codes, by a cast. Without them a step of its own keeps a compiler (Vela) from merging
+        # the copy into the product before it, which would no longer saturate.
         self._codes = CodedGraph(graph, observed, 1 if form.sum_bits == 32 else 256)
         self._codes.fixed = fixed
         self._form = form
