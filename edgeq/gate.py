@@ -30,14 +30,22 @@ def judge(measures: Measures, placement: Placement, gate: Gate, ran_on: Place) -
 
 
 def judge_placement(placement: Placement, gate: Gate) -> tuple[str, ...]:
-    """Say how many products run in float against the scheme, when the gate does not allow that many."""
+    """Say what runs in float against the scheme, or on the host, where the gate does not allow that many."""
+    failures = []
     fallbacks = placement.float_fallbacks
-    if len(fallbacks) <= gate.float_fallbacks_max:
-        return ()
-    return (
-        f"{len(fallbacks)} weight products run in float that the scheme makes integer ({', '.join(fallbacks)}); "
-        f"at most {gate.float_fallbacks_max} are allowed.",
-    )
+    if len(fallbacks) > gate.float_fallbacks_max:
+        failures.append(
+            f"{len(fallbacks)} weight products run in float that the scheme makes integer ({', '.join(fallbacks)}); "
+            f"at most {gate.float_fallbacks_max} are allowed."
+        )
+    for file in sorted({item.file for item in placement.host_operators}):
+        on_host = [f"{item.operator} ({item.output})" for item in placement.host_operators if item.file == file]
+        if len(on_host) > gate.host_operators_max:
+            failures.append(
+                f"{file}: {len(on_host)} operators run on the host ({', '.join(on_host)}); "
+                f"at most {gate.host_operators_max} may."
+            )
+    return tuple(failures)
 
 
 def judge_settings(settings: Sequence[SettingReport], gate: Gate) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from edgeq.coded_sums import ExactSums
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.folding import Observed, even_values, fold_norm_biases, widen_outputs
 from edgeq.gemm import SIDE, bias_of
+from edgeq.narrowing import CHOICE, ROOT_HEADROOM, Fixed, narrow
 from edgeq.observe import Statistics
 from edgeq.passes.graph import add_constant, add_node, add_node_after, checked, constant, dims, made_by, readers
 from edgeq.primitives import ROW_MAXIMUM, primitives
@@ -25,7 +26,6 @@ from edgeq.records import IntegerForm, Scheme
 from edgeq.row_gains import outer_gains
 
 LOWEST_IR_VERSION = 10  # of opset 21
-ROOT_HEADROOM = 4.0  # of sums of squares below the smallest observed: a text of many names has half the usual length
 OUTPUT_HEADROOM = 1.1
 MASKED_BELOW = 20.0  # exp(-20) = 2e-9: what a masked position may keep beside the largest of its row
 GELU_FLOOR = -4.0  # GELU(-4) = -1.3e-4: below, nothing is left to tell apart
@@ -57,7 +57,10 @@ def quantize_integer(
         raise EdgeqError(f"{scheme.name} is no integer-only scheme")
     graph_model, seen = integer_form(model, observed, form)
     graph = graph_model.graph
-    coder = _Coder(graph, seen, scheme, form)
+    fixed = narrow(graph, seen, form)
+    RemoveUnusedNodesPass()(graph_model)
+    TopologicalSortPass()(graph_model)
+    coder = _Coder(graph, seen, scheme, form, fixed)
     for node in list(graph):
         coder.visit(node)
     coder.finish()
@@ -117,8 +120,11 @@ def _join_positions(graph: ir.Graph) -> None:
 class _Coder:
     """Walk the graph in order and put QuantizeLinear and DequantizeLinear behind every tensor."""
 
-    def __init__(self, graph: ir.Graph, observed: Observed, scheme: Scheme, form: IntegerForm) -> None:
-        self._codes = CodedGraph(graph, observed)
+    def __init__(self, graph: ir.Graph, observed: Observed, scheme: Scheme, form: IntegerForm, fixed: Fixed) -> None:
+        # Exact sums take the same codes, by a cast. Without them a step of its own keeps a compiler (Vela) from merging
+        # the copy into the product before it, which would no longer saturate.
+        self._codes = CodedGraph(graph, observed, 1 if form.sum_bits == 32 else 256)
+        self._codes.fixed = fixed
         self._form = form
         self._weight_bits = scheme.weight_bits
         self._raised = frozenset(scheme.raised)
@@ -130,10 +136,11 @@ class _Coder:
         self._done: set[ir.Node] = set()
         self._products: list[str] = []
         self._visitors: dict[str, Callable[[ir.Node], None]] = {
-            "Add": self._add, "Gather": self._lookup, "Gelu": self._pointwise, "MatMul": self._matmul,
-            "Min": self._capped, "Mul": self._arithmetic, "ReduceMean": self._arithmetic,
-            "ReduceSumSquare": self._arithmetic, "Relu": self._pointwise, "Slice": self._lookup,
-            "Softmax": self._softmax, "Sqrt": self._root, "Sub": self._arithmetic, "Tanh": self._arithmetic,
+            "Add": self._add, "Clip": self._arithmetic, "Gather": self._lookup, "Gelu": self._pointwise,
+            "MatMul": self._matmul, "Min": self._capped, "Mul": self._arithmetic, "ReduceMean": self._arithmetic,
+            "ReduceSum": self._arithmetic, "ReduceSumSquare": self._arithmetic, "Relu": self._pointwise,
+            "Sigmoid": self._arithmetic, "Slice": self._lookup, "Softmax": self._softmax, "Sqrt": self._root,
+            "Sub": self._arithmetic, "Tanh": self._arithmetic,
         }  # fmt: skip
 
     @property
@@ -194,6 +201,9 @@ class _Coder:
 
     def _matmul(self, node: ir.Node) -> None:
         weight = constant(node.inputs[1])
+        if weight is not None and str(node.name).endswith(CHOICE):
+            self._choice(node, weight)
+            return
         if weight is not None:
             self._product(node, weight)
             return
@@ -237,6 +247,16 @@ class _Coder:
             self._bias(node, end, missing, np.float64(read.affine.scale) * scales)
         output = end.outputs[0]
         self._codes.store(end, output, self._product_range(output, bits), bits)
+
+    def _choice(self, node: ir.Node, matrix: NDArray[np.float32]) -> None:
+        """Code a product with zeros and ones; where it only picks, the codes stay."""
+        read = self._codes.read(node.inputs[0], 16, node)
+        ones = np.ones(matrix.shape[1], np.float32)
+        node.replace_input_with(0, read.value)
+        node.replace_input_with(1, self._codes.weight(node, matrix.astype(np.int8), ones))
+        adds_up = matrix.sum(axis=0).max() > 1.0
+        codes = self._codes.range(node.outputs[0], 16) if adds_up else read.affine
+        self._codes.store(node, node.outputs[0], codes, 16)
 
     def _biased(self, product: ir.Node) -> ir.Node:
         """Give the Add of a constant behind a product, or the product itself."""
@@ -310,7 +330,11 @@ class _Coder:
             if value is None or (node.op_type.startswith("Reduce") and position > 0):
                 continue
             array = constant(value)
-            if array is not None:
+            if node.op_type == "Clip" and position > 0:
+                continue
+            if value in self._masks.values:
+                node.replace_input_with(position, self._masks.coded(value, SHARE, 16, node).value)
+            elif array is not None:
                 node.replace_input_with(position, self._codes.constant(value, array, node))
             else:
                 node.replace_input_with(position, self._codes.read(value, 16, node).value)
@@ -326,6 +350,10 @@ class _Coder:
         read = self._codes.read(node.inputs[0], 16, node)
         node.replace_input_with(0, read.value)
         self._done.add(inverse)
+        output = inverse.outputs[0]
+        if str(output.name) in self._codes.fixed:
+            self._codes.store(inverse, output, self._codes.fixed[str(output.name)], 16)
+            return
         # With a power of four below the smallest code seen, 1 / sqrt(code) is the same table for many norms.
         smallest = 1.0 / self._codes.largest(inverse.outputs[0]) ** 2 / read.affine.scale / ROOT_HEADROOM
         power = 4.0 ** max(0.0, float(np.floor(np.log2(max(smallest, 1.0)) / 2.0)))

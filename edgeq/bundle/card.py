@@ -51,7 +51,9 @@ def render_card(manifest: Manifest, report: ParityReport, pad_id: int) -> str:
         limits=_limits(report),
         place=_PLACES[report.ran_on],
         pad_id=pad_id,
-        model_path=manifest.artifact.files[0].path,
+        model_path=_runnable(manifest),
+        placement=manifest.artifact.placement,
+        interpreter=manifest.target.runtime.get("interpreter", "litert"),
         is_onnx=is_onnx,
         is_tflite=is_tflite,
         is_openvino=is_openvino,
@@ -65,6 +67,12 @@ def render_card(manifest: Manifest, report: ParityReport, pad_id: int) -> str:
         ),
         size_mb=sum(file.size_bytes for file in manifest.artifact.files) / 1e6,
     )
+
+
+def _runnable(manifest: Manifest) -> str:
+    """Name the file that runs anywhere: a compiled one runs on its device only."""
+    compiled = {item.file for item in manifest.artifact.placement.estimates}
+    return next(file.path for file in manifest.artifact.files if file.path not in compiled)
 
 
 def _limits(report: ParityReport) -> list[tuple[str, str, str]]:

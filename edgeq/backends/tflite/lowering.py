@@ -15,6 +15,7 @@ SIGNATURE = "seq_{}"
 
 WRITERS: dict[str, Callable[[Emitter, ir.Node], None]] = {
     "Add": products.sum_or_product,
+    "Clip": functions.clip,
     "Gather": moves.gather,
     "Gelu": functions.gelu,
     "MatMul": products.matmul,
@@ -23,9 +24,11 @@ WRITERS: dict[str, Callable[[Emitter, ir.Node], None]] = {
     "QuantizeLinear": masks.quantize,
     "ReduceMax": pooling.maximum,
     "ReduceMean": products.mean,
+    "ReduceSum": products.total,
     "ReduceSumSquare": products.squares,
     "Relu": functions.relu,
     "Reshape": moves.reshape,
+    "Sigmoid": functions.sigmoid,
     "Slice": moves.slice_,
     "Softmax": products.softmax,
     "Sqrt": functions.inverse_root,
@@ -36,8 +39,7 @@ WRITERS: dict[str, Callable[[Emitter, ir.Node], None]] = {
 }
 # Read with another node, or preparing the mask and sizes, which lowering writes in its own way.
 _NOTHING_TO_WRITE = frozenset(
-    "ArgMax Cast Clip Concat CumSum DequantizeLinear Div Equal Expand Identity Range Reciprocal ReduceSum Shape "
-    "Unsqueeze".split()
+    "ArgMax Cast Concat CumSum DequantizeLinear Div Equal Expand Identity Range Reciprocal Shape Unsqueeze".split()
 )
 
 

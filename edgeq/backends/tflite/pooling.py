@@ -35,7 +35,7 @@ def _is_read_by(quantizer: ir.Node, op_type: str) -> bool:
     return bool(following) and all(node.op_type == op_type for node in following)
 
 
-def shares(emit: Emitter, node: ir.Node) -> None:
+def shares(emit: Emitter, node: ir.Node, shape: tuple[int, ...]) -> None:
     """Count the tokens, and look up what share each of that many has.
 
     Where all have the same, that is one number, which the mask multiplies; else it is a row of a table.
@@ -58,7 +58,7 @@ def shares(emit: Emitter, node: ir.Node) -> None:
         emit.out.operator(OPERATOR.MUL, 2, [ones, inverse], flat, (OPTIONS.MulOptions, schema.MulOptionsT()))
     else:
         flat = _looked_up(emit, f"{name}/table", table, count, f"{name}/flat", codes)
-    emit.tensors[node.outputs[0]] = emit.reshaped(flat, (1, 1, emit.length), name)
+    emit.tensors[node.outputs[0]] = emit.reshaped(flat, shape, name)
 
 
 def _shares_by_count(value: ir.Value | None, length: int) -> NDArray[np.float32]:
