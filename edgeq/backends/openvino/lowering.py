@@ -142,5 +142,6 @@ def serialized(model: Any) -> tuple[bytes, bytes]:
 def _reason(error: Exception) -> str:
     """Give OpenVINO's own sentence without the places in its sources."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if not line.startswith(("Exception from", "Check '", "While validating"))]
+    lacking = [line.removeprefix("-- ") for line in lines if "No conversion rule found" in line]
+    told = lacking or [line for line in lines if not line.startswith(("Exception from", "Check '", "While validating"))]
     return " ".join(told or lines)[:600].rstrip(".") or type(error).__name__
