@@ -47,25 +47,27 @@ def test_thinning_by_one_changes_nothing() -> None:
     assert samples.thinned(whole(), 1).retrieval == whole().retrieval
 
 
-def compared(vectors: dict[str, Sequence[float]], cosine_mean: float) -> quality.Compared:
-    found = {text: np.array(vector, np.float32) for text, vector in vectors.items()}
-    return quality.Compared({"cosine_mean": cosine_mean}, found)
+def compared(vectors: dict[str, Sequence[float]]) -> quality.Compared:
+    return quality.Compared({}, {text: np.array(vector, np.float32) for text, vector in vectors.items()})
 
 
 def test_pairs_are_compared_on_the_texts_both_saw() -> None:
     models = {
-        "one": compared({"x": (1, 0), "y": (0, 2), "z": (1, 1)}, 0.9),
-        "two": compared({"y": (0, 1), "x": (0, 1)}, 0.8),
-        "other": compared({"x": (3, 4)}, 0.7),
-        "peer": compared({"x": (-1, 0)}, 0.1),
+        "float": compared({"x": (1, 0), "y": (0, 1), "z": (0, 1)}),
+        "one": compared({"x": (1, 0), "y": (0, 2), "z": (1, 0)}),
+        "two": compared({"y": (0, 1), "x": (0, 1)}),
+        "other": compared({"x": (3, 4)}),
+        "peer": compared({"x": (-1, 0)}),
         "gone": quality.Compared({"texts": Blank("no such target")}, {}),
     }
-    found = quality.pairwise(models, {"one": "a", "two": "a", "other": "b", "gone": "b"})
+    found = quality.pairwise(models, "float", {"one": "a", "two": "a", "other": "b", "gone": "b"})
     assert [(pair["first"], pair["second"], pair["texts"]) for pair in found["pairs"]] == [
         ("one", "two", 2), ("one", "other", 1), ("two", "other", 1),
     ]  # fmt: skip
     assert found["shared"] == {"a": pytest.approx(0.5)}  # x is orthogonal, y the same
-    assert found["across"] == pytest.approx(min(0.6 - 0.9 * 0.7, 0.8 - 0.8 * 0.7))
+    # On x alone, the one text of both: `one` is FP32's vector there, `two` is orthogonal to it, `other` has 0.6.
+    assert [pair["product"] for pair in found["pairs"][1:]] == [pytest.approx(1.0 * 0.6), pytest.approx(0.0 * 0.6)]
+    assert found["across"] == pytest.approx(min(0.6 - 0.6, 0.8 - 0.0))
 
 
 def test_the_worst_pair_decides_and_one_scheme_has_none_across() -> None:
@@ -211,3 +213,4 @@ def test_a_command_is_measured_and_its_last_words_kept(tmp_path: Path) -> None:
     assert ran.seconds >= 0.5 and ran.peak_gb >= 0.06
     assert processes.last_line("\r10 %\r\n \n") == "10 %"
     assert processes.last_line("") == "it said nothing"
+    assert processes.first_line(ValueError("what is wrong\nwhat to do")) == "what is wrong"

@@ -76,8 +76,8 @@ def measured(options: argparse.Namespace, workshop: Workshop) -> Figures:
     def compare() -> Figures:
         rows = [*made[1:], *(mirror(row, own, workshop) for row in MIRRORS if row.mirrors in own)]
         compared = quality.compare(rows, base, samples.load(options.data), workshop.tokenizer(), options.limit)
-        results["pairs"] = quality.pairwise(compared, schemes(own))
-        return {name: item.figures for name, item in compared.items()}
+        results["pairs"] = quality.pairwise(compared, base.row.name, schemes(own))
+        return {item.row.name: compared[item.row.name].figures for item in rows}
 
     part("quality", compare)
     part("latency", lambda: clock.latencies(made))

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmark.figures import Blank, Figures
 from benchmark.making import Made, note
-from benchmark.processes import last_line
+from benchmark.processes import first_line
 from benchmark.rows import (
     AEQ,
     FLOAT,
@@ -88,7 +88,7 @@ def rounds_of(made: Sequence[Made], batch: int, sequence: int) -> Rounds:
                 runners[name] = stack.enter_context(Runner(item, item.row.threads))
                 first = runners[name].milliseconds(batch, sequence, 3, 2)
             except EdgeqError as error:
-                rounds[name] = Blank(last_line(str(error).splitlines()[0]))
+                rounds[name] = Blank(first_line(error))
                 runners.pop(name, None)
                 continue
             runs[name], rounds[name] = runs_in_turn(float(np.median(first))), []

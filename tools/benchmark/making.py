@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmark.figures import Blank, Figures
-from benchmark.processes import Ran, last_line, measured
+from benchmark.processes import Ran, first_line, last_line, measured
 from benchmark.rows import BUCKETS, FLOAT, OWN, Row, private
 from edgeq import environments
 from edgeq.ancestry import float_model
@@ -144,7 +144,7 @@ class Workshop:
             try:
                 python = interpreter(row)
             except ToolMissing as error:
-                return missing(row, last_line(str(error)))
+                return missing(row, first_line(error))
             asked = job | {"out": str(out), "form": row.form, "base": str(before.path) if before else ""}
             ran = measured([*python, MAKERS / f"{row.maker}.py", json.dumps(asked)], out / "log")
             if ran.exit_code:

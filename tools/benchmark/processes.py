@@ -43,6 +43,11 @@ def last_line(log: str) -> str:
     return lines[-1] if lines else "it said nothing"
 
 
+def first_line(error: Exception) -> str:
+    """Give what an error of edgeq's says first; what to do about it stands below."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _children(process: psutil.Process) -> list[psutil.Process]:
     try:
         return process.children(recursive=True)

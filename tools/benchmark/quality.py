@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmark import samples
 from benchmark.figures import Blank, Figures
 from benchmark.making import MAX_SEQUENCE, Made, note
-from benchmark.processes import last_line
+from benchmark.processes import first_line
 from benchmark.rows import THREADS
 from benchmark.runners import Runner
 from benchmark.samples import Sample
@@ -28,7 +29,7 @@ Vectors = dict[str, Embeddings]  # text -> float32[dim]
 
 @dataclass(frozen=True)
 class Compared:
-    """Hold a model's figures, its scheme (edgeq's own have one) and its vectors by text."""
+    """Hold a model's figures and its vectors by text."""
 
     figures: Figures
     vectors: Vectors
@@ -41,7 +42,7 @@ def compare(
 
     Args:
         made: the models.
-        reference: FP32.
+        reference: FP32; without figures in the result.
         whole: all evaluation texts; a row takes every so-many-th.
         tokenizer: the model's.
         limit: at most so many texts, and then no STS and no retrieval; None for all.
@@ -49,7 +50,8 @@ def compare(
     with Runner(reference, THREADS) as runner:
         note(f"quality: {reference.row.name}")
         expected = embedded(runner, tokenizer, whole.texts[:limit])
-    return {item.row.name: _compared(item, expected, whole, tokenizer, limit) for item in made}
+    compared = {item.row.name: _compared(item, expected, whole, tokenizer, limit) for item in made}
+    return {reference.row.name: Compared({}, expected), **compared}
 
 
 def embedded(runner: Runner, tokenizer: Tokenizer, texts: Sequence[str]) -> Vectors:
@@ -70,7 +72,7 @@ def _compared(made: Made, expected: Vectors, whole: Sample, tokenizer: Tokenizer
             smallest = parity.invariance(runner, tokens, MAX_SEQUENCE, runner.buckets)
         figures = _figures(texts, expected, found, smallest)
     except EdgeqError as error:
-        return Compared({"texts": Blank(last_line(str(error).splitlines()[0]))}, {})
+        return Compared({"texts": Blank(first_line(error))}, {})
     if limit is not None:
         return Compared(figures | dict.fromkeys(TASKS, Blank("--limit leaves out STS and retrieval")), found)
     return Compared(figures | _tasks(sample, expected, found), found)
@@ -100,11 +102,12 @@ def stacked(vectors: Vectors, texts: Sequence[str]) -> Embeddings:
     return np.stack([vectors[text] for text in texts])
 
 
-def pairwise(compared: Mapping[str, Compared], schemes: Mapping[str, str]) -> Figures:
-    """Compare edgeq's runtimes with each other, on the texts that both saw.
+def pairwise(compared: Mapping[str, Compared], reference: str, schemes: Mapping[str, str]) -> Figures:
+    """Compare edgeq's runtimes with each other and with FP32, on the texts that both saw.
 
     Args:
         compared: every model.
+        reference: FP32's name.
         schemes: edgeq's own models -> scheme.
 
     Returns:
@@ -115,14 +118,18 @@ def pairwise(compared: Mapping[str, Compared], schemes: Mapping[str, str]) -> Fi
     for first, second in combinations([name for name in schemes if name in compared and compared[name].vectors], 2):
         one, other = compared[first], compared[second]
         texts = [text for text in one.vectors if text in other.vectors]
-        rows = [parity.unit(stacked(item.vectors, texts)) for item in (one, other)]
+        rows = [parity.unit(stacked(item.vectors, texts)) for item in (compared[reference], one, other)]
         pairs.append({
             "first": first, "second": second, "texts": len(texts),
             "is_shared": schemes[first] == schemes[second], "scheme": schemes[first],
-            "cosine_mean": float(np.sum(rows[0] * rows[1], axis=1).mean()),
-            "product": one.figures["cosine_mean"] * other.figures["cosine_mean"],
+            "cosine_mean": _mean_cosine(rows[1], rows[2]),
+            "product": _mean_cosine(rows[0], rows[1]) * _mean_cosine(rows[0], rows[2]),
         })  # fmt: skip
     return {"pairs": pairs, **worst(pairs)}
+
+
+def _mean_cosine(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    return float(np.sum(first * second, axis=1).mean())
 
 
 def worst(pairs: Sequence[Figures]) -> Figures:

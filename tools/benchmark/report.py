@@ -115,7 +115,8 @@ def _latency(figures: Figures, results: Figures, notes: Notes) -> list[str]:
     ]
     text = (
         "Median milliseconds at batch 1, each model in a process of its own, all taking turns; TFLite on one thread. "
-        "A model whose target is another kind of CPU ran on this one's kernels."
+        "OpenVINO computes its peers' float parts in the precision it chooses (bf16 where the CPU has it). A model whose "
+        "target is another kind of CPU ran on this one's kernels."
     )
     columns = ("model", "threads", *(f"{at} tokens, ms" for at in lengths))
     keys = list(figures["ratios"][lengths[0]])

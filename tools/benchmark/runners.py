@@ -13,6 +13,7 @@ import numpy as np
 from benchmark.making import Made, interpreter
 from edgeq.backends.contract import Embeddings
 from edgeq.children import Worker
+from edgeq.errors import EdgeqError
 from edgeq.texts import Batch, Feeds
 
 _RUNNER = Path(__file__).with_name("runner.py")
@@ -29,7 +30,11 @@ class Runner:
             EdgeqError: its environment is missing, or its runtime refuses the model.
         """
         self._worker = Worker([*interpreter(made.row), str(_RUNNER)], made.row.name, time_limit_s=_CALL_LIMIT_S)
-        loaded = self._worker.call(do="load", runtime=made.row.runtime, path=str(made.path), threads=threads)
+        try:
+            loaded = self._worker.call(do="load", runtime=made.row.runtime, path=str(made.path), threads=threads)
+        except EdgeqError:
+            self._worker.close()
+            raise
         self.buckets = tuple(loaded["buckets"])
 
     def embed(self, feeds: Sequence[Feeds]) -> Embeddings:
