@@ -115,8 +115,8 @@ def _latency(figures: Figures, results: Figures, notes: Notes) -> list[str]:
     ]
     text = (
         "Median milliseconds at batch 1, each model in a process of its own, all taking turns; TFLite on one thread. "
-        "OpenVINO computes its peers' float parts in the precision it chooses (bf16 where the CPU has it). A model whose "
-        "target is another kind of CPU ran on this one's kernels."
+        "Peers of OpenVINO compute float parts in the precision that it chooses (bf16 where the CPU has it). A model "
+        "whose target is another kind of CPU ran on this one's kernels."
     )
     columns = ("model", "threads", *(f"{at} tokens, ms" for at in lengths))
     keys = list(figures["ratios"][lengths[0]])
