@@ -54,6 +54,14 @@ def compare(
     return {reference.row.name: Compared({}, expected), **compared}
 
 
+def fitting(tokenizer: Tokenizer, texts: Sequence[str], longest: int) -> list[str]:
+    """Keep the texts that a model takes whole."""
+    if longest >= MAX_SEQUENCE:
+        return list(texts)
+    ids = tokenizer.encode(texts).ids
+    return [text for text, tokens in zip(texts, ids, strict=True) if len(tokens) <= longest]
+
+
 def embedded(runner: Runner, tokenizer: Tokenizer, texts: Sequence[str]) -> Vectors:
     """Give each text's vector."""
     return dict(zip(texts, runner.embed_batches(batches(tokenizer.encode(texts))), strict=True))
@@ -67,6 +75,8 @@ def _compared(made: Made, expected: Vectors, whole: Sample, tokenizer: Tokenizer
     note(f"quality: {made.row.name} ({len(texts)} texts)")
     try:
         with Runner(made, THREADS) as runner:
+            longest = max(runner.buckets, default=MAX_SEQUENCE)
+            texts = fitting(tokenizer, texts, longest)
             found = embedded(runner, tokenizer, texts)
             tokens = tokenizer.encode(texts[:: max(1, len(texts) // _INVARIANCE_TEXTS)])
             smallest = parity.invariance(runner, tokens, MAX_SEQUENCE, runner.buckets)
@@ -75,6 +85,9 @@ def _compared(made: Made, expected: Vectors, whole: Sample, tokenizer: Tokenizer
         return Compared({"texts": Blank(first_line(error))}, {})
     if limit is not None:
         return Compared(figures | dict.fromkeys(TASKS, Blank("--limit leaves out STS and retrieval")), found)
+    if longest < MAX_SEQUENCE:
+        short = Blank(f"it takes at most {longest} tokens: longer texts are left out, and with them STS and retrieval")
+        return Compared(figures | dict.fromkeys(TASKS, short), found)
     return Compared(figures | _tasks(sample, expected, found), found)
 
 

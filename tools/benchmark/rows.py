@@ -60,7 +60,7 @@ OWN = (
     Row(SEVEN_BIT, "edgeq", target="x86-64-avx2-onnxruntime"),
     Row(INT_OLD, "edgeq", target="raspberry-pi-tflite-runtime", threads=1, every=8, is_batched=False),
     Row(INT16, "edgeq", target="integer-only-w8a16", threads=1, every=4, is_batched=False),
-    Row(INT_NPU, "edgeq", target="integer-only-npu", threads=1, every=4, is_batched=False),
+    Row(INT_NPU, "edgeq", target="ethos-u85-256", threads=1, every=4, is_batched=False),
 )
 # One QDQ model in another runtime than its own: compared in quality and with its own runtime, never timed.
 MIRRORS = (
