@@ -13,7 +13,6 @@ from benchmark import samples
 from benchmark.figures import Blank, Figures
 from benchmark.making import MAX_SEQUENCE, Made, note
 from benchmark.processes import first_line
-from benchmark.rows import THREADS
 from benchmark.runners import Runner
 from benchmark.samples import Sample
 from edgeq import evaluation, parity
@@ -47,7 +46,7 @@ def compare(
         tokenizer: the model's.
         limit: at most so many texts, and then no STS and no retrieval; None for all.
     """
-    with Runner(reference, THREADS) as runner:
+    with Runner(reference, reference.row.threads) as runner:
         note(f"quality: {reference.row.name}")
         expected = embedded(runner, tokenizer, whole.texts[:limit])
     compared = {item.row.name: _compared(item, expected, whole, tokenizer, limit) for item in made}
@@ -74,7 +73,7 @@ def _compared(made: Made, expected: Vectors, whole: Sample, tokenizer: Tokenizer
     texts = sample.texts if limit is None else [text for text in sample.texts if text in expected]
     note(f"quality: {made.row.name} ({len(texts)} texts)")
     try:
-        with Runner(made, THREADS) as runner:
+        with Runner(made, made.row.threads) as runner:
             longest = max(runner.buckets, default=MAX_SEQUENCE)
             texts = fitting(tokenizer, texts, longest)
             found = embedded(runner, tokenizer, texts)

@@ -26,7 +26,7 @@ class Row:
     loads: str = ""  # what the runtime is given, below the folder that the maker filled
     files: tuple[str, ...] = ()  # what counts as its size
     environment: str = ""  # tools/constraints-NAME.txt; none: edgeq's own
-    threads: int = THREADS  # for latency; quality always has all
+    threads: int = THREADS
     every: int = 1  # quality is compared on every so-many-th text
     is_batched: bool = True  # False: static shapes with batch 1
 
