@@ -228,7 +228,7 @@ def _pool(rewriting: _Rewriting, node: ir.Node) -> None:
     result = add_node(node, "Transpose", [added], f"{name}/rows", turn)
     seen = rewriting.seen(node.outputs[0])
     rewriting.observed[f"{name}/each"] = rewriting.seen(hidden)
-    rewriting.observed[f"{name}/tokens"] = Statistics(seen.minimum.min(keepdims=True), seen.maximum.max(keepdims=True))
+    rewriting.fixed[f"{name}/tokens"] = _to(float(_largest(seen).max()))
     result.shape, result.dtype = node.outputs[0].shape, ir.DataType.FLOAT
     rewriting.take_place(node, result)
 
