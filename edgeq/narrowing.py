@@ -18,7 +18,7 @@ from edgeq.errors import EdgeqError
 from edgeq.folding import Observed
 from edgeq.gemm import SIDE
 from edgeq.observe import Statistics
-from edgeq.passes.graph import add_constant, add_node, made_by, readers, replace_uses
+from edgeq.passes.graph import add_constant, add_node, constant, made_by, readers, replace_uses
 from edgeq.records import IntegerForm
 
 CHOICE = "/choice"  # ends the names of products with zeros and ones, which add or pick channels
@@ -43,10 +43,15 @@ def narrow(graph: ir.Graph, observed: Observed, form: IntegerForm) -> Fixed:
         EdgeqError: a tensor has no statistics.
     """
     rewriting = _Rewriting(graph, observed)
+    of_mask = {value for value in graph.inputs if value.name == "attention_mask"}
     for node in list(graph):
+        variable = [value for value in node.inputs if value is not None and constant(value) is None]
+        if variable and all(value in of_mask for value in variable):
+            of_mask.update(node.outputs)
+            continue
         if node.op_type == "ReduceSumSquare" and not form.wide_matmul:
             _sum_squares(rewriting, node, form.tables)
-        elif node.op_type == "MatMul" and not form.wide_matmul and made_by(node.inputs[0], "Div") is not None:
+        elif node.op_type == "MatMul" and not form.wide_matmul and node.inputs[0] in of_mask:
             _pool(rewriting, node)
         elif node.op_type == "Gelu" and str(node.name).endswith(SIDE) and not form.wide_gelu:
             _gelu(rewriting, node)
@@ -228,7 +233,7 @@ def _pool(rewriting: _Rewriting, node: ir.Node) -> None:
     result = add_node(node, "Transpose", [added], f"{name}/rows", turn)
     seen = rewriting.seen(node.outputs[0])
     rewriting.observed[f"{name}/each"] = rewriting.seen(hidden)
-    rewriting.observed[f"{name}/tokens"] = Statistics(seen.minimum.min(keepdims=True), seen.maximum.max(keepdims=True))
+    rewriting.fixed[f"{name}/tokens"] = _to(float(_largest(seen).max()))
     result.shape, result.dtype = node.outputs[0].shape, ir.DataType.FLOAT
     rewriting.take_place(node, result)
 

@@ -136,10 +136,10 @@ class _Coder:
         self._done: set[ir.Node] = set()
         self._products: list[str] = []
         self._visitors: dict[str, Callable[[ir.Node], None]] = {
-            "Add": self._add, "Clip": self._arithmetic, "Gather": self._lookup, "Gelu": self._pointwise,
+            "Add": self._add, "Clip": self._rewritten, "Gather": self._lookup, "Gelu": self._pointwise,
             "MatMul": self._matmul, "Min": self._capped, "Mul": self._arithmetic, "ReduceMean": self._arithmetic,
-            "ReduceSum": self._arithmetic, "ReduceSumSquare": self._arithmetic, "Relu": self._pointwise,
-            "Sigmoid": self._arithmetic, "Slice": self._lookup, "Softmax": self._softmax, "Sqrt": self._root,
+            "ReduceSum": self._rewritten, "ReduceSumSquare": self._arithmetic, "Relu": self._pointwise,
+            "Sigmoid": self._rewritten, "Slice": self._lookup, "Softmax": self._softmax, "Sqrt": self._root,
             "Sub": self._arithmetic, "Tanh": self._arithmetic,
         }  # fmt: skip
 
@@ -341,6 +341,12 @@ class _Coder:
         output = node.outputs[0]
         codes = self._codes.range(output, 16) if self._sums is None else self._sums.range_of_sum(output)
         self._codes.store(node, output, codes, 16)
+
+    def _rewritten(self, node: ir.Node) -> None:
+        """Code what rewriting put there; a model's own has no integer form."""
+        if str(node.outputs[0].name) not in self._codes.fixed:
+            raise Unsupported(f"{node.name}: {node.op_type} has no integer form; use a scheme that leaves it float")
+        self._arithmetic(node)
 
     def _root(self, node: ir.Node) -> None:
         """Sqrt and Reciprocal are one operator: no codes between them."""

@@ -212,6 +212,7 @@ class Placement(Record):
     operators: dict[str, int]
     host_operators: tuple[HostOperator, ...] = ()
     estimates: tuple[Estimate, ...] = ()  # one for each compiled file
+    surprises: tuple[str, ...] = ()  # where the compiler placed an operator otherwise than edgeq's rules expect
 
 
 class Artifact(Record):

@@ -17,7 +17,7 @@ from ai_edge_litert import schema_py_generated as schema
 from edgeq import calibrate, parity, quantize, targets
 from edgeq.backends import ethos_u, tflite
 from edgeq.backends.contract import embed_batches
-from edgeq.backends.ethos_u import compiler, culprit, finished
+from edgeq.backends.ethos_u import compiler, culprit, finished, rules
 from edgeq.backends.tflite import emitter
 from edgeq.backends.tflite.writer import Codes, ModelWriter
 from edgeq.cache import LOCATION_VARIABLE
@@ -270,3 +270,21 @@ def test_a_file_for_other_inputs_is_refused(model: QdqModel, artifacts: dict[str
 def test_an_estimate_without_a_number_is_refused() -> None:
     with pytest.raises(LoweringFailed, match="no number in its column cycles_total"):
         compiler.number(compiler.Compiled(b"", {"cycles_total": "many"}, {}), "cycles_total")
+
+
+def test_the_compiler_places_every_operator_as_the_rules_expect(artifacts: dict[str, tuple[Artifact, Path]]) -> None:
+    assert all(artifact.placement.surprises == () for artifact, _ in artifacts.values())
+
+
+def test_a_disagreement_with_the_rules_is_reported(
+    model: QdqModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def takes_no_roots(name: str, dtype: str, product: str) -> str | None:
+        """A rule that is wrong."""
+        return name if name == "RSQRT" else None
+
+    monkeypatch.setattr(rules, "RULES", (rules.has_gelu_in_8_bits, takes_no_roots))
+    artifact = ethos_u.lower(model, target("ethos-u55-256"), tmp_path)
+    found = [sentence.partition(": ")[2] for sentence in artifact.placement.surprises]
+    assert "CAST (attention_mask/narrow) was expected on the NPU; Vela left it" in found
+    assert any(item.startswith("RSQRT (") and item.endswith("was expected on the host; Vela took it") for item in found)

@@ -35,7 +35,10 @@ def graph_of(nodes: list[onnx.NodeProto], inputs: dict[str, list[int]], output: 
         nodes, "one",
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()],
         [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(np.array([-1], np.int64), "last_axis")],
+        [
+            numpy_helper.from_array(np.array([-1], np.int64), "last_axis"),
+            numpy_helper.from_array(np.full((1, 1, 1), 30, np.float32), "count"),
+        ],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     return ir.from_proto(onnx.shape_inference.infer_shapes(model))
@@ -118,17 +121,17 @@ def test_sums_of_one_size_need_no_second_root() -> None:
 def test_pooling_weighs_and_adds_the_tokens() -> None:
     model = graph_of(
         [
-            helper.make_node("Div", ["mask", "count"], ["share"], name="share"),
+            helper.make_node("Div", ["attention_mask", "count"], ["share"], name="share"),
             helper.make_node("MatMul", ["share", "x"], ["pooling/pooled"], name="pooling/pooled"),
         ],
-        {"mask": [1, 1, LENGTH], "count": [1, 1, 1], "x": [1, LENGTH, WIDTH]},
+        {"attention_mask": [1, 1, LENGTH], "x": [1, LENGTH, WIDTH]},
         "pooling/pooled",
     )
     mask = (np.arange(LENGTH) < 30).astype(np.float32)[None, None]
-    share, count = mask / 30, np.full((1, 1, 1), 30, np.float32)
+    share = mask / 30
     narrowing.narrow(model.graph, {"x": seen(ROWS), "pooling/pooled": seen(share @ ROWS)}, FORM)
     assert "MatMul" not in [node.op_type for node in model.graph]
-    np.testing.assert_allclose(run(model, mask=mask, count=count, x=ROWS), share @ ROWS, atol=1e-5)
+    np.testing.assert_allclose(run(model, attention_mask=mask, x=ROWS), share @ ROWS, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [0.5, 3.0, 40.0])

@@ -219,9 +219,7 @@ def other_output(xml: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [garbage, no_weights, short_weights, other_shape, other_input, other_output])
-def test_an_ir_edited_by_hand_is_one_message(
-    model: QdqModel, tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
+def test_an_ir_edited_by_hand_is_one_message(model: QdqModel, tmp_path: Path, damage: Callable[[Path], None]) -> None:
     artifact = backend.lower(model, CPU, tmp_path)
     damage(tmp_path / artifact.files[0].path)
     with pytest.raises(ConfigError, match="openvino_model"):

@@ -136,3 +136,25 @@ def test_shares_are_what_the_model_gives_to_each_number_of_tokens(nodes: list[No
     for count in range(1, 7):
         np.testing.assert_allclose(found[count], np.pad(expected(count), (0, 6 - count)), rtol=1e-6)
     np.testing.assert_array_equal(found[0], found[1])
+
+
+@pytest.mark.parametrize(("kind", "power"), [("mean", 1.0), ("root", 0.5), ("weighted", None)])
+def test_shares_without_a_table_are_recognised_by_what_they_are(kind: str, power: float | None) -> None:
+    counted = {
+        "mean": ("Identity", ["total"], "number", {}),
+        "root": ("Sqrt", ["total"], "number", {}),
+        "weighted": ("ReduceSum", ["weight", "axis"], "number", {"keepdims": 1}),
+    }[kind]
+    nodes: list[Node] = [
+        ("Cast", ["attention_mask"], "mask", {"to": TensorProto.FLOAT}),
+        ("CumSum", ["mask", "one"], "place", {}),
+        ("Mul", ["place", "mask"], "weight", {}),
+        ("ReduceSum", ["mask", "axis"], "total", {"keepdims": 1}),
+        counted,
+        ("Div", ["weight" if kind == "weighted" else "mask", "number"], "shares", {}),
+        ("Unsqueeze", ["shares", "axis"], "row", {}),
+        ("MatMul", ["row", "h"], "y", {}),
+    ]
+    graph = ir.from_proto(model_of(nodes)).graph
+    row = next(node for node in graph if node.op_type == "Unsqueeze").outputs[0]
+    assert lowered.share_power(row, 6) == power

@@ -238,3 +238,39 @@ def test_tensorflow_reads_what_the_qdq_model_means_and_gives_its_vectors(
     for one, other in ((here, by_reference), (mirror(integer, tokens), there), (mirror(integer, tokens), by_reference)):
         assert cosines(one, other).mean() > least
     assert cosines(golden["reference"][kept], by_reference).mean() > 0.997
+
+
+# --- Ethos-U ----------------------------------------------------------------------------------------------------------
+
+# What the compiler may expect of [1, 128] and [1, 32], in ms, and how many operators may stay on the host.
+EXPECTED = {"ethos-u85-256": (19.0, 4.5, 0), "ethos-u55-256": (160.0, 40.0, 4)}
+
+
+@pytest.mark.tflite
+@pytest.mark.ethos_u
+def test_ethos_u_takes_it_within_its_goals(bundles: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ethosu", reason="needs the extra `ethos-u`")
+    from edgeq.backends import ethos_u
+
+    cache = Cache(bundles.parent / "cache")
+    floats = stages.float_model(source.locate("all-MiniLM-L6-v2", None), True, cache)
+    texts = plan_texts(None, None, None, (), 256, 0)
+    calibrated = stages.calibrated(floats, texts, 0, cache, lambda stage, done, total: None)
+    golden = np.load(bundles / VNNI / "golden.npz")
+    lengths = golden["attention_mask"].sum(axis=1)
+    kept = np.flatnonzero(lengths <= 128)
+    tokens = Tokens(tuple(tuple(golden["input_ids"][row, : lengths[row]].tolist()) for row in kept), 0, 0)
+    for name, (long_ms, short_ms, on_host) in EXPECTED.items():
+        target = load_target(name)
+        model = stages.quantized(target, calibrated, cache)
+        assert ethos_u.rejections(model, target) == ()
+        artifact = ethos_u.lower(model, target, tmp_path)
+        long, short = artifact.placement.estimates
+        assert long.estimated_ms <= long_ms and short.estimated_ms <= short_ms
+        left = [item for item in artifact.placement.host_operators if item.file == long.file]
+        assert len(left) <= min(on_host, target.gate.host_operators_max)
+        assert artifact.placement.surprises == ()
+        found = embed_batches(ethos_u.load(artifact, tmp_path, target), batches(tokens), len(tokens.ids))
+        wanted = golden["reference"][kept]
+        near = np.sum(found * wanted, axis=1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)
+        assert near.mean() >= 0.997

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from edgeq.errors import ConfigError
-from edgeq.records import Artifact, Place, QdqModel, Target
+from edgeq.records import Artifact, Place, QdqModel, Scheme, Target
 from edgeq.texts import Batch, Feeds
 
 Embeddings = NDArray[np.float32]
+Verdict = Literal["supported", "on-host", "refused", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,26 @@ class Rejection:
 
     rule: str
     detail: str
+
+
+@dataclass(frozen=True)
+class OperatorVerdict:
+    """Say what becomes of one operator of a float model, before any conversion."""
+
+    node: str
+    operator: str
+    verdict: Verdict
+    why: str
+    host_operators: tuple[str, ...]  # the runtime's operators that stay on the host
+
+
+@runtime_checkable
+class JudgesOperators(Protocol):
+    """A backend that can say of each operator what becomes of it."""
+
+    def operator_verdicts(self, model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
+        """Give one verdict for each node, in graph order. Pure; needs no SDK."""
+        ...
 
 
 class Session(Protocol):

@@ -29,6 +29,7 @@ app = typer.Typer(
 _VERBS: tuple[Callable[..., None], ...] = (
     making.targets,
     making.doctor,
+    making.check,
     making.export,
     running.inspect,
     proving.verify,

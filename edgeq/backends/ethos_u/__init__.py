@@ -6,16 +6,21 @@ vectors, parity and golden texts are that file's (`host-kernels`).
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx
+import onnx_ir as ir
+
 from edgeq.backends import tflite
-from edgeq.backends.contract import Rejection, Session
+from edgeq.backends.contract import OperatorVerdict, Rejection, Session
+from edgeq.backends.ethos_u import rules
 from edgeq.errors import LoweringFailed, ToolMissing
-from edgeq.records import Artifact, Estimate, HostOperator, Placement, QdqModel, Target
+from edgeq.records import Artifact, Estimate, HostOperator, Placement, QdqModel, Scheme, Target
 from edgeq.storage import file_ref, storage_errors, write_bytes
 from edgeq.texts import lengths
 
@@ -32,6 +37,8 @@ ACCELERATORS = (
 )  # fmt: skip
 _SETTINGS = {"accelerator", "system_config", "memory_mode", "arena_kib", "rows"}
 _ROWS = ("mul", "depthwise")
+
+_log = logging.getLogger(__name__)
 
 Rule = Callable[[QdqModel, Target], str | None]
 
@@ -86,6 +93,19 @@ def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
     return tuple(Rejection(sentence, detail) for sentence, detail in found if detail is not None)
 
 
+def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
+    """Say of each operator of a float model what it becomes, and whether it stays on the host."""
+    from edgeq.backends.tflite import forms
+
+    if scheme.integer is None:
+        return ()
+    product = rules.product_of(str(target.runtime["accelerator"]))
+    return forms.verdicts(
+        ir.from_proto(model), scheme.integer, lambda name, dtype: rules.on_host(name, dtype, product),
+        lambda name, dtype: None,
+    )  # fmt: skip
+
+
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     """Write `ethos_u/model_seq_N_vela.tflite` for each bucket N below `out_dir`, and the integer file they come from.
 
@@ -115,7 +135,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
         int(target.runtime["arena_kib"]),
     )  # fmt: skip
     buckets = sorted(lengths(target.buckets_tokens, model.max_sequence), reverse=True)
-    paths, hosts, estimates, counts = [], [], [], []
+    paths, hosts, estimates, counts, surprises = [], [], [], [], []
     for bucket in buckets:
         # One signature in a file: Vela stores the weights again for each.
         source = tflite.integer_file(model, target.name, (bucket,), written, RUNTIME)
@@ -130,6 +150,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
             HostOperator(file=name, operator=kind, output=output, reason=_reason(compiled, output))
             for kind, output in inside.on_host
         ]
+        surprises += _surprises(source, inside.on_host, chosen.accelerator, name)
         counts.append(Counter(inside.on_npu) + Counter(kind for kind, _ in inside.on_host))
         paths.append(_write(out_dir / name, compiled.data))
     paths.append(_write(out_dir / INTEGER_MODEL, tflite.integer_file(model, target.name, buckets, written, RUNTIME)))
@@ -141,6 +162,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
         placement=Placement(
             integer_matmuls=len(model.integer_matmuls), float_by_scheme=(), float_fallbacks=(),
             operators=dict(sorted(counts[0].items())), host_operators=tuple(hosts), estimates=tuple(estimates),
+            surprises=tuple(surprises),
         ),
         tools=dict(tools()),
     )  # fmt: skip
@@ -168,6 +190,22 @@ def _write(path: Path, data: bytes) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, data)
     return path
+
+
+def _surprises(source: bytes, on_host: Sequence[tuple[str, str]], accelerator: str, name: str) -> list[str]:
+    """Compare where the rules expect each operator with where the compiler put it."""
+    from edgeq.backends.tflite import kernels
+
+    product = rules.product_of(accelerator)
+    written = {item.output: item for item in kernels.operators(source)}
+    expected = {o for o, item in written.items() if rules.on_host(item.name, item.dtypes[-1], product) is not None}
+    real = {output for _, output in on_host}
+    found = [f"{name}: {written[o].name} ({o}) was expected on the host; Vela took it" for o in sorted(expected - real)]
+    kinds = {output: kind for kind, output in on_host}
+    found += [f"{name}: {kinds[o]} ({o}) was expected on the NPU; Vela left it" for o in sorted(real - expected)]
+    for sentence in found:
+        _log.warning("%s", sentence)
+    return found
 
 
 def _reason(compiled: Compiled, output: str) -> str:

@@ -13,13 +13,14 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from edgeq.backends.contract import Embeddings, Rejection, Session
+from edgeq.backends.contract import Embeddings, OperatorVerdict, Rejection, Session, Verdict
 from edgeq.backends.onnxruntime.flat_tokens import flat_tokens
 from edgeq.backends.onnxruntime.joined_heads import JOINT, joined_heads
+from edgeq.dialect import OPERATORS
 from edgeq.errors import ConfigError, LoweringFailed
 from edgeq.machine import meets
 from edgeq.passes.graph import checked
-from edgeq.records import Artifact, Placement, QdqModel, Target
+from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
 from edgeq.storage import file_ref, storage_errors, write_bytes
 from edgeq.texts import Feeds
 
@@ -87,6 +88,19 @@ def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
     """List every rule that the model or the target does not meet."""
     found = [(rule.__doc__ or rule.__name__, rule(model, target)) for rule in RULES]
     return tuple(Rejection(sentence, detail) for sentence, detail in found if detail is not None)
+
+
+def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
+    """Say of each operator of a float model what becomes of it: ONNX Runtime has every operator of the dialect."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        is_known = node.domain in ("", "ai.onnx") and node.op_type in OPERATORS
+        is_product = node.op_type == "MatMul" and node.input[1] in stored
+        why = ("an integer product" if is_product else "stays float") if is_known else "is not in the dialect"
+        verdict: Verdict = "supported" if is_known else "refused"
+        found.append(OperatorVerdict(node.name or node.output[0], node.op_type, verdict, why, ()))
+    return tuple(found)
 
 
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:

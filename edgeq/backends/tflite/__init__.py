@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import Embeddings, Rejection
+from edgeq.backends.contract import Embeddings, OperatorVerdict, Rejection
 from edgeq.children import Worker, pack, unpack
 from edgeq.environments import Environment, interpreter
 from edgeq.errors import ConfigError, LoweringFailed, ToolMissing
-from edgeq.records import Artifact, Placement, QdqModel, Target
+from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
 from edgeq.storage import file_ref, storage_errors, write_bytes
 from edgeq.texts import Feeds, fitted, lengths, rows_by_bucket
 
@@ -82,6 +83,26 @@ def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
     """List every rule that the model or the target does not meet."""
     found = [(rule.__doc__ or rule.__name__, rule(model, target)) for rule in RULES]
     return tuple(Rejection(sentence, detail) for sentence, detail in found if detail is not None)
+
+
+def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
+    """Say of each operator of a float model what it becomes.
+
+    Raises:
+        ToolMissing: ai-edge-litert, whose schema names the operators, is not installed.
+    """
+    tools()
+    from edgeq.backends.tflite import forms, kernels
+
+    table = kernels.KERNELS[str(target.runtime["interpreter"])]
+
+    def refusal(name: str, dtype: str) -> str | None:
+        known = any(dtypes[-1] == dtype for kinds in table.get(name, {}).values() for dtypes in kinds)
+        return None if known else f"{name} of {dtype} is not known to be right in {target.runtime['interpreter']}"
+
+    if scheme.integer is None:
+        return ()
+    return forms.verdicts(ir.from_proto(model), scheme.integer, lambda name, dtype: None, refusal)
 
 
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:

@@ -42,10 +42,10 @@ def _mask_codes(emit: Emitter, node: ir.Node) -> None:
     if maker is None:
         raise LoweringFailed(f"{node.name}: quantises an input")
     if pooling.is_share(node):
-        is_right = maker.op_type == "Transpose" and made_by(maker.inputs[0], "Div") is not None
-        shape = (1, emit.length, 1) if is_right else (1, 1, emit.length)
-        if emit.settings.lookup == "none" and (is_right or maker.op_type == "Div"):
-            _rooted_shares(emit, node, shape)
+        shape = (1, emit.length, 1) if maker.op_type == "Transpose" else (1, 1, emit.length)
+        power = pooling.share_power(value, emit.length) if emit.settings.lookup == "none" else None
+        if power is not None:
+            _rooted_shares(emit, node, shape, power)
         else:
             pooling.shares(emit, node, shape)
         return
@@ -107,19 +107,22 @@ def _wide_mask(emit: Emitter, name: str) -> Tensor:
     return ones
 
 
-def _rooted_shares(emit: Emitter, node: ir.Node, shape: tuple[int, ...]) -> None:
-    """Count the tokens, take one over the count without a table, and give each token that much."""
+def _rooted_shares(emit: Emitter, node: ir.Node, shape: tuple[int, ...], power: float) -> None:
+    """Count the tokens, take one over the count or over its root without a table, and give each token that much."""
     codes = emit.codes(node)
     name = str(node.outputs[0].name).removesuffix("/quantized")
     ones = _wide_mask(emit, name)
-    inverse = _squared_root(emit, ones, name, codes)
+    inverse = _inverse_root(emit, ones, name, codes)
+    if power == 1.0:
+        root, inverse = inverse, emit.out.tensor(f"{name}/inverse", (1, 1), "int16", codes)
+        emit.out.operator(OPERATOR.MUL, 2, [root, root], inverse, (OPTIONS.MulOptions, schema.MulOptionsT()))
     flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int16", codes)
     emit.out.operator(OPERATOR.MUL, 2, [ones, inverse], flat, (OPTIONS.MulOptions, schema.MulOptionsT()))
     emit.tensors[node.outputs[0]] = emit.reshaped(flat, shape, name)
 
 
-def _squared_root(emit: Emitter, mask: Tensor, name: str, codes: Codes) -> Tensor:
-    """Square one over the root of the number of tokens: the operator has an exact entry for every 128th code."""
+def _inverse_root(emit: Emitter, mask: Tensor, name: str, codes: Codes) -> Tensor:
+    """Give one over the root of the number of tokens: the operator has an exact entry for every 128th code."""
     step = 1.0 / _EXACT_STEP if emit.length <= _WIDE_CODES // _EXACT_STEP else emit.length / _WIDE_CODES
     column = emit.out.constant(f"ones_to_add_{emit.length}", np.ones((1, emit.length), np.int8), Codes.of(1.0))
     count = emit.out.tensor(f"{name}/count", (1, 1), "int16", Codes.of(float(np.float32(step))))
@@ -128,6 +131,4 @@ def _squared_root(emit: Emitter, mask: Tensor, name: str, codes: Codes) -> Tenso
     table = (OPTIONS.FullyConnectedOptions, options)
     emit.out.operator(OPERATOR.FULLY_CONNECTED, 4, [mask, column], count, table)
     root = emit.out.tensor(f"{name}/root", (1, 1), "int16", codes)
-    emit.out.operator(OPERATOR.RSQRT, 1, [count], root)
-    inverse = emit.out.tensor(f"{name}/inverse", (1, 1), "int16", codes)
-    return emit.out.operator(OPERATOR.MUL, 2, [root, root], inverse, (OPTIONS.MulOptions, schema.MulOptionsT()))
+    return emit.out.operator(OPERATOR.RSQRT, 1, [count], root)

@@ -15,14 +15,26 @@ from onnx.reference import ReferenceEvaluator
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
 from edgeq.backends.tflite.writer import Codes, Tensor
 from edgeq.errors import LoweringFailed
-from edgeq.passes.graph import constant, readers
+from edgeq.passes.graph import constant, made_by, readers
 
 _OPSET = 21  # of QDQ models
 
 
 def is_share(quantizer: ir.Node) -> bool:
     """Tell whether a QuantizeLinear of the mask gives each token's share of what pooling sums up."""
-    return _is_read_by(quantizer, "MatMul") or _is_read_by(quantizer, "Mul")
+    by_elements = _is_read_by(quantizer, "Mul") and made_by(quantizer.inputs[0], "Transpose") is not None
+    return _is_read_by(quantizer, "MatMul") or by_elements
+
+
+def share_power(value: ir.Value | None, length: int) -> float | None:
+    """Give p where every token's share of a text of n tokens is n to the power of -p, for p of 1/2 and 1, else None."""
+    found = _shares_by_count(value, length)[1:]
+    counts = np.arange(1, length + 1)
+    for power in (0.5, 1.0):
+        wanted = np.tril(np.repeat(counts[:, None] ** -power, length, axis=1))
+        if np.allclose(found, wanted, rtol=1e-5, atol=0.0):
+            return power
+    return None
 
 
 def is_cap(quantizer: ir.Node) -> bool:
