@@ -31,7 +31,9 @@ SCHEMES: dict[str, Scheme] = {
             activations_signed=True,
             embedding_bits=8,
             range_method="minmax",
-            integer=IntegerForm(gemm_bits=8, attention_bits=8, output_bits=8, sum_bits=32, widen_quantile=0.5),
+            integer=IntegerForm(
+                gemm_bits=8, attention_bits=8, output_bits=8, sum_bits=32, shares="exact", widen_quantile=0.5
+            ),
         ),
         Scheme(
             name="w8a16-int",
@@ -40,7 +42,9 @@ SCHEMES: dict[str, Scheme] = {
             activations_signed=True,
             embedding_bits=8,
             range_method="minmax",
-            integer=IntegerForm(gemm_bits=16, attention_bits=16, output_bits=8, sum_bits=32, widen_quantile=1.0),
+            integer=IntegerForm(
+                gemm_bits=16, attention_bits=16, output_bits=8, sum_bits=32, shares="softmax", widen_quantile=1.0
+            ),
         ),
     )
 }

@@ -102,4 +102,4 @@ def meant(model: QdqModel) -> dict[str, Meant]:
 
 def is_added(name: str) -> bool:
     """Say whether lowering added a tensor that the QDQ model does not have."""
-    return name.endswith(_ADDED) or name.startswith("ones_")
+    return name.endswith(_ADDED) or name.startswith(("ones_", "inverses_")) or name.isdecimal()

@@ -7,6 +7,7 @@ import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
+from edgeq.backends.tflite.shares import inverse_sums
 from edgeq.errors import LoweringFailed
 from edgeq.passes.graph import constant, made_by, readers
 
@@ -15,6 +16,9 @@ def gather(emit: Emitter, node: ir.Node) -> None:
     """Write the lookup of tokens in their table."""
     table = constant(node.inputs[0])
     dequantizer = next((use for use in readers(node.outputs[0]) if use.op_type == "DequantizeLinear"), None)
+    if table is not None and table.dtype == np.int8 and table.ndim == 1:
+        inverse_sums(emit, node, table)
+        return
     if table is None or table.dtype == np.int64 or dequantizer is None or emit.ids is None:
         return  # sizes
     codes = emit.codes(dequantizer)
