@@ -127,7 +127,7 @@ class Worker:
             )
         if reply is None:
             raise LoweringFailed(
-                f"{self._name}: the child process {_fate(self._process.returncode)}{self._situation()}.\n"
+                f"{self._name}: the child process {fate(self._process.returncode)}{self._situation()}.\n"
                 "Run the same again; if it repeats, try another version of the tool, or report the model and this text."
             )
         if "error" in reply:
@@ -226,7 +226,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             cast(IO[bytes], stream).close()
 
 
-def _fate(status: int) -> str:
+def fate(status: int) -> str:
     """Put an exit status into words."""
     if status >= 0:
         return f"exited with status {status}"

@@ -31,12 +31,14 @@ class Coded:
 class CodedGraph:
     """Hold which tensors of a graph have codes, and add more."""
 
-    def __init__(self, graph: ir.Graph, observed: Observed) -> None:
-        """Begin with no tensor coded."""
+    def __init__(self, graph: ir.Graph, observed: Observed, widening: int = 1) -> None:
+        """Begin with no tensor coded; 16-bit copies of 8-bit tensors have so many codes for each step."""
+        self.widening = widening
         self.graph = graph
         self.observed = observed
         self.coded: dict[ir.Value, Coded] = {}
         self.converted: dict[tuple[ir.Value, int], Coded] = {}
+        self.fixed: dict[str, Affine] = {}  # codes that follow from a rewrite, not from what was observed
 
     def statistics(self, value: ir.Value) -> Statistics:
         """Give what was observed of a tensor.
@@ -56,6 +58,8 @@ class CodedGraph:
 
     def range(self, value: ir.Value, bits: int) -> Affine:
         """Give codes for what was observed: 16 bits symmetric with headroom, 8 bits asymmetric."""
+        if str(value.name) in self.fixed:
+            return self.fixed[str(value.name)]
         seen = self.statistics(value)
         if bits == 16:
             return symmetric(self.largest(value) * HEADROOM, 16)
@@ -72,7 +76,7 @@ class CodedGraph:
         if key not in self.converted:
             name = self.name_of(home)
             if bits == 16 and home.affine.zero_point == 0:
-                codes = Affine(home.affine.scale, 0, -32768, 32767)  # the same codes: a cast
+                codes = Affine(home.affine.scale / self.widening, 0, -32768, 32767)
             elif bits == 16:
                 low, high = affine.dequantize([home.affine.low, home.affine.high], home.affine).tolist()
                 codes = symmetric(max(-low, high), 16)

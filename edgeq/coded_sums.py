@@ -28,11 +28,19 @@ _INT16 = np.iinfo(np.int16)
 class ExactSums:
     """Leave products without codes where a sum reads them, and code the sum."""
 
-    def __init__(self, codes: CodedGraph, gemm_bits: int, table_bits: int) -> None:
-        """Begin with no product seen; products with weights read `gemm_bits`, tables have `table_bits`."""
+    def __init__(self, codes: CodedGraph, gemm_bits: int, table_bits: int, raised: frozenset[str]) -> None:
+        """Begin with no product seen.
+
+        Args:
+            codes: of the graph.
+            gemm_bits: what products with weights read.
+            table_bits: of embedding tables.
+            raised: names of products with weights that read 16 bits.
+        """
         self._codes = codes
         self._gemm_bits = gemm_bits
         self._table_bits = table_bits
+        self._raised = raised
         self._exact: set[ir.Value] = set()  # products and sums that are exact in 32 bits
 
     def takes(self, node: ir.Node) -> bool:
@@ -154,7 +162,7 @@ class ExactSums:
     def _product(self, node: ir.Node) -> None:
         """Code rows times their factors by themselves: what weights multiply, or pooling reads."""
         output = node.outputs[0]
-        bits = self._gemm_bits if all(_is_narrow(use) for use in readers(output)) else 16
+        bits = self._gemm_bits if all(map(self._is_narrow, readers(output))) else 16
         headroom = HEADROOM if bits == 16 else 1.0
         result = symmetric(self._codes.largest(output) * headroom, bits)
         centred = self._codes.coded[node.inputs[0]]  # type: ignore[index]
@@ -189,6 +197,7 @@ class ExactSums:
         multipliers = np.rint(scales.astype(np.float64) / step).astype(np.int16)
         name, stem = str(lookup.inputs[0].name), str(lookup.outputs[0].name)  # type: ignore[union-attr]
         lookup.replace_input_with(0, add_constant(self._codes.graph, f"{name}/codes", np.ascontiguousarray(codes.T)))
+        lookup.name = lookup.outputs[0].name = f"{stem}/codes"
         lookup.outputs[0].dtype = ir.DataType.INT8
         factors = add_constant(self._codes.graph, f"{name}/multipliers", multipliers[:, None])
         before = readers(lookup.outputs[0])[0]
@@ -203,7 +212,7 @@ class ExactSums:
             operands.append(
                 add_node(before, "DequantizeLinear", [looked_up, *parameters], f"{looked_up.name}/dequantized")
             )
-        return add_node(before, "Mul", operands, f"{stem}/term")
+        return add_node(before, "Mul", operands, stem)
 
     def _largest_factor(self, product: ir.Node) -> float:
         factor = made_by(product.inputs[1], "Mul")
@@ -245,6 +254,10 @@ class ExactSums:
         coded = self._codes.coded[value]
         return coded.bits if coded.affine.zero_point == 0 else 16
 
+    def _is_narrow(self, node: ir.Node) -> bool:
+        """Tell whether a node is a product with weights that reads no more bits than the scheme says."""
+        return node.op_type == "MatMul" and constant(node.inputs[1]) is not None and node.name not in self._raised
+
     def _is_inner(self, node: ir.Node) -> bool:
         """Tell whether a sum of two coded tensors is a term of an exact sum."""
         output = node.outputs[0]
@@ -278,10 +291,6 @@ def _is_term(node: ir.Node, codes: CodedGraph) -> bool:
     if not is_scaled or source is None or not is_read_once(output) or not _is_sum(readers(output)[0]):
         return False
     return codes.coded[source].affine.zero_point == 0
-
-
-def _is_narrow(node: ir.Node) -> bool:
-    return node.op_type == "MatMul" and constant(node.inputs[1]) is not None
 
 
 def _subtracts(node: ir.Node, value: ir.Value, mean: ir.Value) -> bool:

@@ -19,6 +19,7 @@ from edgeq.coded_sums import ExactSums
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.folding import Observed, even_values, fold_norm_biases, widen_outputs
 from edgeq.gemm import SIDE, bias_of
+from edgeq.narrowing import CHOICE, ROOT_HEADROOM, Fixed, narrow
 from edgeq.observe import Statistics
 from edgeq.passes.graph import add_constant, add_node, add_node_after, checked, constant, dims, made_by, readers
 from edgeq.primitives import ROW_MAXIMUM, primitives
@@ -26,7 +27,6 @@ from edgeq.records import IntegerForm, Scheme
 from edgeq.row_gains import outer_gains
 
 LOWEST_IR_VERSION = 10  # of opset 21
-ROOT_HEADROOM = 4.0  # of sums of squares below the smallest observed: a text of many names has half the usual length
 OUTPUT_HEADROOM = 1.1
 # How far a masked score lies below the smallest maximum of a row, by how attention divides.
 MASKED_BELOW = {
@@ -36,7 +36,7 @@ MASKED_BELOW = {
 GELU_FLOOR = -4.0  # GELU(-4) = -1.3e-4: below, nothing is left to tell apart
 SOFTMAX = {8: Affine(1 / 256, -128, -128, 127), 16: Affine(1 / 32768, 0, -32768, 32767)}
 SHARE = Affine(1 / 32767, 0, -32768, 32767)  # of a token in the mean
-_STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather"})
+_STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "ReduceMax"})
 _INT16, _INT32 = np.iinfo(np.int16), np.iinfo(np.int32)
 
 
@@ -60,6 +60,37 @@ def quantize_integer(
     form = scheme.integer
     if form is None:
         raise EdgeqError(f"{scheme.name} is no integer-only scheme")
+    graph_model, seen = integer_form(model, observed, form)
+    graph = graph_model.graph
+    fixed = narrow(graph, seen, form)
+    RemoveUnusedNodesPass()(graph_model)
+    TopologicalSortPass()(graph_model)
+    coder = _Coder(graph, seen, scheme, form, fixed)
+    for node in list(graph):
+        coder.visit(node)
+    coder.finish()
+    TopologicalSortPass()(graph_model)
+    RemoveUnusedNodesPass()(graph_model)
+    for value in (value for node in graph for value in node.outputs):
+        if not value.is_graph_output():
+            value.shape = None
+    graph_model.ir_version = LOWEST_IR_VERSION
+    return checked(graph_model), coder.products, ()
+
+
+def integer_form(
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], form: IntegerForm
+) -> tuple[ir.Model, Observed]:
+    """Take norms apart and fold constants, all exact in FP32: what is left is to put codes on every tensor.
+
+    Args:
+        model: equalised FP32 ONNX; not changed.
+        observed: statistics of the tensors of the model and of its primitives.
+        form: says which outputs are scaled down.
+
+    Returns:
+        A float model with `sentence_embedding` as its one output, and the statistics of its tensors.
+    """
     seen: Observed = dict(observed)
     graph_model = ir.from_proto(model)
     graph = graph_model.graph
@@ -74,17 +105,7 @@ def quantize_integer(
         outer_gains(graph, seen)
     RemoveUnusedNodesPass()(graph_model)
     TopologicalSortPass()(graph_model)
-    coder = _Coder(graph, seen, scheme, form)
-    for node in list(graph):
-        coder.visit(node)
-    coder.finish()
-    TopologicalSortPass()(graph_model)
-    RemoveUnusedNodesPass()(graph_model)
-    for value in (value for node in graph for value in node.outputs):
-        if not value.is_graph_output():
-            value.shape = None
-    graph_model.ir_version = LOWEST_IR_VERSION
-    return checked(graph_model), coder.products, ()
+    return graph_model, seen
 
 
 def _join_positions(graph: ir.Graph) -> None:
@@ -104,20 +125,27 @@ def _join_positions(graph: ir.Graph) -> None:
 class _Coder:
     """Walk the graph in order and put QuantizeLinear and DequantizeLinear behind every tensor."""
 
-    def __init__(self, graph: ir.Graph, observed: Observed, scheme: Scheme, form: IntegerForm) -> None:
-        self._codes = CodedGraph(graph, observed)
+    def __init__(self, graph: ir.Graph, observed: Observed, scheme: Scheme, form: IntegerForm, fixed: Fixed) -> None:
+        # Exact sums take the same codes, by a cast. Without them a step of its own keeps a compiler (Vela) from merging
+        # the copy into the product before it, which would no longer saturate.
+        self._codes = CodedGraph(graph, observed, 1 if form.sum_bits == 32 else 256)
+        self._codes.fixed = fixed
         self._form = form
         self._weight_bits = scheme.weight_bits
+        self._raised = frozenset(scheme.raised)
         self._table_bits = scheme.embedding_bits
         self._masks = Masks(self._codes)
-        self._sums = ExactSums(self._codes, form.gemm_bits, scheme.embedding_bits) if form.sum_bits == 32 else None
         self._shares = ExactShares(self._codes) if form.shares == "exact" else None
+        self._sums: ExactSums | None = None
+        if form.sum_bits == 32:
+            self._sums = ExactSums(self._codes, form.gemm_bits, scheme.embedding_bits, self._raised)
         self._done: set[ir.Node] = set()
         self._products: list[str] = []
         self._visitors: dict[str, Callable[[ir.Node], None]] = {
-            "Add": self._add, "Gather": self._lookup, "Gelu": self._pointwise, "MatMul": self._matmul,
-            "Mul": self._arithmetic, "ReduceMean": self._arithmetic, "ReduceSumSquare": self._arithmetic,
-            "Relu": self._pointwise, "Slice": self._lookup, "Softmax": self._softmax, "Sqrt": self._root,
+            "Add": self._add, "Clip": self._arithmetic, "Gather": self._lookup, "Gelu": self._pointwise,
+            "MatMul": self._matmul, "Min": self._capped, "Mul": self._arithmetic, "ReduceMean": self._arithmetic,
+            "ReduceSum": self._arithmetic, "ReduceSumSquare": self._arithmetic, "Relu": self._pointwise,
+            "Sigmoid": self._arithmetic, "Slice": self._lookup, "Softmax": self._softmax, "Sqrt": self._root,
             "Sub": self._arithmetic, "Tanh": self._arithmetic,
         }  # fmt: skip
 
@@ -179,6 +207,9 @@ class _Coder:
 
     def _matmul(self, node: ir.Node) -> None:
         weight = constant(node.inputs[1])
+        if weight is not None and str(node.name).endswith(CHOICE):
+            self._choice(node, weight)
+            return
         if weight is not None:
             self._product(node, weight)
             return
@@ -225,6 +256,16 @@ class _Coder:
             self._bias(node, end, missing, np.float64(read.affine.scale) * scales)
         output = end.outputs[0]
         self._codes.store(end, output, self._product_range(output, bits), bits)
+
+    def _choice(self, node: ir.Node, matrix: NDArray[np.float32]) -> None:
+        """Code a product with zeros and ones; where it only picks, the codes stay."""
+        read = self._codes.read(node.inputs[0], 16, node)
+        ones = np.ones(matrix.shape[1], np.float32)
+        node.replace_input_with(0, read.value)
+        node.replace_input_with(1, self._codes.weight(node, matrix.astype(np.int8), ones))
+        adds_up = matrix.sum(axis=0).max() > 1.0
+        codes = self._codes.range(node.outputs[0], 16) if adds_up else read.affine
+        self._codes.store(node, node.outputs[0], codes, 16)
 
     def _biased(self, product: ir.Node) -> ir.Node:
         """Give the Add of a constant behind a product, or the product itself."""
@@ -301,7 +342,11 @@ class _Coder:
             if value is None or (node.op_type.startswith("Reduce") and position > 0):
                 continue
             array = constant(value)
-            if array is not None:
+            if node.op_type == "Clip" and position > 0:
+                continue
+            if value in self._masks.values:
+                node.replace_input_with(position, self._masks.coded(value, SHARE, 16, node).value)
+            elif array is not None:
                 node.replace_input_with(position, self._codes.constant(value, array, node))
             else:
                 node.replace_input_with(position, self._codes.read(value, 16, node).value)
@@ -317,6 +362,10 @@ class _Coder:
         read = self._codes.read(node.inputs[0], 16, node)
         node.replace_input_with(0, read.value)
         self._done.add(inverse)
+        output = inverse.outputs[0]
+        if str(output.name) in self._codes.fixed:
+            self._codes.store(inverse, output, self._codes.fixed[str(output.name)], 16)
+            return
         # With a power of four below the smallest code seen, 1 / sqrt(code) is the same table for many norms.
         smallest = 1.0 / self._codes.largest(inverse.outputs[0]) ** 2 / read.affine.scale / ROOT_HEADROOM
         power = 4.0 ** max(0.0, float(np.floor(np.log2(max(smallest, 1.0)) / 2.0)))
@@ -334,6 +383,15 @@ class _Coder:
         if before is not None and before in self._codes.observed:
             self._codes.observed[name] = self._codes.observed[before]
 
+    def _capped(self, node: ir.Node) -> None:
+        """Give max pooling's cap the codes of what it caps: their ends, where it lies beyond every value."""
+        hidden, cap = node.inputs
+        if hidden not in self._codes.coded or cap not in self._masks.values:
+            raise Unsupported(f"{node.name}: a minimum that is no max pooling has no integer form")
+        source = self._codes.coded[hidden]
+        node.replace_input_with(1, self._masks.coded(cap, source.affine, source.bits, node).value)
+        self._still(node)
+
     def _vanishes(self, node: ir.Node) -> bool:
         """Drop the sum with a constant that is below half a step."""
         for position, value in enumerate(node.inputs):
@@ -348,9 +406,9 @@ class _Coder:
         return False
 
     def _is_wide(self, node: ir.Node) -> bool:
-        """The side path of large neurons has 16 bits, and so has a Dense layer: it is one row."""
+        """The side path of large neurons has 16 bits, and so have a Dense layer, which is one row, and raised ones."""
         shape = dims(node.inputs[0])
-        return str(node.name).endswith(SIDE) or (shape is not None and len(shape) == 2)
+        return str(node.name).endswith(SIDE) or node.name in self._raised or (shape is not None and len(shape) == 2)
 
     def _scores(self, masked: ir.Node, bits: int) -> Affine:
         """Cover scores down to where exp leaves nothing beside the smallest maximum of a row."""

@@ -107,6 +107,9 @@ class IntegerForm(Record):
     sum_bits: int  # 32: the residual stream's sums and products are exact and rounded once; 16: each is rounded
     shares: Literal["softmax", "exact"]  # attention divides in front of its product with values, or behind it
     widen_quantile: float  # output channels above this quantile of magnitudes are scaled down in the weights
+    wide_matmul: bool  # whether two 16-bit tensors may be multiplied as matrices; else element by element
+    wide_gelu: bool  # whether GELU may have 16 bits; else the side path takes it from a sigmoid
+    tables: bool  # whether functions of 16 bits may be tables of all codes; else roots are interpolated, in two ranges
 
 
 class Scheme(Record):
@@ -119,6 +122,7 @@ class Scheme(Record):
     embedding_bits: int
     range_method: RangeMethod
     integer: IntegerForm | None = None  # None: what is no weight product stays float
+    raised: tuple[str, ...] = ()  # weight products with more bits than the rest: 16 where all is integer, else float
 
 
 class QdqModel(Record):
@@ -155,6 +159,7 @@ class Gate(Record):
     norm_error_max: float  # relative to FP32's norm, for models that normalise
     norm_error_unnormalized_max: float  # the same for models that do not: there a norm drifts as the vector does
     float_fallbacks_max: int
+    host_operators_max: int  # operators that an accelerator's compiler leaves to the CPU beside it, in one file
     export_places: tuple[Place, ...]
     release_places: tuple[Place, ...]
 
@@ -173,6 +178,32 @@ class Target(Record):
     gate: Gate
 
 
+class HostOperator(Record):
+    """Name an operator that runs on the CPU beside an accelerator."""
+
+    file: str  # that it stands in, relative to the bundle
+    operator: str
+    output: str  # the tensor it makes
+    reason: str  # the compiler's own sentence
+
+
+class Estimate(Record):
+    """Repeat what a compiler expects of a file, with the clock and memories it assumes. Nothing was measured."""
+
+    file: str
+    accelerator: str
+    system_config: str
+    memory_mode: str
+    clock_hz: int
+    arena_bytes: int
+    cycles: int
+    estimated_ms: float  # of the accelerator alone: operators on the host are not in it
+    sram_bytes: int
+    dram_bytes: int
+    flash_bytes: int
+    moved_bytes: int  # over all memories, in one inference
+
+
 class Placement(Record):
     """Say where the weight products really run, read from what the runtime will execute."""
 
@@ -180,6 +211,8 @@ class Placement(Record):
     float_by_scheme: tuple[str, ...]
     float_fallbacks: tuple[str, ...]
     operators: dict[str, int]
+    host_operators: tuple[HostOperator, ...] = ()
+    estimates: tuple[Estimate, ...] = ()  # one for each compiled file
 
 
 class Artifact(Record):
@@ -208,8 +241,21 @@ class Measures(Record):
     worst_text: str
 
 
+class SettingReport(Record):
+    """Hold what the same artifact measures run in another way, or why that was not measured."""
+
+    name: str  # e.g. "inference_precision_hint=bf16"
+    ran_on: Place
+    measures: Measures | None  # None when not measured
+    reason: str | None  # why not
+
+
 class ParityReport(Record):
-    """Measure first, judge after: `failures` has one sentence for each limit of the gate that is missed."""
+    """Measure first, judge after: `failures` has one sentence for each limit of the gate that is missed.
+
+    `other_settings` must meet the gate, too, but cannot stand in for a run: a report without `measures` is `not-run`
+    or `failed`, never `passed`. Their invariance is measured and not judged.
+    """
 
     target: str
     ran_on: Place
@@ -219,6 +265,8 @@ class ParityReport(Record):
     gate: Gate
     failures: tuple[str, ...]
     texts: TextSet
+    reason: str | None = None  # why it was not run; such a bundle is not fit for a release
+    other_settings: tuple[SettingReport, ...] = ()
 
 
 class Golden(Record):

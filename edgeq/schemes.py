@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import ValidationError
+
 from edgeq.errors import ConfigError
 from edgeq.records import IntegerForm, Scheme
 
@@ -32,7 +37,34 @@ SCHEMES: dict[str, Scheme] = {
             embedding_bits=8,
             range_method="minmax",
             integer=IntegerForm(
-                gemm_bits=8, attention_bits=8, output_bits=8, sum_bits=32, shares="exact", widen_quantile=0.5
+                gemm_bits=8,
+                attention_bits=8,
+                output_bits=8,
+                sum_bits=32,
+                shares="exact",
+                widen_quantile=0.5,
+                wide_matmul=True,
+                wide_gelu=True,
+                tables=True,
+            ),
+        ),
+        Scheme(
+            name="w8a8-int-npu",
+            weight_bits=8,
+            activation_bits=8,
+            activations_signed=True,
+            embedding_bits=8,
+            range_method="minmax",
+            integer=IntegerForm(
+                gemm_bits=8,
+                attention_bits=8,
+                output_bits=8,
+                sum_bits=16,
+                shares="softmax",
+                widen_quantile=0.5,
+                wide_matmul=False,
+                wide_gelu=False,
+                tables=False,
             ),
         ),
         Scheme(
@@ -43,11 +75,51 @@ SCHEMES: dict[str, Scheme] = {
             embedding_bits=8,
             range_method="minmax",
             integer=IntegerForm(
-                gemm_bits=16, attention_bits=16, output_bits=8, sum_bits=32, shares="softmax", widen_quantile=1.0
+                gemm_bits=16,
+                attention_bits=16,
+                output_bits=8,
+                sum_bits=32,
+                shares="softmax",
+                widen_quantile=1.0,
+                wide_matmul=True,
+                wide_gelu=True,
+                tables=True,
             ),
         ),
     )
 }
+
+
+SEPARATOR = "+"  # between the name of a scheme and how many products are raised
+
+
+def raising(scheme: Scheme, products: Iterable[str]) -> Scheme:
+    """Give a scheme that differs in these products, named so."""
+    names = tuple(sorted(products))
+    base = scheme.name.split(SEPARATOR)[0]
+    name = f"{base}{SEPARATOR}{len(names)}" if names else base
+    return scheme.model_copy(update={"name": name, "raised": names})
+
+
+def read(path: Path) -> Scheme:
+    """Read a scheme that `edgeq analyze --auto` wrote.
+
+    Raises:
+        ConfigError: there is no such file, or it holds something else.
+    """
+    try:
+        found = Scheme.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path}: is no scheme: {error}. Give a file that edgeq analyze --auto wrote.") from error
+    base = SCHEMES.get(found.name.split(SEPARATOR)[0])
+    if base is None or found != raising(base, found.raised):
+        raise ConfigError(
+            f'{path}: the scheme "{found.name}" differs from those of this edgeq in more than its raised products. '
+            "Run edgeq analyze --auto again."
+        )
+    return found
 
 
 def find(name: str, where: str) -> Scheme:

@@ -11,12 +11,13 @@ import pytest
 pytest.importorskip("psutil", reason="needs the extra `dev`")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
-import benchmark  # noqa: E402
+from benchmark import clock, goals, rows  # noqa: E402
+from benchmark.figures import Blank  # noqa: E402
 
 
-def results(value: float) -> dict[str, Any]:
+def results(value: object) -> dict[str, Any]:
     made: dict[str, Any] = {}
-    for goal in benchmark.GOALS:
+    for goal in goals.GOALS:
         place = made
         for key in goal.path[:-1]:
             place = place.setdefault(key, {})
@@ -24,15 +25,37 @@ def results(value: float) -> dict[str, Any]:
     return made
 
 
-@pytest.mark.parametrize("goal", benchmark.GOALS, ids=lambda goal: goal.what)
-def test_each_goal_is_met_at_its_limit_and_missed_beyond(goal: benchmark.Goal) -> None:
+@pytest.mark.parametrize("goal", goals.GOALS, ids=lambda goal: goal.what)
+def test_each_goal_is_met_at_its_limit_and_missed_beyond(goal: goals.Goal) -> None:
     limit = goal.at_least if goal.at_least is not None else goal.at_most
     assert limit is not None and (goal.at_least is None) != (goal.at_most is None)
     worse = -1e-6 if goal.at_least is not None else 1e-6
     assert goal.judge(results(limit)) == (limit, True)
     assert goal.judge(results(limit + worse)) == (limit + worse, False)
-    assert goal.judge(results(float("nan")))[1] is False
+    judged = goal.judge(results(float("nan")))
+    assert not isinstance(judged, Blank) and judged[1] is False
 
 
 def test_what_was_not_measured_is_not_met() -> None:
-    assert {row[3] for row in benchmark.judged({"machine": "m"})} == {"not measured"}
+    assert {row[3] for row in goals.judged({"machine": "m"})} == {"not measured"}
+
+
+def test_a_blank_is_not_met_and_says_why() -> None:
+    judged = goals.judged(results(Blank("no such target")))
+    assert {row[1] for row in judged} == {""}
+    assert {row[3] for row in judged} == {"not measured: no such target"}
+
+
+def test_a_model_that_is_blank_as_a_whole_leaves_its_goals_unmet() -> None:
+    goal = next(goal for goal in goals.GOALS if goal.path[0] == "quality")
+    assert goal.judge({"quality": {goal.path[1]: Blank("gone")}}) == Blank("gone")
+
+
+def test_every_goal_names_what_the_tables_hold() -> None:
+    models = {row.name for row in (*rows.OWN, *rows.PEERS, *rows.MIRRORS)}
+    for goal in goals.GOALS:
+        if goal.path[0] in ("quality", "making"):
+            assert goal.path[1] in models
+        if goal.path[:2] == ("latency", "ratios"):
+            assert int(goal.path[2]) in clock.SEQUENCES and goal.path[3] in clock.RATIOS
+    assert {name for pair in clock.RATIOS.values() for name in pair} <= models | {rows.FLOAT}

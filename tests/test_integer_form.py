@@ -19,7 +19,7 @@ from edgeq.schemes import SCHEMES
 from edgeq.texts import Tokens, batches
 
 TOKENS = Tokens(encoder.tokens(3, 40), 0, 0)
-INTEGER = ("w8a8-int", "w8a16-int")
+INTEGER = ("w8a8-int", "w8a8-int-npu", "w8a16-int")
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -120,7 +120,9 @@ def test_every_operator_reads_and_writes_codes(qdq: onnx.ModelProto) -> None:
             assert made[name] in {"DequantizeLinear", *begins}, (node.name, name)
 
 
-@pytest.mark.parametrize(("scheme", "mean", "least"), [("w8a8-int", 0.985, 0.92), ("w8a16-int", 0.995, 0.98)])
+@pytest.mark.parametrize(
+    ("scheme", "mean", "least"), [("w8a8-int", 0.985, 0.92), ("w8a8-int-npu", 0.985, 0.92), ("w8a16-int", 0.995, 0.98)]
+)
 def test_vectors_stay_near_fp32(calibrated: calibrate.Observed, scheme: str, mean: float, least: float) -> None:
     model, products, floats = quantize.quantize(calibrated.model, calibrated.statistics, SCHEMES[scheme])
     reference = embed(calibrated.model)

@@ -27,6 +27,7 @@ from edgeq.texts import Tokens, batches  # noqa: E402
 from edgeq.textsets import plan_texts  # noqa: E402
 
 VNNI, AVX2 = "x86-64-onnxruntime", "x86-64-avx2-onnxruntime"
+OPENVINO = "intel-openvino-cpu"
 QEMU = shutil.which("qemu-x86_64-static")
 SENTENCE_TRANSFORMERS = os.environ.get("EDGEQ_SENTENCE_TRANSFORMERS_PYTHON")
 
@@ -40,6 +41,28 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("EDGEQ_CACHE_DIR", str(out.parent / "cache"))
         assert cli.run(command) == 0
     return out
+
+
+@pytest.fixture(scope="module")
+def openvino_bundle(bundles: Path) -> Path:
+    """Export for OpenVINO from what the other targets left in the cache."""
+    pytest.importorskip("openvino", reason="needs the extra `openvino`")
+    command = ["export", "all-MiniLM-L6-v2", "--target", OPENVINO, "--samples", "256", "--out", str(bundles), "-q"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEQ_CACHE_DIR", str(bundles.parent / "cache"))
+        assert cli.run(command) == 0
+    return bundles / OPENVINO
+
+
+@pytest.mark.openvino
+def test_openvino_gives_the_vectors_of_onnx_runtime(bundles: Path, openvino_bundle: Path) -> None:
+    report = json.loads((openvino_bundle / "parity.json").read_text(encoding="utf-8"))
+    placement = json.loads((openvino_bundle / "manifest.json").read_text(encoding="utf-8"))["artifact"]["placement"]
+    assert (report["status"], report["measures"]["texts"]) == ("passed", 512)
+    assert (report["measures"]["cosine_mean"] >= 0.9985, report["measures"]["cosine_min"] >= 0.993) == (True, True)
+    assert (placement["integer_matmuls"], placement["float_fallbacks"]) == (36, [])
+    first, second = (np.load(path / "golden.npz")["embeddings"] for path in (bundles / VNNI, openvino_bundle))
+    assert (first * second).sum(axis=1).mean() >= 0.999  # one scheme, two runtimes
 
 
 @pytest.mark.parametrize("name", [VNNI, AVX2, "arm64-onnxruntime"])
@@ -79,22 +102,36 @@ def test_vectors_find_the_same_things(bundles: Path) -> None:
 @pytest.mark.sentence_transformers
 @pytest.mark.skipif(not SENTENCE_TRANSFORMERS, reason="EDGEQ_SENTENCE_TRANSFORMERS_PYTHON names no environment")
 def test_sentence_transformers_loads_it_and_gives_the_same_vectors(bundles: Path) -> None:
+    assert sentence_transformers_error(bundles / VNNI, "backend='onnx'") < 1e-4
+
+
+@pytest.mark.openvino
+@pytest.mark.sentence_transformers
+@pytest.mark.skipif(not SENTENCE_TRANSFORMERS, reason="EDGEQ_SENTENCE_TRANSFORMERS_PYTHON names no environment")
+def test_sentence_transformers_opens_the_openvino_bundle(openvino_bundle: Path) -> None:
+    exact = "backend='openvino', model_kwargs={'ov_config': {'INFERENCE_PRECISION_HINT': 'f32'}}"
+    assert sentence_transformers_error(openvino_bundle, exact) < 1e-4
+
+
+def sentence_transformers_error(bundle: Path, arguments: str) -> float:
+    """Give the largest difference from the bundle's golden vectors."""
     program = (
         "import json, sys, numpy as np\n"
         "from sentence_transformers import SentenceTransformer\n"
-        "model = SentenceTransformer(sys.argv[1], backend='onnx')\n"
+        f"model = SentenceTransformer(sys.argv[1], {arguments})\n"
         "texts = [json.loads(line)['text'] for line in open(sys.argv[1] + '/golden.jsonl', encoding='utf-8')]\n"
         "golden = np.load(sys.argv[1] + '/golden.npz')['embeddings']\n"
         "print(len(texts), float(np.abs(model.encode(texts) - golden).max()))\n"
     )
     assert SENTENCE_TRANSFORMERS is not None
     done = subprocess.run(
-        [SENTENCE_TRANSFORMERS, "-c", program, str(bundles / VNNI)], capture_output=True, text=True, check=False,
+        [SENTENCE_TRANSFORMERS, "-c", program, str(bundle)], capture_output=True, text=True, check=False,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     count, error = done.stdout.split()[-2:]
-    assert int(count) == 32 and float(error) < 1e-4
+    assert int(count) == 32
+    return float(error)
 
 
 HASWELL = """

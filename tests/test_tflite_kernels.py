@@ -164,6 +164,13 @@ def elementwise() -> Iterator[Case]:
             exact = function(one.real(), other.real())
             kind = f"{builtin.title()}Options"
             yield Case(name, builtin, 2, (one, other), exact, dtype, of(dtype, scale, 5), (kind, options))
+    for dtype, codes in GRID.items():
+        same, options = of(dtype, 0.07, -11), ("MaximumMinimumOptions", {})  # it compares codes, whatever they mean
+        first, second = np.meshgrid(codes, codes, indexing="ij")
+        for name, other in (("side by side", Operand(second, same)), ("a column", Operand(codes[::-1, None], same))):
+            one = Operand(first, same)
+            exact = np.minimum(one.real(), other.real())
+            yield Case(name, "MINIMUM", 2, (one, other), exact, dtype, same, options, tolerance=0)
     number = Operand(ALL["int16"].astype(np.int32)[None])
     offset = Operand(np.array([2589], np.int32), is_constant=True)
     exact = number.real() + offset.real()
@@ -263,6 +270,17 @@ def linear() -> Iterator[Case]:
             )  # fmt: skip
 
 
+def row_products() -> Iterator[Case]:
+    """Give products of each channel with its own number, as a convolution over one place at a time."""
+    x = Operand(shuffled("int16", 1, 1, 1024, 64), Codes.of(0.07 / 256.0))
+    signs = np.where(RANDOM.random(64) < 0.5, -127, 127).astype(np.int8).reshape(1, 1, 1, 64)
+    scales = tuple(RANDOM.uniform(0.1, 3.0, 64) / 127.0)
+    row = Operand(signs, Codes(scales, (0,) * 64, axis=3), is_constant=True)
+    values = {"padding": schema.Padding.VALID, "strideW": 1, "strideH": 1, "depthMultiplier": 1}
+    options = ("DepthwiseConv2DOptions", values)
+    yield Case("", "DEPTHWISE_CONV_2D", 5, [x, row], x.real() * row.real(), "int16", Codes.of(0.2 / 256.0), options)
+
+
 def interpolated(case: Case) -> Case:
     """Allow a 16-bit function what its kernel strays: 2 codes more than straight lines between every 128th code do.
 
@@ -289,6 +307,18 @@ def functions() -> Iterator[Case]:
             case = Case(name, "GELU", 2, [x], exact, dtype, result, options)
             yield case if dtype == "int8" else interpolated(case)
         yield Case("", "RELU", 2, [x], np.maximum(x.real(), 0.0), dtype, result)
+
+        x = Operand(ordered(dtype, 4096, 4, 4), of(dtype, 0.04, 9))
+        exact, over = x.real().max(axis=1), Operand(np.array([1], np.int32), is_constant=True)
+        options: tuple[str, dict[str, Any]] = ("ReducerOptions", {"keepDims": False})
+        version = 2 if dtype == "int8" else 3
+        yield Case("", "REDUCE_MAX", version, [x, over], exact, dtype, x.parameters, options, tolerance=0)
+
+        if dtype == "int16":
+            x = Operand(ALL[dtype][None], Codes.of(12.0 / 32767.0))
+            one = Codes.of(1 / 32768)
+            yield interpolated(Case("", "LOGISTIC", 3, [x], 1.0 / (1.0 + np.exp(-x.real())), dtype, one))
+            yield interpolated(Case("", "TANH", 3, [x], np.tanh(x.real()), dtype, one))
 
         x = Operand(ordered(dtype, 1, 4096, 16), of(dtype, 0.04, 9))
         exact, axis = x.real().mean(axis=2, keepdims=True), Operand(np.array([2], np.int32), is_constant=True)
@@ -371,6 +401,11 @@ def moves() -> Iterator[Case]:
             exact, options = wide.real().transpose(perm), ("TransposeOptions", {})
             yield Case(str(perm), "TRANSPOSE", 2, [wide, order], exact, dtype, parameters, options, tolerance=0)
 
+    wide = Operand(shuffled("int16", 1, 128, 512), either["int16"])
+    bounds = [Operand(np.array(numbers, np.int32), is_constant=True) for numbers in ([0, 0, 0], [1, 1, 512])]
+    exact = wide.real()[:, :1]
+    yield Case("", "SLICE", 4, [wide, *bounds], exact, "int16", either["int16"], ("SliceOptions", {}), tolerance=0)
+
     symmetric = Codes.of(0.04)
     casts: list[tuple[Operand, str, Codes | None]] = [
         (Operand(ALL["int8"].astype(np.int32)[None]), "int8", Codes.of(70.0, 1)),  # bits of the mask are codes
@@ -391,7 +426,7 @@ def moves() -> Iterator[Case]:
 
 
 CASES = [
-    *elementwise(), *whole_numbers(), *products(), *linear(), *functions(), *weights(), *softmaxes(),
+    *elementwise(), *whole_numbers(), *products(), *linear(), *row_products(), *functions(), *weights(), *softmaxes(),
     *inverse_roots(), *moves(),
 ]  # fmt: skip
 BY_NAME = {str(case): case for case in CASES}

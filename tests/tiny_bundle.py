@@ -47,7 +47,7 @@ GATE = Gate(
     invariance_min=0.99999,
     norm_error_max=1e-3,
     norm_error_unnormalized_max=0.05,
-    float_fallbacks_max=0,
+    float_fallbacks_max=0, host_operators_max=0,
     export_places=("device", "host-kernels"),
     release_places=("device",),
 )

@@ -23,7 +23,18 @@ from edgeq.texts import Tokens, batches
 BUCKETS = (8, 16, 48)
 TOKENS = Tokens(encoder.tokens(3, 40), 0, 0)
 # What lowering adds between: the same codes in another shape, the mask before it is scaled, the share of a token.
-_ADDED = ("/rows", "/column", "/flat", "/shaped", "/mask", "/table", "/16bit/inverse", "/one_over_count")
+_ADDED = (
+    "/rows",
+    "/column",
+    "/flat",
+    "/shaped",
+    "/mask",
+    "/table",
+    "/16bit/inverse",
+    "/one_over_count",
+    "/16bit/count",
+    "/16bit/root",
+)
 
 
 class Meant(NamedTuple):
@@ -102,4 +113,4 @@ def meant(model: QdqModel) -> dict[str, Meant]:
 
 def is_added(name: str) -> bool:
     """Say whether lowering added a tensor that the QDQ model does not have."""
-    return name.endswith(_ADDED) or name.startswith(("ones_", "inverses_")) or name.isdecimal()
+    return name.endswith(_ADDED) or name.startswith(("ones_", "attention_mask/", "inverses_")) or name.isdecimal()

@@ -58,8 +58,8 @@ class Anatomy(Record):
 
     file: str
     size_bytes: int
-    format: Literal["onnx", "tflite"]
-    format_version: int  # ONNX's IR, or TFLite's schema
+    format: Literal["onnx", "openvino", "tflite"]
+    format_version: int  # ONNX's IR, OpenVINO's, or TFLite's schema
     opsets: dict[str, int]
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from edgeq.backends import onnxruntime, tflite
+from edgeq.backends import ethos_u, onnxruntime, openvino, tflite
 from edgeq.backends.contract import Backend
 from edgeq.errors import ConfigError
 
-BACKENDS: dict[str, Backend] = {"onnxruntime": onnxruntime, "tflite": tflite}
+BACKENDS: dict[str, Backend] = {
+    "ethos_u": ethos_u,
+    "onnxruntime": onnxruntime,
+    "openvino": openvino,
+    "tflite": tflite,
+}
 
 
 def find(name: str, where: str) -> Backend:

@@ -96,7 +96,7 @@ def bench(
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="An ONNX or .tflite file, or a bundle.")],
+    file: Annotated[Path, typer.Argument(help="An ONNX file, an OpenVINO IR (.xml), a .tflite file, or a bundle.")],
     as_json: console.AsJson = False,
     verbose: console.Verbose = 0,
     quiet: console.Quiet = False,

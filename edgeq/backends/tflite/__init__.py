@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,11 +17,12 @@ from edgeq.backends.contract import Embeddings, Rejection
 from edgeq.children import Worker, pack, unpack
 from edgeq.environments import Environment, interpreter
 from edgeq.errors import ConfigError, LoweringFailed, ToolMissing
-from edgeq.primitives import MEAN
 from edgeq.records import Artifact, Placement, QdqModel, Target
-from edgeq.row_gains import FACTOR
 from edgeq.storage import file_ref, storage_errors, write_bytes
-from edgeq.texts import Feeds, lengths
+from edgeq.texts import Feeds, fitted, lengths, rows_by_bucket
+
+if TYPE_CHECKING:
+    from edgeq.backends.tflite.emitter import Settings
 
 MODEL = "tflite/model.tflite"
 SIGNATURE = "seq_{}"
@@ -102,42 +103,64 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     tools()
     from edgeq.backends.tflite import kernels
     from edgeq.backends.tflite.emitter import Settings
-    from edgeq.backends.tflite.lowering import lower_model
 
     runtime = target.runtime
     settings = Settings(int(runtime["bias_bits"]), str(runtime["upcast"]), str(runtime["lookup"]))
     buckets = lengths(target.buckets_tokens, model.max_sequence)
-    data = lower_model(ir.load(model.file.path), buckets, settings)
-    problems = kernels.violations(data, str(runtime["interpreter"]))
-    if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise LoweringFailed(f"{target.name}: the file holds what was not shown to be right:\n{listed}")
+    data = integer_file(model, target.name, buckets, settings, str(runtime["interpreter"]))
     path = out_dir / MODEL
     with storage_errors(f"writing {MODEL}"):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, data)
     largest = SIGNATURE.format(max(buckets))
-    written = [item for item in kernels.operators(data) if item.signature == largest]
-    counts = Counter(item.name for item in written)
-    products = sum(item.name == "FULLY_CONNECTED" and not item.output.endswith((MEAN, FACTOR)) for item in written)
-    if products != len(model.integer_matmuls):
-        raise LoweringFailed(
-            f"{target.name}: {products} products were written, the scheme has {len(model.integer_matmuls)}; "
-            "please report the model"
-        )
+    counts = Counter(item.name for item in kernels.operators(data) if item.signature == largest)
     return Artifact(
         backend=target.backend,
         target=target.name,
         files=(file_ref(path, relative_to=out_dir),),
         qdq_sha256=model.file.sha256,
         placement=Placement(
-            integer_matmuls=products,
+            integer_matmuls=len(model.integer_matmuls),
             float_by_scheme=(),
             float_fallbacks=(),
             operators=dict(sorted(counts.items())),
         ),
         tools=dict(tools()),
     )
+
+
+def integer_file(
+    model: QdqModel, name: str, buckets: Sequence[int], settings: Settings, interpreter_name: str
+) -> bytes:
+    """Give a .tflite file in which nothing is float and every kernel is known to be right.
+
+    Args:
+        model: the integer-only QDQ model.
+        name: of the target, for messages.
+        buckets: sequence lengths in tokens, each a signature.
+        settings: how to write what runtimes differ in.
+        interpreter_name: "litert" or "tflite-runtime", whose table of kernels counts.
+
+    Raises:
+        LoweringFailed: an operator has no TFLite form, or the file holds one that is not known to be right.
+    """
+    from edgeq.backends.tflite import kernels
+    from edgeq.backends.tflite.lowering import lower_model
+
+    data = lower_model(ir.load(model.file.path), buckets, settings)
+    problems = kernels.violations(data, interpreter_name)
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise LoweringFailed(f"{name}: the file holds what was not shown to be right:\n{listed}")
+    largest, weights = SIGNATURE.format(max(buckets)), {f"{item}/weight/codes" for item in model.integer_matmuls}
+    written = [item for item in kernels.operators(data) if item.signature == largest]
+    products = sum(item.name == "FULLY_CONNECTED" and not weights.isdisjoint(item.operands) for item in written)
+    if products != len(model.integer_matmuls):
+        raise LoweringFailed(
+            f"{name}: {products} products were written, the scheme has {len(model.integer_matmuls)}; "
+            "please report the model"
+        )
+    return data
 
 
 def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> TfliteSession:
@@ -154,11 +177,20 @@ def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> 
         LoweringFailed: the interpreter refuses the file, or dies of it.
     """
     runtime = str(target.runtime["interpreter"])
+    return open_session(bundle / artifact.files[0].path, runtime, threads or int(target.runtime["threads"]))
+
+
+def open_session(path: Path, runtime: str, threads: int) -> TfliteSession:
+    """Load a .tflite file in a child process.
+
+    Raises:
+        ToolMissing: the interpreter is not installed and cannot be.
+        LoweringFailed: the interpreter refuses the file, or dies of it.
+    """
     python = interpreter(TFLITE_RUNTIME) if runtime == "tflite-runtime" else Path(sys.executable)
     tools()
     worker = Worker([str(python), "-I", str(_CHILD), runtime], runtime)
-    path = bundle / artifact.files[0].path
-    loaded = worker.call(do="load", path=str(path.resolve()), threads=threads or int(target.runtime["threads"]))
+    loaded = worker.call(do="load", path=str(path.resolve()), threads=threads)
     buckets = tuple(int(name.removeprefix(SIGNATURE.format(""))) for name in loaded["signatures"])
     return TfliteSession(worker, buckets, _output_codes(path))
 
@@ -189,11 +221,8 @@ class TfliteSession:
         Raises:
             ConfigError: a text is longer than the largest bucket.
         """
-        rows: dict[int, list[int]] = {}
-        for row, bucket in enumerate(self._buckets_of(feeds)):
-            rows.setdefault(bucket, []).append(row)
         embeddings: Embeddings | None = None
-        for bucket, members in rows.items():
+        for bucket, members in rows_by_bucket(feeds, self._buckets).items():
             inputs = {
                 "input_ids": _fitted(feeds.input_ids[members], bucket),
                 "attention_mask": _fitted(feeds.attention_mask[members], bucket),
@@ -210,7 +239,7 @@ class TfliteSession:
 
     def milliseconds(self, feeds: Feeds, runs: int, warmup: int) -> list[float]:
         """Time runs inside the child, one text after the other: a batch is as many runs."""
-        bucket = max(self._buckets_of(feeds))
+        bucket = max(rows_by_bucket(feeds, self._buckets))
         totals = np.zeros(runs)
         for row in range(len(feeds.input_ids)):
             one = {
@@ -227,19 +256,7 @@ class TfliteSession:
         """Give the child's peak resident memory."""
         return int(self._worker.call(do="memory")["peak_bytes"])
 
-    def _buckets_of(self, feeds: Feeds) -> list[int]:
-        sizes = feeds.attention_mask.sum(axis=1).tolist()
-        if len(sizes) == 1:
-            sizes = [feeds.input_ids.shape[1]]
-        longest = max(sizes)
-        if longest > self._buckets[-1]:
-            raise ConfigError(
-                f"a text has {longest} tokens; the largest bucket holds {self._buckets[-1]}. Cut it first."
-            )
-        return [next(bucket for bucket in self._buckets if bucket >= size) for size in sizes]
-
 
 def _fitted(rows: NDArray[np.int64], width: int) -> NDArray[Any]:
     """Cut or pad each row with zeros to the width: int32[rows, 1, width]. A masked id may be any."""
-    kept = rows[:, :width]
-    return np.pad(kept, ((0, 0), (0, width - kept.shape[1]))).astype(np.int32)[:, None, :]
+    return fitted(rows, width).astype(np.int32)[:, None, :]

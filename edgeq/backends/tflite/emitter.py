@@ -27,6 +27,9 @@ class Settings:
     bias_bits: int  # of products that read 16 bits: 32 on LiteRT and tflite-runtime, 64 for the reference kernels
     upcast: str  # "quantize" or "cast": how 8 bits become 16; tflite-runtime 2.14 has no QUANTIZE for it
     lookup: str  # "none", "roots" or "all": which 16-bit RSQRT and GELU are tables; tflite-runtime 2.14 has neither
+    rows: str = (
+        "mul"  # "mul" or "depthwise": how a tensor is multiplied by a stored row; Ethos-U55 reads MUL's row anew
+    )
 
 
 class Emitter:
@@ -45,6 +48,7 @@ class Emitter:
         self.filled: dict[tuple[int, tuple[int, ...]], Tensor] = {}  # tensors of one number
         self.ids = out.input("input_ids", (1, length), "int32")
         self.mask = out.input("attention_mask", (1, length), "int32")
+        self.narrow_mask: Tensor | None = None  # in 8 bits, once it is needed
 
     def read(self, value: ir.Value | None) -> Tensor:
         """Give the tensor whose codes a DequantizeLinear reads."""

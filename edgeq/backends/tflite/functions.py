@@ -10,7 +10,9 @@ from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
 from edgeq.backends.tflite.emitter import INT16_CODES, OPERATOR, OPTIONS, Emitter
-from edgeq.passes.graph import readers
+from edgeq.passes.graph import made_by, readers
+
+_STEP_OF_ONE = 1.0 / 2**15  # of what the 16-bit operators of tanh and sigmoid give
 
 
 def gelu(emit: Emitter, node: ir.Node) -> None:
@@ -32,15 +34,34 @@ def relu(emit: Emitter, node: ir.Node) -> None:
     emit.write(node.outputs[0], source.shape, OPERATOR.RELU, 2, [source])
 
 
-def tanh(emit: Emitter, node: ir.Node) -> None:
-    """Write tanh of 16 bits as a table."""
+def clip(emit: Emitter, node: ir.Node) -> None:
+    """Write what keeps values within limits: codes that saturate there; that of the mask is written elsewhere."""
+    if made_by(node.inputs[0], "DequantizeLinear") is None:
+        return
     source = emit.read(node.inputs[0])
+    emit.requantized(source, emit.result(emit.quantizer(node.outputs[0]), source.shape))
+
+
+def sigmoid(emit: Emitter, node: ir.Node) -> None:
+    """Write the logistic function of 16 bits."""
+    source = emit.read(node.inputs[0])
+    emit.write(node.outputs[0], source.shape, OPERATOR.LOGISTIC, 3, [source])
+
+
+def tanh(emit: Emitter, node: ir.Node) -> None:
+    """Write tanh of 16 bits: as a table, or the operator where there are none."""
+    source = emit.read(node.inputs[0])
+    if emit.settings.lookup == "none" and emit.result_step(node.outputs[0]) == _STEP_OF_ONE:
+        emit.write(node.outputs[0], source.shape, OPERATOR.TANH, 3, [source])
+        return
     reals = INT16_CODES.astype(np.float64) * emit.step(source)
     emit.looked_up(node.outputs[0], source, np.tanh(reals) / emit.result_step(node.outputs[0]))
 
 
 def inverse_root(emit: Emitter, node: ir.Node) -> None:
     """Write one over the square root, which Sqrt and Reciprocal are together."""
+    if made_by(node.inputs[0], "DequantizeLinear") is None:
+        return  # of the mask
     source = emit.read(node.inputs[0])
     inverse = readers(node.outputs[0])[0]
     if emit.settings.lookup == "none":

@@ -31,6 +31,7 @@ class Operator:
     name: str
     version: int
     dtypes: Dtypes
+    operands: tuple[str, ...]  # names of the inputs that are no shapes or axes
     output: str
 
 
@@ -48,6 +49,7 @@ LITERT: dict[str, dict[int, frozenset[Dtypes]]] = {
             ("int32", "int8"), ("int32", "int16"), ("int8", "int16"), ("int8", "int32"), ("int16", "int32"),
         }),
     },
+    "DEPTHWISE_CONV_2D": {5: frozenset({("int16", "int8", "int16")})},
     "EXP": {2: frozenset({_I8})},
     "FILL": {1: _WHOLE},
     "FULLY_CONNECTED": {
@@ -58,19 +60,22 @@ LITERT: dict[str, dict[int, frozenset[Dtypes]]] = {
     },
     "GATHER": {2: frozenset({("int8", "int32", "int8"), ("int16", "int32", "int16")})},
     "GELU": {2: _BOTH},
+    "LOGISTIC": {3: frozenset({_I16})},
     "MEAN": {2: _BOTH},
     "MAXIMUM": {1: _WHOLE},
-    "MINIMUM": {1: _WHOLE},
+    "MINIMUM": {1: _WHOLE, 2: _PAIRS},
     "MUL": {1: _WHOLE, 2: _PAIRS},
     "QUANTIZE": {1: frozenset({("int8", "int16"), ("int16", "int8"), _I16, _I8})},
-    "REDUCE_MAX": {2: frozenset({_I8})},
+    "REDUCE_MAX": {2: frozenset({_I8}), 3: frozenset({_I16})},
     "RELU": {2: _BOTH},
     "RESHAPE": {1: _BOTH},
     "RIGHT_SHIFT": {1: _WHOLE},
     "RSQRT": {1: frozenset({_I16})},
+    "SLICE": {4: frozenset({_I16})},
     "SOFTMAX": {2: frozenset({_I8}), 3: frozenset({_I16})},
     "SUB": {1: _WHOLE, 2: _PAIRS},
     "SUM": {1: frozenset({("int32", "int32")})},
+    "TANH": {3: frozenset({_I16})},
     "TRANSPOSE": {2: _BOTH},
 }  # fmt: skip
 
@@ -88,7 +93,13 @@ TFLITE_RUNTIME = {
 
 KERNELS = {"litert": LITERT, "tflite-runtime": TFLITE_RUNTIME}
 # Operators whose inputs behind the first are no data.
-_SHAPES = {"MEAN": 1, "REDUCE_MAX": 1, "RESHAPE": 1, "SUM": 1, "TRANSPOSE": 1}
+_SHAPES = {"MEAN": 1, "REDUCE_MAX": 1, "RESHAPE": 1, "SLICE": 1, "SUM": 1, "TRANSPOSE": 1}
+
+
+def operator_name(code: schema.OperatorCodeT) -> str:
+    """Give the name of an operator code; that of a custom operator as the file spells it."""
+    name = _NAMES[max(code.builtinCode, code.deprecatedBuiltinCode)]
+    return str(code.customCode.decode()) if name == "CUSTOM" and code.customCode else name
 
 
 def operators(data: bytes) -> Iterator[Operator]:
@@ -97,11 +108,12 @@ def operators(data: bytes) -> Iterator[Operator]:
     for graph in model.subgraphs:
         for operator in graph.operators:
             code = model.operatorCodes[operator.opcodeIndex]
-            name = _NAMES[max(code.builtinCode, code.deprecatedBuiltinCode)]
+            name = operator_name(code)
             read = list(operator.inputs)[: _SHAPES.get(name, len(operator.inputs))]
             tensors = [graph.tensors[index] for index in [*read, *operator.outputs]]
             dtypes = tuple(_DTYPES[tensor.type] for tensor in tensors)
-            yield Operator(graph.name.decode(), name, code.version, dtypes, tensors[-1].name.decode())
+            *operands, output = (tensor.name.decode() for tensor in tensors)
+            yield Operator(graph.name.decode(), name, code.version, dtypes, tuple(operands), output)
 
 
 def float_tensors(data: bytes) -> list[str]:

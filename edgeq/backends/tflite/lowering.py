@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from edgeq.backends.tflite import functions, masks, moves, products, shares
+from edgeq.backends.tflite import functions, masks, moves, pooling, products, shares
 from edgeq.backends.tflite.emitter import Emitter, Settings
 from edgeq.backends.tflite.writer import ModelWriter
 from edgeq.errors import LoweringFailed
@@ -15,18 +15,21 @@ SIGNATURE = "seq_{}"
 
 WRITERS: dict[str, Callable[[Emitter, ir.Node], None]] = {
     "Add": products.sum_or_product,
+    "Clip": functions.clip,
     "Exp": shares.exponential,
     "Gather": moves.gather,
     "Gelu": functions.gelu,
     "MatMul": products.matmul,
+    "Min": pooling.minimum,
     "Mul": products.elementwise,
     "QuantizeLinear": masks.quantize,
-    "ReduceMax": shares.row_maximum,
+    "ReduceMax": pooling.maximum,
     "ReduceMean": products.mean,
-    "ReduceSum": shares.row_sums,
+    "ReduceSum": products.total,
     "ReduceSumSquare": products.squares,
     "Relu": functions.relu,
     "Reshape": moves.reshape,
+    "Sigmoid": functions.sigmoid,
     "Slice": moves.slice_,
     "Softmax": products.softmax,
     "Sqrt": functions.inverse_root,
@@ -37,7 +40,9 @@ WRITERS: dict[str, Callable[[Emitter, ir.Node], None]] = {
 }
 # Read with another node, or preparing the mask and sizes, which lowering writes in its own way.
 _NOTHING_TO_WRITE = frozenset(
-    "ArgMax Cast Clip Concat DequantizeLinear Div Expand Identity Min Reciprocal Round Shape Unsqueeze".split()
+    (
+        "ArgMax Cast Concat CumSum DequantizeLinear Div Equal Expand Identity Range Reciprocal Round Shape Unsqueeze"
+    ).split()
 )
 
 
@@ -64,6 +69,8 @@ def _lower_graph(graph: ir.Graph, emit: Emitter) -> None:
     for node in graph:
         if node in left_out:
             shares.unchanged(emit, node)
+        elif shares.takes(node):
+            shares.write(emit, node)
         elif node.op_type in WRITERS:
             WRITERS[node.op_type](emit, node)
         elif node.op_type not in _NOTHING_TO_WRITE:

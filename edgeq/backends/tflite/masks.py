@@ -6,11 +6,14 @@ import numpy as np
 import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 
+from edgeq.backends.tflite import pooling
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
 from edgeq.backends.tflite.sums import raw
-from edgeq.backends.tflite.writer import Codes
+from edgeq.backends.tflite.writer import Codes, Tensor
 from edgeq.errors import LoweringFailed
 from edgeq.passes.graph import made_by
+
+_EXACT_STEP, _WIDE_CODES = 128, 2**15
 
 
 def quantize(emit: Emitter, node: ir.Node) -> None:
@@ -36,15 +39,26 @@ def _mask_codes(emit: Emitter, node: ir.Node) -> None:
     """Write the attention mask, or each token's share of the mean, in codes."""
     value = node.inputs[0]
     maker = value.producer() if value is not None else None
-    if maker is None or emit.mask is None:
+    if maker is None:
         raise LoweringFailed(f"{node.name}: quantises an input")
-    if maker.op_type == "Div":
-        _shares(emit, node)
+    if pooling.is_share(node):
+        is_right = maker.op_type == "Transpose" and made_by(maker.inputs[0], "Div") is not None
+        shape = (1, emit.length, 1) if is_right else (1, 1, emit.length)
+        if emit.settings.lookup == "none" and (is_right or maker.op_type == "Div"):
+            _rooted_shares(emit, node, shape)
+        else:
+            pooling.shares(emit, node, shape)
+        return
+    if pooling.is_cap(node):
+        pooling.cap(emit, node)
         return
     if maker.op_type != "Mul":
         raise LoweringFailed(f"{node.name}: {maker.op_type} is no form of the attention mask")
     codes = emit.codes(node)
     name = str(node.outputs[0].name).removesuffix("/quantized")
+    if codes.zero_points[0] > 0 and emit.settings.upcast == "quantize":
+        _bias(emit, node, codes)
+        return
     if codes.zero_points[0] > 0:  # code 0 is -size, and the zero point is 0
         flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int8", codes)
         one = emit.out.constant(f"int32_{codes.zero_points[0]}", np.array([codes.zero_points[0]], np.int32))
@@ -59,26 +73,61 @@ def _mask_codes(emit: Emitter, node: ir.Node) -> None:
     emit.requantized(shaped, result)
 
 
-def _shares(emit: Emitter, node: ir.Node) -> None:
-    """Count the tokens, look up one over the count, and give each token that much."""
+def _bias(emit: Emitter, node: ir.Node, codes: Codes) -> None:
+    """Lower the mask by one, and make it as large as codes hold: the mask is cast once for all that read it."""
+    name = str(node.outputs[0].name).removesuffix("/quantized")
+    one = emit.out.constant("attention_mask/one", np.array([1], np.int8), Codes.of(1.0))
+    size = emit.out.constant(
+        "attention_mask/size", np.array([1], np.int8), Codes.of(codes.scales[0] * codes.zero_points[0])
+    )
+    shifted = emit.out.tensor("attention_mask/shifted", (1, emit.length), "int8", Codes.of(1.0))
+    table = schema.SubOptionsT()
+    table.potScaleInt16 = False
+    emit.out.operator(OPERATOR.SUB, 2, [_narrow_mask(emit), one], shifted, (OPTIONS.SubOptions, table))
+    flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int8", codes)
+    emit.out.operator(OPERATOR.MUL, 2, [shifted, size], flat, (OPTIONS.MulOptions, schema.MulOptionsT()))
+    emit.tensors[node.outputs[0]] = emit.reshaped(flat, (1, 1, 1, emit.length), name)
+
+
+def _narrow_mask(emit: Emitter) -> Tensor:
+    """Give the mask in 8 bits, cast once."""
+    if emit.narrow_mask is None:
+        emit.narrow_mask = emit.out.tensor("attention_mask/narrow", (1, emit.length), "int8", Codes.of(1.0))
+        emit.cast(emit.mask, emit.narrow_mask)
+    return emit.narrow_mask
+
+
+def _wide_mask(emit: Emitter, name: str) -> Tensor:
+    """Give the mask in 16 bits."""
+    ones = emit.out.tensor(f"{name}/mask", (1, emit.length), "int16", Codes.of(1.0))
+    if emit.settings.upcast == "quantize":
+        emit.requantized(_narrow_mask(emit), ones)
+    else:
+        emit.cast(emit.mask, ones)
+    return ones
+
+
+def _rooted_shares(emit: Emitter, node: ir.Node, shape: tuple[int, ...]) -> None:
+    """Count the tokens, take one over the count without a table, and give each token that much."""
     codes = emit.codes(node)
     name = str(node.outputs[0].name).removesuffix("/quantized")
-    axis = emit.out.constant("axis_1", np.array([1], np.int32))
-    options = schema.ReducerOptionsT()
-    options.keepDims = False
-    count = emit.out.tensor(f"{name}/count", (1,), "int32")
-    mask = emit.mask
-    if mask is None:
-        raise LoweringFailed(f"{node.name}: there is no attention mask")
-    emit.out.operator(OPERATOR.SUM, 1, [mask, axis], count, (OPTIONS.ReducerOptions, options))
-    counts = np.maximum(np.arange(emit.length + 1), 1)
-    table = np.rint(1.0 / (counts * codes.scales[0])).astype(np.int16)
-    stored = emit.out.constant(f"{name}/one_over_count", table, codes)
-    inverse = emit.out.tensor(f"{name}/inverse", (1,), "int16", codes)
-    gather = (OPTIONS.GatherOptions, schema.GatherOptionsT())
-    emit.out.operator(OPERATOR.GATHER, 2, [stored, count], inverse, gather)
-    ones = emit.out.tensor(f"{name}/mask", (1, emit.length), "int16", Codes.of(1.0))
-    emit.cast(mask, ones)
+    ones = _wide_mask(emit, name)
+    inverse = _squared_root(emit, ones, name, codes)
     flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int16", codes)
     emit.out.operator(OPERATOR.MUL, 2, [ones, inverse], flat, (OPTIONS.MulOptions, schema.MulOptionsT()))
-    emit.tensors[node.outputs[0]] = emit.reshaped(flat, (1, 1, emit.length), name)
+    emit.tensors[node.outputs[0]] = emit.reshaped(flat, shape, name)
+
+
+def _squared_root(emit: Emitter, mask: Tensor, name: str, codes: Codes) -> Tensor:
+    """Square one over the root of the number of tokens: the operator has an exact entry for every 128th code."""
+    step = 1.0 / _EXACT_STEP if emit.length <= _WIDE_CODES // _EXACT_STEP else emit.length / _WIDE_CODES
+    column = emit.out.constant(f"ones_to_add_{emit.length}", np.ones((1, emit.length), np.int8), Codes.of(1.0))
+    count = emit.out.tensor(f"{name}/count", (1, 1), "int16", Codes.of(float(np.float32(step))))
+    options = schema.FullyConnectedOptionsT()
+    options.keepNumDims = True
+    table = (OPTIONS.FullyConnectedOptions, options)
+    emit.out.operator(OPERATOR.FULLY_CONNECTED, 4, [mask, column], count, table)
+    root = emit.out.tensor(f"{name}/root", (1, 1), "int16", codes)
+    emit.out.operator(OPERATOR.RSQRT, 1, [count], root)
+    inverse = emit.out.tensor(f"{name}/inverse", (1, 1), "int16", codes)
+    return emit.out.operator(OPERATOR.MUL, 2, [root, root], inverse, (OPTIONS.MulOptions, schema.MulOptionsT()))

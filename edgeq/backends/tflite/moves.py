@@ -7,7 +7,6 @@ import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
-from edgeq.backends.tflite.shares import inverse_sums
 from edgeq.errors import LoweringFailed
 from edgeq.passes.graph import constant, made_by, readers
 
@@ -16,9 +15,6 @@ def gather(emit: Emitter, node: ir.Node) -> None:
     """Write the lookup of tokens in their table."""
     table = constant(node.inputs[0])
     dequantizer = next((use for use in readers(node.outputs[0]) if use.op_type == "DequantizeLinear"), None)
-    if table is not None and table.dtype == np.int8 and table.ndim == 1:
-        inverse_sums(emit, node, table)
-        return
     if table is None or table.dtype == np.int64 or dequantizer is None or emit.ids is None:
         return  # sizes
     codes = emit.codes(dequantizer)
@@ -50,11 +46,19 @@ def slice_(emit: Emitter, node: ir.Node) -> None:
 
 
 def _first_row(emit: Emitter, node: ir.Node) -> None:
-    """Gather the first token."""
+    """Take the first token, without a lookup where there are none."""
     bounds = [constant(value) for value in node.inputs[1:4]]
     if [bound.tolist() if bound is not None else None for bound in bounds] != [[0], [1], [1]]:
         raise LoweringFailed(f"{node.name}: slices something else than the first token")
     source = emit.read(node.inputs[0])
+    if emit.settings.lookup == "none":
+        begin, size = (
+            emit.out.constant(f"first/{name}", np.array(numbers, np.int32))
+            for name, numbers in (("begin", [0, 0, 0]), ("size", [1, 1, source.shape[2]]))
+        )
+        table = (OPTIONS.SliceOptions, schema.SliceOptionsT())
+        emit.write(node.outputs[0], (1, 1, source.shape[2]), OPERATOR.SLICE, 4, [source, begin, size], table)
+        return
     options = schema.GatherOptionsT()
     options.axis = 1
     first = emit.out.constant("first", np.array([0], np.int32))

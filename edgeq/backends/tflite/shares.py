@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
-from numpy.typing import NDArray
 
 from edgeq.attention_shares import LAST_INDEX
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
@@ -19,7 +18,29 @@ from edgeq.errors import LoweringFailed
 from edgeq.passes.graph import constant, made_by, readers
 
 
-def row_maximum(emit: Emitter, node: ir.Node) -> None:
+def takes(node: ir.Node) -> bool:
+    """Tell whether a node finds the largest score of a row, adds up a row, or looks up one over its sum."""
+    if node.op_type == "ReduceMax":
+        axes = constant(node.inputs[1])
+        return axes is not None and axes.tolist() == [-1]
+    if node.op_type == "ReduceSum":
+        return any(use.op_type == "Round" for scaled in readers(node.outputs[0]) for use in readers(scaled.outputs[0]))
+    if node.op_type == "Min":
+        return made_by(node.inputs[0], "Div") is not None
+    return node.op_type == "Gather" and made_by(node.inputs[1], "Min") is not None
+
+
+def write(emit: Emitter, node: ir.Node) -> None:
+    """Write such a node; an index is written with its lookup."""
+    if node.op_type == "ReduceMax":
+        _row_maximum(emit, node)
+    elif node.op_type == "ReduceSum":
+        _row_sums(emit, node)
+    elif node.op_type == "Gather":
+        _inverse_sums(emit, node)
+
+
+def _row_maximum(emit: Emitter, node: ir.Node) -> None:
     """Write the largest of each row."""
     source = emit.read(node.inputs[0])
     options = schema.ReducerOptionsT()
@@ -36,13 +57,11 @@ def exponential(emit: Emitter, node: ir.Node) -> None:
     emit.write(node.outputs[0], source.shape, OPERATOR.EXP, 2, [source], options)
 
 
-def row_sums(emit: Emitter, node: ir.Node) -> None:
+def _row_sums(emit: Emitter, node: ir.Node) -> None:
     """Add each row's codes up, exactly: a product with ones, of codes that are read as if their zero point were 0.
 
     LiteRT 2.3 leaves the zero point out of a product with a 32-bit result; tflite-runtime 2.14 does not.
     """
-    if made_by(node.inputs[0], "DequantizeLinear") is None:
-        return  # of the mask
     source = emit.read(node.inputs[0])
     if source.codes is None:
         raise LoweringFailed(f"{node.name}: adds up what has no codes")
@@ -63,13 +82,13 @@ def row_sums(emit: Emitter, node: ir.Node) -> None:
     emit.tensors[codes] = raw(emit, "ADD", total, lacking)
 
 
-def inverse_sums(emit: Emitter, node: ir.Node, table: NDArray[np.int8]) -> None:
+def _inverse_sums(emit: Emitter, node: ir.Node) -> None:
     """Look up one over each row's sum, by the sum without its lowest bits."""
-    dequantizer = readers(node.outputs[0])[0]
+    table, dequantizer = constant(node.inputs[0]), readers(node.outputs[0])[0]
     index = made_by(node.inputs[1], "Min")
     divided = made_by(index.inputs[0], "Div") if index is not None else None
     divisor = constant(divided.inputs[1]) if divided is not None else None
-    if divided is None or divisor is None or divided.inputs[0] not in emit.tensors:
+    if table is None or divided is None or divisor is None or divided.inputs[0] not in emit.tensors:
         raise LoweringFailed(f"{node.name}: looks up by no sum of a row")
     sums = emit.tensors[divided.inputs[0]]
     bits = int(divisor).bit_length() - 1

@@ -1,0 +1,206 @@
+"""Lower an integer-only QDQ model for Arm Ethos-U: a .tflite file for each bucket, compiled by Vela.
+
+Nothing here runs a compiled file: that takes the NPU. The integer file it was compiled from runs in LiteRT, and
+vectors, parity and golden texts are that file's (`host-kernels`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeq.backends import tflite
+from edgeq.backends.contract import Rejection, Session
+from edgeq.errors import LoweringFailed, ToolMissing
+from edgeq.records import Artifact, Estimate, HostOperator, Placement, QdqModel, Target
+from edgeq.storage import file_ref, storage_errors, write_bytes
+from edgeq.texts import lengths
+
+if TYPE_CHECKING:
+    from edgeq.backends.ethos_u.compiler import Compiled, Settings
+
+COMPILED = "ethos_u/model_seq_{}_vela.tflite"
+INTEGER_MODEL = "ethos_u/model.tflite"  # what the compiled files were made from, a signature for each
+RUNTIME = "litert"
+
+ACCELERATORS = (
+    "ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256", "ethos-u65-512",
+    "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024", "ethos-u85-2048",
+)  # fmt: skip
+_SETTINGS = {"accelerator", "system_config", "memory_mode", "arena_kib", "rows"}
+_ROWS = ("mul", "depthwise")
+
+Rule = Callable[[QdqModel, Target], str | None]
+
+
+def needs_no_wide_operators(model: QdqModel, target: Target) -> str | None:
+    """The scheme must do without 16-bit products of two tensors, 16-bit GELU and tables, which Ethos-U lacks."""
+    form = model.scheme.integer
+    if form is None:
+        return f"scheme {model.scheme.name} leaves tensors in float"
+    wide = {"products": form.wide_matmul, "GELU": form.wide_gelu, "tables": form.tables}
+    found = [name for name, is_wide in wide.items() if is_wide]
+    return f"scheme {model.scheme.name} has 16-bit {', '.join(found)}; take w8a8-int-npu" if found else None
+
+
+def has_known_settings(model: QdqModel, target: Target) -> str | None:
+    """The target's [runtime] holds accelerator, system_config, memory_mode, arena_kib and rows, each known."""
+    unknown = set(target.runtime) ^ _SETTINGS
+    if unknown:
+        return f"missing or unknown: {', '.join(sorted(unknown))}"
+    wrong = []
+    accelerator, config = str(target.runtime["accelerator"]), str(target.runtime["system_config"])
+    if accelerator not in ACCELERATORS:
+        wrong.append(f"accelerator is {accelerator!r}; known are {', '.join(ACCELERATORS)}")
+    family = accelerator.rpartition("-")[0].replace("ethos-u", "Ethos_U")
+    if not config.startswith(f"{family}_"):
+        wrong.append(f"system_config is {config!r}, which is no {family}'s: Vela would take its clock without a word")
+    if not isinstance(target.runtime["arena_kib"], int) or int(target.runtime["arena_kib"]) < 1:
+        wrong.append(f"arena_kib is {target.runtime['arena_kib']!r}")
+    if target.runtime["rows"] not in _ROWS:
+        wrong.append(f"rows is {target.runtime['rows']!r}; known are {', '.join(_ROWS)}")
+    return "; ".join(wrong) or None
+
+
+RULES: tuple[Rule, ...] = (needs_no_wide_operators, tflite.has_buckets, has_known_settings)
+
+
+def tools() -> Mapping[str, str]:
+    """Give the versions of what writes, compiles and runs the files.
+
+    Raises:
+        ToolMissing: one is not installed.
+    """
+    try:
+        return {name: version(name) for name in ("ai-edge-litert", "ethos-u-vela", "flatbuffers")}
+    except PackageNotFoundError as error:
+        raise ToolMissing(f'{error.name} is not installed; pip install "edgeq[ethos-u]"') from error
+
+
+def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
+    """List every rule that the model or the target does not meet."""
+    found = [(rule.__doc__ or rule.__name__, rule(model, target)) for rule in RULES]
+    return tuple(Rejection(sentence, detail) for sentence, detail in found if detail is not None)
+
+
+def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
+    """Write `ethos_u/model_seq_N_vela.tflite` for each bucket N below `out_dir`, and the integer file they come from.
+
+    Args:
+        model: the integer-only QDQ model.
+        target: whose buckets and accelerator are used.
+        out_dir: an existing folder.
+
+    Returns:
+        The artifact; its placement counts the operators of the longest bucket, and names those left to the host and
+        the compiler's estimate for each bucket.
+
+    Raises:
+        ToolMissing: ai-edge-litert or Vela is not installed.
+        ConfigError: Vela knows no such system configuration or memory mode.
+        LoweringFailed: an operator has no TFLite form, Vela fails, or a bucket does not fit into the memory.
+        TimedOut: Vela does not end.
+        StorageFailed: a file cannot be written.
+    """
+    tools()
+    from edgeq.backends.ethos_u import compiler, finished
+    from edgeq.backends.tflite import emitter
+
+    written = emitter.Settings(32, "quantize", "none", str(target.runtime["rows"]))
+    chosen = compiler.Settings(
+        str(target.runtime["accelerator"]), str(target.runtime["system_config"]), str(target.runtime["memory_mode"]),
+        int(target.runtime["arena_kib"]),
+    )  # fmt: skip
+    buckets = sorted(lengths(target.buckets_tokens, model.max_sequence), reverse=True)
+    paths, hosts, estimates, counts = [], [], [], []
+    for bucket in buckets:
+        # One signature in a file: Vela stores the weights again for each.
+        source = tflite.integer_file(model, target.name, (bucket,), written, RUNTIME)
+        where, name = f"{target.name}: bucket {bucket}", COMPILED.format(bucket)
+        compiled = compiler.compile_file(source, where, chosen)
+        inside = finished.read(compiled.data, source, where)
+        if inside.accelerator != chosen.accelerator:
+            raise LoweringFailed(f"{where}: the commands are for {inside.accelerator}, not {chosen.accelerator}")
+        estimates.append(_estimate(compiled, name, chosen))
+        _require_memory(estimates[-1], where)
+        hosts += [
+            HostOperator(file=name, operator=kind, output=output, reason=_reason(compiled, output))
+            for kind, output in inside.on_host
+        ]
+        counts.append(Counter(inside.on_npu) + Counter(kind for kind, _ in inside.on_host))
+        paths.append(_write(out_dir / name, compiled.data))
+    paths.append(_write(out_dir / INTEGER_MODEL, tflite.integer_file(model, target.name, buckets, written, RUNTIME)))
+    return Artifact(
+        backend=target.backend,
+        target=target.name,
+        files=tuple(file_ref(path, relative_to=out_dir) for path in paths),
+        qdq_sha256=model.file.sha256,
+        placement=Placement(
+            integer_matmuls=len(model.integer_matmuls), float_by_scheme=(), float_fallbacks=(),
+            operators=dict(sorted(counts[0].items())), host_operators=tuple(hosts), estimates=tuple(estimates),
+        ),
+        tools=dict(tools()),
+    )  # fmt: skip
+
+
+def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> Session:
+    """Load the integer file that the compiled ones were made from, in LiteRT.
+
+    Args:
+        artifact: what `lower` gave.
+        bundle: the folder that its paths are relative to.
+        target: whose artifact it is.
+        threads: 0 takes one.
+
+    Raises:
+        ToolMissing: ai-edge-litert is not installed.
+        LoweringFailed: LiteRT refuses the file, or dies of it.
+    """
+    tflite.tools()
+    return tflite.open_session(bundle / INTEGER_MODEL, RUNTIME, threads or 1)
+
+
+def _write(path: Path, data: bytes) -> Path:
+    with storage_errors(f"writing {path.name}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, data)
+    return path
+
+
+def _reason(compiled: Compiled, output: str) -> str:
+    """Give the compiler's reason; it names one for what it refuses, and none for what it moves of itself."""
+    return compiled.reasons.get(output, "Vela gives none")
+
+
+def _estimate(compiled: Compiled, name: str, settings: Settings) -> Estimate:
+    """Read the compiler's estimate from its summary."""
+    from edgeq.backends.ethos_u.compiler import number
+
+    kib = {
+        kind: number(compiled, f"{kind}_memory_used") for kind in ("sram", "dram", "on_chip_flash", "off_chip_flash")
+    }
+    moved = sum(number(compiled, f"{kind}_total_bytes") for kind in kib)
+    return Estimate(
+        file=name, accelerator=settings.accelerator, system_config=settings.system_config,
+        memory_mode=settings.memory_mode, clock_hz=int(number(compiled, "core_clock")),
+        arena_bytes=settings.arena_kib * 1024, cycles=int(number(compiled, "cycles_total")),
+        estimated_ms=number(compiled, "inference_time") * 1e3, sram_bytes=int(kib["sram"] * 1024),
+        dram_bytes=int(kib["dram"] * 1024), flash_bytes=int((kib["on_chip_flash"] + kib["off_chip_flash"]) * 1024),
+        moved_bytes=int(moved),
+    )  # fmt: skip
+
+
+def _require_memory(estimate: Estimate, where: str) -> None:
+    """Hold what a file needs against the memory the target has: Vela takes the size as a wish.
+
+    Raises:
+        LoweringFailed: it needs more.
+    """
+    if estimate.sram_bytes > estimate.arena_bytes:
+        raise LoweringFailed(
+            f"{where}: needs {estimate.sram_bytes // 1024} KiB of SRAM; the target has {estimate.arena_bytes // 1024} "
+            "(runtime.arena_kib). Take shorter buckets, or a memory_mode that keeps the arena in DRAM."
+        )

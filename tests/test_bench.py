@@ -1,0 +1,216 @@
+"""What tools/bench computes and writes around its measurements; nothing is measured here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgeq.evaluation import RetrievalSet, StsPairs
+
+pytest.importorskip("psutil", reason="needs the extra `dev`")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+from benchmark import __main__ as bench  # noqa: E402
+from benchmark import clock, making, processes, quality, report, rows, runner, samples  # noqa: E402
+from benchmark.figures import Blank, at, plain  # noqa: E402
+
+
+def whole(count: int = 40) -> samples.Sample:
+    names = [str(number) for number in range(count)]
+    pairs = StsPairs(tuple(f"a{n}" for n in names), tuple(f"b{n}" for n in names), np.arange(count, dtype=np.float64))
+    # Question i is judged on the paragraph at the other end, so that thinning by position alone would lose it.
+    qrels = tuple({count - 1 - number: 1} for number in range(count))
+    return samples.Sample(pairs, RetrievalSet(tuple(f"d{n}" for n in names), tuple(f"q{n}" for n in names), qrels))
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 8])
+def test_thinning_keeps_what_the_kept_questions_are_judged_on(every: int) -> None:
+    full, thin = whole(), samples.thinned(whole(), every)
+    for query, judged in zip(thin.retrieval.queries, thin.retrieval.qrels, strict=True):
+        (document,) = judged
+        assert thin.retrieval.documents[document] == f"d{39 - int(query[1:])}"
+    assert set(thin.retrieval.documents) >= set(full.retrieval.documents[::every])
+    assert thin.pairs.first == full.pairs.first[::every]
+    assert thin.pairs.scores.tolist() == full.pairs.scores[::every].tolist()
+    assert set(thin.texts) <= set(full.texts)
+    assert every == 1 or len(thin.texts) < len(full.texts)
+
+
+def test_thinning_by_one_changes_nothing() -> None:
+    assert samples.thinned(whole(), 1).texts == whole().texts
+    assert samples.thinned(whole(), 1).retrieval == whole().retrieval
+
+
+def compared(vectors: dict[str, Sequence[float]]) -> quality.Compared:
+    return quality.Compared({}, {text: np.array(vector, np.float32) for text, vector in vectors.items()})
+
+
+def test_pairs_are_compared_on_the_texts_both_saw() -> None:
+    models = {
+        "float": compared({"x": (1, 0), "y": (0, 1), "z": (0, 1)}),
+        "one": compared({"x": (1, 0), "y": (0, 2), "z": (1, 0)}),
+        "two": compared({"y": (0, 1), "x": (0, 1)}),
+        "other": compared({"x": (3, 4)}),
+        "peer": compared({"x": (-1, 0)}),
+        "gone": quality.Compared({"texts": Blank("no such target")}, {}),
+    }
+    found = quality.pairwise(models, "float", {"one": "a", "two": "a", "other": "b", "gone": "b"})
+    assert [(pair["first"], pair["second"], pair["texts"]) for pair in found["pairs"]] == [
+        ("one", "two", 2), ("one", "other", 1), ("two", "other", 1),
+    ]  # fmt: skip
+    assert found["shared"] == {"a": pytest.approx(0.5)}  # x is orthogonal, y the same
+    # On x alone, the one text of both: `one` is FP32's vector there, `two` is orthogonal to it, `other` has 0.6.
+    assert [pair["product"] for pair in found["pairs"][1:]] == [pytest.approx(1.0 * 0.6), pytest.approx(0.0 * 0.6)]
+    assert found["across"] == pytest.approx(min(0.6 - 0.6, 0.8 - 0.0))
+
+
+def test_the_worst_pair_decides_and_one_scheme_has_none_across() -> None:
+    pair: dict[str, Any] = {"is_shared": True, "scheme": "a", "product": 0.5}
+    found = quality.worst([pair | {"cosine_mean": 0.9}, pair | {"cosine_mean": 0.7}])
+    assert found["shared"] == {"a": 0.7}
+    assert isinstance(found["across"], Blank)
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    first, second = clock.RATIOS["openvino_of_nncf"]
+    # The machine ran at half its speed in two of the rounds: medians alone would say 1.
+    found = clock.ratios({first: [1.0, 2.0, 2.0, 1.0, 1.0], second: [2.0, 4.0, 4.0, 2.0, 2.0]})
+    assert found == {"openvino_of_nncf": 0.5}
+
+
+def test_a_ratio_with_a_blank_is_that_blank() -> None:
+    first, second = clock.RATIOS["openvino_of_nncf"]
+    assert clock.ratios({first: Blank("no target"), second: [1.0]}) == {"openvino_of_nncf": Blank("no target")}
+
+
+@pytest.mark.parametrize(("milliseconds", "runs"), [(0.1, 60), (10.0, 50), (50.0, 10), (400.0, 5)])
+def test_slow_models_run_less_often_in_a_turn(milliseconds: float, runs: int) -> None:
+    assert clock.runs_in_turn(milliseconds) == runs
+
+
+def test_a_figure_behind_a_blank_is_that_blank() -> None:
+    figures = {"quality": {"model": Blank("it died"), "other": {"cosine_mean": 0.5}}}
+    assert at(figures, "quality", "model", "cosine_mean") == Blank("it died")
+    assert at(figures, "quality", "other", "cosine_mean") == 0.5
+    assert at(figures, "latency", "16") == Blank("not measured")
+
+
+def test_blanks_stay_blanks_in_json() -> None:
+    figures = {"a": Blank("why"), "b": [1.0, Blank("how")], 16: ("x", 2)}
+    assert json.loads(json.dumps(plain(figures))) == {
+        "a": {"blank": "why"}, "b": [1.0, {"blank": "how"}], "16": ["x", 2],
+    }  # fmt: skip
+
+
+def results() -> dict[str, Any]:
+    static = Blank("its shapes are static with batch 1")
+    return {
+        "machine": "a machine", "date": "2026-01-02", "versions": {"tool": "1.2"},
+        "threads": {rows.GEMM: 2, rows.NNCF: 2, rows.INT: 1},
+        "making": {
+            rows.GEMM: {"seconds": 12.345, "peak_gb": 0.5, "size_mb": 23.5, "ran_on": "device"},
+            rows.NNCF: dict.fromkeys(("seconds", "peak_gb", "size_mb"), Blank("pip failed")),
+        },
+        "quality": {
+            rows.GEMM: {"texts": 9, "cosine_mean": 0.9991, "cosine_min": 0.99, "sts_percent": 100.1,
+                        "ndcg_percent": 99.0, "top10_overlap": 0.97, "invariance": 1.0},
+            rows.NNCF: {"texts": Blank("pip failed")},
+        },
+        "pairs": {"pairs": [{"first": rows.GEMM, "second": rows.INT, "texts": 9, "is_shared": False, "scheme": "a",
+                             "cosine_mean": 0.99, "product": 0.98}], "shared": {}, "across": 0.01},
+        "latency": {
+            "models": {"16": {rows.GEMM: 1.2345, rows.NNCF: Blank("pip failed"), rows.INT: 3.0}},
+            "ratios": {"16": {"openvino_of_nncf": Blank("pip failed")}},
+        },
+        "throughput": {"models": {rows.GEMM: 321.4, rows.INT: static}, "ratios": {"ort_of_float32": 2.6}},
+    }  # fmt: skip
+
+
+def test_a_blank_cell_shows_its_reason_below_and_once() -> None:
+    text = report.markdown(results())
+    assert f"| {rows.NNCF} |  | (1) | (1) | (1) |" in text
+    assert f"| {rows.NNCF} | (1) | (1) | (1) | (1) | (1) | (1) | (1) |" in text
+    assert text.count("(1) pip failed") == 1
+    assert "(2) its shapes are static with batch 1" in text
+    assert f"| {rows.INT} | (2) |" in text
+
+
+def test_the_tables_hold_date_machine_versions_and_figures() -> None:
+    text = report.markdown(results())
+    for piece in (
+        "2026-01-02",
+        "a machine",
+        "tool 1.2",
+        f"| {rows.GEMM} | 9 | 0.9991 |",
+        f"| {rows.GEMM} | 2 | 1.23 |",
+    ):
+        assert piece in text
+    assert "## Export" not in text  # not measured, so not there
+
+
+def test_all_tables_are_rectangular() -> None:
+    blocks = [block for block in report.markdown(results()).split("\n\n") if block.startswith("|")]
+    assert len(blocks) == 8
+    for block in blocks:
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def test_the_report_is_written_as_both(tmp_path: Path) -> None:
+    report.write(results(), tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "bench.json").read_text())["making"][rows.NNCF]["seconds"] == {
+        "blank": "pip failed"
+    }
+    assert (tmp_path / "new" / "bench.md").read_text() == report.markdown(results())
+
+
+def test_rows_are_chosen_by_a_part_of_their_name_with_what_they_follow() -> None:
+    assert [row.name for row in bench.chosen(rows.PEERS, ["ai-edge-quantizer"])] == [rows.LITERT_FLOAT, rows.AEQ]
+    assert bench.chosen(rows.PEERS, ["no such row"]) == []
+    assert bench.chosen(rows.OWN, None) == list(rows.OWN)
+
+
+def test_rows_name_what_exists() -> None:
+    for row in (*rows.OWN, *rows.MIRRORS, *rows.PEERS):
+        assert row.runtime in runner.RUNTIMES
+        if row.maker:
+            assert (making.MAKERS / f"{row.maker}.py").is_file()
+        if row.environment:
+            assert rows.private(row.environment).requirements
+    names = [row.name for row in (*rows.OWN, *rows.MIRRORS, *rows.PEERS)]
+    assert len(set(names)) == len(names)
+
+
+def test_pins_are_all_exact(tmp_path: Path) -> None:
+    path = tmp_path / "constraints.txt"
+    path.write_text("# why\na==1\n\nb==2  # because\n")
+    assert rows.pins(path) == ("a==1", "b==2")
+    for row in rows.PEERS:
+        if row.environment:
+            assert all(pin.count("==") == 1 and "+" not in pin for pin in rows.private(row.environment).requirements)
+
+
+def test_a_target_that_does_not_exist_is_skipped_with_its_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEQ_CACHE_DIR", str(tmp_path / "user"))
+    workshop = making.Workshop(tmp_path / "work")
+    made = workshop.own([rows.Row("future", "edgeq", target="no-such-target")])["future"]
+    assert made.path is None and "no-such-target" in made.reason
+    assert "no-such-target" in capsys.readouterr().err
+
+
+def test_a_command_is_measured_and_its_last_words_kept(tmp_path: Path) -> None:
+    program = "import sys, time; held = bytearray(60_000_000); time.sleep(0.5); print('one'); sys.exit('the reason')"
+    ran = processes.measured([sys.executable, "-c", program], tmp_path / "log")
+    assert ran.exit_code == 1
+    assert processes.last_line(ran.log) == "the reason"
+    assert ran.seconds >= 0.5 and ran.peak_gb >= 0.06
+    assert processes.last_line("\r10 %\r\n \n") == "10 %"
+    assert processes.last_line("") == "it said nothing"
+    assert processes.first_line(ValueError("what is wrong\nwhat to do")) == "what is wrong"

@@ -1,0 +1,1 @@
+"""Measure edgeq beside its peers: the parts of `tools/bench`."""

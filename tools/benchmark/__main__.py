@@ -1,0 +1,124 @@
+"""Measure edgeq beside its peers: what each takes to make, its quality, its speed. Called by `tools/bench`.
+
+Everything is measured in one run on one machine and on the same texts: each latency in a process of its own, the models
+taking turns; memory as the peak of the whole process tree. A figure that could not be had is blank, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmark import clock, cost, integer_only, quality, report, samples
+from benchmark.figures import Figures
+from benchmark.goals import judged
+from benchmark.making import Made, Workshop, mirror, note, reference
+from benchmark.rows import INT, MIRRORS, OWN, PEERS, Row, private
+from edgeq.bundle import load_manifest
+from edgeq.machine import describe, place
+
+PARTS = ("export", "quality", "latency", "throughput", "tflite", "calibration")
+_OWN_TOOLS = ("edgeq", "onnxruntime", "ai-edge-litert")
+_PEER_TOOLS = (
+    "openvino", "nncf", "litert-torch", "ai-edge-quantizer", "sentence-transformers", "optimum-intel", "optimum-onnx",
+)  # fmt: skip
+
+
+def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="sts_dev.jsonl, squad11dev/, calib_20k.jsonl.gz")
+    parser.add_argument("--out", type=Path, required=True, help="folder for bench.md and bench.json")
+    parser.add_argument("--only", choices=PARTS, action="append", help="measure this part; repeatable")
+    parser.add_argument("--row", action="append", help="take models whose name holds this only; repeatable")
+    parser.add_argument("--limit", type=int, help="compare quality on so many texts only, without STS and retrieval")
+    parser.add_argument("--work", type=Path, help="make models in this folder, and use again what lies there")
+    return parser.parse_args(words)
+
+
+def main() -> int:
+    """Measure what is asked for; exit 1 when a goal is missed."""
+    options = options_of()
+    with tempfile.TemporaryDirectory() as name:
+        results = measured(options, Workshop((options.work or Path(name)).resolve()))
+    report.write(results, options.out)
+    sys.stdout.write(report.markdown(results))
+    return int(any(row[3] == "MISSED" for row in judged(results)))
+
+
+def measured(options: argparse.Namespace, workshop: Workshop) -> Figures:
+    """Make the models and measure every part."""
+    results: Figures = {"machine": describe(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+    began = time.perf_counter()
+
+    def part(name: str, how: Callable[[], Figures]) -> None:
+        if name in (options.only or PARTS):
+            note(f"== {name}, after {time.perf_counter() - began:.0f} s")
+            results[name] = how()
+
+    part("export", lambda: cost.export(workshop))
+    if options.only == ["export"]:
+        return results
+    # The first is always made: tokenizer and FP32 come from it. What is compared is what a user gets who asks for
+    # nothing special.
+    own = workshop.own([OWN[0], *chosen(OWN[1:], options.row)])
+    peers = workshop.peers(chosen(PEERS, options.row))
+    base = reference(workshop.float_model())
+    made = [base, *own.values(), *peers.values()]
+    results["making"] = {item.row.name: item.figures | place_of(item) for item in made}
+    results["threads"] = {item.row.name: item.row.threads for item in made}
+
+    def compare() -> Figures:
+        rows = [*made[1:], *(mirror(row, own, workshop) for row in MIRRORS if row.mirrors in own)]
+        compared = quality.compare(rows, base, samples.load(options.data), workshop.tokenizer(), options.limit)
+        results["pairs"] = quality.pairwise(compared, base.row.name, schemes(own))
+        return {item.row.name: compared[item.row.name].figures for item in rows}
+
+    part("quality", compare)
+    part("latency", lambda: clock.latencies(made))
+    part("throughput", lambda: clock.throughputs(made))
+    if INT in own:
+        part("tflite", lambda: integer_only.costs(own[INT], workshop))
+    part("calibration", lambda: cost.calibration(workshop, options.data))
+    note(f"== done, after {time.perf_counter() - began:.0f} s")
+    return results
+
+
+def chosen(rows: Sequence[Row], wanted: Sequence[str] | None) -> list[Row]:
+    """Give the rows asked for by a part of their name, and what those are made from; all, if none is asked for."""
+    names = {row.name for row in rows if wanted is None or any(text in row.name for text in wanted)}
+    names |= {row.follows for row in rows if row.name in names}
+    return [row for row in rows if row.name in names]
+
+
+def schemes(own: dict[str, Made]) -> dict[str, str]:
+    """Give the scheme of each of edgeq's models, mirrors too."""
+    found = {name: load_manifest(made.path).target.scheme for name, made in own.items() if made.path is not None}
+    return found | {row.name: found[row.mirrors] for row in MIRRORS if row.mirrors in found}
+
+
+def place_of(made: Made) -> Figures:
+    """Say whether a model ran on the hardware that it is made for."""
+    if not made.row.target or made.path is None:
+        return {}
+    return {"ran_on": place(load_manifest(made.path).target.runs_on)}
+
+
+def versions() -> dict[str, str]:
+    """Give the versions of the tools that made and ran the models."""
+    found = {name: version(name) for name in _OWN_TOOLS}
+    environments = {row.environment for row in PEERS} - {""}
+    pinned = {pin.partition("==")[::2] for name in environments for pin in private(name).requirements}
+    for name in _PEER_TOOLS:
+        there = sorted({number for tool, number in pinned if tool == name})
+        found[f"{name} (peers)"] = " and ".join(there)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Hold the numbers to reach, and judge what was measured against them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmark.figures import Blank, Figures, at
+from benchmark.rows import GEMM, GEMM_OPENVINO, INT, INT16, INT_NPU, INT_OLD, SEVEN_BIT
+
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Name a figure by its path in the results, and the limit it is held to."""
+
+    what: str
+    path: tuple[str, ...]
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def limit(self) -> str:
+        """Give the limit as shown."""
+        return f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
+
+    def judge(self, results: Figures) -> tuple[float, bool] | Blank:
+        """Give the figure and whether it meets the limit (NaN meets none); a blank stays one."""
+        found = at(results, *self.path)
+        if isinstance(found, Blank):
+            return found
+        value = float(found)
+        is_met = (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
+        return value, is_met
+
+
+GOALS = (
+    Goal("w8a8-gemm, ONNX Runtime: cosine mean", ("quality", GEMM, "cosine_mean"), at_least=0.9985),
+    Goal("w8a8-gemm, ONNX Runtime: cosine min", ("quality", GEMM, "cosine_min"), at_least=0.993),
+    Goal("w8a8-gemm, ONNX Runtime: top-10 overlap", ("quality", GEMM, "top10_overlap"), at_least=0.97),
+    Goal("w8a8-gemm, ONNX Runtime: STS Spearman, % of FP32", ("quality", GEMM, "sts_percent"), at_least=99.8),
+    Goal("w8a8-gemm, ONNX Runtime: nDCG@10, % of FP32", ("quality", GEMM, "ndcg_percent"), at_least=99.7),
+    Goal("w8a8-gemm, ONNX Runtime: invariance", ("quality", GEMM, "invariance"), at_least=0.99999),
+    Goal("w8a8-gemm, ONNX Runtime: size, MB", ("making", GEMM, "size_mb"), at_most=24.0),
+    Goal("w8a8-gemm-7bit: cosine mean", ("quality", SEVEN_BIT, "cosine_mean"), at_least=0.9968),
+    Goal("w8a8-gemm, OpenVINO: cosine mean", ("quality", GEMM_OPENVINO, "cosine_mean"), at_least=0.9985),
+    Goal("w8a8-gemm, OpenVINO: cosine min", ("quality", GEMM_OPENVINO, "cosine_min"), at_least=0.993),
+    Goal("w8a8-int: cosine mean", ("quality", INT, "cosine_mean"), at_least=0.998),
+    Goal("w8a8-int: cosine min", ("quality", INT, "cosine_min"), at_least=0.99),
+    Goal("w8a8-int: STS Spearman, % of FP32", ("quality", INT, "sts_percent"), at_least=99.7),
+    Goal("w8a8-int: nDCG@10, % of FP32", ("quality", INT, "ndcg_percent"), at_least=99.7),
+    Goal("w8a8-int: between buckets", ("quality", INT, "invariance"), at_least=0.999),
+    Goal("w8a8-int: size, MB", ("making", INT, "size_mb"), at_most=24.0),
+    Goal("w8a8-int, tflite-runtime form: size, MB", ("making", INT_OLD, "size_mb"), at_most=25.0),
+    Goal("w8a16-int: cosine mean", ("quality", INT16, "cosine_mean"), at_least=0.999),
+    Goal("w8a16-int: cosine min", ("quality", INT16, "cosine_min"), at_least=0.995),
+    Goal("w8a8-int-npu: cosine mean", ("quality", INT_NPU, "cosine_mean"), at_least=0.997),
+    Goal("runtimes sharing w8a8-gemm: mean cosine", ("pairs", "shared", "w8a8-gemm"), at_least=0.999),
+    Goal("runtimes sharing w8a16-int: mean cosine", ("pairs", "shared", "w8a16-int"), at_least=0.999),
+    Goal("runtimes sharing w8a8-int: mean cosine", ("pairs", "shared", "w8a8-int"), at_least=0.997),
+    Goal("pairs of schemes: mean cosine less product of those to FP32", ("pairs", "across"), at_least=-0.001),
+    Goal("latency at 128, ONNX Runtime int8 of FP32", ("latency", "ratios", "128", "ort_of_float32"), at_most=0.45),
+    Goal("latency at 128, ONNX Runtime int8 of dynamic", ("latency", "ratios", "128", "ort_of_dynamic"), at_most=1.0),
+    Goal("throughput, ONNX Runtime int8 over FP32", ("throughput", "ratios", "ort_of_float32"), at_least=2.5),
+    Goal("latency at 16, OpenVINO int8 of NNCF's", ("latency", "ratios", "16", "openvino_of_nncf"), at_most=1.0),
+    Goal("latency at 32, OpenVINO int8 of NNCF's", ("latency", "ratios", "32", "openvino_of_nncf"), at_most=1.0),
+    Goal("latency at 128, OpenVINO int8 of NNCF's", ("latency", "ratios", "128", "openvino_of_nncf"), at_most=0.85),
+    Goal("latency at 128, OpenVINO int8 of float", ("latency", "ratios", "128", "openvino_of_float"), at_most=0.75),
+    Goal("latency at 128, int8 .tflite of float .tflite", ("latency", "ratios", "128", "tflite_of_float"), at_most=0.6),
+    Goal(".tflite: resident above the bare runtime, MB", ("tflite", "resident_above_bare_mb"), at_most=90.0),
+    Goal(".tflite: lowering, s", ("tflite", "lowering_s"), at_most=10.0),
+    Goal(".tflite: lowering, peak GB", ("tflite", "lowering_peak_gb"), at_most=1.5),
+    Goal("second bundle of one export (OpenVINO) adds, s", ("making", GEMM_OPENVINO, "seconds"), at_most=10.0),
+    Goal("third bundle of one export (LiteRT) adds, s", ("making", INT, "seconds"), at_most=10.0),
+    Goal("export of 512 texts, s", ("export", "first_s"), at_most=45.0),
+    Goal("export of 512 texts, peak GB", ("export", "first_peak_gb"), at_most=1.5),
+    Goal("second target of the same scheme, s", ("export", "second_s"), at_most=10.0),
+    Goal("calibration memory, 2,048 texts over 128", ("calibration", "ratio"), at_most=1.05),
+)
+
+
+def judged(results: Figures) -> list[tuple[str, str, str, str]]:
+    """Give a row for each goal: what, the figure, its limit, and whether it is met."""
+    rows = []
+    for goal in GOALS:
+        found = goal.judge(results)
+        if isinstance(found, Blank):
+            reason = "" if found.reason == NOT_MEASURED else f": {found.reason}"
+            rows.append((goal.what, "", goal.limit, f"{NOT_MEASURED}{reason}"))
+        else:
+            rows.append((goal.what, f"{found[0]:.5g}", goal.limit, "met" if found[1] else "MISSED"))
+    return rows

@@ -1,0 +1,155 @@
+"""Compare every model's vectors with FP32's, and edgeq's with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmark import samples
+from benchmark.figures import Blank, Figures
+from benchmark.making import MAX_SEQUENCE, Made, note
+from benchmark.processes import first_line
+from benchmark.runners import Runner
+from benchmark.samples import Sample
+from edgeq import evaluation, parity
+from edgeq.backends.contract import Embeddings
+from edgeq.errors import EdgeqError
+from edgeq.texts import Tokenizer, batches
+
+_INVARIANCE_TEXTS = 200
+TASKS = ("sts_percent", "ndcg_percent")
+
+Vectors = dict[str, Embeddings]  # text -> float32[dim]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Hold a model's figures and its vectors by text."""
+
+    figures: Figures
+    vectors: Vectors
+
+
+def compare(
+    made: Sequence[Made], reference: Made, whole: Sample, tokenizer: Tokenizer, limit: int | None
+) -> dict[str, Compared]:
+    """Embed the texts with every model.
+
+    Args:
+        made: the models.
+        reference: FP32; without figures in the result.
+        whole: all evaluation texts; a row takes every so-many-th.
+        tokenizer: the model's.
+        limit: at most so many texts, and then no STS and no retrieval; None for all.
+    """
+    with Runner(reference, reference.row.threads) as runner:
+        note(f"quality: {reference.row.name}")
+        expected = embedded(runner, tokenizer, whole.texts[:limit])
+    compared = {item.row.name: _compared(item, expected, whole, tokenizer, limit) for item in made}
+    return {reference.row.name: Compared({}, expected), **compared}
+
+
+def fitting(tokenizer: Tokenizer, texts: Sequence[str], longest: int) -> list[str]:
+    """Keep the texts that a model takes whole."""
+    if longest >= MAX_SEQUENCE:
+        return list(texts)
+    ids = tokenizer.encode(texts).ids
+    return [text for text, tokens in zip(texts, ids, strict=True) if len(tokens) <= longest]
+
+
+def embedded(runner: Runner, tokenizer: Tokenizer, texts: Sequence[str]) -> Vectors:
+    """Give each text's vector."""
+    return dict(zip(texts, runner.embed_batches(batches(tokenizer.encode(texts))), strict=True))
+
+
+def _compared(made: Made, expected: Vectors, whole: Sample, tokenizer: Tokenizer, limit: int | None) -> Compared:
+    if made.path is None:
+        return Compared({"texts": Blank(made.reason)}, {})
+    sample = samples.thinned(whole, made.row.every)
+    texts = sample.texts if limit is None else [text for text in sample.texts if text in expected]
+    note(f"quality: {made.row.name} ({len(texts)} texts)")
+    try:
+        with Runner(made, made.row.threads) as runner:
+            longest = max(runner.buckets, default=MAX_SEQUENCE)
+            texts = fitting(tokenizer, texts, longest)
+            found = embedded(runner, tokenizer, texts)
+            tokens = tokenizer.encode(texts[:: max(1, len(texts) // _INVARIANCE_TEXTS)])
+            smallest = parity.invariance(runner, tokens, MAX_SEQUENCE, runner.buckets)
+        figures = _figures(texts, expected, found, smallest)
+    except EdgeqError as error:
+        return Compared({"texts": Blank(first_line(error))}, {})
+    if limit is not None:
+        return Compared(figures | dict.fromkeys(TASKS, Blank("--limit leaves out STS and retrieval")), found)
+    if longest < MAX_SEQUENCE:
+        short = Blank(f"it takes at most {longest} tokens: longer texts are left out, and with them STS and retrieval")
+        return Compared(figures | dict.fromkeys(TASKS, short), found)
+    return Compared(figures | _tasks(sample, expected, found), found)
+
+
+def _figures(texts: Sequence[str], expected: Vectors, found: Vectors, smallest: float) -> Figures:
+    measures = parity.measure(stacked(expected, texts), stacked(found, texts), texts, smallest)
+    return {
+        "texts": len(texts),
+        "cosine_mean": measures.cosine_mean,
+        "cosine_min": measures.cosine_min,
+        "top10_overlap": measures.top10_overlap,
+        "invariance": measures.invariance_min,
+        "worst_text": measures.worst_text,
+    }
+
+
+def _tasks(sample: Sample, expected: Vectors, found: Vectors) -> Figures:
+    reference, artifact = (lambda texts, prompt, kept=kept: stacked(kept, texts) for kept in (expected, found))
+    sts = evaluation.evaluate_sts(sample.pairs, reference, artifact).spearman
+    ndcg = evaluation.evaluate_retrieval(sample.retrieval, {}, reference, artifact).ndcg_at_10
+    return dict(zip(TASKS, (sts.retention_percent, ndcg.retention_percent), strict=True))
+
+
+def stacked(vectors: Vectors, texts: Sequence[str]) -> Embeddings:
+    """Give float32[texts, dim]."""
+    return np.stack([vectors[text] for text in texts])
+
+
+def pairwise(compared: Mapping[str, Compared], reference: str, schemes: Mapping[str, str]) -> Figures:
+    """Compare edgeq's runtimes with each other and with FP32, on the texts that both saw.
+
+    Args:
+        compared: every model.
+        reference: FP32's name.
+        schemes: edgeq's own models -> scheme.
+
+    Returns:
+        pairs: each pair with its mean cosine; shared: scheme -> the smallest of pairs that share it; across: the
+        smallest of what a pair of two schemes has above the product of their cosines to FP32.
+    """
+    pairs: list[Figures] = []
+    for first, second in combinations([name for name in schemes if name in compared and compared[name].vectors], 2):
+        one, other = compared[first], compared[second]
+        texts = [text for text in one.vectors if text in other.vectors]
+        rows = [parity.unit(stacked(item.vectors, texts)) for item in (compared[reference], one, other)]
+        pairs.append({
+            "first": first, "second": second, "texts": len(texts),
+            "is_shared": schemes[first] == schemes[second], "scheme": schemes[first],
+            "cosine_mean": _mean_cosine(rows[1], rows[2]),
+            "product": _mean_cosine(rows[0], rows[1]) * _mean_cosine(rows[0], rows[2]),
+        })  # fmt: skip
+    return {"pairs": pairs, **worst(pairs)}
+
+
+def _mean_cosine(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    return float(np.sum(first * second, axis=1).mean())
+
+
+def worst(pairs: Sequence[Figures]) -> Figures:
+    """Give the smallest figures: of each scheme's pairs, and of pairs of two schemes."""
+    shared: dict[str, float] = {}
+    for pair in pairs:
+        if pair["is_shared"]:
+            shared[pair["scheme"]] = min(pair["cosine_mean"], shared.get(pair["scheme"], 1.0))
+    across = [pair["cosine_mean"] - pair["product"] for pair in pairs if not pair["is_shared"]]
+    none = Blank("fewer than two schemes were compared")
+    return {"shared": shared, "across": min(across) if across else none}

@@ -1,0 +1,139 @@
+"""Write the results as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmark.clock import BATCH, BATCH_SEQUENCE, RATIOS
+from benchmark.figures import Blank, Figures, plain
+from benchmark.goals import judged
+from edgeq.storage import write_bytes
+
+_QUALITY = ("texts", "cosine_mean", "cosine_min", "sts_percent", "ndcg_percent", "top10_overlap", "invariance")
+_MAKING = ("seconds", "peak_gb", "size_mb")
+
+
+class Notes:
+    """Number the reasons of blank cells, each reason once."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self._reasons: dict[str, int] = {}
+
+    def cell(self, figure: Any, digits: int = 5) -> str:
+        """Show a figure; a blank shows the number of its reason and nothing else."""
+        if figure is None:
+            return ""
+        if isinstance(figure, Blank):
+            return f"({self._reasons.setdefault(figure.reason, len(self._reasons) + 1)})"
+        return f"{figure:.{digits}g}" if isinstance(figure, float) else str(figure)
+
+    def lines(self) -> list[str]:
+        """List the reasons."""
+        return [f"({number}) {reason}" for reason, number in self._reasons.items()]
+
+
+def write(results: Figures, folder: Path) -> None:
+    """Write bench.md and bench.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / "bench.md", markdown(results).encode())
+    write_bytes(folder / "bench.json", (json.dumps(plain(results), indent=2) + "\n").encode())
+
+
+def markdown(results: Figures) -> str:
+    """Write every part that was measured as a table."""
+    notes = Notes()
+    parts = [_heading(results), "## Goals", table(("goal", "measured", "limit", "result"), judged(results))]
+    for title, name, write_part in (
+        ("Making", "making", _making),
+        ("Quality", "quality", _quality),
+        ("Between edgeq's runtimes", "pairs", _pairs),
+        ("Speed", "latency", _latency),
+        ("Throughput", "throughput", _throughput),
+    ):
+        if name in results:
+            parts += [f"## {title}", *write_part(results[name], results, notes)]
+    for title, name in (("w8a8-int in LiteRT", "tflite"), ("Export", "export"), ("Calibration", "calibration")):
+        if name in results:
+            rows = [(key, notes.cell(value, 3)) for key, value in results[name].items()]
+            parts += [f"## {title}", table(("figure", "value"), rows)]
+    if notes.lines():
+        parts += ["## Blank cells", "\n".join(f"{line}  " for line in notes.lines())]
+    return "\n\n".join(parts) + "\n"
+
+
+def _heading(results: Figures) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return (
+        "# edgeq beside its peers\n\n"
+        f"Written by `tools/bench` on {results['date']}: one run on {results['machine']}.\n\n{versions}.\n\n"
+        "A cell in brackets is blank, for the reason of that number below."
+    )
+
+
+def _making(figures: Figures, results: Figures, notes: Notes) -> list[str]:
+    text = (
+        "Seconds and peak memory of the whole process tree. The first of edgeq's rows is the whole export, calibration "
+        "and parity included; each that follows is what one more bundle adds, parity included. Peers start from "
+        "edgeq's FP32 ONNX file, those of sentence-transformers and litert-torch from the torch model; static ones "
+        "calibrate on the same 128 texts of the default calibration set. Size: what the runtime loads."
+    )
+    shown = {row: [notes.cell(found[key], 3) for key in _MAKING] for row, found in figures.items()}
+    rows = [(row, figures[row].get("ran_on", ""), *cells) for row, cells in shown.items()]
+    return [text, table(("model", "ran on", "seconds", "peak GB", "MB"), rows)]
+
+
+def _quality(figures: Figures, results: Figures, notes: Notes) -> list[str]:
+    text = (
+        "Against FP32 in ONNX Runtime. STS: Spearman; retrieval: nDCG@10; both in % of FP32's on the same texts. Where "
+        "there are fewer texts the runtime is too slow for all: every so-many-th pair, question and paragraph, and "
+        "the paragraphs that belong to those questions. Invariance: the smallest cosine of one text at other paddings."
+    )
+    rows = [(row, *(notes.cell(found.get(key, found["texts"])) for key in _QUALITY)) for row, found in figures.items()]
+    columns = ("model", "texts", "cosine mean", "min", "STS %", "nDCG %", "top-10 overlap", "invariance")
+    return [text, table(columns, rows)]
+
+
+def _pairs(figures: Figures, results: Figures, notes: Notes) -> list[str]:
+    rows = [
+        (pair["first"], pair["second"], str(pair["texts"]), "same" if pair["is_shared"] else "",
+         notes.cell(pair["cosine_mean"]), "" if pair["is_shared"] else notes.cell(pair["product"]))
+        for pair in figures["pairs"]
+    ]  # fmt: skip
+    return [table(("first", "second", "texts", "scheme", "cosine mean", "product of those to FP32"), rows)]
+
+
+def _latency(figures: Figures, results: Figures, notes: Notes) -> list[str]:
+    lengths = list(figures["models"])
+    threads: Mapping[str, int] = results["threads"]
+    rows = [
+        (row, str(threads[row]), *(notes.cell(figures["models"][at][row], 3) for at in lengths))
+        for row in figures["models"][lengths[0]]
+    ]
+    text = (
+        "Median milliseconds at batch 1, each model in a process of its own, all taking turns; TFLite on one thread. "
+        "Peers of OpenVINO compute float parts in the precision that it chooses (bf16 where the CPU has it). A model "
+        "whose target is another kind of CPU ran on this one's kernels."
+    )
+    columns = ("model", "threads", *(f"{at} tokens, ms" for at in lengths))
+    keys = list(figures["ratios"][lengths[0]])
+    shown = [(" / ".join(RATIOS[key]), *(notes.cell(figures["ratios"][at][key], 3) for at in lengths)) for key in keys]
+    explained = "Latency of the first over that of the second in the same round, median of the rounds:"
+    return [text, table(columns, rows), explained, table(("pair", *lengths), shown)]
+
+
+def _throughput(figures: Figures, results: Figures, notes: Notes) -> list[str]:
+    rows = [(row, notes.cell(value, 3)) for row, value in figures["models"].items()]
+    text = f"Batches of {BATCH} texts of {BATCH_SEQUENCE} tokens each, without padding, 2 threads."
+    shown = [(" / ".join(RATIOS[key]), notes.cell(value, 3)) for key, value in figures["ratios"].items()]
+    explained = "Throughput of the first over that of the second in the same round, median of the rounds:"
+    return [text, table(("model", "texts a second"), rows), explained, table(("pair", "ratio"), shown)]
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
