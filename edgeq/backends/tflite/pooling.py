@@ -22,7 +22,7 @@ _OPSET = 21  # of QDQ models
 
 def is_share(quantizer: ir.Node) -> bool:
     """Tell whether a QuantizeLinear of the mask gives each token's share of what pooling sums up."""
-    return _is_read_by(quantizer, "MatMul")
+    return _is_read_by(quantizer, "MatMul") or _is_read_by(quantizer, "Mul")
 
 
 def is_cap(quantizer: ir.Node) -> bool:
