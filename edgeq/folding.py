@@ -175,8 +175,8 @@ def even_values(graph: ir.Graph, observed: Observed) -> int:
 
         x ─ MatMul(Wv / f) ─ Add((bv - m) / f) ─ mixed by attention ─ MatMul(f Wo) ─ Add(bo + m Wo)
 
-    Attention's weights add up to one, so that the mean passes through unchanged. In 8 bits they add up to less where
-    a long text spreads them thin: what is lost of a centred value is little.
+    Attention's weights add up to one, so that the mean passes through unchanged. An 8-bit
+    softmax's add up to less where a long text spreads them thin: what is lost of a centred value is little.
     """
     count = 0
     for site in list(sites(graph)):

@@ -12,6 +12,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from edgeq import affine, rounding
 from edgeq.affine import Affine
+from edgeq.attention_shares import ExactShares
 from edgeq.coded import HEADROOM, INTEGER_DTYPES, Coded, CodedGraph, symmetric
 from edgeq.coded_mask import Masks
 from edgeq.coded_sums import ExactSums
@@ -27,7 +28,11 @@ from edgeq.row_gains import outer_gains
 
 LOWEST_IR_VERSION = 10  # of opset 21
 OUTPUT_HEADROOM = 1.1
-MASKED_BELOW = 20.0  # exp(-20) = 2e-9: what a masked position may keep beside the largest of its row
+# How far a masked score lies below the smallest maximum of a row, by how attention divides.
+MASKED_BELOW = {
+    "softmax": 20.0,  # exp(-20) = 2e-9: what is left of a masked position
+    "exact": 12.0,  # exp(-6.3) is half a code: nothing at all is left, for maxima 5.7 below those observed, too
+}
 GELU_FLOOR = -4.0  # GELU(-4) = -1.3e-4: below, nothing is left to tell apart
 SOFTMAX = {8: Affine(1 / 256, -128, -128, 127), 16: Affine(1 / 32768, 0, -32768, 32767)}
 SHARE = Affine(1 / 32767, 0, -32768, 32767)  # of a token in the mean
@@ -130,6 +135,7 @@ class _Coder:
         self._raised = frozenset(scheme.raised)
         self._table_bits = scheme.embedding_bits
         self._masks = Masks(self._codes)
+        self._shares = ExactShares(self._codes) if form.shares == "exact" else None
         self._sums: ExactSums | None = None
         if form.sum_bits == 32:
             self._sums = ExactSums(self._codes, form.gemm_bits, scheme.embedding_bits, self._raised)
@@ -215,6 +221,9 @@ class _Coder:
             node.replace_input_with(1, self._codes.read(right, 16, node).value)
             self._codes.store(node, node.outputs[0], self._codes.range(node.outputs[0], 16), 16)
             return
+        if self._shares is not None and self._shares.takes(left):
+            self._shares.mix(node)
+            return
         bits = self._form.attention_bits
         for position, value in enumerate(node.inputs):
             node.replace_input_with(position, self._codes.read(value, bits, node).value)
@@ -297,6 +306,9 @@ class _Coder:
         self._codes.store(node, node.outputs[0], self._codes.range(node.outputs[0], source.bits), source.bits)
 
     def _softmax(self, node: ir.Node) -> None:
+        if self._shares is not None:
+            self._shares.weights(node)
+            return
         bits = self._form.attention_bits
         node.replace_input_with(0, self._codes.read(node.inputs[0], bits, node).value)
         self._codes.store(node, node.outputs[0], SOFTMAX[bits], bits)
@@ -411,5 +423,5 @@ class _Coder:
         if bits == 16:
             return self._codes.range(value, 16)  # type: ignore[arg-type]
         rows = self._codes.observed[f"{value.name}{ROW_MAXIMUM}"]  # type: ignore[union-attr]
-        low = float(rows.minimum.min()) - MASKED_BELOW
+        low = float(rows.minimum.min()) - MASKED_BELOW[self._form.shares]
         return affine.asymmetric(low, float(seen.maximum.max()), 8, signed=True)

@@ -105,6 +105,7 @@ class IntegerForm(Record):
     attention_bits: int  # scores, probabilities, values
     output_bits: int  # the vectors
     sum_bits: int  # 32: the residual stream's sums and products are exact and rounded once; 16: each is rounded
+    shares: Literal["softmax", "exact"]  # attention divides in front of its product with values, or behind it
     widen_quantile: float  # output channels above this quantile of magnitudes are scaled down in the weights
     wide_matmul: bool  # whether two 16-bit tensors may be multiplied as matrices; else element by element
     wide_gelu: bool  # whether GELU may have 16 bits; else the side path takes it from a sigmoid

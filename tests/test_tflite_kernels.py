@@ -230,6 +230,12 @@ def products() -> Iterator[Case]:
         if dtype == "int16":
             rows = Operand(ordered(dtype, 1, 2048, 1, 32), left)
             cases.append(("squares", rows, rows, True, Codes.of(0.08)))
+        if dtype == "int8":  # with 32 bits it reads no zero point
+            plain, ones = Operand(weights.codes, Codes.of(1.0)), np.ones((1, 1, 1, 24), np.int8)
+            exact = plain.real().sum(axis=-1, keepdims=True)
+            operands, options = (plain, Operand(ones, Codes.of(1.0), is_constant=True)), {"adjY": True}
+            table = ("BatchMatMulOptions", options)
+            yield Case("sums", "BATCH_MATMUL", 2, operands, exact, "int32", Codes.of(1.0), table, tolerance=0)
         for name, one, other, is_adjoint, parameters in cases:
             exact = one.real() @ (other.real().swapaxes(-1, -2) if is_adjoint else other.real())
             options = ("BatchMatMulOptions", {"adjY": is_adjoint})
@@ -320,6 +326,22 @@ def functions() -> Iterator[Case]:
         yield Case("", "MEAN", 2, [x, axis], exact, dtype, of(dtype, 0.03, -20), options)
 
 
+def weights() -> Iterator[Case]:
+    """Give what attention's weights are made of: the largest of a row, the distance from it, exp."""
+    scores = Operand(shuffled("int8", 1, 12, 64, 128), Codes.of(0.05, 3))
+    axis, options = Operand(np.array([3], np.int32), is_constant=True), ("ReducerOptions", {"keepDims": True})
+    largest = scores.real().max(axis=-1, keepdims=True)
+    parameters = scores.parameters
+    yield Case("", "REDUCE_MAX", 2, [scores, axis], largest, "int8", parameters, options, tolerance=0)
+    column = Operand(scores.codes.max(axis=-1, keepdims=True), parameters)
+    below, options = Codes.of(0.05, 127), ("SubOptions", {"potScaleInt16": False})
+    exact = scores.real() - largest
+    yield Case("from the largest", "SUB", 2, [scores, column], exact, "int8", below, options, tolerance=0)
+    for scale in (0.01, 0.05, 0.2):
+        x = Operand(ALL["int8"][None], Codes.of(scale, 127))
+        yield Case(str(scale), "EXP", 2, [x], np.exp(x.real()), "int8", Codes.of(1 / 255, -128), ("ExpOptions", {}))
+
+
 def softmaxes() -> Iterator[Case]:
     """Give shares of a row, with the scales that the kernel takes: of all pairs, and of rows near and far apart.
 
@@ -404,7 +426,7 @@ def moves() -> Iterator[Case]:
 
 
 CASES = [
-    *elementwise(), *whole_numbers(), *products(), *linear(), *row_products(), *functions(), *softmaxes(),
+    *elementwise(), *whole_numbers(), *products(), *linear(), *row_products(), *functions(), *weights(), *softmaxes(),
     *inverse_roots(), *moves(),
 ]  # fmt: skip
 BY_NAME = {str(case): case for case in CASES}

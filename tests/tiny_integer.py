@@ -113,4 +113,4 @@ def meant(model: QdqModel) -> dict[str, Meant]:
 
 def is_added(name: str) -> bool:
     """Say whether lowering added a tensor that the QDQ model does not have."""
-    return name.endswith(_ADDED) or name.startswith(("ones_", "attention_mask/"))
+    return name.endswith(_ADDED) or name.startswith(("ones_", "attention_mask/", "inverses_")) or name.isdecimal()

@@ -117,7 +117,11 @@ class Emitter:
 
     def reshaped(self, source: Tensor, shape: Sequence[int], name: str) -> Tensor:
         """Write the same codes in another shape."""
-        result = self.out.tensor(name, shape, source.dtype, source.codes)
+        return self.copied(source, self.out.tensor(name, shape, source.dtype, source.codes))
+
+    def copied(self, source: Tensor, result: Tensor) -> Tensor:
+        """Write the same codes, in the result's shape and with its parameters."""
+        shape = result.shape
         wanted = np.array(shape, np.int32)
         stored = self.out.constant("shape_" + "_".join(map(str, shape)), wanted)
         options = schema.ReshapeOptionsT()

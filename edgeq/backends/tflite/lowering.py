@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from edgeq.backends.tflite import functions, masks, moves, pooling, products
+from edgeq.backends.tflite import functions, masks, moves, pooling, products, shares
 from edgeq.backends.tflite.emitter import Emitter, Settings
 from edgeq.backends.tflite.writer import ModelWriter
 from edgeq.errors import LoweringFailed
@@ -16,6 +16,7 @@ SIGNATURE = "seq_{}"
 WRITERS: dict[str, Callable[[Emitter, ir.Node], None]] = {
     "Add": products.sum_or_product,
     "Clip": functions.clip,
+    "Exp": shares.exponential,
     "Gather": moves.gather,
     "Gelu": functions.gelu,
     "MatMul": products.matmul,
@@ -39,7 +40,9 @@ WRITERS: dict[str, Callable[[Emitter, ir.Node], None]] = {
 }
 # Read with another node, or preparing the mask and sizes, which lowering writes in its own way.
 _NOTHING_TO_WRITE = frozenset(
-    "ArgMax Cast Concat CumSum DequantizeLinear Div Equal Expand Identity Range Reciprocal Shape Unsqueeze".split()
+    (
+        "ArgMax Cast Concat CumSum DequantizeLinear Div Equal Expand Identity Range Reciprocal Round Shape Unsqueeze"
+    ).split()
 )
 
 
@@ -62,8 +65,13 @@ def lower_model(graph_model: ir.Model, buckets: Sequence[int], settings: Setting
 
 
 def _lower_graph(graph: ir.Graph, emit: Emitter) -> None:
+    left_out = shares.left_out(graph, emit.length)
     for node in graph:
-        if node.op_type in WRITERS:
+        if node in left_out:
+            shares.unchanged(emit, node)
+        elif shares.takes(node):
+            shares.write(emit, node)
+        elif node.op_type in WRITERS:
             WRITERS[node.op_type](emit, node)
         elif node.op_type not in _NOTHING_TO_WRITE:
             raise LoweringFailed(f"{node.name}: {node.op_type} has no TFLite form")

@@ -169,8 +169,9 @@ def _same_step(node: ir.Node) -> bool:
     for value in node.inputs:
         dequantizer = made_by(value, "DequantizeLinear")
         scale = constant(dequantizer.inputs[1]) if dequantizer is not None else None
-        if scale is None or scale.size != 1:
-            return False
+        zero_point = constant(dequantizer.inputs[2]) if dequantizer is not None else None
+        if scale is None or scale.size != 1 or zero_point is None or zero_point.dtype != np.int16:
+            return False  # 8 bits have zero points, and a kernel that is fast
         scales.append(float(scale))
     return scales[0] == scales[1] == _scale_behind(node)
 

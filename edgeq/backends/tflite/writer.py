@@ -23,6 +23,7 @@ DTYPES: dict[str, int] = {
 }
 _FILE_IDENTIFIER = b"TFL3"
 _SCHEMA_VERSION = 3
+_LARGEST_SHARED_BYTES = 64
 _LARGEST_SMALL_CODE = 127  # operators above it stand in the wide field only
 
 
@@ -75,12 +76,22 @@ class _Builder(flatbuffers.Builder):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__(1 << 20)
         self._offsets: dict[bytes, int] = {}
+        self._vectors: dict[tuple[str, bytes], int] = {}
 
     def CreateString(self, s: bytes, encoding: str = "utf-8", errors: str = "strict") -> int:  # noqa: N802
         """Give the offset of the string, written the first time."""
         if s not in self._offsets:
             self._offsets[s] = super().CreateString(s, encoding, errors)
         return self._offsets[s]
+
+    def CreateNumpyVector(self, x: NDArray[Any]) -> int:  # noqa: N802 (the schema's name)
+        """Give the offset of a small vector, written the first time: shapes and indices come again and again."""
+        if x.nbytes > _LARGEST_SHARED_BYTES:
+            return int(super().CreateNumpyVector(x))
+        key = (x.dtype.str, x.tobytes())
+        if key not in self._vectors:
+            self._vectors[key] = int(super().CreateNumpyVector(x))
+        return self._vectors[key]
 
 
 class ModelWriter:
@@ -164,9 +175,9 @@ class SubgraphWriter:
         """Add a tensor that an operator, or the caller, fills."""
         return self._add(name, tuple(shape), dtype, codes, 0)
 
-    def unnamed(self, shape: Sequence[int], dtype: str) -> Tensor:
+    def unnamed(self, shape: Sequence[int], dtype: str, codes: Codes | None = None) -> Tensor:
         """Add a tensor between two that matter: a name for each of them would take a hundred kilobytes."""
-        return self.tensor(str(len(self._tensors)), shape, dtype)
+        return self.tensor(str(len(self._tensors)), shape, dtype, codes)
 
     def constant(self, name: str, data: NDArray[Any], codes: Codes | None = None) -> Tensor:
         """Add a stored tensor; the same name gives the same tensor again."""
