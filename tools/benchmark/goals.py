@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmark.figures import Blank, Figures, at
-from benchmark.rows import GEMM, GEMM_OPENVINO, INT, INT16, INT_NPU, INT_OLD, SEVEN_BIT
+from benchmark.rows import GEMM, GEMM_OPENVINO, INT, INT16, INT_NPU, INT_OLD, LITERT_FLOAT, OPENVINO_FLOAT, SEVEN_BIT
 
 NOT_MEASURED = "not measured"
 
@@ -35,6 +35,9 @@ class Goal:
 
 
 GOALS = (
+    # Peers are compared on the model that edgeq has: an export that went wrong must not pass for a poor quantiser.
+    Goal("float .tflite is the same model: cosine min", ("quality", LITERT_FLOAT, "cosine_min"), at_least=0.9999),
+    Goal("float model in OpenVINO is the same: cosine min", ("quality", OPENVINO_FLOAT, "cosine_min"), at_least=0.999),
     Goal("w8a8-gemm, ONNX Runtime: cosine mean", ("quality", GEMM, "cosine_mean"), at_least=0.9985),
     Goal("w8a8-gemm, ONNX Runtime: cosine min", ("quality", GEMM, "cosine_min"), at_least=0.993),
     Goal("w8a8-gemm, ONNX Runtime: top-10 overlap", ("quality", GEMM, "top10_overlap"), at_least=0.97),

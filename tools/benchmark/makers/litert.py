@@ -39,8 +39,9 @@ def export(source: str, buckets: list[int], path: Path) -> None:
     module = Embedding(source).eval()
     conversion = litert_torch
     for bucket in buckets:
-        tokens = torch.ones(1, bucket, dtype=torch.int32)
-        inputs = {"input_ids": tokens, "attention_mask": tokens}
+        # Two tensors: given one for both, torch.export takes them for one input, and the file reads ids from the mask.
+        names = ("input_ids", "attention_mask")
+        inputs = {name: torch.ones(1, bucket, dtype=torch.int32) for name in names}
         conversion = conversion.signature(f"seq_{bucket}", module, sample_kwargs=inputs)
     conversion.convert().export(str(path))
 
