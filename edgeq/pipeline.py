@@ -24,7 +24,7 @@ from edgeq.records import (
 )
 from edgeq.stages import Report
 from edgeq.texts import Tokens, batches, token_limit
-from edgeq.textsets import TextPlan, plan_texts
+from edgeq.textsets import TextPlan, plan_texts, spread_validation
 
 GOLDEN_TEXTS = 32
 
@@ -110,7 +110,8 @@ def _bundle(
     report(f"{stage}quantize", 1, 1)
     report(f"{stage}reference", 0, 1)
     limit = token_limit(target.buckets_tokens, model.max_sequence)
-    validation = stages.validation(floats, texts, request.cache, limit)
+    few = target.gate.parity_texts
+    validation = stages.validation(floats, spread_validation(texts, few), request.cache, limit)
     report(f"{stage}reference", 1, 1)
     with storage.work_dir() as work:
         report(f"{stage}lower", 0, 1)
@@ -120,7 +121,7 @@ def _bundle(
         report(f"{stage}compare", 0, 2)
         embeddings = embed_batches(session, batches(validation.tokens), len(validation.texts))
         report(f"{stage}compare", 1, 2)
-        invariance = parity.invariance(session, validation.tokens, limit, target.buckets_tokens)
+        invariance = parity.invariance(session, validation.tokens, limit, target.buckets_tokens, few)
         found = parity.report(
             target, machine.place(target.runs_on), artifact.placement, validation.reference, embeddings,
             validation.texts, validation.record, invariance,

@@ -107,6 +107,14 @@ class IntegerForm(Record):
     widen_quantile: float  # output channels above this quantile of magnitudes are scaled down in the weights
 
 
+class HtpForm(Record):
+    """Decide the unsigned bits of a scheme for Hexagon's tensor unit; what is not named here has 16."""
+
+    gemm_bits: int  # what weight products read and give, and activations between them
+    attention_bits: int  # queries, keys, values, scores, probabilities
+    widen_quantile: float  # as in IntegerForm; only 8-bit products need it
+
+
 class Scheme(Record):
     """Decide dtypes. Weights are symmetric per output channel, activations asymmetric per tensor."""
 
@@ -116,7 +124,8 @@ class Scheme(Record):
     activations_signed: bool
     embedding_bits: int
     range_method: RangeMethod
-    integer: IntegerForm | None = None  # None: what is no weight product stays float
+    integer: IntegerForm | None = None  # None, and no `htp`: what is no weight product stays float
+    htp: HtpForm | None = None
 
 
 class QdqModel(Record):
@@ -140,6 +149,7 @@ class RunsOn(Record):
     machine: str  # as platform.machine() spells it
     cpu_flags_all: tuple[str, ...]
     cpu_flags_any: tuple[str, ...]
+    elsewhere: Literal["host-kernels", "emulator", "simulator"] = "host-kernels"  # where it ran on any other machine
 
 
 class Gate(Record):
@@ -155,6 +165,7 @@ class Gate(Record):
     float_fallbacks_max: int
     export_places: tuple[Place, ...]
     release_places: tuple[Place, ...]
+    parity_texts: int | None = None  # the most validation texts that run, where a run takes seconds; None: all
 
 
 class Target(Record):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edgeq.errors import ConfigError
-from edgeq.records import IntegerForm, Scheme
+from edgeq.records import HtpForm, IntegerForm, Scheme
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
@@ -41,6 +41,24 @@ SCHEMES: dict[str, Scheme] = {
             embedding_bits=8,
             range_method="minmax",
             integer=IntegerForm(gemm_bits=16, attention_bits=16, output_bits=8, widen_quantile=1.0),
+        ),
+        Scheme(
+            name="w8a8-htp",
+            weight_bits=8,
+            activation_bits=8,
+            activations_signed=False,
+            embedding_bits=8,
+            range_method="minmax",
+            htp=HtpForm(gemm_bits=8, attention_bits=8, widen_quantile=0.5),
+        ),
+        Scheme(
+            name="w8a16-htp",
+            weight_bits=8,
+            activation_bits=16,
+            activations_signed=False,
+            embedding_bits=16,
+            range_method="minmax",
+            htp=HtpForm(gemm_bits=16, attention_bits=16, widen_quantile=1.0),
         ),
     )
 }

@@ -7,16 +7,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgeq.backends.buckets import buckets_of, embed_by_bucket, fitted
 from edgeq.backends.contract import Embeddings, Rejection
 from edgeq.children import Worker, pack, unpack
 from edgeq.environments import Environment, interpreter
-from edgeq.errors import ConfigError, LoweringFailed, ToolMissing
+from edgeq.errors import LoweringFailed, ToolMissing
 from edgeq.primitives import MEAN
 from edgeq.records import Artifact, Placement, QdqModel, Target
 from edgeq.storage import file_ref, storage_errors, write_bytes
@@ -186,35 +186,28 @@ class TfliteSession:
         A text alone runs at the length it is given in; among others it is cut back to its own tokens first.
 
         Raises:
-            ConfigError: a text is longer than the largest bucket.
+            ConfigError: there are no texts, or one is longer than the largest bucket.
         """
-        rows: dict[int, list[int]] = {}
-        for row, bucket in enumerate(self._buckets_of(feeds)):
-            rows.setdefault(bucket, []).append(row)
-        embeddings: Embeddings | None = None
-        for bucket, members in rows.items():
-            inputs = {
-                "input_ids": _fitted(feeds.input_ids[members], bucket),
-                "attention_mask": _fitted(feeds.attention_mask[members], bucket),
-            }
-            packed = {name: pack(array) for name, array in inputs.items()}
-            reply = self._worker.call(do="run_many", signature=SIGNATURE.format(bucket), inputs=packed)
-            codes = unpack(reply["outputs"]["sentence_embedding"])[:, 0]
-            if embeddings is None:
-                embeddings = np.empty((len(feeds.input_ids), codes.shape[1]), np.float32)
-            embeddings[members] = (codes.astype(np.float32) - self._zero_point) * np.float32(self._scale)
-        if embeddings is None:
-            raise ConfigError("no texts to embed: give at least one")
+        return embed_by_bucket(feeds, self._buckets, self._run)
+
+    def _run(self, bucket: int, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> Embeddings:
+        inputs = {
+            "input_ids": pack(fitted(input_ids, bucket, np.int32)),
+            "attention_mask": pack(fitted(attention_mask, bucket, np.int32)),
+        }
+        reply = self._worker.call(do="run_many", signature=SIGNATURE.format(bucket), inputs=inputs)
+        codes = unpack(reply["outputs"]["sentence_embedding"])[:, 0]
+        embeddings: Embeddings = (codes.astype(np.float32) - self._zero_point) * np.float32(self._scale)
         return embeddings
 
     def milliseconds(self, feeds: Feeds, runs: int, warmup: int) -> list[float]:
         """Time runs inside the child, one text after the other: a batch is as many runs."""
-        bucket = max(self._buckets_of(feeds))
+        bucket = max(buckets_of(feeds, self._buckets))
         totals = np.zeros(runs)
         for row in range(len(feeds.input_ids)):
             one = {
-                "input_ids": pack(_fitted(feeds.input_ids[[row]], bucket)[0]),
-                "attention_mask": pack(_fitted(feeds.attention_mask[[row]], bucket)[0]),
+                "input_ids": pack(fitted(feeds.input_ids[[row]], bucket, np.int32)[0]),
+                "attention_mask": pack(fitted(feeds.attention_mask[[row]], bucket, np.int32)[0]),
             }
             reply = self._worker.call(
                 do="time", signature=SIGNATURE.format(bucket), inputs=one, runs=runs, warmup=warmup
@@ -225,20 +218,3 @@ class TfliteSession:
     def peak_memory_bytes(self) -> int:
         """Give the child's peak resident memory."""
         return int(self._worker.call(do="memory")["peak_bytes"])
-
-    def _buckets_of(self, feeds: Feeds) -> list[int]:
-        sizes = feeds.attention_mask.sum(axis=1).tolist()
-        if len(sizes) == 1:
-            sizes = [feeds.input_ids.shape[1]]
-        longest = max(sizes)
-        if longest > self._buckets[-1]:
-            raise ConfigError(
-                f"a text has {longest} tokens; the largest bucket holds {self._buckets[-1]}. Cut it first."
-            )
-        return [next(bucket for bucket in self._buckets if bucket >= size) for size in sizes]
-
-
-def _fitted(rows: NDArray[np.int64], width: int) -> NDArray[Any]:
-    """Cut or pad each row with zeros to the width: int32[rows, 1, width]. A masked id may be any."""
-    kept = rows[:, :width]
-    return np.pad(kept, ((0, 0), (0, width - kept.shape[1]))).astype(np.int32)[:, None, :]
