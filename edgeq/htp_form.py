@@ -4,14 +4,49 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from edgeq.folding import Observed
+from edgeq.flat_tokens import flat_tokens
+from edgeq.folding import Observed, even_values, widen_outputs
 from edgeq.observe import Statistics
 from edgeq.passes.graph import add_node, constant, dims, made_by, readers, replace_uses
-from edgeq.primitives import NORMALIZED
+from edgeq.primitives import NORMALIZED, first_token
+from edgeq.quantize_integer import join_positions
+from edgeq.records import HtpForm
 
 
-def observe_norms(graph: ir.Graph, observed: Observed) -> None:
+def htp_form(model: ir.Model, observed: Observed, form: HtpForm) -> frozenset[str]:
+    """Rewrite the whole model: what is constant is folded, tokens are a flat list, weight products are Gemm.
+
+    Args:
+        model: equalised FP32, with shapes; edited in place.
+        observed: statistics; those of tensors that change follow.
+        form: whether products have 8 bits.
+
+    Returns:
+        The names of the products that have one row a text.
+    """
+    graph = model.graph
+    while len(graph.outputs) > 1:
+        graph.outputs.pop()  # `del outputs[1:]` leaves them marked as outputs
+    for node in list(graph):
+        if node.op_type == "GatherElements":
+            first_token(graph, node)
+    join_positions(graph)
+    even_values(graph, observed)
+    if form.gemm_bits == 8:
+        widen_outputs(graph, observed, form.widen_quantile)
+    _observe_norms(graph, observed)
+    _unit_lengths(graph)
+    _turn_poolings(graph, observed)
+    rows = _row_products(graph)
+    RemoveUnusedNodesPass()(model)
+    TopologicalSortPass()(model)
+    flat_tokens(model, take_summands=False)
+    return rows
+
+
+def _observe_norms(graph: ir.Graph, observed: Observed) -> None:
     """Give every LayerNorm's output the statistics that follow from those of its normalised tensor."""
     for node in graph:
         name = str(node.outputs[0].name)
@@ -25,7 +60,7 @@ def observe_norms(graph: ir.Graph, observed: Observed) -> None:
         observed[name] = Statistics(np.minimum(*ends).astype(np.float32), np.maximum(*ends).astype(np.float32))
 
 
-def unit_lengths(graph: ir.Graph) -> None:
+def _unit_lengths(graph: ir.Graph) -> None:
     """Make one operator of a division by the length.
 
     Before::
@@ -50,7 +85,7 @@ def unit_lengths(graph: ir.Graph) -> None:
         graph.remove(node, safe=True)
 
 
-def row_products(graph: ir.Graph) -> frozenset[str]:
+def _row_products(graph: ir.Graph) -> frozenset[str]:
     """Let each product of one row a text (Dense) be a Gemm, as `flat_tokens` does with those of tokens.
 
     Returns:
@@ -74,3 +109,41 @@ def row_products(graph: ir.Graph) -> frozenset[str]:
             graph.remove(old, safe=True)
         names.add(str(node.name))
     return frozenset(names)
+
+
+def _turn_poolings(graph: ir.Graph, observed: Observed) -> None:
+    """Put the shares of a pooling on the right.
+
+    Before::
+
+        shares[batch, 1, tokens], x[batch, tokens, channels] ─ MatMul
+
+    After::
+
+        xᵀ, sharesᵀ ─ MatMul ─ Transpose
+
+    The unit reads the right operand of a product in 8 bits even where it has 16. All tokens of a text have one share,
+    so that rounding it does not turn the vector.
+    """
+    of_mask = {value for value in graph.inputs if value.name == "attention_mask"}
+    for node in list(graph):
+        variable = [value for value in node.inputs if value is not None and constant(value) is None]
+        if variable and all(value in of_mask for value in variable):
+            of_mask.update(node.outputs)
+        if node.op_type != "MatMul" or node.inputs[0] not in of_mask or node.inputs[1] is None:
+            continue
+        turned = [
+            _turned(node, value, f"{node.name}/{name}")
+            for name, value in (("x", node.inputs[1]), ("shares", node.inputs[0]))
+            if value is not None
+        ]
+        product = add_node(node, "MatMul", turned, f"{node.name}/turned")
+        observed[str(product.name)] = observed[str(node.outputs[0].name)]
+        back = _turned(node, product, f"{node.name}/back")
+        back.dtype, back.shape = ir.DataType.FLOAT, node.outputs[0].shape
+        replace_uses(node.outputs[0], back)
+        graph.remove(node, safe=True)
+
+
+def _turned(before: ir.Node, value: ir.Value, name: str) -> ir.Value:
+    return add_node(before, "Transpose", [value], name, {"perm": [0, 2, 1]})

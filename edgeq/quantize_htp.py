@@ -20,14 +20,13 @@ from edgeq.affine import Affine
 from edgeq.coded import HEADROOM, Coded, UnsignedGraph
 from edgeq.coded_mask import LookedUpMasks
 from edgeq.errors import EdgeqError, Unsupported
-from edgeq.flat_tokens import flat_tokens
-from edgeq.folding import Observed, even_values, widen_outputs
+from edgeq.folding import Observed
 from edgeq.gemm import SIDE
-from edgeq.htp_form import observe_norms, row_products, unit_lengths
+from edgeq.htp_form import htp_form
 from edgeq.observe import Statistics
 from edgeq.passes.graph import add_constant, add_node, add_node_after, checked, constant, readers
-from edgeq.primitives import ROW_MAXIMUM, first_token
-from edgeq.quantize_integer import GELU_FLOOR, LOWEST_IR_VERSION, MASKED_BELOW, join_positions
+from edgeq.primitives import ROW_MAXIMUM
+from edgeq.quantize_integer import GELU_FLOOR, LOWEST_IR_VERSION, MASKED_BELOW
 from edgeq.records import HtpForm, Scheme
 
 GAIN_BITS = 8  # LayerNorm's gain: the unit takes no other beside an int32 bias, on any version
@@ -58,22 +57,8 @@ def quantize_htp(
         raise EdgeqError(f"{scheme.name} has no form for HTP")
     seen: Observed = dict(observed)
     graph_model = ir.from_proto(checked(ir.from_proto(model)))  # with the shapes of what equalising added
+    rows = htp_form(graph_model, seen, form)
     graph = graph_model.graph
-    while len(graph.outputs) > 1:
-        graph.outputs.pop()  # `del outputs[1:]` leaves them marked as outputs
-    for node in list(graph):
-        if node.op_type == "GatherElements":
-            first_token(graph, node)
-    join_positions(graph)
-    even_values(graph, seen)
-    if form.gemm_bits == 8:
-        widen_outputs(graph, seen, form.widen_quantile)
-    observe_norms(graph, seen)
-    unit_lengths(graph)
-    rows = row_products(graph)
-    RemoveUnusedNodesPass()(graph_model)
-    TopologicalSortPass()(graph_model)
-    flat_tokens(graph_model, take_summands=False)
     coder = _Coder(graph, seen, scheme, form, rows)
     for node in list(graph):
         coder.visit(node)

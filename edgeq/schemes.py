@@ -56,7 +56,7 @@ SCHEMES: dict[str, Scheme] = {
             weight_bits=8,
             activation_bits=16,
             activations_signed=False,
-            embedding_bits=16,
+            embedding_bits=8,
             range_method="minmax",
             htp=HtpForm(gemm_bits=16, attention_bits=16, widen_quantile=1.0),
         ),

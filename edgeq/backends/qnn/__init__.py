@@ -23,7 +23,8 @@ from edgeq.texts import Feeds, lengths
 FOLDER = "qnn"
 
 # The SoCs whose number and HTP version are known. Source: pytorch/executorch, backends/qualcomm/serialization,
-# qc_schema.py (QcomChipset and its HTP versions); 60, Snapdragon X Elite: QAIRT 2.51, docs, Supported Snapdragon devices.
+# qc_schema.py (QcomChipset); 60, Snapdragon X Elite: microsoft/Olive, the option `soc` of its QNN context binary pass;
+# 30: what QAIRT 2.51 writes for v68 without a number.
 HTP_OF_SOC = {30: 68, 43: 73, 57: 75, 60: 73, 69: 79, 87: 81}
 
 _SETTINGS = {"soc_model", "htp_arch", "vtcm_mb", "optimization_mode", "io"}
@@ -132,7 +133,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
             )
         extra = {path.name for path in folder.iterdir()} ^ set(names)
         if extra:
-            raise LoweringFailed(f"{target.name}: the compiler wrote other files than asked: {', '.join(sorted(extra))}")
+            raise LoweringFailed(f"{target.name}: the compiler wrote other files: {', '.join(sorted(extra))}")
     return Artifact(
         backend=target.backend,
         target=target.name,

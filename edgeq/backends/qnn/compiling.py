@@ -143,7 +143,7 @@ def placed(partitions: Sequence[Mapping[str, Any]], name: str) -> tuple[dict[str
     count = sum(part["provider"] == PROVIDER for part in partitions)
     if elsewhere or count != 1:
         listed = f"; elsewhere: {', '.join(elsewhere)}" if elsewhere else ""
-        raise LoweringFailed(f"{name}: HTP takes the graph in {count} partitions{listed}. One, of all nodes, is needed.")
+        raise LoweringFailed(f"{name}: HTP takes the graph in {count} partitions{listed}. One of all nodes is needed.")
     nodes = [node for part in partitions for node in part["nodes"]]
     products = frozenset(node[1] for node in nodes if node[0] == "Gemm")
     return dict(sorted(Counter(node[0] for node in nodes).items())), products
