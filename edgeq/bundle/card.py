@@ -11,6 +11,7 @@ from edgeq.records import Manifest, ParityReport, Place
 from edgeq.texts import lengths
 
 TEMPLATE = "model_card.md.j2"
+CONTEXT_SUFFIX = "_ctx.onnx"  # ONNX around a compiled binary, which only its provider can run
 SENTENCE_TRANSFORMERS_FILE = "onnx/model.onnx"  # what sentence-transformers opens by itself
 
 _PLACES: dict[Place, str] = {
@@ -40,7 +41,8 @@ def render_card(manifest: Manifest, report: ParityReport, pad_id: int) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
-    is_onnx = manifest.artifact.files[0].path.endswith(".onnx")
+    is_context = manifest.artifact.files[0].path.endswith(CONTEXT_SUFFIX)
+    is_onnx = manifest.artifact.files[0].path.endswith(".onnx") and not is_context
     is_tflite = manifest.artifact.files[0].path.endswith(".tflite")
     buckets = lengths(manifest.target.buckets_tokens, manifest.source.max_sequence)
     return environment.get_template(TEMPLATE).render(
@@ -52,6 +54,7 @@ def render_card(manifest: Manifest, report: ParityReport, pad_id: int) -> str:
         model_path=manifest.artifact.files[0].path,
         is_onnx=is_onnx,
         is_tflite=is_tflite,
+        is_context=is_context,
         buckets=buckets,
         token_limit=max(buckets, default=manifest.source.max_sequence),
         opens_in_sentence_transformers=(
