@@ -31,7 +31,7 @@ def float_model(manifest: Manifest, against: Path | None, cache: Path) -> Path:
                 f"{wanted.size_bytes} bytes and sha256 {wanted.sha256}. Give that one, or leave --against out."
             )
         return against
-    found = _search(cache.rglob("*.onnx") if cache.is_dir() else (), wanted)
+    found = cached(wanted, cache)
     if found is None:
         raise ConfigError(
             f"the cache does not hold the FP32 model (sha256 {wanted.sha256[:12]}...) that the bundle of "
@@ -39,6 +39,12 @@ def float_model(manifest: Manifest, against: Path | None, cache: Path) -> Path:
             "or give the file with --against."
         )
     return found
+
+
+def cached(wanted: FileRef, cache: Path) -> Path | None:
+    """Give the file of this content that the cache holds, or None."""
+    suffix = Path(wanted.path).suffix
+    return _search(cache.rglob(f"*{suffix}") if cache.is_dir() else (), wanted)
 
 
 def _search(files: Iterable[Path], wanted: FileRef) -> Path | None:

@@ -70,9 +70,9 @@ class CodedGraph:
         return self.cover(float(seen.minimum.min()) * room, float(seen.maximum.max()) * room, bits)
 
     def wider(self, codes: Affine) -> Affine:
-        """Give 16-bit codes for all that 8-bit codes hold: an exact multiple where there is no zero point."""
+        """Give 16-bit codes for all that 8-bit codes hold: the same codes where there is no zero point, a cast."""
         if codes.zero_point == 0:
-            return Affine(codes.scale / 256, 0, -32768, 32767)
+            return Affine(codes.scale, 0, -32768, 32767)
         low, high = affine.dequantize([codes.low, codes.high], codes).tolist()
         return self.cover(low, high, 16)
 

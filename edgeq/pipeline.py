@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from edgeq import __version__, backends, bundle, machine, parity, schemes, source, stages, storage
+from edgeq import __version__, backends, bundle, comparing, schemes, source, stages, storage
 from edgeq import export as exporting
-from edgeq.backends.contract import Backend, Embeddings, embed_batches
+from edgeq.backends.contract import Backend, Embeddings
 from edgeq.cache import Cache
-from edgeq.errors import Unsupported
+from edgeq.errors import ConfigError, Unsupported
 from edgeq.records import (
     Measures,
     ParityReport,
     Place,
     QdqModel,
     Record,
+    Scheme,
     Status,
     Target,
 )
@@ -44,6 +46,7 @@ class ExportRequest:
     pooling: str | None = None
     samples: int | None = None
     seed: int = 0
+    scheme: Path | None = None
     hidden_state: bool = True
     keep_failed: bool = False
     overwrite: bool = False
@@ -81,8 +84,10 @@ def export(request: ExportRequest, report: Report) -> tuple[Exported, ...]:
         request.texts, request.column, request.validation, request.evaluation, request.samples, request.seed
     )
     for target in request.targets:
-        schemes.find(target.scheme, target.name)
-        backends.find(target.backend, target.name).tools()
+        _scheme(request, target)
+        backend = backends.find(target.backend, target.name)
+        backend.tools()
+        comparing.require_device(backend, target)
         bundle.require_place(request.out / target.name)
     if request.dry_run:
         return tuple(_not_run(target) for target in request.targets)
@@ -105,7 +110,7 @@ def _bundle(
     stage = f"{target.name}: "
     backend = backends.find(target.backend, target.name)
     report(f"{stage}quantize", 0, 1)
-    model = stages.quantized(target, calibrated, request.cache)
+    model = stages.quantized(target, calibrated, request.cache, _scheme(request, target))
     _refuse(backend, model, target)
     report(f"{stage}quantize", 1, 1)
     report(f"{stage}reference", 0, 1)
@@ -116,17 +121,10 @@ def _bundle(
     with storage.work_dir() as work:
         report(f"{stage}lower", 0, 1)
         artifact = backend.lower(model, target, work)
-        session = backend.load(artifact, work, target)
         report(f"{stage}lower", 1, 1)
-        report(f"{stage}compare", 0, 2)
-        embeddings = embed_batches(session, batches(validation.tokens), len(validation.texts))
-        report(f"{stage}compare", 1, 2)
-        invariance = parity.invariance(session, validation.tokens, limit, target.buckets_tokens, few)
-        found = parity.report(
-            target, machine.place(target.runs_on), artifact.placement, validation.reference, embeddings,
-            validation.texts, validation.record, invariance,
-        )  # fmt: skip
-        report(f"{stage}compare", 2, 2)
+        found, embeddings = comparing.compare(
+            backend, artifact, work, target, validation, model.max_sequence, partial(report, f"{stage}compare")
+        )
         size = sum(ref.size_bytes for ref in artifact.files)
         path = request.out / target.name
         is_written = found.status != "failed" or request.keep_failed
@@ -151,6 +149,20 @@ def _bundle(
     )
 
 
+def _scheme(request: ExportRequest, target: Target) -> Scheme:
+    """Give the target's scheme, or the one that was asked for, which differs in raised products only."""
+    own = schemes.find(target.scheme, target.name)
+    if request.scheme is None:
+        return own
+    given = schemes.read(request.scheme)
+    if given != schemes.raising(own, given.raised):
+        raise ConfigError(
+            f"{request.scheme}: is a form of {given.name.split(schemes.SEPARATOR)[0]}; {target.name} takes {own.name}. "
+            "Leave --scheme out, or choose another target."
+        )
+    return given
+
+
 def _keep_report(found: ParityReport, out: Path, is_written: bool) -> str:
     """Keep the report of a refused bundle beside the place where it would stand; else remove an earlier one."""
     path = out / f"{found.target}.parity.json"
@@ -170,7 +182,7 @@ def _refuse(backend: Backend, model: QdqModel, target: Target) -> None:
         raise Unsupported(f"{target.name}: {target.backend} cannot take this model:\n{listed}")
 
 
-def _golden(validation: stages.Validation, embeddings: Embeddings) -> bundle.GoldenData:
+def _golden(validation: stages.Validation, embeddings: Embeddings | None) -> bundle.GoldenData:
     """Choose texts of evenly spread lengths, so that short and long ones are both among the golden."""
     by_length = sorted(range(len(validation.texts)), key=lambda row: len(validation.tokens.ids[row]))
     places = np.unique(np.linspace(0, len(by_length) - 1, min(GOLDEN_TEXTS, len(by_length))).round().astype(int))
@@ -180,7 +192,7 @@ def _golden(validation: stages.Validation, embeddings: Embeddings) -> bundle.Gol
     order = [rows[row] for row in batch.rows]
     return bundle.GoldenData(
         tuple(validation.texts[row] for row in order), batch.feeds.input_ids, batch.feeds.attention_mask,
-        validation.reference[order], embeddings[order], validation.tokens.pad_id,
+        validation.reference[order], None if embeddings is None else embeddings[order], validation.tokens.pad_id,
     )  # fmt: skip
 
 
@@ -206,7 +218,8 @@ def _command(request: ExportRequest, name: str, target: Target) -> tuple[str, ..
     optional: Mapping[str, object | None] = {
         "--texts": request.texts and request.texts.name, "--column": request.column,
         "--validation": request.validation and request.validation.name,
-        "--pooling": request.pooling, "--samples": request.samples, "--seed": request.seed or None,
+        "--pooling": request.pooling, "--scheme": request.scheme and request.scheme.name,
+        "--samples": request.samples, "--seed": request.seed or None,
     }  # fmt: skip
     for option, value in optional.items():
         words += [option, str(value)] if value is not None else []

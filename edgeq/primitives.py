@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeq.passes.graph import add_constant, add_node, constant, dims, made_by, readers, replace_uses
+from edgeq.pooling import cap_padding, last_token
 
 ROW_MAXIMUM = "/row_maximum"  # ends the names of tensors that exist to be observed only
 MEAN, CENTRED, SQUARES, INVERSE = "/mean", "/centred", "/squares", "/inverse"
@@ -17,6 +18,8 @@ NORMALIZED, GAINED = "/normalized", "/gained"
 
 def primitives(model: ir.Model) -> int:
     """Take apart every LayerNormalization over the last axis and every division by ReduceL2; give how many.
+
+    Poolings that pick tokens are written anew, and count too.
 
     Before::
 
@@ -38,7 +41,9 @@ def primitives(model: ir.Model) -> int:
         elif node.op_type == "Div":
             count += _unit_length(graph, node)
         elif node.op_type == "GatherElements":
-            count += first_token(graph, node)
+            count += first_token(graph, node) or last_token(graph, node)
+        elif node.op_type == "Where":
+            count += cap_padding(graph, node)
         elif node.op_type == "Softmax":
             _row_maximum(graph, node)
     return count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -56,6 +57,9 @@ def quantize(
     graph = graph_model.graph
     integer: list[str] = []
     for site in list(sites(graph)):
+        site = replace(site, products=tuple(node for node in site.products if node.name not in scheme.raised))
+        if not site.products:
+            continue
         if site.name not in observed:
             raise EdgeqError(f"{site.name}: read by a weight product, but the calibration has no statistics of it")
         integer.extend(_quantize_site(graph, site, observed[site.name], scheme, compensate))

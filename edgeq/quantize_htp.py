@@ -55,9 +55,7 @@ def quantize_htp(
     form = scheme.htp
     if form is None:
         raise EdgeqError(f"{scheme.name} has no form for HTP")
-    seen: Observed = dict(observed)
-    graph_model = ir.from_proto(checked(ir.from_proto(model)))  # with the shapes of what equalising added
-    rows = htp_form(graph_model, seen, form)
+    graph_model, seen, rows = htp_form(model, observed, form)
     graph = graph_model.graph
     coder = _Coder(graph, seen, scheme, form, rows)
     for node in list(graph):
@@ -86,7 +84,7 @@ class _Coder:
         self._codes = UnsignedGraph(graph, observed)
         self._form = form
         self._scheme = scheme
-        self._wide = rows
+        self._wide = rows | frozenset(scheme.raised)
         self._masks = LookedUpMasks(self._codes)
         self._sizes: set[ir.Value] = set()
         self._products: list[str] = []
@@ -208,7 +206,7 @@ class _Coder:
         return add_node(node, "DequantizeLinear", inputs, f"{node.name}/bias", attributes)
 
     def _is_wide(self, node: ir.Node) -> bool:
-        """The side path of large neurons has 16 bits, and so has what is one row a text."""
+        """The side path of large neurons has 16 bits, and so have what is one row a text and what is raised."""
         return str(node.name).endswith(SIDE) or node.name in self._wide
 
     def _norm(self, node: ir.Node) -> None:

@@ -14,6 +14,7 @@ from edgeq import affine, rounding
 from edgeq.affine import Affine
 from edgeq.coded import HEADROOM, INTEGER_DTYPES, Coded, CodedGraph, symmetric
 from edgeq.coded_mask import Masks
+from edgeq.coded_sums import ExactSums
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.folding import Observed, even_values, fold_norm_biases, widen_outputs
 from edgeq.gemm import SIDE, bias_of
@@ -21,6 +22,7 @@ from edgeq.observe import Statistics
 from edgeq.passes.graph import add_constant, add_node, add_node_after, checked, constant, dims, made_by, readers
 from edgeq.primitives import ROW_MAXIMUM, primitives
 from edgeq.records import IntegerForm, Scheme
+from edgeq.row_gains import outer_gains
 
 LOWEST_IR_VERSION = 10  # of opset 21
 ROOT_HEADROOM = 4.0  # of sums of squares below the smallest observed: a text of many names has half the usual length
@@ -29,7 +31,7 @@ MASKED_BELOW = 20.0  # exp(-20) = 2e-9: what a masked position may keep beside t
 GELU_FLOOR = -4.0  # GELU(-4) = -1.3e-4: below, nothing is left to tell apart
 SOFTMAX = {8: Affine(1 / 256, -128, -128, 127), 16: Affine(1 / 32768, 0, -32768, 32767)}
 SHARE = Affine(1 / 32767, 0, -32768, 32767)  # of a token in the mean
-_STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather"})
+_STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "ReduceMax"})
 _INT16, _INT32 = np.iinfo(np.int16), np.iinfo(np.int32)
 
 
@@ -53,18 +55,8 @@ def quantize_integer(
     form = scheme.integer
     if form is None:
         raise EdgeqError(f"{scheme.name} is no integer-only scheme")
-    seen: Observed = dict(observed)
-    graph_model = ir.from_proto(model)
+    graph_model, seen = integer_form(model, observed, form)
     graph = graph_model.graph
-    del graph.outputs[1:]
-    primitives(graph_model)
-    join_positions(graph)
-    even_values(graph, seen)
-    fold_norm_biases(graph, seen)
-    if form.gemm_bits == 8:
-        widen_outputs(graph, seen, form.widen_quantile)
-    RemoveUnusedNodesPass()(graph_model)
-    TopologicalSortPass()(graph_model)
     coder = _Coder(graph, seen, scheme, form)
     for node in list(graph):
         coder.visit(node)
@@ -76,6 +68,36 @@ def quantize_integer(
             value.shape = None
     graph_model.ir_version = LOWEST_IR_VERSION
     return checked(graph_model), coder.products, ()
+
+
+def integer_form(
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], form: IntegerForm
+) -> tuple[ir.Model, Observed]:
+    """Take norms apart and fold constants, all exact in FP32: what is left is to put codes on every tensor.
+
+    Args:
+        model: equalised FP32 ONNX; not changed.
+        observed: statistics of the tensors of the model and of its primitives.
+        form: says which outputs are scaled down.
+
+    Returns:
+        A float model with `sentence_embedding` as its one output, and the statistics of its tensors.
+    """
+    seen: Observed = dict(observed)
+    graph_model = ir.from_proto(model)
+    graph = graph_model.graph
+    del graph.outputs[1:]
+    primitives(graph_model)
+    join_positions(graph)
+    even_values(graph, seen)
+    fold_norm_biases(graph, seen)
+    if form.gemm_bits == 8:
+        widen_outputs(graph, seen, form.widen_quantile)
+    if form.sum_bits == 32:
+        outer_gains(graph, seen)
+    RemoveUnusedNodesPass()(graph_model)
+    TopologicalSortPass()(graph_model)
+    return graph_model, seen
 
 
 def join_positions(graph: ir.Graph) -> None:
@@ -99,15 +121,19 @@ class _Coder:
         self._codes = CodedGraph(graph, observed)
         self._form = form
         self._weight_bits = scheme.weight_bits
+        self._raised = frozenset(scheme.raised)
         self._table_bits = scheme.embedding_bits
         self._masks = Masks(self._codes)
+        self._sums: ExactSums | None = None
+        if form.sum_bits == 32:
+            self._sums = ExactSums(self._codes, form.gemm_bits, scheme.embedding_bits, self._raised)
         self._done: set[ir.Node] = set()
         self._products: list[str] = []
         self._visitors: dict[str, Callable[[ir.Node], None]] = {
             "Add": self._add, "Gather": self._lookup, "Gelu": self._pointwise, "MatMul": self._matmul,
-            "Mul": self._arithmetic, "ReduceMean": self._arithmetic, "ReduceSumSquare": self._arithmetic,
-            "Relu": self._pointwise, "Slice": self._lookup, "Softmax": self._softmax, "Sqrt": self._root,
-            "Sub": self._arithmetic, "Tanh": self._arithmetic,
+            "Min": self._capped, "Mul": self._arithmetic, "ReduceMean": self._arithmetic,
+            "ReduceSumSquare": self._arithmetic, "Relu": self._pointwise, "Slice": self._lookup,
+            "Softmax": self._softmax, "Sqrt": self._root, "Sub": self._arithmetic, "Tanh": self._arithmetic,
         }  # fmt: skip
 
     @property
@@ -128,6 +154,9 @@ class _Coder:
             return
         if node.op_type in _STILL and variable and variable[0] in self._codes.coded:
             self._still(node)
+            return
+        if self._sums is not None and self._sums.takes(node):
+            self._sums.visit(node)
             return
         if node.op_type not in self._visitors:
             raise Unsupported(f"{node.name}: {node.op_type} has no integer form; use a scheme that leaves it float")
@@ -263,7 +292,9 @@ class _Coder:
         size = self._masks.size(mask)
         node.replace_input_with(1 - position, self._codes.read(scores, bits, node).value)
         if bits == 8:
-            node.replace_input_with(position, self._masks.coded(mask, Affine(size, 1, -128, 127), 8, node).value)
+            # A step of the whole size would be right too, but XNNPACK adds only what differs by less than 256 in step.
+            steps = Affine(float(np.float32(size / 127)), 127, -128, 127)
+            node.replace_input_with(position, self._masks.coded(mask, steps, 8, node).value)
             codes = self._scores(node, bits)
         else:
             lifted = self._masks.lifted(mask, node)
@@ -283,7 +314,9 @@ class _Coder:
                 node.replace_input_with(position, self._codes.constant(value, array, node))
             else:
                 node.replace_input_with(position, self._codes.read(value, 16, node).value)
-        self._codes.store(node, node.outputs[0], self._codes.range(node.outputs[0], 16), 16)
+        output = node.outputs[0]
+        codes = self._codes.range(output, 16) if self._sums is None else self._sums.range_of_sum(output)
+        self._codes.store(node, output, codes, 16)
 
     def _root(self, node: ir.Node) -> None:
         """Sqrt and Reciprocal are one operator: no codes between them."""
@@ -310,6 +343,15 @@ class _Coder:
         if before is not None and before in self._codes.observed:
             self._codes.observed[name] = self._codes.observed[before]
 
+    def _capped(self, node: ir.Node) -> None:
+        """Give max pooling's cap the codes of what it caps: their ends, where it lies beyond every value."""
+        hidden, cap = node.inputs
+        if hidden not in self._codes.coded or cap not in self._masks.values:
+            raise Unsupported(f"{node.name}: a minimum that is no max pooling has no integer form")
+        source = self._codes.coded[hidden]
+        node.replace_input_with(1, self._masks.coded(cap, source.affine, source.bits, node).value)
+        self._still(node)
+
     def _vanishes(self, node: ir.Node) -> bool:
         """Drop the sum with a constant that is below half a step."""
         for position, value in enumerate(node.inputs):
@@ -324,9 +366,9 @@ class _Coder:
         return False
 
     def _is_wide(self, node: ir.Node) -> bool:
-        """The side path of large neurons has 16 bits, and so has a Dense layer: it is one row."""
+        """The side path of large neurons has 16 bits, and so have a Dense layer, which is one row, and raised ones."""
         shape = dims(node.inputs[0])
-        return str(node.name).endswith(SIDE) or (shape is not None and len(shape) == 2)
+        return str(node.name).endswith(SIDE) or node.name in self._raised or (shape is not None and len(shape) == 2)
 
     def _scores(self, masked: ir.Node, bits: int) -> Affine:
         """Cover scores down to where exp leaves nothing beside the smallest maximum of a row."""

@@ -104,6 +104,7 @@ class IntegerForm(Record):
     gemm_bits: int  # input and output of weight products
     attention_bits: int  # scores, probabilities, values
     output_bits: int  # the vectors
+    sum_bits: int  # 32: the residual stream's sums and products are exact and rounded once; 16: each is rounded
     widen_quantile: float  # output channels above this quantile of magnitudes are scaled down in the weights
 
 
@@ -126,6 +127,12 @@ class Scheme(Record):
     range_method: RangeMethod
     integer: IntegerForm | None = None  # None, and no `htp`: what is no weight product stays float
     htp: HtpForm | None = None
+    raised: tuple[str, ...] = ()  # weight products with more bits than the rest: 16 where all is integer, else float
+
+    @property
+    def leaves_nothing_float(self) -> bool:
+        """Tell whether every tensor has codes."""
+        return self.integer is not None or self.htp is not None
 
 
 class QdqModel(Record):
@@ -217,8 +224,21 @@ class Measures(Record):
     worst_text: str
 
 
+class SettingReport(Record):
+    """Hold what the same artifact measures run in another way, or why that was not measured."""
+
+    name: str  # e.g. "inference_precision_hint=bf16"
+    ran_on: Place
+    measures: Measures | None  # None when not measured
+    reason: str | None  # why not
+
+
 class ParityReport(Record):
-    """Measure first, judge after: `failures` has one sentence for each limit of the gate that is missed."""
+    """Measure first, judge after: `failures` has one sentence for each limit of the gate that is missed.
+
+    `other_settings` must meet the gate, too, but cannot stand in for a run: a report without `measures` is `not-run`
+    or `failed`, never `passed`. Their invariance is measured and not judged.
+    """
 
     target: str
     ran_on: Place
@@ -228,6 +248,8 @@ class ParityReport(Record):
     gate: Gate
     failures: tuple[str, ...]
     texts: TextSet
+    reason: str | None = None  # why it was not run; such a bundle is not fit for a release
+    other_settings: tuple[SettingReport, ...] = ()
 
 
 class Golden(Record):

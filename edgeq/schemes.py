@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import ValidationError
+
 from edgeq.errors import ConfigError
 from edgeq.records import HtpForm, IntegerForm, Scheme
 
@@ -31,7 +36,7 @@ SCHEMES: dict[str, Scheme] = {
             activations_signed=True,
             embedding_bits=8,
             range_method="minmax",
-            integer=IntegerForm(gemm_bits=8, attention_bits=8, output_bits=8, widen_quantile=0.5),
+            integer=IntegerForm(gemm_bits=8, attention_bits=8, output_bits=8, sum_bits=32, widen_quantile=0.5),
         ),
         Scheme(
             name="w8a16-int",
@@ -40,7 +45,7 @@ SCHEMES: dict[str, Scheme] = {
             activations_signed=True,
             embedding_bits=8,
             range_method="minmax",
-            integer=IntegerForm(gemm_bits=16, attention_bits=16, output_bits=8, widen_quantile=1.0),
+            integer=IntegerForm(gemm_bits=16, attention_bits=16, output_bits=8, sum_bits=32, widen_quantile=1.0),
         ),
         Scheme(
             name="w8a8-htp",
@@ -62,6 +67,38 @@ SCHEMES: dict[str, Scheme] = {
         ),
     )
 }
+
+
+SEPARATOR = "+"  # between the name of a scheme and how many products are raised
+
+
+def raising(scheme: Scheme, products: Iterable[str]) -> Scheme:
+    """Give a scheme that differs in these products, named so."""
+    names = tuple(sorted(products))
+    base = scheme.name.split(SEPARATOR)[0]
+    name = f"{base}{SEPARATOR}{len(names)}" if names else base
+    return scheme.model_copy(update={"name": name, "raised": names})
+
+
+def read(path: Path) -> Scheme:
+    """Read a scheme that `edgeq analyze --auto` wrote.
+
+    Raises:
+        ConfigError: there is no such file, or it holds something else.
+    """
+    try:
+        found = Scheme.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path}: is no scheme: {error}. Give a file that edgeq analyze --auto wrote.") from error
+    base = SCHEMES.get(found.name.split(SEPARATOR)[0])
+    if base is None or found != raising(base, found.raised):
+        raise ConfigError(
+            f'{path}: the scheme "{found.name}" differs from those of this edgeq in more than its raised products. '
+            "Run edgeq analyze --auto again."
+        )
+    return found
 
 
 def find(name: str, where: str) -> Scheme:

@@ -17,7 +17,7 @@ from edgeq import export as exporting
 from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.cache import Cache, key
 from edgeq.errors import ConfigError
-from edgeq.records import Calibration, FloatModel, QdqModel, Record, Source, Target, TextSet
+from edgeq.records import Calibration, FloatModel, QdqModel, Record, Scheme, Source, Target, TextSet
 from edgeq.reference import FloatSession
 from edgeq.source import Located
 from edgeq.texts import Tokenizer, Tokens, batches, text_set
@@ -120,13 +120,29 @@ def calibrated(floats: Floats, texts: TextPlan, seed: int, cache: Cache, report:
     )
 
 
-def quantized(target: Target, calibrated: Calibrated, cache: Cache) -> QdqModel:
-    """Quantise by the target's scheme, or take the QDQ model from the cache: targets with one scheme share it."""
-    scheme = schemes.find(target.scheme, target.name)
+def quantized(target: Target, calibrated: Calibrated, cache: Cache, given: Scheme | None = None) -> QdqModel:
+    """Quantise by the target's scheme, or take the QDQ model from the cache: targets with one scheme share it.
+
+    Args:
+        target: whose scheme is used.
+        calibrated: the equalised model and its calibration.
+        cache: where QDQ models are kept.
+        given: the target's scheme with some products raised.
+
+    Raises:
+        ConfigError: a product that is raised is not there.
+    """
+    scheme = given or schemes.find(target.scheme, target.name)
 
     def make(folder: Path) -> None:
         statistics = calibrate.load(Path(calibrated.calibration.file.path))
         model, integer, floats = quantize.quantize(onnx.load(calibrated.equalized.file.path), statistics, scheme)
+        unknown = sorted(set(scheme.raised) - {node.name for node in model.graph.node})
+        if unknown:
+            raise ConfigError(
+                f"the scheme {scheme.name} raises {', '.join(unknown)}, which this model does not have. "
+                "Run edgeq analyze --auto for this model."
+            )
         storage.write_bytes(folder / _QDQ, model.SerializeToString(deterministic=True))
         parent = calibrated.equalized
         record = QdqModel(

@@ -113,6 +113,36 @@ def token_limit(buckets_tokens: Sequence[int], max_sequence: int) -> int:
     return max(lengths(buckets_tokens, max_sequence), default=max_sequence)
 
 
+def rows_by_bucket(feeds: Feeds, buckets: Sequence[int]) -> dict[int, list[int]]:
+    """Give the smallest bucket for each text, as the rows that belong to each bucket.
+
+    A text alone takes the length it is given in; among others it counts its own tokens.
+
+    Args:
+        feeds: of any texts.
+        buckets: sequence lengths, ascending.
+
+    Raises:
+        ConfigError: a text is longer than the largest bucket.
+    """
+    sizes = feeds.attention_mask.sum(axis=1).tolist()
+    if len(sizes) == 1:
+        sizes = [feeds.input_ids.shape[1]]
+    longest = max(sizes)
+    if longest > buckets[-1]:
+        raise ConfigError(f"a text has {longest} tokens; the largest bucket holds {buckets[-1]}. Cut it first.")
+    rows: dict[int, list[int]] = {}
+    for row, size in enumerate(sizes):
+        rows.setdefault(next(bucket for bucket in buckets if bucket >= size), []).append(row)
+    return rows
+
+
+def fitted(rows: NDArray[np.int64], width: int) -> NDArray[np.int64]:
+    """Cut or pad each row with zeros to the width, int64[rows, width]. A masked id may be any."""
+    kept = rows[:, :width]
+    return np.pad(kept, ((0, 0), (0, width - kept.shape[1])))
+
+
 def batches(tokens: Tokens, batch_size: int = 32, max_tokens: int = 4096) -> list[Batch]:
     """Batch texts of like length, so that padding is small.
 
@@ -144,14 +174,19 @@ def _batch(tokens: Tokens, rows: Sequence[int]) -> Batch:
     return Batch(tuple(rows), Feeds(ids, mask))
 
 
-def text_set(origin: str, texts: Sequence[str], tokens: Tokens) -> TextSet:
-    """Describe a set of texts by its content."""
+def sha256_texts(texts: Sequence[str]) -> str:
+    """Hash texts in order, so that a set is known again."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(f"{len(text)}:".encode() + text.encode())
+    return digest.hexdigest()
+
+
+def text_set(origin: str, texts: Sequence[str], tokens: Tokens) -> TextSet:
+    """Describe a set of texts by its content."""
     return TextSet(
         origin=origin,
-        sha256=digest.hexdigest(),
+        sha256=sha256_texts(texts),
         count=len(texts),
         tokens=sum(len(ids) for ids in tokens.ids),
         truncated=tokens.truncated,

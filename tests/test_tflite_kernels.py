@@ -164,10 +164,53 @@ def elementwise() -> Iterator[Case]:
             exact = function(one.real(), other.real())
             kind = f"{builtin.title()}Options"
             yield Case(name, builtin, 2, (one, other), exact, dtype, of(dtype, scale, 5), (kind, options))
+    for dtype, codes in GRID.items():
+        same, options = of(dtype, 0.07, -11), ("MaximumMinimumOptions", {})  # it compares codes, whatever they mean
+        first, second = np.meshgrid(codes, codes, indexing="ij")
+        for name, other in (("side by side", Operand(second, same)), ("a column", Operand(codes[::-1, None], same))):
+            one = Operand(first, same)
+            exact = np.minimum(one.real(), other.real())
+            yield Case(name, "MINIMUM", 2, (one, other), exact, dtype, same, options, tolerance=0)
     number = Operand(ALL["int16"].astype(np.int32)[None])
     offset = Operand(np.array([2589], np.int32), is_constant=True)
     exact = number.real() + offset.real()
-    yield Case("", "ADD", 2, (number, offset), exact, "int32", None, ("AddOptions", {}), tolerance=0)
+    yield Case("index", "ADD", 1, (number, offset), exact, "int32", None, ("AddOptions", {}), tolerance=0)
+
+
+def whole_numbers() -> Iterator[Case]:
+    """Give 32-bit integers, which must be exact: products of all pairs of 16-bit codes, sums and shifts up to 2^31."""
+    grid = GRID["int16"].astype(np.int32)
+    first, second = np.meshgrid(grid, grid, indexing="ij")
+    large = RANDOM.integers(-(2**30), 2**30, (512, 384)).astype(np.int32)
+    large[0, :4] = (-(2**30), 2**30 - 1, -1, 1)
+    functions: dict[str, tuple[Callable[[Array, Array], Array], str, Array, Array]] = {
+        "ADD": (np.add, "AddOptions", large, large[::-1]),
+        "SUB": (np.subtract, "SubOptions", large, large[::-1]),
+        "MUL": (np.multiply, "MulOptions", first, second),
+        "MAXIMUM": (np.maximum, "MaximumMinimumOptions", large, large[::-1]),
+        "MINIMUM": (np.minimum, "MaximumMinimumOptions", large, large[::-1]),
+    }
+    for builtin, (function, options, left, right) in functions.items():
+        shapes = {
+            "side by side": Operand(right),
+            "a column": Operand(right[:, :1]),
+            "a stored row": Operand(right[0], is_constant=True),
+            "a stored number": Operand(right[:1, 0], is_constant=True),
+        }
+        for name, other in shapes.items():
+            one = Operand(left)
+            exact = function(one.real(), other.real())
+            yield Case(f"whole, {name}", builtin, 1, (one, other), exact, "int32", None, (options, {}), tolerance=0)
+    for bits in (1, 7, 16):
+        count = Operand(np.array([bits], np.int32), is_constant=True)
+        exact = np.floor(large.astype(np.float64) / 2.0**bits)
+        operands, options = (Operand(large), count), ("RightShiftOptions", {})
+        yield Case(f"by {bits}", "RIGHT_SHIFT", 1, operands, exact, "int32", None, options, tolerance=0)
+    for number in (-32768, 127):
+        sizes = Operand(np.array([1, 16, 24], np.int32), is_constant=True)
+        value = Operand(np.array(number, np.int32), is_constant=True)
+        exact, options = np.full(sizes.codes, float(number)), ("FillOptions", {})
+        yield Case(str(number), "FILL", 1, (sizes, value), exact, "int32", None, options, tolerance=0)
 
 
 def products() -> Iterator[Case]:
@@ -248,6 +291,12 @@ def functions() -> Iterator[Case]:
             yield case if dtype == "int8" else interpolated(case)
         yield Case("", "RELU", 2, [x], np.maximum(x.real(), 0.0), dtype, result)
 
+        x = Operand(ordered(dtype, 4096, 4, 4), of(dtype, 0.04, 9))
+        exact, over = x.real().max(axis=1), Operand(np.array([1], np.int32), is_constant=True)
+        options: tuple[str, dict[str, Any]] = ("ReducerOptions", {"keepDims": False})
+        version = 2 if dtype == "int8" else 3
+        yield Case("", "REDUCE_MAX", version, [x, over], exact, dtype, x.parameters, options, tolerance=0)
+
         x = Operand(ordered(dtype, 1, 4096, 16), of(dtype, 0.04, 9))
         exact, axis = x.real().mean(axis=2, keepdims=True), Operand(np.array([2], np.int32), is_constant=True)
         options = ("ReducerOptions", {"keepDims": True})
@@ -318,6 +367,7 @@ def moves() -> Iterator[Case]:
         (Operand(ALL["int8"].astype(np.int32)[None]), "int8", Codes.of(70.0, 1)),  # bits of the mask are codes
         (Operand(ALL["int16"].astype(np.int32)[None]), "int16", symmetric),
         (Operand(ALL["int8"][None], symmetric), "int16", symmetric),
+        (Operand(ALL["int8"][None], symmetric), "int32", None),
         (Operand(ALL["int16"][None], symmetric), "int32", None),
     ]
     for x, dtype, parameters in casts:
@@ -331,7 +381,9 @@ def moves() -> Iterator[Case]:
         yield Case(name, "SUM", 1, [x, axis], x.real().sum(axis=1), "int32", None, options, tolerance=0)
 
 
-CASES = [*elementwise(), *products(), *linear(), *functions(), *softmaxes(), *inverse_roots(), *moves()]
+CASES = [
+    *elementwise(), *whole_numbers(), *products(), *linear(), *functions(), *softmaxes(), *inverse_roots(), *moves(),
+]  # fmt: skip
 BY_NAME = {str(case): case for case in CASES}
 
 
@@ -383,6 +435,8 @@ def test_a_wrong_result_would_be_noticed(case: Case) -> None:
         "the place": np.roll(right, 1),
         "a constant": np.full_like(right, np.median(right)),
     }
+    if case.builtin == "FILL":  # one number has no places, and is constant
+        del wrong["the place"], wrong["a constant"]
     assert not [what for what, codes in wrong.items() if np.all(case.differences(codes) <= case.tolerance)]
 
 

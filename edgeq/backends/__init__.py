@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from edgeq.backends import onnxruntime, qnn, tflite
+from edgeq.backends import onnxruntime, openvino, qnn, tflite
 from edgeq.backends.contract import Backend
 from edgeq.errors import ConfigError
 
-BACKENDS: dict[str, Backend] = {"onnxruntime": onnxruntime, "qnn": qnn, "tflite": tflite}
+BACKENDS: dict[str, Backend] = {"onnxruntime": onnxruntime, "openvino": openvino, "qnn": qnn, "tflite": tflite}
 
 
 def find(name: str, where: str) -> Backend:

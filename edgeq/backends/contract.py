@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.errors import ConfigError
-from edgeq.records import Artifact, QdqModel, Target
+from edgeq.records import Artifact, Place, QdqModel, Target
 from edgeq.texts import Batch, Feeds
 
 Embeddings = NDArray[np.float32]
@@ -44,6 +44,39 @@ class TimesItself(Protocol):
     def peak_memory_bytes(self) -> int:
         """Give the peak resident memory of that process."""
         ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Hold another way to run an artifact on this machine: a session, or the reason why there is none."""
+
+    name: str
+    ran_on: Place
+    session: Session | None
+    reason: str | None
+
+
+@runtime_checkable
+class HasOtherSettings(Protocol):
+    """A backend whose artifacts are measured under more than the target's own settings."""
+
+    def other_settings(self, artifact: Artifact, bundle: Path, target: Target) -> Iterator[Setting]:
+        """Give each other way to run the artifact here."""
+        ...
+
+
+@runtime_checkable
+class NeedsDevice(Protocol):
+    """A backend some of whose targets need a device that a machine may lack, whatever its CPU."""
+
+    def obstacle(self, target: Target) -> str | None:
+        """Say why this machine cannot run the target's artifacts, or None."""
+        ...
+
+
+def obstacle(backend: Backend, target: Target) -> str | None:
+    """Say why this machine cannot run the target's artifacts, or None; what its CPU lacks is `machine.meets`'s."""
+    return backend.obstacle(target) if isinstance(backend, NeedsDevice) else None
 
 
 def embed_batches(session: Session, batches: Iterable[Batch], count: int) -> Embeddings:

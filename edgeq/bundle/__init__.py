@@ -6,7 +6,7 @@ parity report (`parity.json`), golden texts with their vectors, a model card, an
 
 from edgeq.bundle.golden import GoldenData, read_golden
 from edgeq.bundle.manifest import is_bundle, load_manifest, load_report, require_cpu
-from edgeq.bundle.verifying import Verification, verify
+from edgeq.bundle.verifying import Verification, read_whole, verify
 from edgeq.bundle.writing import Lineage, require_place, write
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "load_manifest",
     "load_report",
     "read_golden",
+    "read_whole",
     "require_cpu",
     "require_place",
     "verify",

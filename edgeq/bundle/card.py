@@ -6,13 +6,14 @@ import json
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from edgeq.parity import norm_limit
+from edgeq.gate import norm_limit
 from edgeq.records import Manifest, ParityReport, Place
 from edgeq.texts import lengths
 
 TEMPLATE = "model_card.md.j2"
 CONTEXT_SUFFIX = "_ctx.onnx"  # ONNX around a compiled binary, which only its provider can run
-SENTENCE_TRANSFORMERS_FILE = "onnx/model.onnx"  # what sentence-transformers opens by itself
+# What sentence-transformers opens by itself -> the name of its backend, and of its extra.
+SENTENCE_TRANSFORMERS_FILES = {"onnx/model.onnx": "onnx", "openvino/openvino_model.xml": "openvino"}
 
 _PLACES: dict[Place, str] = {
     "device": "the runtime that ships, on a machine that meets the target",
@@ -44,6 +45,7 @@ def render_card(manifest: Manifest, report: ParityReport, pad_id: int) -> str:
     is_context = manifest.artifact.files[0].path.endswith(CONTEXT_SUFFIX)
     is_onnx = manifest.artifact.files[0].path.endswith(".onnx") and not is_context
     is_tflite = manifest.artifact.files[0].path.endswith(".tflite")
+    is_openvino = manifest.artifact.files[0].path.endswith(".xml")
     buckets = lengths(manifest.target.buckets_tokens, manifest.source.max_sequence)
     return environment.get_template(TEMPLATE).render(
         manifest=manifest,
@@ -55,10 +57,13 @@ def render_card(manifest: Manifest, report: ParityReport, pad_id: int) -> str:
         is_onnx=is_onnx,
         is_tflite=is_tflite,
         is_context=is_context,
+        is_openvino=is_openvino,
+        weights_path=manifest.artifact.files[-1].path,
+        sentence_transformers_backend=SENTENCE_TRANSFORMERS_FILES.get(manifest.artifact.files[0].path),
         buckets=buckets,
         token_limit=max(buckets, default=manifest.source.max_sequence),
         opens_in_sentence_transformers=(
-            manifest.artifact.files[0].path == SENTENCE_TRANSFORMERS_FILE
+            manifest.artifact.files[0].path in SENTENCE_TRANSFORMERS_FILES
             and "last_hidden_state" in manifest.qdq_model.outputs
         ),
         size_mb=sum(file.size_bytes for file in manifest.artifact.files) / 1e6,

@@ -1,4 +1,7 @@
-"""Write and read the golden texts: token ids, masks, FP32's vectors and the artifact's, byte for byte the same."""
+"""Write and read the golden texts: token ids, masks, FP32's vectors and the artifact's, byte for byte the same.
+
+An artifact that was not run has no vectors: then `golden.npz` holds no `embeddings`.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class GoldenData:
         input_ids: int64[texts, longest], padded.
         attention_mask: int64[texts, longest].
         reference: float32[texts, dim], FP32's vectors.
-        embeddings: float32[texts, dim], the artifact's vectors.
+        embeddings: float32[texts, dim], the artifact's vectors; None when it was not run.
         pad_id: the id that pads.
     """
 
@@ -39,7 +42,7 @@ class GoldenData:
     input_ids: NDArray[np.int64]
     attention_mask: NDArray[np.int64]
     reference: NDArray[np.float32]
-    embeddings: NDArray[np.float32]
+    embeddings: NDArray[np.float32] | None
     pad_id: int
 
     def token_ids(self) -> list[list[int]]:
@@ -62,7 +65,8 @@ def write_golden(directory: Path, golden: GoldenData) -> None:
     lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in golden.texts]
     (directory / TEXTS).write_text("".join(lines), encoding="utf-8", newline="\n")
     with zipfile.ZipFile(directory / VECTORS, "w", zipfile.ZIP_STORED) as archive:
-        arrays = {**{name: getattr(golden, name) for name in _ARRAYS}, "pad_id": np.int64(golden.pad_id)}
+        held = {name: array for name in _ARRAYS if (array := getattr(golden, name)) is not None}
+        arrays = {**held, "pad_id": np.int64(golden.pad_id)}
         for name, array in arrays.items():
             entry = zipfile.ZipInfo(f"{name}.npy", _EPOCH)
             entry.create_system = 3  # the zip module writes the system it runs on
@@ -81,11 +85,11 @@ def read_golden(directory: Path) -> GoldenData:
     path = directory / VECTORS
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in _ARRAYS}
+            arrays = {name: archive[name] for name in _ARRAYS if name in archive or name != "embeddings"}
             pad_id = int(archive["pad_id"])
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BundleCorrupt(f"{path}: golden vectors cannot be read ({error}). {_AGAIN}") from error
-    golden = GoldenData(texts=texts, pad_id=pad_id, **arrays)
+    golden = GoldenData(texts=texts, pad_id=pad_id, **{"embeddings": None, **arrays})
     problem = _problem(golden)
     if problem is not None:
         raise BundleCorrupt(f"{path}: {problem}. {_AGAIN}")
@@ -111,10 +115,12 @@ def _problem(golden: GoldenData) -> str | None:
         return "no texts; at least one is needed"
     for name, dtype in _ARRAYS.items():
         array = getattr(golden, name)
+        if array is None:
+            continue
         if array.dtype != dtype or array.ndim != 2 or len(array) != count:
             return f"{name} is {array.dtype}{list(array.shape)}; {np.dtype(dtype).name}[{count}, ...] is needed"
     if golden.input_ids.shape != golden.attention_mask.shape:
         return f"attention_mask has shape {golden.attention_mask.shape}, input_ids {golden.input_ids.shape}"
-    if golden.reference.shape != golden.embeddings.shape:
+    if golden.embeddings is not None and golden.reference.shape != golden.embeddings.shape:
         return f"embeddings have shape {golden.embeddings.shape}, FP32's {golden.reference.shape}"
     return None

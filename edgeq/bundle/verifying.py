@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 from edgeq import backends
 from edgeq.backends.contract import embed_batches
-from edgeq.bundle.checksums import check_sums
+from edgeq.bundle.checksums import bundle_files, check_sums
 from edgeq.bundle.golden import VECTORS, GoldenData, read_golden
 from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle, load_manifest, load_report, require_cpu
-from edgeq.errors import BundleCorrupt, ParityFailed
+from edgeq.errors import BundleCorrupt, DeviceUnavailable, ParityFailed
+from edgeq.gate import judge, judge_placement, judge_settings
 from edgeq.machine import describe, place
-from edgeq.parity import judge, unit
+from edgeq.parity import unit
 from edgeq.records import FileRef, Manifest, ParityReport, Place, Record, Status
 from edgeq.storage import file_ref
 from edgeq.texts import Tokenizer, batches, token_limit
@@ -33,50 +34,76 @@ class Verification(Record):
     golden_texts: int
     ran_on: Place  # here
     machine: str  # this one
-    max_abs_error: float  # against the recorded vectors
-    cosine_min: float  # against the recorded vectors
-    float32_cosine_min: float  # against FP32's recorded vectors
+    max_abs_error: float | None  # against the recorded vectors; None when there are none, or it was not run here
+    cosine_min: float | None  # the same
+    float32_cosine_min: float | None  # against FP32's recorded vectors; None when it was not run here
+    reason: str | None = None  # why it was not run here
 
 
 def verify(path: Path) -> Verification:
     """Hash every file, walk the chain from source to artifact, and run the golden texts again.
 
     On a machine of the kind where the bundle was measured the vectors must be the recorded ones to 1e-3 and cosine
-    0.9999; elsewhere they must be as near to FP32 as the target's gate asks.
+    0.9999; elsewhere they must be as near to FP32 as the target's gate asks. A bundle that was never run is hashed and
+    walked only, unless its device is here.
 
     Raises:
         ConfigError: there is no bundle at this path, or edgeq lacks its backend.
         BundleCorrupt: a file, a link of the chain or a token id does not agree; the message names it.
         Unsupported: this CPU lacks flags the target needs.
         ParityFailed: the golden texts give other vectors here.
+        DeviceUnavailable: the bundle was measured on a device that is not here.
     """
-    if not is_bundle(path):
-        load_manifest(path)  # says what is missing, if it is the manifest
-    files = check_sums(path)
-    manifest, report = load_manifest(path), load_report(path)
-    _walk(path, manifest, report)
+    manifest, report = read_whole(path)
     golden = read_golden(path)
     _check_golden(path, manifest, golden)
     require_cpu(manifest.target)
     ran_on = place(manifest.target.runs_on)
-    vectors = _run(path, manifest, golden)
-    recorded = _cosines(golden.embeddings, vectors)
-    against_float = _cosines(golden.reference, vectors)
-    error = float(np.abs(golden.embeddings.astype(np.float64) - vectors).max())
     verification = Verification(
         path=str(path),
         target=manifest.target.name,
         status=manifest.status,
-        files=files,
+        files=len(bundle_files(path)),
         golden_texts=len(golden.texts),
-        ran_on=ran_on,
+        ran_on="not-run",
         machine=describe(),
-        max_abs_error=error,
-        cosine_min=float(recorded.min()),
-        float32_cosine_min=float(against_float.min()),
+        max_abs_error=None,
+        cosine_min=None,
+        float32_cosine_min=None,
     )
+    try:
+        vectors = _run(path, manifest, golden)
+    except DeviceUnavailable as error:
+        if report.measures is not None:
+            raise
+        return verification.model_copy(update={"reason": str(error)})
+    verification = verification.model_copy(update={"ran_on": ran_on} | _errors(golden, vectors))
     judge_golden(path, manifest, verification, is_same_place=(ran_on, describe()) == (report.ran_on, report.machine))
     return verification
+
+
+def read_whole(path: Path) -> tuple[Manifest, ParityReport]:
+    """Hash every file and walk the chain, and give what the bundle records.
+
+    Raises:
+        ConfigError: there is no bundle at this path.
+        BundleCorrupt: a file or a link of the chain does not agree; the message names it.
+    """
+    if not is_bundle(path):
+        load_manifest(path)  # says what is missing, if it is the manifest
+    check_sums(path)
+    manifest, report = load_manifest(path), load_report(path)
+    _walk(path, manifest, report)
+    return manifest, report
+
+
+def _errors(golden: GoldenData, vectors: NDArray[np.float32]) -> dict[str, float]:
+    """Compare vectors, float32[texts, dim], with FP32's and, where there are any, with the recorded ones."""
+    found = {"float32_cosine_min": float(_cosines(golden.reference, vectors).min())}
+    if golden.embeddings is not None:
+        found["max_abs_error"] = float(np.abs(golden.embeddings.astype(np.float64) - vectors).max())
+        found["cosine_min"] = float(_cosines(golden.embeddings, vectors).min())
+    return found
 
 
 def _walk(path: Path, manifest: Manifest, report: ParityReport) -> None:
@@ -118,9 +145,14 @@ def _broken_file(path: Path, ref: FileRef) -> list[str]:
 
 def _broken_verdict(manifest: Manifest, report: ParityReport) -> list[str]:
     """Judge the recorded measures again: a report that says `passed` must have earned it."""
+    placement, others = manifest.artifact.placement, judge_settings(report.other_settings, report.gate)
+    if report.measures is None and report.status == "not-run":
+        failures = judge_placement(placement, report.gate) + others
+        is_told = report.reason is not None and report.ran_on == "not-run" and "not-run" in report.gate.export_places
+        return [] if is_told and not failures else [f"{PARITY} says not-run, but {' '.join(failures) or 'not why'}"]
     if report.measures is None:
         return [f"{PARITY} says passed without measures"] if report.status == "passed" else []
-    failures = judge(report.measures, manifest.artifact.placement, report.gate, report.ran_on)
+    failures = judge(report.measures, placement, report.gate, report.ran_on) + others
     if failures != report.failures or (report.status == "passed") != (not failures):
         return [f"{PARITY} says {report.status}, but its measures say: {' '.join(failures) or 'passed'}"]
     return []
@@ -128,6 +160,11 @@ def _broken_verdict(manifest: Manifest, report: ParityReport) -> list[str]:
 
 def _check_golden(path: Path, manifest: Manifest, golden: GoldenData) -> None:
     """Compare count and dimension with the manifest, and the token ids with what the bundle's tokenizer gives."""
+    if (golden.embeddings is None) != (manifest.status == "not-run") and manifest.status != "failed":
+        raise BundleCorrupt(
+            f"{path / VECTORS}: the artifact's vectors do not fit a bundle recorded as {manifest.status}. "
+            "Export the bundle again."
+        )
     if len(golden.texts) != manifest.golden.count or golden.reference.shape[1] != manifest.source.dim:
         raise BundleCorrupt(
             f"{path / VECTORS}: {len(golden.texts)} texts of dimension {golden.reference.shape[1]}; the manifest "
@@ -149,10 +186,10 @@ def _run(path: Path, manifest: Manifest, golden: GoldenData) -> NDArray[np.float
     limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
     tokens = Tokenizer.from_file(path / "tokenizer.json", limit).encode(golden.texts)
     vectors = embed_batches(session, batches(tokens), len(golden.texts))
-    if vectors.shape != golden.embeddings.shape or not np.isfinite(vectors).all():
+    if vectors.shape != golden.reference.shape or not np.isfinite(vectors).all():
         raise ParityFailed(
             f"{path}: the golden texts give vectors of shape {vectors.shape}, finite: {np.isfinite(vectors).all()}; "
-            f"finite ones of shape {golden.embeddings.shape} are needed. Compare the runtime's version with the "
+            f"finite ones of shape {golden.reference.shape} are needed. Compare the runtime's version with the "
             "manifest's."
         )
     return vectors
@@ -164,21 +201,27 @@ def judge_golden(path: Path, manifest: Manifest, found: Verification, is_same_pl
     Raises:
         ParityFailed: they are.
     """
+    error, cosine, float_cosine = found.max_abs_error, found.cosine_min, found.float32_cosine_min
     if is_same_place:
-        if found.max_abs_error <= SAME_PLACE_ERROR_MAX and found.cosine_min >= SAME_PLACE_COSINE_MIN:
+        is_near = error is not None and error <= SAME_PLACE_ERROR_MAX
+        if is_near and cosine is not None and cosine >= SAME_PLACE_COSINE_MIN:
             return
         wanted = f"at most {SAME_PLACE_ERROR_MAX:g} and at least {SAME_PLACE_COSINE_MIN:g} are"
     else:
         limit = manifest.target.gate.cosine_min_min
-        if manifest.status == "failed" or found.float32_cosine_min >= limit:
+        if manifest.status == "failed" or (float_cosine is not None and float_cosine >= limit):
             return
         wanted = f"at least {limit:g} with FP32 is"
     raise ParityFailed(
         f"{path}: every file is whole, but on this machine ({found.ran_on}) the golden texts give vectors with error "
-        f"{found.max_abs_error:.2e} and cosine {found.cosine_min:.6f} against the recorded ones, and cosine "
-        f"{found.float32_cosine_min:.6f} with FP32; {wanted} needed. Compare the runtime's version with the "
+        f"{_spell(error, '.2e')} and cosine {_spell(cosine, '.6f')} against the recorded ones, and cosine "
+        f"{_spell(float_cosine, '.6f')} with FP32; {wanted} needed. Compare the runtime's version with the "
         "manifest's, or export on this machine."
     )
+
+
+def _spell(number: float | None, form: str) -> str:
+    return "unknown" if number is None else format(number, form)
 
 
 def _cosines(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from edgeq.cli import console, making, proving, running
+from edgeq.cli import analyzing, comparing, console, making, proving, running
 from edgeq.errors import EdgeqError, StorageFailed
 
 _INTERRUPTED = 130
@@ -35,6 +35,8 @@ _VERBS: tuple[Callable[..., None], ...] = (
     proving.validate,
     proving.evaluate,
     running.bench,
+    comparing.compare,
+    analyzing.analyze,
     running.embed,
     making.cache,
 )

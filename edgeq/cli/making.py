@@ -62,6 +62,9 @@ def export(
     pooling: Annotated[str | None, typer.Option(help="How to pool a model that does not say it.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, metavar="N", help="Calibrate on N of the texts.")] = None,
     seed: Annotated[int, typer.Option(metavar="S", help="Which N texts.")] = 0,
+    scheme: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The scheme that `edgeq analyze --auto` wrote.")
+    ] = None,
     hidden_state: Annotated[
         bool, typer.Option("--hidden-state/--no-hidden-state", help="Keep the output last_hidden_state.")
     ] = True,
@@ -97,6 +100,7 @@ def export(
         pooling=pooling,
         samples=samples,
         seed=seed,
+        scheme=scheme,
         hidden_state=hidden_state,
         keep_failed=keep_failed,
         overwrite=overwrite,
@@ -169,13 +173,18 @@ def cache(
 def _listed(target: Target) -> dict[str, Any]:
     """Describe a target as `targets --json` does, with what keeps this machine from running it."""
     from edgeq.backends import find
+    from edgeq.backends.contract import obstacle
     from edgeq.targets import availability
 
     is_available, reason = availability(target)
+    backend = find(target.backend, target.name)
     try:
-        find(target.backend, target.name).tools()
+        backend.tools()
+        missing = obstacle(backend, target)
     except ToolMissing as error:
-        is_available, reason = False, "; ".join(filter(None, (reason, str(error))))
+        missing = str(error)
+    if missing is not None:
+        is_available, reason = False, "; ".join(filter(None, (reason, missing)))
     return {
         "name": target.name,
         "backend": target.backend,

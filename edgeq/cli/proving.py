@@ -31,10 +31,16 @@ def verify(
     if as_json:
         console.put_json(found.model_dump(mode="json"))
         return
+    if found.max_abs_error is not None:
+        told = f"the same vectors on {found.machine} ({found.ran_on}; max abs error {found.max_abs_error:.1e})"
+    elif found.float32_cosine_min is not None:
+        told = f"cosine {found.float32_cosine_min:.6f} with FP32 or more on {found.machine} ({found.ran_on})"
+    else:
+        told = "no vectors, because they were not run"
+        console.note(f"not run: {found.reason}")
     console.put(
         f"{found.path}: {found.files} files are whole, the chain holds, and {found.golden_texts} golden texts give "
-        f"the same vectors on {found.machine} ({found.ran_on}; max abs error {found.max_abs_error:.1e}). "
-        f"The bundle for {found.target} is recorded as {found.status}."
+        f"{told}. The bundle for {found.target} is recorded as {found.status}."
     )
 
 
@@ -123,7 +129,7 @@ def _figure(name: str, figure: Comparison) -> list[str]:
 
 def _put_report(report: ParityReport) -> None:
     """Print what was measured beside its limit, and where."""
-    from edgeq.parity import norm_limit
+    from edgeq.gate import norm_limit
 
     measures, gate = report.measures, report.gate
     rows: list[list[str]] = []

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from edgeq.anatomy import Anatomy
+    from edgeq.anatomy import Anatomy, Port
     from edgeq.latency import Benchmark, Cell
 
 
@@ -96,7 +96,7 @@ def bench(
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="An ONNX file, or a bundle.")],
+    file: Annotated[Path, typer.Argument(help="An ONNX file, an OpenVINO IR (.xml), a .tflite file, or a bundle.")],
     as_json: console.AsJson = False,
     verbose: console.Verbose = 0,
     quiet: console.Quiet = False,
@@ -182,11 +182,14 @@ def _cell(cell: Cell) -> list[str]:
 
 def _put_anatomy(anatomy: Anatomy) -> None:
     """Print a file's operators, tensors and sizes."""
-    opsets = ", ".join(f"{domain} {version}" for domain, version in anatomy.opsets.items())
-    console.put(f"{anatomy.file}: {console.megabytes(anatomy.size_bytes)}, IR {anatomy.ir_version}, opset {opsets}")
-    for label, ports in (("input", anatomy.inputs), ("output", anatomy.outputs)):
-        for port in ports:
-            console.put(f"{label} {port.name}: {port.dtype}[{', '.join(map(str, port.shape))}]")
+    opsets = "".join(f", opset {domain} {version}" for domain, version in anatomy.opsets.items())
+    kind = f"{'IR' if anatomy.format == 'onnx' else 'schema'} {anatomy.format_version}{opsets}"
+    console.put(f"{anatomy.file}: {console.megabytes(anatomy.size_bytes)}, {kind}")
+    if not anatomy.signatures:
+        _put_ports("", anatomy.inputs, anatomy.outputs)
+    for signature in anatomy.signatures:
+        console.put(f"signature {signature.name}: {signature.operators} operators")
+        _put_ports("  ", signature.inputs, signature.outputs)
     counts = [
         [operator, dtype, str(count)] for operator, kinds in anatomy.operators.items() for dtype, count in kinds.items()
     ]
@@ -204,3 +207,11 @@ def _put_anatomy(anatomy: Anatomy) -> None:
     if anatomy.bundle_files:
         files = [[name, console.megabytes(size)] for name, size in anatomy.bundle_files.items()]
         console.put_table(("file of the bundle", "size"), files)
+
+
+def _put_ports(indent: str, inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> None:
+    """Print inputs and outputs, with what their codes mean."""
+    for label, ports in (("input", inputs), ("output", outputs)):
+        for port in ports:
+            codes = "" if port.scale is None else f", scale {port.scale:g}, zero point {port.zero_point}"
+            console.put(f"{indent}{label} {port.name}: {port.dtype}[{', '.join(map(str, port.shape))}]{codes}")

@@ -25,6 +25,7 @@ __all__ = [
     "evaluate_sts",
     "load_beir",
     "load_sts",
+    "prompt_names",
     "retrieval",
     "sts_spearman",
 ]
@@ -130,11 +131,7 @@ def evaluate_retrieval(
     Raises:
         ConfigError: FP32 finds nothing, or a vector is not finite.
     """
-    # The names that sentence-transformers looks for in encode_query and encode_document, in its order.
-    query_prompt, document_prompt = (
-        next((name for name in names if name in prompts), None)
-        for names in (("query",), ("document", "passage", "corpus"))
-    )
+    query_prompt, document_prompt = prompt_names(prompts)
     before, after = (
         retrieval(embed(data.queries, query_prompt), embed(data.documents, document_prompt), data.qrels)
         for embed in (reference, artifact)
@@ -146,6 +143,18 @@ def evaluate_retrieval(
         recall_at_10=_compare("recall@10", before.recall_at_10, after.recall_at_10),
         top10_overlap=overlap(before.ranking, after.ranking),
     )
+
+
+def prompt_names(prompts: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """Give the names of the model's prompts for queries and for documents; None where it has none.
+
+    They are those that sentence-transformers looks for in encode_query and encode_document, in its order.
+    """
+    query, document = (
+        next((name for name in names if name in prompts), None)
+        for names in (("query",), ("document", "passage", "corpus"))
+    )
+    return query, document
 
 
 def _compare(figure: str, float32: float, artifact: float) -> Comparison:

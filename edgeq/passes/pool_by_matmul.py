@@ -7,6 +7,8 @@ import onnx_ir as ir
 
 from edgeq.passes.graph import Rewrites, add_constant, add_node, constant, made_by, replace_uses, scalar
 
+POOLING = "pooling"  # begins the names of products whose weights add up to one
+
 
 def pool_by_matmul(model: ir.Model) -> Rewrites:
     """Replace `ReduceSum(h * mask) / ReduceSum(mask)` by `(mask / n) · h`.
@@ -20,16 +22,18 @@ def pool_by_matmul(model: ir.Model) -> Rewrites:
 
         mask ─ Transpose ─ Div(n) ─ MatMul(·, h) ─ Squeeze(1)
 
-    The weights mask / n lie in [0, 1]; the sum before, which grows with the length, is never formed.
+    The weights mask / n lie in [0, 1]; the sum before, which grows with the length, is never formed. Where the model
+    divides by sqrt(n), so do the weights, whose name is another then: they do not add up to one.
     """
     count, near = 0, []
-    graph = model.graph
-    for node in list(graph):
+    for node in list(model.graph):
         if node.op_type != "Div":
             continue
-        total, number = made_by(node.inputs[0], "ReduceSum"), made_by(node.inputs[1], "Clip", "Max")
+        total, root = made_by(node.inputs[0], "ReduceSum"), made_by(node.inputs[1], "Sqrt")
+        number = made_by(root.inputs[0] if root is not None else node.inputs[1], "Clip", "Max")
+        size = root if root is not None else number
         masked = made_by(total.inputs[0], "Mul") if total is not None else None
-        if total is None or number is None or masked is None:
+        if total is None or number is None or size is None or masked is None:
             continue
         tokens = made_by(number.inputs[0], "ReduceSum")
         mask = next((value for value in masked.inputs if tokens is not None and value is tokens.inputs[0]), None)
@@ -40,14 +44,19 @@ def pool_by_matmul(model: ir.Model) -> Rewrites:
         if not (_sums_sequence(total) and _sums_sequence(tokens)):
             near.append(f"{node.name}: sums over another axis than 1")
             continue
-        axis = add_constant(graph, "pooling_axis", np.array([1], np.int64))
-        row = add_node(node, "Transpose", [mask], "pooling/mask", {"perm": [0, 2, 1]})
-        divisor = add_node(node, "Unsqueeze", [number.outputs[0], axis], "pooling/count")
-        weights = add_node(node, "Div", [row, divisor], "pooling/weights")
-        pooled = add_node(node, "MatMul", [weights, hidden], "pooling/pooled")
-        replace_uses(node.outputs[0], add_node(node, "Squeeze", [pooled, axis], "pooling/mean"))
+        _write_product(node, mask, hidden, size)
         count += 1
     return Rewrites(count, tuple(near))
+
+
+def _write_product(node: ir.Node, mask: ir.Value, hidden: ir.Value, size: ir.Node) -> None:
+    name = POOLING if size.op_type != "Sqrt" else "root_pooling"
+    axis = add_constant(node.graph, f"{name}_axis", np.array([1], np.int64))  # type: ignore[arg-type]
+    row = add_node(node, "Transpose", [mask], f"{name}/mask", {"perm": [0, 2, 1]})
+    divisor = add_node(node, "Unsqueeze", [size.outputs[0], axis], f"{name}/count")
+    weights = add_node(node, "Div", [row, divisor], f"{name}/weights")
+    pooled = add_node(node, "MatMul", [weights, hidden], f"{name}/pooled")
+    replace_uses(node.outputs[0], add_node(node, "Squeeze", [pooled, axis], f"{name}/mean"))
 
 
 def _sums_sequence(node: ir.Node) -> bool:

@@ -12,13 +12,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.buckets import embed_by_bucket, fitted
 from edgeq.backends.contract import Embeddings, Rejection
 from edgeq.children import Worker, pack, unpack
-from edgeq.errors import BundleCorrupt, LoweringFailed, ToolMissing
+from edgeq.errors import BundleCorrupt, ConfigError, LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Placement, QdqModel, Target
 from edgeq.storage import file_ref, replacing_dir
-from edgeq.texts import Feeds, lengths
+from edgeq.texts import Feeds, fitted, lengths, rows_by_bucket
 
 FOLDER = "qnn"
 
@@ -202,14 +201,22 @@ class QnnSession:
         Raises:
             ConfigError: there are no texts, or one is longer than the largest bucket.
         """
-        return embed_by_bucket(feeds, self._buckets, self._run)
+        embeddings: Embeddings | None = None
+        for bucket, members in rows_by_bucket(feeds, self._buckets).items():
+            vectors = self._run(bucket, feeds.input_ids[members], feeds.attention_mask[members])
+            if embeddings is None:
+                embeddings = np.empty((len(feeds.input_ids), vectors.shape[1]), np.float32)
+            embeddings[members] = vectors
+        if embeddings is None:
+            raise ConfigError("no texts to embed: give at least one")
+        return embeddings
 
     def _run(self, bucket: int, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> Embeddings:
         output = self._outputs[bucket]
         dtype = np.int64 if output["scale"] is None else np.int32
         inputs = {
-            "input_ids": pack(fitted(input_ids, bucket, dtype)),
-            "attention_mask": pack(fitted(attention_mask, bucket, dtype)),
+            name: pack(fitted(rows, bucket).astype(dtype)[:, None, :])
+            for name, rows in (("input_ids", input_ids), ("attention_mask", attention_mask))
         }
         vectors = unpack(self._worker.call(do="run_many", length=bucket, inputs=inputs)["output"])[:, 0]
         if output["scale"] is None:

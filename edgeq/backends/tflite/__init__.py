@@ -7,20 +7,21 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.buckets import buckets_of, embed_by_bucket, fitted
 from edgeq.backends.contract import Embeddings, Rejection
 from edgeq.children import Worker, pack, unpack
 from edgeq.environments import Environment, interpreter
-from edgeq.errors import LoweringFailed, ToolMissing
+from edgeq.errors import ConfigError, LoweringFailed, ToolMissing
 from edgeq.primitives import MEAN
 from edgeq.records import Artifact, Placement, QdqModel, Target
+from edgeq.row_gains import FACTOR
 from edgeq.storage import file_ref, storage_errors, write_bytes
-from edgeq.texts import Feeds, lengths
+from edgeq.texts import Feeds, fitted, lengths, rows_by_bucket
 
 MODEL = "tflite/model.tflite"
 SIGNATURE = "seq_{}"
@@ -118,7 +119,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     largest = SIGNATURE.format(max(buckets))
     written = [item for item in kernels.operators(data) if item.signature == largest]
     counts = Counter(item.name for item in written)
-    products = sum(item.name == "FULLY_CONNECTED" and not item.output.endswith(MEAN) for item in written)
+    products = sum(item.name == "FULLY_CONNECTED" and not item.output.endswith((MEAN, FACTOR)) for item in written)
     if products != len(model.integer_matmuls):
         raise LoweringFailed(
             f"{target.name}: {products} products were written, the scheme has {len(model.integer_matmuls)}; "
@@ -186,28 +187,32 @@ class TfliteSession:
         A text alone runs at the length it is given in; among others it is cut back to its own tokens first.
 
         Raises:
-            ConfigError: there are no texts, or one is longer than the largest bucket.
+            ConfigError: a text is longer than the largest bucket.
         """
-        return embed_by_bucket(feeds, self._buckets, self._run)
-
-    def _run(self, bucket: int, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> Embeddings:
-        inputs = {
-            "input_ids": pack(fitted(input_ids, bucket, np.int32)),
-            "attention_mask": pack(fitted(attention_mask, bucket, np.int32)),
-        }
-        reply = self._worker.call(do="run_many", signature=SIGNATURE.format(bucket), inputs=inputs)
-        codes = unpack(reply["outputs"]["sentence_embedding"])[:, 0]
-        embeddings: Embeddings = (codes.astype(np.float32) - self._zero_point) * np.float32(self._scale)
+        embeddings: Embeddings | None = None
+        for bucket, members in rows_by_bucket(feeds, self._buckets).items():
+            inputs = {
+                "input_ids": _fitted(feeds.input_ids[members], bucket),
+                "attention_mask": _fitted(feeds.attention_mask[members], bucket),
+            }
+            packed = {name: pack(array) for name, array in inputs.items()}
+            reply = self._worker.call(do="run_many", signature=SIGNATURE.format(bucket), inputs=packed)
+            codes = unpack(reply["outputs"]["sentence_embedding"])[:, 0]
+            if embeddings is None:
+                embeddings = np.empty((len(feeds.input_ids), codes.shape[1]), np.float32)
+            embeddings[members] = (codes.astype(np.float32) - self._zero_point) * np.float32(self._scale)
+        if embeddings is None:
+            raise ConfigError("no texts to embed: give at least one")
         return embeddings
 
     def milliseconds(self, feeds: Feeds, runs: int, warmup: int) -> list[float]:
         """Time runs inside the child, one text after the other: a batch is as many runs."""
-        bucket = max(buckets_of(feeds, self._buckets))
+        bucket = max(rows_by_bucket(feeds, self._buckets))
         totals = np.zeros(runs)
         for row in range(len(feeds.input_ids)):
             one = {
-                "input_ids": pack(fitted(feeds.input_ids[[row]], bucket, np.int32)[0]),
-                "attention_mask": pack(fitted(feeds.attention_mask[[row]], bucket, np.int32)[0]),
+                "input_ids": pack(_fitted(feeds.input_ids[[row]], bucket)[0]),
+                "attention_mask": pack(_fitted(feeds.attention_mask[[row]], bucket)[0]),
             }
             reply = self._worker.call(
                 do="time", signature=SIGNATURE.format(bucket), inputs=one, runs=runs, warmup=warmup
@@ -218,3 +223,8 @@ class TfliteSession:
     def peak_memory_bytes(self) -> int:
         """Give the child's peak resident memory."""
         return int(self._worker.call(do="memory")["peak_bytes"])
+
+
+def _fitted(rows: NDArray[np.int64], width: int) -> NDArray[Any]:
+    """Cut or pad each row with zeros to the width: int32[rows, 1, width]. A masked id may be any."""
+    return fitted(rows, width).astype(np.int32)[:, None, :]

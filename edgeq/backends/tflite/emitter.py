@@ -41,6 +41,8 @@ class Emitter:
         self.settings = settings
         self.tensors: dict[ir.Value, Tensor] = {}
         self.adjoint: set[ir.Value] = set()  # tensors written with their last two axes exchanged
+        self.wide: dict[int, Tensor] = {}  # by a tensor's index: the same codes in 32 bits
+        self.filled: dict[tuple[int, tuple[int, ...]], Tensor] = {}  # tensors of one number
         self.ids = out.input("input_ids", (1, length), "int32")
         self.mask = out.input("attention_mask", (1, length), "int32")
 
@@ -142,6 +144,6 @@ class Emitter:
             shifted = self.out.tensor(f"{name}/shifted", source.shape, "int32")
             add = schema.AddOptionsT()
             add.potScaleInt16 = False
-            index = self.out.operator(OPERATOR.ADD, 2, [index, offset], shifted, (OPTIONS.AddOptions, add))
+            index = self.out.operator(OPERATOR.ADD, 1, [index, offset], shifted, (OPTIONS.AddOptions, add))
         gather = (OPTIONS.GatherOptions, schema.GatherOptionsT())
         self.out.operator(OPERATOR.GATHER, 2, [stored, index], self.result(quantizer, source.shape), gather)

@@ -10,7 +10,7 @@ from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
 from edgeq.backends.tflite.emitter import INT16_CODES, OPERATOR, OPTIONS, Emitter
-from edgeq.passes.graph import readers
+from edgeq.passes.graph import made_by, readers
 
 
 def gelu(emit: Emitter, node: ir.Node) -> None:
@@ -41,6 +41,8 @@ def tanh(emit: Emitter, node: ir.Node) -> None:
 
 def inverse_root(emit: Emitter, node: ir.Node) -> None:
     """Write one over the square root, which Sqrt and Reciprocal are together."""
+    if made_by(node.inputs[0], "DequantizeLinear") is None:
+        return  # of the mask
     source = emit.read(node.inputs[0])
     inverse = readers(node.outputs[0])[0]
     if emit.settings.lookup == "none":

@@ -36,12 +36,18 @@ class Operator:
 _I8, _I16 = ("int8", "int8"), ("int16", "int16")
 _BOTH = frozenset({_I8, _I16})
 _PAIRS = frozenset({("int8", "int8", "int8"), ("int16", "int16", "int16")})
+_WHOLE = frozenset({("int32", "int32", "int32")})
 
 # operator -> version -> dtypes
 LITERT: dict[str, dict[int, frozenset[Dtypes]]] = {
-    "ADD": {2: frozenset({*_PAIRS, ("int32", "int32", "int32")})},
+    "ADD": {1: _WHOLE, 2: _PAIRS},
     "BATCH_MATMUL": {2: frozenset({("int8",) * 3}), 3: frozenset({("int16",) * 3})},
-    "CAST": {1: frozenset({("int32", "int8"), ("int32", "int16"), ("int8", "int16"), ("int16", "int32")})},
+    "CAST": {
+        1: frozenset({
+            ("int32", "int8"), ("int32", "int16"), ("int8", "int16"), ("int8", "int32"), ("int16", "int32"),
+        }),
+    },
+    "FILL": {1: _WHOLE},
     "FULLY_CONNECTED": {
         4: frozenset({
             ("int16", "int8", "int32", "int16"), ("int16", "int8", "int64", "int16"), ("int16", "int8", "int16"),
@@ -51,13 +57,17 @@ LITERT: dict[str, dict[int, frozenset[Dtypes]]] = {
     "GATHER": {2: frozenset({("int8", "int32", "int8"), ("int16", "int32", "int16")})},
     "GELU": {2: _BOTH},
     "MEAN": {2: _BOTH},
-    "MUL": {2: _PAIRS},
+    "MAXIMUM": {1: _WHOLE},
+    "MINIMUM": {1: _WHOLE, 2: _PAIRS},
+    "MUL": {1: _WHOLE, 2: _PAIRS},
     "QUANTIZE": {1: frozenset({("int8", "int16"), ("int16", "int8"), _I16, _I8})},
+    "REDUCE_MAX": {2: frozenset({_I8}), 3: frozenset({_I16})},
     "RELU": {2: _BOTH},
     "RESHAPE": {1: _BOTH},
+    "RIGHT_SHIFT": {1: _WHOLE},
     "RSQRT": {1: frozenset({_I16})},
     "SOFTMAX": {2: frozenset({_I8}), 3: frozenset({_I16})},
-    "SUB": {2: _PAIRS},
+    "SUB": {1: _WHOLE, 2: _PAIRS},
     "SUM": {1: frozenset({("int32", "int32")})},
     "TRANSPOSE": {2: _BOTH},
 }  # fmt: skip
@@ -75,7 +85,8 @@ TFLITE_RUNTIME = {
 }
 
 KERNELS = {"litert": LITERT, "tflite-runtime": TFLITE_RUNTIME}
-_SHAPES = {"MEAN": 1, "RESHAPE": 1, "SUM": 1, "TRANSPOSE": 1}  # operators whose inputs behind the first are no data
+# Operators whose inputs behind the first are no data.
+_SHAPES = {"MEAN": 1, "REDUCE_MAX": 1, "RESHAPE": 1, "SUM": 1, "TRANSPOSE": 1}
 
 
 def operators(data: bytes) -> Iterator[Operator]:

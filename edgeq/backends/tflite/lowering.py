@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from edgeq.backends.tflite import functions, masks, moves, products
+from edgeq.backends.tflite import functions, masks, moves, pooling, products
 from edgeq.backends.tflite.emitter import Emitter, Settings
 from edgeq.backends.tflite.writer import ModelWriter
 from edgeq.errors import LoweringFailed
@@ -18,8 +18,10 @@ WRITERS: dict[str, Callable[[Emitter, ir.Node], None]] = {
     "Gather": moves.gather,
     "Gelu": functions.gelu,
     "MatMul": products.matmul,
+    "Min": pooling.minimum,
     "Mul": products.elementwise,
     "QuantizeLinear": masks.quantize,
+    "ReduceMax": pooling.maximum,
     "ReduceMean": products.mean,
     "ReduceSumSquare": products.squares,
     "Relu": functions.relu,
@@ -34,7 +36,8 @@ WRITERS: dict[str, Callable[[Emitter, ir.Node], None]] = {
 }
 # Read with another node, or preparing the mask and sizes, which lowering writes in its own way.
 _NOTHING_TO_WRITE = frozenset(
-    "ArgMax Cast Clip Concat DequantizeLinear Div Expand Identity Reciprocal ReduceSum Shape Unsqueeze".split()
+    "ArgMax Cast Clip Concat CumSum DequantizeLinear Div Equal Expand Identity Range Reciprocal ReduceSum Shape "
+    "Unsqueeze".split()
 )
 
 

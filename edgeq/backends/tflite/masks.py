@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from ai_edge_litert import schema_py_generated as schema
 
-from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
+from edgeq.backends.tflite import pooling
+from edgeq.backends.tflite.emitter import Emitter
+from edgeq.backends.tflite.sums import raw
 from edgeq.backends.tflite.writer import Codes
 from edgeq.errors import LoweringFailed
-from edgeq.passes.graph import constant, made_by
+from edgeq.passes.graph import made_by
 
 
 def quantize(emit: Emitter, node: ir.Node) -> None:
@@ -23,15 +24,12 @@ def quantize(emit: Emitter, node: ir.Node) -> None:
 
 def _requantize(emit: Emitter, node: ir.Node) -> None:
     source = emit.read(node.inputs[0])
-    zero_point = constant(node.inputs[2])
-    is_wider = source.dtype == "int8" and zero_point is not None and zero_point.dtype == np.int16
-    is_centred = source.codes is not None and source.codes.zero_points == (0,)
-    if emit.settings.upcast == "cast" and is_wider and is_centred:  # the scale stays, and so does every value
-        name = str(node.outputs[0].name).removesuffix("/quantized")
-        emit.tensors[node.outputs[0]] = emit.out.tensor(name, source.shape, "int16", source.codes)
-        emit.cast(source, emit.tensors[node.outputs[0]])
-        return
-    emit.requantized(source, emit.result(node, source.shape))
+    result = emit.result(node, source.shape)
+    is_cast = (source.dtype, result.dtype) == ("int8", "int16") and source.codes == result.codes
+    if is_cast and emit.settings.upcast == "cast":
+        emit.cast(source, result)
+    else:
+        emit.requantized(source, result)
 
 
 def _mask_codes(emit: Emitter, node: ir.Node) -> None:
@@ -40,16 +38,20 @@ def _mask_codes(emit: Emitter, node: ir.Node) -> None:
     maker = value.producer() if value is not None else None
     if maker is None or emit.mask is None:
         raise LoweringFailed(f"{node.name}: quantises an input")
-    if maker.op_type == "Div":
-        _shares(emit, node)
+    if pooling.is_share(node):
+        pooling.shares(emit, node)
+        return
+    if pooling.is_cap(node):
+        pooling.cap(emit, node)
         return
     if maker.op_type != "Mul":
         raise LoweringFailed(f"{node.name}: {maker.op_type} is no form of the attention mask")
     codes = emit.codes(node)
     name = str(node.outputs[0].name).removesuffix("/quantized")
-    if codes.zero_points == (1,):  # 0 becomes -size, 1 becomes 0: the bits of the mask are the codes
+    if codes.zero_points[0] > 0:  # code 0 is -size, and the zero point is 0
         flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int8", codes)
-        emit.cast(emit.mask, flat)
+        one = emit.out.constant(f"int32_{codes.zero_points[0]}", np.array([codes.zero_points[0]], np.int32))
+        emit.cast(raw(emit, "MUL", emit.mask, one), flat)
         emit.tensors[node.outputs[0]] = emit.reshaped(flat, (1, 1, 1, emit.length), name)
         return
     size = codes.scales[0] * 32767.0
@@ -58,28 +60,3 @@ def _mask_codes(emit: Emitter, node: ir.Node) -> None:
     shaped = emit.reshaped(flat, (1, 1, 1, emit.length), f"{name}/shaped")
     result = emit.result(node, (1, 1, 1, emit.length))
     emit.requantized(shaped, result)
-
-
-def _shares(emit: Emitter, node: ir.Node) -> None:
-    """Count the tokens, look up one over the count, and give each token that much."""
-    codes = emit.codes(node)
-    name = str(node.outputs[0].name).removesuffix("/quantized")
-    axis = emit.out.constant("axis_1", np.array([1], np.int32))
-    options = schema.ReducerOptionsT()
-    options.keepDims = False
-    count = emit.out.tensor(f"{name}/count", (1,), "int32")
-    mask = emit.mask
-    if mask is None:
-        raise LoweringFailed(f"{node.name}: there is no attention mask")
-    emit.out.operator(OPERATOR.SUM, 1, [mask, axis], count, (OPTIONS.ReducerOptions, options))
-    counts = np.maximum(np.arange(emit.length + 1), 1)
-    table = np.rint(1.0 / (counts * codes.scales[0])).astype(np.int16)
-    stored = emit.out.constant(f"{name}/one_over_count", table, codes)
-    inverse = emit.out.tensor(f"{name}/inverse", (1,), "int16", codes)
-    gather = (OPTIONS.GatherOptions, schema.GatherOptionsT())
-    emit.out.operator(OPERATOR.GATHER, 2, [stored, count], inverse, gather)
-    ones = emit.out.tensor(f"{name}/mask", (1, emit.length), "int16", Codes.of(1.0))
-    emit.cast(mask, ones)
-    flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int16", codes)
-    emit.out.operator(OPERATOR.MUL, 2, [ones, inverse], flat, (OPTIONS.MulOptions, schema.MulOptionsT()))
-    emit.tensors[node.outputs[0]] = emit.reshaped(flat, (1, 1, emit.length), name)

@@ -69,6 +69,20 @@ class _SharedParameters(schema.QuantizationParametersT):  # type: ignore[misc]
         return self._offset
 
 
+class _Builder(flatbuffers.Builder):  # type: ignore[misc]
+    """Write each string once: five subgraphs name their tensors alike."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 20)
+        self._offsets: dict[bytes, int] = {}
+
+    def CreateString(self, s: bytes, encoding: str = "utf-8", errors: str = "strict") -> int:  # noqa: N802
+        """Give the offset of the string, written the first time."""
+        if s not in self._offsets:
+            self._offsets[s] = super().CreateString(s, encoding, errors)
+        return self._offsets[s]
+
+
 class ModelWriter:
     """Collect subgraphs, and what they share, into one file."""
 
@@ -96,7 +110,7 @@ class ModelWriter:
         model.buffers = self._buffers
         model.subgraphs = [part.finished() for part in self._subgraphs]
         model.signatureDefs = [part.signature(index) for index, part in enumerate(self._subgraphs)]
-        builder = flatbuffers.Builder(1 << 20)
+        builder = _Builder()
         builder.Finish(model.Pack(builder), file_identifier=_FILE_IDENTIFIER)
         return bytes(builder.Output())
 
@@ -149,6 +163,10 @@ class SubgraphWriter:
     def tensor(self, name: str, shape: Sequence[int], dtype: str, codes: Codes | None = None) -> Tensor:
         """Add a tensor that an operator, or the caller, fills."""
         return self._add(name, tuple(shape), dtype, codes, 0)
+
+    def unnamed(self, shape: Sequence[int], dtype: str) -> Tensor:
+        """Add a tensor between two that matter: a name for each of them would take a hundred kilobytes."""
+        return self.tensor(str(len(self._tensors)), shape, dtype)
 
     def constant(self, name: str, data: NDArray[Any], codes: Codes | None = None) -> Tensor:
         """Add a stored tensor; the same name gives the same tensor again."""

@@ -1,98 +1,39 @@
-"""Take an ONNX file or a bundle apart: operators by dtype, tensors by dtype, sizes."""
+"""Take an ONNX file apart."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
 
-from edgeq.errors import BundleCorrupt, ConfigError
-from edgeq.records import Record
-
-_LARGEST = 10
+from edgeq.anatomy.parts import Anatomy, Port, StoredTensor, counted, grouped, largest
+from edgeq.errors import ConfigError
 
 
-class Port(Record):
-    """Describe an input or output of the graph; a symbolic axis is there by its name."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-class TensorGroup(Record):
-    """Sum up the stored tensors of one dtype."""
-
-    count: int
-    elements: int
-    size_bytes: int
-
-
-class StoredTensor(Record):
-    """Describe one stored tensor."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    size_bytes: int
-
-
-class Anatomy(Record):
-    """Say what an ONNX file is made of.
-
-    `operators` counts by operator and then by the dtypes it computes on, seen through DequantizeLinear: a MatMul of two
-    dequantised tensors counts as `uint8 x int8`. Whether a runtime really runs it in integers stands in a bundle's
-    manifest, under `placement`.
-    """
-
-    file: str
-    size_bytes: int
-    ir_version: int
-    opsets: dict[str, int]
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-    operators: dict[str, dict[str, int]]
-    tensors: dict[str, TensorGroup]
-    largest: tuple[StoredTensor, ...]
-    bundle_files: dict[str, int]  # path in the bundle -> bytes; empty for a lone file
-
-
-def inspect(path: Path) -> Anatomy:
-    """Take an ONNX file, or a bundle's artifact, apart.
+def take_apart(path: Path) -> Anatomy:
+    """Say what an ONNX file is made of; its external data counts into the size.
 
     Raises:
-        ConfigError: nothing is there, or it is neither an ONNX file nor a bundle of one.
-        BundleCorrupt: the manifest cannot be read or names an artifact that is not there.
+        ConfigError: it is not a readable ONNX file.
     """
-    if path.is_dir():
-        model_path = _artifact_of(path)
-        bundle_files = {
-            found.relative_to(path).as_posix(): found.stat().st_size
-            for found in sorted(path.rglob("*"))
-            if found.is_file()
-        }
-    elif path.is_file():
-        model_path, bundle_files = path, {}
-    else:
-        raise ConfigError(f"{path}: nothing is there; an ONNX file or a bundle is needed. Check the path.")
-    model = read_onnx(model_path)
-    dtypes = _dtypes(model)
+    model = read_onnx(path)
     stored = _stored_tensors(model)
     return Anatomy(
-        file=model_path.name if not bundle_files else model_path.relative_to(path).as_posix(),
-        size_bytes=model_path.stat().st_size + _external_bytes(model, model_path),
-        ir_version=model.ir_version,
+        file=path.name,
+        size_bytes=path.stat().st_size + _external_bytes(model, path),
+        format="onnx",
+        format_version=model.ir_version,
         opsets={opset.domain or "ai.onnx": opset.version for opset in model.opset_import},
         inputs=tuple(_port(value) for value in model.graph.input),
         outputs=tuple(_port(value) for value in model.graph.output),
-        operators=_operators(model.graph, dtypes),
-        tensors=_groups(stored),
-        largest=tuple(sorted(stored, key=lambda tensor: (-tensor.size_bytes, tensor.name))[:_LARGEST]),
-        bundle_files=bundle_files,
+        signatures=(),
+        operators=_operators(model.graph, _dtypes(model)),
+        tensors=grouped(stored),
+        largest=largest(stored),
+        bundle_files={},
     )
 
 
@@ -117,26 +58,6 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{path}: breaks ONNX's rules ({reason}). {advice}") from error
     return model
-
-
-def _artifact_of(bundle: Path) -> Path:
-    """Find the file that the bundle's runtime loads."""
-    if not (bundle / "manifest.json").is_file():
-        raise ConfigError(
-            f"{bundle}: no manifest.json; inspect takes an ONNX file or a bundle. "
-            "Name the file itself, or a directory that `edgeq export` wrote."
-        )
-    from edgeq.bundle import load_manifest
-
-    model_path = bundle / load_manifest(bundle).artifact.files[0].path
-    if model_path.suffix != ".onnx":
-        raise ConfigError(
-            f"{model_path}: inspect takes ONNX files. The bundle's manifest.json lists this file's operators under "
-            "artifact.placement; another tool, such as TensorFlow's analyzer, shows its tensors."
-        )
-    if not model_path.is_file():
-        raise BundleCorrupt(f"{model_path}: named by manifest.json, but not there. Export the bundle again.")
-    return model_path
 
 
 def _dtype_name(element_type: int) -> str:
@@ -190,22 +111,6 @@ def _external_bytes(model: onnx.ModelProto, path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _groups(tensors: Iterable[StoredTensor]) -> dict[str, TensorGroup]:
-    """Sum up tensors by dtype, the largest group first."""
-    groups: dict[str, list[StoredTensor]] = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.dtype, []).append(tensor)
-    sums = {
-        dtype: TensorGroup(
-            count=len(group),
-            elements=sum(prod(tensor.shape) for tensor in group),
-            size_bytes=sum(tensor.size_bytes for tensor in group),
-        )
-        for dtype, group in groups.items()
-    }
-    return dict(sorted(sums.items(), key=lambda item: (-item[1].size_bytes, item[0])))
-
-
 def _dtypes(model: onnx.ModelProto) -> dict[str, str]:
     """Give every value's dtype, as far as shape inference knows it."""
     if any(tensor.external_data for tensor in model.graph.initializer):
@@ -221,12 +126,11 @@ def _dtypes(model: onnx.ModelProto) -> dict[str, str]:
 def _operators(graph: onnx.GraphProto, dtypes: Mapping[str, str]) -> dict[str, dict[str, int]]:
     """Count nodes by operator and by the dtypes they compute on, most frequent operators first."""
     quantised = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
-    counts: dict[str, Counter[str]] = {}
-    for node in graph.node:
-        operator = f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
-        counts.setdefault(operator, Counter())[_computes_on(node, dtypes, quantised)] += 1
-    ordered = sorted(counts.items(), key=lambda item: (-item[1].total(), item[0]))
-    return {operator: dict(sorted(by_dtype.items())) for operator, by_dtype in ordered}
+
+    def operator(node: onnx.NodeProto) -> str:
+        return f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
+
+    return counted((operator(node), _computes_on(node, dtypes, quantised)) for node in graph.node)
 
 
 def _computes_on(node: onnx.NodeProto, dtypes: Mapping[str, str], quantised: Mapping[str, str]) -> str:

@@ -1,0 +1,230 @@
+"""Lower to an OpenVINO IR, and prove from the execution graph that the products are integer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from edgeq.backends.contract import Rejection, Session, Setting
+from edgeq.errors import ConfigError, DeviceUnavailable, LoweringFailed, ToolMissing
+from edgeq.machine import place
+from edgeq.openvino_ir import read_ir
+from edgeq.records import Artifact, Placement, QdqModel, Target
+from edgeq.storage import file_ref, storage_errors, write_bytes
+from edgeq.texts import lengths
+
+_STATIC_DEVICES = frozenset({"NPU"})
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "device": ("CPU", "NPU"),
+    "inference_precision_hint": ("f32", "bf16", "f16"),
+    "also_inference_precision_hint": ("f32", "bf16", "f16"),
+    "performance_hint": ("LATENCY", "THROUGHPUT"),
+}
+_CPU_SETTINGS = {
+    *_CHOICES, "dynamic_quantization_group_size", "inference_num_threads", "num_streams",
+}  # fmt: skip
+_CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}  # precision hint -> OpenVINO's name of what a CPU can
+_SETTINGS = {"CPU": _CPU_SETTINGS, "NPU": {"device", "performance_hint"}}
+
+Rule = Callable[[QdqModel, Target], str | None]
+
+
+def is_known_device(model: QdqModel, target: Target) -> str | None:
+    """The target's [runtime] names a device: "CPU" or "NPU"."""
+    device = target.runtime.get("device")
+    return None if device in _CHOICES["device"] else f"device is {device!r}"
+
+
+def has_known_settings(model: QdqModel, target: Target) -> str | None:
+    """The target's [runtime] holds what its device takes, each with a known value."""
+    runtime = target.runtime
+    unknown = set(runtime) ^ _SETTINGS.get(str(runtime.get("device")), set(runtime))
+    if unknown:
+        return f"missing or unknown: {', '.join(sorted(unknown))}"
+    chosen = {key: runtime[key] for key in _CHOICES if key in runtime}
+    return "; ".join(f"{key} is {value!r}" for key, value in chosen.items() if value not in _CHOICES[key]) or None
+
+
+def quantises_products_only(model: QdqModel, target: Target) -> str | None:
+    """The scheme must leave in float what is no weight product: OpenVINO runs 16-bit activations in float."""
+    return f"scheme {model.scheme.name} leaves nothing float" if model.scheme.leaves_nothing_float else None
+
+
+def has_unsigned_activations(model: QdqModel, target: Target) -> str | None:
+    """Activations must be uint8 with a zero point: that is what x86 multiplies by int8 weights."""
+    return f"scheme {model.scheme.name} has int8 activations" if model.scheme.activations_signed else None
+
+
+def has_shapes_of_its_device(model: QdqModel, target: Target) -> str | None:
+    """A CPU takes dynamic shapes, so its target has no buckets; an NPU takes static shapes, so it needs some."""
+    buckets, is_static = target.buckets_tokens, target.runtime.get("device") in _STATIC_DEVICES
+    is_right = len(set(buckets)) == len(buckets) and min(buckets, default=0) >= 2 if is_static else not buckets
+    return None if is_right else f"buckets_tokens is {list(buckets)}"
+
+
+def has_names_without_commas(model: QdqModel, target: Target) -> str | None:
+    """Names of products hold no comma: OpenVINO lists the names of what it fused between commas."""
+    found = [name for name in model.integer_matmuls if "," in name]
+    return f"product {found[0]!r}" if found else None
+
+
+RULES: tuple[Rule, ...] = (
+    is_known_device, has_known_settings, quantises_products_only, has_unsigned_activations, has_shapes_of_its_device,
+    has_names_without_commas,
+)  # fmt: skip
+
+
+def tools() -> Mapping[str, str]:
+    """Give OpenVINO's version.
+
+    Raises:
+        ToolMissing: it is not installed.
+    """
+    try:
+        return {"openvino": version("openvino")}
+    except PackageNotFoundError as error:
+        raise ToolMissing('openvino is not installed; pip install "edgeq[openvino]"') from error
+
+
+def obstacle(target: Target) -> str | None:
+    """Say why this machine cannot run the target's artifacts, or None.
+
+    Raises:
+        ToolMissing: OpenVINO is not installed.
+    """
+    tools()
+    device = str(target.runtime["device"])
+    if device == "CPU":
+        return None
+    import openvino as ov
+
+    found = ov.Core().available_devices
+    if any(name.partition(".")[0] == device for name in found):
+        return None
+    return f"OpenVINO finds no {device} with a driver on this machine (it finds {', '.join(found)})"
+
+
+def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
+    """List every rule that the model or the target does not meet."""
+    found = [(rule.__doc__ or rule.__name__, rule(model, target)) for rule in RULES]
+    return tuple(Rejection(sentence, detail) for sentence, detail in found if detail is not None)
+
+
+def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
+    """Write the IR below `out_dir`: one of dynamic shapes for a CPU, one for each bucket with one .bin for an NPU.
+
+    Args:
+        model: the QDQ model.
+        target: whose device and runtime settings are used.
+        out_dir: an existing folder.
+
+    Returns:
+        The artifact. Its placement is what the CPU plugin executes; for an NPU it is the IR's own structure, because
+        no compiler is at hand that says more.
+
+    Raises:
+        ToolMissing: OpenVINO is not installed.
+        LoweringFailed: OpenVINO refuses the model.
+        StorageFailed: a file cannot be written.
+    """
+    tools()
+    from edgeq.backends.openvino.lowering import BUCKET, STEM, read_qdq, serialized, static
+
+    buckets = lengths(target.buckets_tokens, model.max_sequence)
+    whole = read_qdq(Path(model.file.path))
+    forms = {BUCKET.format(tokens): static(whole, tokens) for tokens in reversed(buckets)} or {"": whole}
+    contents = {suffix: serialized(form) for suffix, form in forms.items()}
+    weights = {content[1] for content in contents.values()}
+    if len(weights) > 1:
+        raise LoweringFailed(f"{target.name}: buckets differ in their weights; please report the model.")
+    files = {f"{STEM}{suffix}.xml": content[0] for suffix, content in contents.items()}
+    files[_weights(bool(buckets))] = weights.pop()
+    with storage_errors(f"writing {STEM}"):
+        (out_dir / STEM).parent.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_bytes(out_dir / name, content)
+    return Artifact(
+        backend=target.backend,
+        target=target.name,
+        files=tuple(file_ref(out_dir / name, relative_to=out_dir) for name in files),
+        qdq_sha256=model.file.sha256,
+        placement=_placement(out_dir, list(files), model, target),
+        tools=dict(tools()),
+    )
+
+
+def _weights(is_static: bool) -> str:
+    from edgeq.backends.openvino.lowering import STEM
+
+    return f"{STEM}_seq.bin" if is_static else f"{STEM}.bin"
+
+
+def _placement(folder: Path, names: list[str], model: QdqModel, target: Target) -> Placement:
+    """Ask the CPU plugin what it executes; for another device read the file."""
+    from edgeq.backends.openvino import placement
+    from edgeq.backends.openvino.sessions import compiled, properties
+
+    if target.runtime["device"] != "CPU":
+        return placement.structural(read_ir(folder / names[0]), model)
+    try:
+        loaded = compiled(folder / names[0], folder / names[-1], "CPU", properties(target))
+    except ConfigError as error:
+        raise LoweringFailed(str(error)) from error
+    return placement.executed(loaded, model)
+
+
+def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> Session:
+    """Load the artifact.
+
+    Args:
+        artifact: what `lower` gave.
+        bundle: the folder that its paths are relative to.
+        target: device and runtime settings.
+        threads: 0 takes the target's.
+
+    Raises:
+        ToolMissing: OpenVINO is not installed.
+        ConfigError: OpenVINO cannot load the files.
+        DeviceUnavailable: the target's device is not in this machine.
+    """
+    missing = obstacle(target)
+    if missing is not None:
+        raise DeviceUnavailable(f"{target.name}: {missing}. Run it on a machine that has one, with Intel's driver.")
+    from edgeq.backends.openvino.sessions import properties
+
+    is_cpu = target.runtime["device"] == "CPU"
+    return _session(artifact, bundle, str(target.runtime["device"]), properties(target, threads if is_cpu else 0))
+
+
+def _session(artifact: Artifact, bundle: Path, device: str, told: Mapping[str, str | int | bool]) -> Session:
+    from edgeq.backends.openvino.lowering import BUCKET, STEM
+    from edgeq.backends.openvino.sessions import BucketSession, OpenvinoSession, compiled
+
+    *networks, weights = [bundle / file.path for file in artifact.files]
+    loaded = {xml: OpenvinoSession(xml, compiled(xml, weights, device, told)) for xml in networks}
+    if len(loaded) == 1 and networks[0] == bundle / f"{STEM}.xml":
+        return loaded[networks[0]]
+    prefix = Path(STEM + BUCKET.format("")).name
+    return BucketSession({int(xml.stem.removeprefix(prefix)): session for xml, session in loaded.items()})
+
+
+def other_settings(artifact: Artifact, bundle: Path, target: Target) -> Iterator[Setting]:
+    """Give the other ways to run the artifact here: the CPU's other precision, or the CPU for what an NPU runs."""
+    from edgeq.backends.openvino.sessions import properties
+
+    if target.runtime["device"] != "CPU":
+        exact: dict[str, str | int | bool] = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+        session = _session(artifact, bundle, "CPU", exact)
+        yield Setting("OpenVINO's CPU plugin, f32", "host-kernels", session, None)
+        return
+    import openvino as ov
+
+    hint = str(target.runtime["also_inference_precision_hint"])
+    name, found = f"inference_precision_hint={hint}", ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if _CAPABILITIES[hint] not in found:
+        reason = f"this CPU has no {hint} (OpenVINO finds {', '.join(found)})"
+        yield Setting(name, "not-run", None, reason)
+        return
+    told = properties(target) | {"INFERENCE_PRECISION_HINT": hint}
+    yield Setting(name, place(target.runs_on), _session(artifact, bundle, "CPU", told), None)

@@ -1,0 +1,50 @@
+"""Read where each weight product runs: from the graph that the CPU plugin executes, or from the IR's own structure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from edgeq.openvino_ir import Network
+from edgeq.records import Placement, QdqModel
+
+_PRODUCTS = frozenset({"FullyConnected", "FullyConnectedQuantized", "FullyConnectedQuantizedLegacy", "MatMul"})
+_CODES = frozenset({"u8", "i8"})
+
+
+def executed(compiled: Any, model: QdqModel) -> Placement:
+    """Read the execution graph of a compiled model.
+
+    A product is integer when its kernel's name ends with the 8-bit type and its first input is 8 bits wide.
+    `runtimePrecision` does not tell: it gives the weights' type for products that run in float, too.
+    """
+    integer: set[str] = set()
+    kinds: Counter[str] = Counter()
+    for operation in compiled.get_runtime_model().get_ordered_ops():
+        facts = {key: str(operation.get_rt_info()[key].value) for key in ("layerType", "primitiveType")}
+        if facts["layerType"] in ("Const", "Input", "Output"):
+            continue
+        kinds[facts["layerType"]] += 1
+        if facts["layerType"] not in _PRODUCTS or not facts["primitiveType"].lower().endswith("_i8"):
+            continue
+        if operation.input(0).get_element_type().get_type_name() in _CODES:
+            integer |= set(str(operation.get_rt_info()["originalLayersNames"].value).split(","))
+    return _placement(integer, kinds, model)
+
+
+def structural(network: Network, model: QdqModel) -> Placement:
+    """Read from an IR which products multiply 8-bit codes, where no compiler is at hand that could say more."""
+    integer = {layer.name for layer in network.of("MatMul") if network.is_integer_product(layer)}
+    kinds = Counter(layer.operation for layer in network.layers.values())
+    for kind in ("Const", "Parameter", "Result"):
+        kinds.pop(kind, None)
+    return _placement(integer, kinds, model)
+
+
+def _placement(integer: set[str], kinds: Counter[str], model: QdqModel) -> Placement:
+    return Placement(
+        integer_matmuls=sum(name in integer for name in model.integer_matmuls),
+        float_by_scheme=model.float_matmuls,
+        float_fallbacks=tuple(name for name in model.integer_matmuls if name not in integer),
+        operators=dict(sorted(kinds.items())),
+    )

@@ -1,0 +1,100 @@
+"""Run an IR: with dynamic shapes, or each text in the smallest static bucket that holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeq.backends.contract import Embeddings
+from edgeq.backends.openvino.lowering import refusals
+from edgeq.errors import ConfigError
+from edgeq.records import Target
+from edgeq.texts import Feeds, fitted, rows_by_bucket
+
+OUTPUT = "sentence_embedding"
+_AGAIN = "Fetch or export the bundle again."
+
+
+def properties(target: Target, threads: int = 0) -> dict[str, str | int | bool]:
+    """Give OpenVINO's properties: the keys of the target's [runtime] in capitals, but what is edgeq's own."""
+    own = {"device", "also_inference_precision_hint"}
+    found = {key.upper(): value for key, value in target.runtime.items() if key not in own}
+    return found | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+
+
+def compiled(xml: Path, weights: Path, device: str, told: Mapping[str, str | int | bool]) -> Any:
+    """Read an IR and compile it for a device.
+
+    Raises:
+        ConfigError: the files are no IR, do not belong together, or do not take tokens and give vectors.
+    """
+    import openvino as ov
+
+    for path in (xml, weights):
+        if not path.is_file():
+            raise ConfigError(f"{path}: is not there; an IR is an .xml and its .bin. {_AGAIN}")
+    core = ov.Core()
+    with refusals(str(xml), ConfigError, _AGAIN):
+        model = core.read_model(xml, weights)
+        _require_ports(xml, model)
+        return core.compile_model(model, device, dict(told))
+
+
+def _require_ports(xml: Path, model: Any) -> None:
+    """Refuse a model with other inputs and outputs than a text encoder's."""
+    names = {name for port in model.inputs for name in port.get_names()}
+    unknown = names - {"input_ids", "attention_mask", "token_type_ids"}
+    ranks = {port.get_partial_shape().rank.get_length() for port in model.inputs}
+    outputs = {name for port in model.outputs for name in port.get_names()}
+    if unknown or not {"input_ids", "attention_mask"} <= names or ranks != {2} or OUTPUT not in outputs:
+        raise ConfigError(
+            f"{xml}: inputs are {', '.join(sorted(names))} of {sorted(ranks)} axes, outputs "
+            f"{', '.join(sorted(outputs))}; input_ids and attention_mask of 2 axes and {OUTPUT} are needed. {_AGAIN}"
+        )
+
+
+class OpenvinoSession:
+    """Keep a compiled model with dynamic shapes; call it with feeds."""
+
+    def __init__(self, xml: Path, compiled_model: Any) -> None:
+        """Take what `compiled` gave."""
+        self._xml = xml
+        self._request = compiled_model.create_infer_request()
+        self._inputs = [port.get_any_name() for port in compiled_model.inputs]
+        self._output = compiled_model.output(OUTPUT)
+
+    def __call__(self, feeds: Feeds) -> Embeddings:
+        """Give the sentence embeddings, float32[batch, dim].
+
+        Raises:
+            ConfigError: OpenVINO cannot run the file on these tokens.
+        """
+        with refusals(str(self._xml), ConfigError, _AGAIN):
+            self._request.infer(feeds.named(self._inputs), share_inputs=True)
+        return np.array(self._request.get_tensor(self._output).data, np.float32)
+
+
+class BucketSession:
+    """Keep a compiled model for each sequence length; each text runs alone in the smallest that it fits."""
+
+    def __init__(self, sessions: Mapping[int, OpenvinoSession]) -> None:
+        """Take a session for each number of tokens."""
+        self._sessions = sessions
+
+    def __call__(self, feeds: Feeds) -> Embeddings:
+        """Give the sentence embeddings, float32[batch, dim].
+
+        A text alone runs at the length it is given in; among others it is cut back to its own tokens first.
+
+        Raises:
+            ConfigError: a text is longer than the largest bucket, or OpenVINO cannot run the file.
+        """
+        vectors: dict[int, Embeddings] = {}
+        for bucket, rows in rows_by_bucket(feeds, sorted(self._sessions)).items():
+            for row in rows:
+                one = Feeds(*(fitted(array[[row]], bucket) for array in (feeds.input_ids, feeds.attention_mask)))
+                vectors[row] = self._sessions[bucket](one)[0]
+        return np.stack([vectors[row] for row in range(len(vectors))])

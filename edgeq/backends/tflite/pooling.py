@@ -1,0 +1,155 @@
+"""Write poolings: each token's share of a sum, and the largest of what the mask leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from ai_edge_litert import schema_py_generated as schema
+from numpy.typing import NDArray
+from onnx import helper
+from onnx.reference import ReferenceEvaluator
+
+from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
+from edgeq.backends.tflite.writer import Codes, Tensor
+from edgeq.errors import LoweringFailed
+from edgeq.passes.graph import constant, readers
+
+_OPSET = 21  # of QDQ models
+
+
+def is_share(quantizer: ir.Node) -> bool:
+    """Tell whether a QuantizeLinear of the mask gives each token's share of what pooling sums up."""
+    return _is_read_by(quantizer, "MatMul")
+
+
+def is_cap(quantizer: ir.Node) -> bool:
+    """Tell whether a QuantizeLinear of the mask gives what max pooling holds padding down with."""
+    return _is_read_by(quantizer, "Min")
+
+
+def _is_read_by(quantizer: ir.Node, op_type: str) -> bool:
+    following = [use for dequantizer in readers(quantizer.outputs[0]) for use in readers(dequantizer.outputs[0])]
+    return bool(following) and all(node.op_type == op_type for node in following)
+
+
+def shares(emit: Emitter, node: ir.Node) -> None:
+    """Count the tokens, and look up what share each of that many has.
+
+    Where all have the same, that is one number, which the mask multiplies; else it is a row of a table.
+    """
+    codes = emit.codes(node)
+    name = str(node.outputs[0].name).removesuffix("/quantized")
+    values = _shares_by_count(node.inputs[0], emit.length)
+    table = np.rint(values.astype(np.float64) / codes.scales[0]).astype(np.int16)
+    axis = emit.out.constant("axis_1", np.array([1], np.int32))
+    options = schema.ReducerOptionsT()
+    options.keepDims = False
+    count = emit.out.tensor(f"{name}/count", (1,), "int32")
+    emit.out.operator(OPERATOR.SUM, 1, [_mask(emit, node), axis], count, (OPTIONS.ReducerOptions, options))
+    alike = all(len(set(row[:number].tolist())) == 1 for number, row in enumerate(table[1:], start=1))
+    if alike:
+        inverse = _looked_up(emit, f"{name}/one_over_count", table[:, 0], count, f"{name}/inverse", codes)
+        ones = emit.out.tensor(f"{name}/mask", (1, emit.length), "int16", Codes.of(1.0))
+        emit.cast(_mask(emit, node), ones)
+        flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int16", codes)
+        emit.out.operator(OPERATOR.MUL, 2, [ones, inverse], flat, (OPTIONS.MulOptions, schema.MulOptionsT()))
+    else:
+        flat = _looked_up(emit, f"{name}/table", table, count, f"{name}/flat", codes)
+    emit.tensors[node.outputs[0]] = emit.reshaped(flat, (1, 1, emit.length), name)
+
+
+def _shares_by_count(value: ir.Value | None, length: int) -> NDArray[np.float32]:
+    """Compute the shares that the model itself gives to texts of 0 .. length tokens: float32[length + 1, length].
+
+    A text of no tokens has the shares of one token.
+    """
+    counts = np.arange(1, length + 1)
+    mask = (np.arange(length) < counts[:, None]).astype(np.int64)
+    found = _of_mask(value, mask).reshape(length, length)
+    return np.concatenate([found[:1], found])
+
+
+def _of_mask(value: ir.Value | None, mask: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Compute a tensor that follows from the mask alone, for int64[texts, tokens]."""
+    nodes: list[ir.Node] = []
+    stored: dict[str, onnx.TensorProto] = {}
+    inputs: set[str] = set()
+    seen: set[ir.Value] = set()
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if each is None or each in seen:
+            continue
+        seen.add(each)
+        array, node = constant(each), each.producer()
+        if array is not None:
+            stored[str(each.name)] = onnx.numpy_helper.from_array(array, str(each.name))
+        elif node is None:
+            inputs.add(str(each.name))
+        elif node not in nodes:
+            nodes.append(node)
+            waiting += node.inputs
+    ports = [helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None) for name in inputs]
+    output = helper.make_tensor_value_info(str(value.name), onnx.TensorProto.FLOAT, None)  # type: ignore[union-attr]
+    ordered = [ir.to_proto(node) for node in nodes[0].graph if node in nodes]  # type: ignore[union-attr]
+    graph = helper.make_graph(ordered, "of_mask", ports, [output], list(stored.values()))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)])
+    return np.asarray(next(iter(ReferenceEvaluator(model).run(None, dict.fromkeys(inputs, mask)))), np.float32)
+
+
+def cap(emit: Emitter, node: ir.Node) -> None:
+    """Look the mask up among the lowest and the highest code: they cap padding, and nothing."""
+    codes = emit.codes(node)
+    name = str(node.outputs[0].name).removesuffix("/quantized")
+    zero_point = constant(node.inputs[2])
+    limits: Any = np.iinfo(zero_point.dtype)  # type: ignore[union-attr]
+    ends = np.array([limits.min, limits.max], limits.dtype)
+    flat = _looked_up(emit, f"{name}/table", ends, _mask(emit, node), f"{name}/flat", codes)
+    emit.tensors[node.outputs[0]] = emit.reshaped(flat, (1, emit.length, 1), name)
+
+
+def minimum(emit: Emitter, node: ir.Node) -> None:
+    """Write a minimum of codes that mean the same: the kernel compares them as they are."""
+    left, right = (emit.read(value) for value in node.inputs)
+    options = (OPTIONS.MaximumMinimumOptions, schema.MaximumMinimumOptionsT())
+    result = emit.write(node.outputs[0], left.shape, OPERATOR.MINIMUM, 2, [left, right], options)
+    _require_one_scale(node, left, right, result)
+
+
+def maximum(emit: Emitter, node: ir.Node) -> None:
+    """Write the maximum over tokens."""
+    axes = constant(node.inputs[1])
+    if axes is None or axes.tolist() != [1] or node.attributes["keepdims"].as_int():
+        raise LoweringFailed(f"{node.name}: a maximum over something else than tokens")
+    source = emit.read(node.inputs[0])
+    axis = emit.out.constant("axis_1", np.array([1], np.int32))
+    options = schema.ReducerOptionsT()
+    options.keepDims = False
+    version = 3 if source.dtype == "int16" else 2
+    shape = (source.shape[0], source.shape[2])
+    kind = (OPTIONS.ReducerOptions, options)
+    result = emit.write(node.outputs[0], shape, OPERATOR.REDUCE_MAX, version, [source, axis], kind)
+    _require_one_scale(node, source, result)
+
+
+def _require_one_scale(node: ir.Node, *tensors: Tensor) -> None:
+    if len({(tensor.dtype, tensor.codes) for tensor in tensors}) > 1:
+        raise LoweringFailed(f"{node.name}: its operands and its result have different codes")
+
+
+def _looked_up(emit: Emitter, stored: str, table: NDArray[Any], index: Tensor, name: str, codes: Codes) -> Tensor:
+    """Write the lookup of a table's entries, or of its rows, in place of the index."""
+    held = emit.out.constant(stored, table, codes)
+    shape = (*index.shape, *table.shape[1:])
+    result = emit.out.tensor(name, shape, str(table.dtype), codes)
+    options = (OPTIONS.GatherOptions, schema.GatherOptionsT())
+    return emit.out.operator(OPERATOR.GATHER, 2, [held, index], result, options)
+
+
+def _mask(emit: Emitter, node: ir.Node) -> Tensor:
+    if emit.mask is None:
+        raise LoweringFailed(f"{node.name}: there is no attention mask")
+    return emit.mask

@@ -1,0 +1,121 @@
+"""The verb that says where quality is lost: analyze."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgeq.cli import console
+from edgeq.cli.making import TargetsDir
+
+if TYPE_CHECKING:
+    from edgeq.analysis import Analysis, Cost
+
+_SHOWN = 12
+
+
+def analyze(
+    model: Annotated[str, typer.Argument(help="As `edgeq export` takes it.")],
+    target: Annotated[str, typer.Option(help="Whose scheme and runtime are looked into.")],
+    texts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Texts to calibrate on: .txt, .jsonl, .csv.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="The column of --texts that holds the text.")] = None,
+    validation: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Texts to compare on; else 20 % of --texts.")
+    ] = None,
+    pooling: Annotated[str | None, typer.Option(help="How to pool a model that does not say it.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, metavar="N", help="Calibrate on N of the texts.")] = None,
+    seed: Annotated[int, typer.Option(metavar="S", help="Which N texts.")] = 0,
+    cost: Annotated[
+        bool, typer.Option("--cost/--no-cost", help="Price each shape: bytes and milliseconds of real artifacts.")
+    ] = True,
+    auto: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Find the cheapest scheme that holds the gate, for `edgeq export --scheme`."),
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither read nor keep intermediate results.")] = False,
+    directory: TargetsDir = None,
+    as_json: console.AsJson = False,
+    verbose: console.Verbose = 0,
+    quiet: console.Quiet = False,
+) -> None:
+    """Rank MODEL's weight products by what their integer codes cost, with what mending each costs."""
+    from edgeq import analysis, pipeline, storage
+    from edgeq.cache import Cache
+    from edgeq.card import page
+    from edgeq.targets import load_target
+
+    if auto is not None:
+        page.require(auto)
+    store = Cache.temporary() if no_cache else Cache()
+    request = pipeline.ExportRequest(
+        model=model, targets=(load_target(target, directory),), out=Path(), texts=texts, column=column,
+        validation=validation, pooling=pooling, samples=samples, seed=seed, cache=store,
+    )  # fmt: skip
+    try:
+        with console.stages() as report:
+            found = analysis.analyze(analysis.AnalysisRequest(request, cost, auto is not None), report)
+    finally:
+        store.close()
+    if auto is not None and found.found is not None:
+        storage.write_bytes(auto, (found.found.model_dump_json(indent=2) + "\n").encode())
+    if as_json:
+        console.put_json(found.model_dump(mode="json"))
+        return
+    _put(found)
+    if auto is not None and found.found is not None:
+        count = len(found.found.raised)
+        said = f"the gate holds with {count} products raised" if count else "the gate holds as it is"
+        console.put(f"{auto}: {found.found.name}: {said}")
+
+
+def _put(found: Analysis) -> None:
+    """Print the ranking, what raising together gives, and the trials."""
+    sensitivity = found.sensitivity
+    base = sensitivity.base
+    prices = {(item.channels, item.outputs): item for item in found.costs}
+    console.put(
+        f"{found.target}: scheme {sensitivity.scheme}, {sensitivity.texts} texts: cosine mean {base.cosine_mean:.5f}, "
+        f"worst tenth {base.cosine_tail:.5f}, min {base.cosine_min:.5f}"
+    )
+    rows = []
+    for rank, item in enumerate(sensitivity.products[:_SHOWN], start=1):
+        price = prices.get((item.channels, item.outputs))
+        quality = item.quality
+        gains = [quality.cosine_mean - base.cosine_mean, quality.cosine_tail - base.cosine_tail]
+        rows.append([str(rank), item.name, *(f"{gain:+.5f}" for gain in gains), *_price(price)])
+    columns = ("", "product", "mean", "worst tenth", "bytes", "ms")
+    console.put_table(columns, rows)
+    left = len(sensitivity.products) - len(rows)
+    console.put(f"raising a product: {found.change}" + (f"; {left} more with --json" if left > 0 else ""))
+    steps = [
+        [str(step.raised), *(f"{value:.5f}" for value in (step.quality.cosine_mean, step.quality.cosine_tail))]
+        for step in sensitivity.steps
+    ]
+    console.put_table(("raised together", "cosine mean", "worst tenth"), steps)
+    if found.trials:
+        trials = [
+            [str(len(trial.raised)), trial.status, *_measured(trial.measures), console.megabytes(trial.size_bytes)]
+            for trial in found.trials
+        ]
+        console.put_table(("artifact with", "gate", "cosine mean", "cosine min", "size"), trials)
+    reason = next((item.reason for item in found.costs if item.reason), None)
+    if reason:
+        console.put(f"no times: {reason}")
+
+
+def _price(price: Cost | None) -> list[str]:
+    if price is None:
+        return ["-", "-"]
+    return [f"{price.extra_bytes:+,}", "-" if price.extra_ms is None else f"{price.extra_ms:+.3f}"]
+
+
+def _measured(measures: object) -> list[str]:
+    from edgeq.records import Measures
+
+    if not isinstance(measures, Measures):
+        return ["-", "-"]
+    return [f"{measures.cosine_mean:.5f}", f"{measures.cosine_min:.5f}"]

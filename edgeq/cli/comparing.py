@@ -1,0 +1,118 @@
+"""The verb that puts bundles side by side: compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgeq.cli import console
+from edgeq.cli.proving import Against
+
+if TYPE_CHECKING:
+    from edgeq.card import Card
+    from edgeq.card.records import Row
+
+
+def compare(
+    bundles: Annotated[
+        list[Path], typer.Argument(metavar="OUT...", help="The --out of an export, or bundles one by one.")
+    ],
+    texts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Compare on these; else on the export's validation texts.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="The column of --texts that holds the text.")] = None,
+    sts: Annotated[Path | None, typer.Option(metavar="FILE", help="Pairs with sentence1, sentence2, score.")] = None,
+    retrieval: Annotated[Path | None, typer.Option(metavar="BEIR_DIR", help="corpus, queries and qrels.")] = None,
+    latency: Annotated[bool, typer.Option("--latency", help="Time each runtime, in processes of their own.")] = False,
+    threads: Annotated[int, typer.Option(min=0, help="Of each runtime that is timed; 0: every core.")] = 0,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the card as one HTML page.")] = None,
+    against: Against = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Where torch finds the source; else under its recorded name.")
+    ] = None,
+    as_json: console.AsJson = False,
+    verbose: console.Verbose = 0,
+    quiet: console.Quiet = False,
+) -> None:
+    """Show the same texts through FP32, torch and every bundle of one model, side by side."""
+    from edgeq import card
+    from edgeq.cache import Cache
+    from edgeq.card import page
+
+    if html is not None:
+        page.require(html)
+    request = card.Request(
+        bundles=tuple(bundles),
+        cache=Cache().root,
+        texts=texts,
+        column=column,
+        sts=sts,
+        retrieval=retrieval,
+        against=against,
+        model=model,
+        latency=latency,
+        threads=threads,
+    )
+    with console.stages() as report:
+        found = card.compare(request, report)
+    if html is not None:
+        page.write(found, html)
+    if as_json:
+        console.put_json(found.model_dump(mode="json"))
+        return
+    _put_card(found)
+    if html is not None:
+        console.put(f"{html}")
+
+
+def _put_card(card: Card) -> None:
+    """Print a line for each runtime, how near each two are, and what must be said of it."""
+    cut = f"at most {card.token_limit} tokens of {card.texts.count} texts ({card.texts.origin})"
+    has_sts, has_ndcg = card.sts_pairs is not None, card.retrieval_queries is not None
+    timed = sorted({time.tokens for row in card.rows for time in row.latency})
+    columns = ["runtime", "scheme", "cosine mean", "min", "top-10", "Spearman"]
+    columns += ["STS"] * has_sts + ["nDCG@10"] * has_ndcg
+    columns += [f"{tokens} tokens, ms" for tokens in timed] + ["size", "ran on"]
+    rows = [_line(row, has_sts, has_ndcg, timed) for row in card.rows]
+    console.put_table(columns, rows, f"{card.model}: {cut}; on {card.machine}")
+    names = list(dict.fromkeys(name for pair in card.pairs for name in (pair.first, pair.second)))
+    means = {frozenset((pair.first, pair.second)): f"{pair.cosine_mean:.5f}" for pair in card.pairs}
+    if len(names) > 2:
+        matrix = [[name, *(means.get(frozenset((name, other)), "-") for other in names)] for name in names]
+        console.put_table(("cosine mean", *names), matrix)
+    for row in card.rows:
+        if row.reason is not None:
+            console.put(f"{row.name}: {row.reason}")
+    for text in card.worst_texts[:1]:
+        console.put(f"farthest from FP32: {' '.join(text.text.split())[:80]}")
+    for item in card.layers:
+        entry = None if item.errors is None else item.errors.entry
+        where = "" if entry is None else f"most error enters at {entry.label}: cosine {entry.cosine_mean:.5f}"
+        console.put(f"{item.scheme}: {item.reason or where or 'no residual stream is found'}")
+    for note in card.notes:
+        console.note(note)
+
+
+def _line(row: Row, has_sts: bool, has_ndcg: bool, timed: list[int]) -> list[str]:
+    """Turn a row of the card into a line of the table; what is not there is a dash."""
+    measures = row.measures
+    figures = ["-"] * 4
+    if measures is not None:
+        figures = [
+            f"{measures.cosine_mean:.5f}",
+            f"{measures.cosine_min:.5f}",
+            f"{measures.top10_overlap:.4f}",
+            f"{measures.spearman:.5f}",
+        ]
+    figures += [_figure(row.sts_spearman)] * has_sts + [_figure(row.ndcg_at_10)] * has_ndcg
+    medians = {time.tokens: f"{time.latency.p50_ms:.2f}" for time in row.latency}
+    size = "-" if row.size_bytes is None else console.megabytes(row.size_bytes)
+    scheme = "-" if row.bundle is None else row.bundle.scheme
+    return [row.name, scheme, *figures, *(medians.get(tokens, "-") for tokens in timed), size, row.ran_on]
+
+
+def _figure(value: float | None) -> str:
+    """Spell a figure that may be missing."""
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,57 @@
+"""Judge what was measured against a target's gate: a limit is met only by a number that is there and good enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edgeq.records import Gate, Measures, Place, Placement, SettingReport
+
+
+def judge(measures: Measures, placement: Placement, gate: Gate, ran_on: Place) -> tuple[str, ...]:
+    """Give one sentence for each limit of the gate that is missed: what was measured, and what is needed."""
+    floors = (
+        ("cosine mean", measures.cosine_mean, gate.cosine_mean_min),
+        ("cosine min", measures.cosine_min, gate.cosine_min_min),
+        ("top-10 overlap", measures.top10_overlap, gate.top10_overlap_min),
+        ("Spearman of pairwise similarities", measures.spearman, gate.spearman_min),
+        ("invariance", measures.invariance_min, gate.invariance_min),
+    )
+    # `not >=` rather than `<`: a NaN that got this far must not pass.
+    failures = [
+        f"{name} is {value:.6f}; at least {limit:g} is needed." for name, value, limit in floors if not value >= limit
+    ]
+    limit = norm_limit(measures, gate)
+    if not measures.norm_error_max <= limit:
+        failures.append(f"norm error is {measures.norm_error_max:.2e} of FP32's norm; at most {limit:g} is allowed.")
+    failures += judge_placement(placement, gate)
+    if ran_on not in gate.export_places:
+        failures.append(f"it ran on {ran_on}; for export {' or '.join(gate.export_places)} is needed.")
+    return tuple(failures)
+
+
+def judge_placement(placement: Placement, gate: Gate) -> tuple[str, ...]:
+    """Say how many products run in float against the scheme, when the gate does not allow that many."""
+    fallbacks = placement.float_fallbacks
+    if len(fallbacks) <= gate.float_fallbacks_max:
+        return ()
+    return (
+        f"{len(fallbacks)} weight products run in float that the scheme makes integer ({', '.join(fallbacks)}); "
+        f"at most {gate.float_fallbacks_max} are allowed.",
+    )
+
+
+def judge_settings(settings: Sequence[SettingReport], gate: Gate) -> tuple[str, ...]:
+    """Judge the measures of other settings by the gate, but for invariance, placement, and where they ran."""
+    none = Placement(integer_matmuls=0, float_by_scheme=(), float_fallbacks=(), operators={})
+    failures: list[str] = []
+    for setting in settings:
+        if setting.measures is not None:
+            asked = gate.model_copy(update={"invariance_min": -1.0, "export_places": (setting.ran_on,)})
+            found = judge(setting.measures, none, asked, setting.ran_on)
+            failures += [f"{setting.name}: {failure}" for failure in found]
+    return tuple(failures)
+
+
+def norm_limit(measures: Measures, gate: Gate) -> float:
+    """Give the gate's limit on the norm for this kind of model."""
+    return gate.norm_error_max if measures.is_normalized else gate.norm_error_unnormalized_max
