@@ -77,7 +77,7 @@ def analyze(request: AnalysisRequest, report: Report) -> Analysis:
     """
     (target,) = request.export.targets
     found = _sensitivity(request.export, target, report)
-    integer = schemes.find(target.scheme, target.name).integer is not None
+    integer = schemes.find(target.scheme, target.name).leaves_nothing_float
     with tempfile.TemporaryDirectory() as folder:
         trials = _Trials(request.export, Path(folder), report)
         costs = _costs(found.products, trials) if request.is_costed or request.is_automatic else ()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +18,8 @@ from edgeq.observe import Statistics
 from edgeq.passes.graph import add_constant, add_node, add_node_after, readers
 
 HEADROOM = 1.25  # of 16-bit ranges over what was observed: it costs a third of a bit, and saturation costs the text
-INTEGER_DTYPES = {8: np.int8, 16: np.int16}
+INTEGER_DTYPES: Mapping[int, type[np.integer[Any]]] = {8: np.int8, 16: np.int16}
+UNSIGNED_DTYPES: Mapping[int, type[np.integer[Any]]] = {8: np.uint8, 16: np.uint16}
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,9 @@ class Coded:
 
 
 class CodedGraph:
-    """Hold which tensors of a graph have codes, and add more."""
+    """Hold which tensors of a graph have codes, and add more. Codes are signed; those of 16 bits have no zero point."""
+
+    dtypes = INTEGER_DTYPES
 
     def __init__(self, graph: ir.Graph, observed: Observed, widening: int = 1) -> None:
         """Begin with no tensor coded; 16-bit copies of 8-bit tensors have so many codes for each step."""
@@ -56,14 +61,24 @@ class CodedGraph:
         seen = self.statistics(value)
         return max(-float(seen.minimum.min()), float(seen.maximum.max()), 1e-9)
 
+    def cover(self, low: float, high: float, bits: int) -> Affine:
+        """Give codes for a range: 16 bits symmetric, 8 bits asymmetric."""
+        return symmetric(max(-low, high), 16) if bits == 16 else affine.asymmetric(low, high, bits, signed=True)
+
     def range(self, value: ir.Value, bits: int) -> Affine:
         """Give codes for what was observed: 16 bits symmetric with headroom, 8 bits asymmetric."""
         if str(value.name) in self.fixed:
             return self.fixed[str(value.name)]
         seen = self.statistics(value)
-        if bits == 16:
-            return symmetric(self.largest(value) * HEADROOM, 16)
-        return affine.asymmetric(float(seen.minimum.min()), float(seen.maximum.max()), bits, signed=True)
+        room = HEADROOM if bits == 16 else 1.0
+        return self.cover(float(seen.minimum.min()) * room, float(seen.maximum.max()) * room, bits)
+
+    def wider(self, codes: Affine) -> Affine:
+        """Give 16-bit codes for all that 8-bit codes hold: an exact multiple where there is no zero point."""
+        if codes.zero_point == 0:
+            return Affine(codes.scale / self.widening, 0, -32768, 32767)
+        low, high = affine.dequantize([codes.low, codes.high], codes).tolist()
+        return self.cover(low, high, 16)
 
     def read(self, value: ir.Value | None, bits: int, node: ir.Node) -> Coded:
         """Give a tensor in the bits an operator reads, converted once for all its readers."""
@@ -75,14 +90,11 @@ class CodedGraph:
         key = (home.value, bits)
         if key not in self.converted:
             name = self.name_of(home)
-            if bits == 16 and home.affine.zero_point == 0:
-                codes = Affine(home.affine.scale / self.widening, 0, -32768, 32767)
-            elif bits == 16:
-                low, high = affine.dequantize([home.affine.low, home.affine.high], home.affine).tolist()
-                codes = symmetric(max(-low, high), 16)
+            if bits == 16:
+                codes = self.wider(home.affine)
             else:
                 seen = self.observed[name]
-                codes = affine.asymmetric(float(seen.minimum.min()), float(seen.maximum.max()), bits, signed=True)
+                codes = self.cover(float(seen.minimum.min()), float(seen.maximum.max()), bits)
             self.converted[key] = self.requantize(home, codes, bits, f"{name}/{bits}bit")
         return self.converted[key]
 
@@ -120,7 +132,7 @@ class CodedGraph:
         made = []
         for kind, array in (
             ("scale", np.array(codes.scale, np.float32)),
-            ("zero_point", np.array(codes.zero_point, INTEGER_DTYPES[bits])),
+            ("zero_point", np.array(codes.zero_point, self.dtypes[bits])),
         ):
             known = self.graph.initializers.get(f"{name}/{kind}")
             made.append(known if known is not None else add_constant(self.graph, f"{name}/{kind}", array))
@@ -138,10 +150,28 @@ class CodedGraph:
 
     def constant(self, value: ir.Value, array: NDArray[np.float32], node: ir.Node) -> ir.Value:
         """Store a constant operand in 16 bits."""
-        codes = symmetric(float(np.abs(array).max()), 16)
-        name = f"{node.name}/{value.name}"
-        stored = add_constant(self.graph, f"{name}/codes", affine.quantize(array, codes).astype(np.int16))
-        return add_node(node, "DequantizeLinear", [stored, *self.parameters(name, codes, 16)], f"{name}/dequantized")
+        return self.table(f"{node.name}/{value.name}", array, 16, node).value
+
+    def table(self, name: str, array: NDArray[np.float32], bits: int, node: ir.Node) -> Coded:
+        """Store a constant that a node reads."""
+        codes = self.cover(float(array.min()), float(array.max()), bits)
+        stored = add_constant(self.graph, f"{name}/codes", affine.quantize(array, codes).astype(self.dtypes[bits]))
+        inputs = [stored, *self.parameters(name, codes, bits)]
+        return Coded(add_node(node, "DequantizeLinear", inputs, f"{name}/dequantized"), codes, bits)
+
+
+class UnsignedGraph(CodedGraph):
+    """The same with unsigned codes, whose zero point is wherever the range puts it, in 16 bits too."""
+
+    dtypes = UNSIGNED_DTYPES
+
+    def cover(self, low: float, high: float, bits: int) -> Affine:
+        """Give codes for a range."""
+        return affine.asymmetric(low, max(high, low + 1e-9), bits)
+
+    def wider(self, codes: Affine) -> Affine:
+        """Give 16-bit codes for all that 8-bit codes hold: 257 steps for each, so that both hold the same values."""
+        return Affine(codes.scale / 257, codes.zero_point * 257, 0, 65535)
 
 
 def symmetric(largest: float, bits: int) -> Affine:

@@ -76,7 +76,8 @@ def compare(
 def _measured(session: Session, validation: Validation, target: Target, limit: int) -> tuple[Embeddings, float]:
     """Give the vectors, float32[texts, dim], and the invariance."""
     embeddings = embed_batches(session, batches(validation.tokens), len(validation.texts))
-    return embeddings, parity.invariance(session, validation.tokens, limit, target.buckets_tokens)
+    few = target.gate.parity_texts
+    return embeddings, parity.invariance(session, validation.tokens, limit, target.buckets_tokens, few)
 
 
 def _other_settings(

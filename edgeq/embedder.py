@@ -13,7 +13,7 @@ from edgeq import backends
 from edgeq.backends.contract import Session, embed_batches
 from edgeq.bundle import load_manifest, require_cpu
 from edgeq.errors import ConfigError, Unsupported
-from edgeq.machine import machine
+from edgeq.machine import machine, place
 from edgeq.records import Manifest
 from edgeq.texts import Tokenizer, batches, token_limit
 
@@ -105,10 +105,11 @@ def load(bundle: str | Path, threads: int = 0, allow_failed: bool = False) -> Em
     require_cpu(target)
     if machine() != target.runs_on.machine:
         _log.warning(
-            "%s is made for %s; this machine is %s: its vectors come from other kernels (host-kernels)",
+            "%s is made for %s; this machine is %s: its vectors come from what stands in for it (%s)",
             target.name,
             target.runs_on.machine,
             machine(),
+            place(target.runs_on),
         )
     session = backend.load(manifest.artifact, path, target, threads)
     limit = token_limit(target.buckets_tokens, manifest.source.max_sequence)

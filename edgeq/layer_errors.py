@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from edgeq.errors import EdgeqError
 from edgeq.gemm import SIDE
+from edgeq.htp_form import htp_form
 from edgeq.observe import Statistics, equal_length_batches, observing
-from edgeq.passes.graph import constant, dims, readers
+from edgeq.passes.graph import checked, constant, dims, readers
 from edgeq.quantize_integer import integer_form
 from edgeq.records import Record, Scheme
 from edgeq.texts import Tokens
@@ -82,6 +83,8 @@ def counterpart(model: onnx.ModelProto, observed: Mapping[str, Statistics], sche
         observed: the calibration's statistics.
         scheme: of the QDQ model.
     """
+    if scheme.htp is not None:
+        return checked(htp_form(model, observed, scheme.htp)[0])
     if scheme.integer is None:
         return model
     return ir.to_proto(integer_form(model, observed, scheme.integer)[0])
@@ -183,7 +186,8 @@ def _common(reference: ir.Graph, quantized: ir.Graph, stream: frozenset[str]) ->
         after = _weight_name(node) or after
         name, shape = str(value.name), dims(value)
         is_tokens = shape is not None and len(shape) == 3 and isinstance(shape[2], int) and shape[2] > 1
-        is_compared = value.dtype == ir.DataType.FLOAT and node.op_type not in _STILL and (is_tokens or name == OUTPUT)
+        is_wanted = is_tokens or name in stream or name == OUTPUT  # the stream may be a flat list of tokens
+        is_compared = value.dtype == ir.DataType.FLOAT and node.op_type not in _STILL and is_wanted
         if is_compared and name in theirs:
             found.append(_Common(name=name, seen_as=_as_read(theirs[name]), after=after, is_stream=name in stream))
     return found
@@ -191,10 +195,10 @@ def _common(reference: ir.Graph, quantized: ir.Graph, stream: frozenset[str]) ->
 
 def _weight_name(node: ir.Node) -> str | None:
     """Name a weight product after its node and a lookup after its table; None for any other node."""
-    position = {"MatMul": 1, "Gather": 0}.get(node.op_type)
+    position = {"Gemm": 1, "MatMul": 1, "Gather": 0}.get(node.op_type)
     if position is None or constant(node.inputs[position]) is None:
         return None
-    return str(node.name if node.op_type == "MatMul" else node.inputs[0].name)  # type: ignore[union-attr]
+    return str(node.name if node.op_type in ("Gemm", "MatMul") else node.inputs[0].name)  # type: ignore[union-attr]
 
 
 def _as_read(value: ir.Value) -> str:

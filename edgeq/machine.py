@@ -87,8 +87,8 @@ def meets(runs_on: RunsOn) -> tuple[str, ...]:
 
 
 def place(runs_on: RunsOn) -> Place:
-    """Say where an artifact runs when it runs here: on the device itself, or on another kind of CPU."""
-    return "host-kernels" if meets(runs_on) else "device"
+    """Say where an artifact runs when it runs here: on the device itself, or on what stands in for it."""
+    return runs_on.elsewhere if meets(runs_on) else "device"
 
 
 def describe() -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NEIGHBOURS = 10
 MIN_TEXTS = 3  # two texts have one similarity, which ranks nothing
 _WORST_TEXT_CHARS = 80
-_INVARIANCE_TEXTS = 8
+_INVARIANCE_TEXTS, _SLOW_INVARIANCE_TEXTS = 8, 3
 _UNIT_TOLERANCE = 1e-4
 _BLOCK_ROWS = 512
 _RANKED_TEXTS = 3000  # 4.5 million pairs: the ranking of more says nothing new and takes gigabytes
@@ -74,7 +74,13 @@ def measure(reference: FloatArray, embeddings: FloatArray, texts: Sequence[str],
     )
 
 
-def invariance(session: Session, tokens: Tokens, max_sequence: int, buckets_tokens: Sequence[int] = ()) -> float:
+def invariance(
+    session: Session,
+    tokens: Tokens,
+    max_sequence: int,
+    buckets_tokens: Sequence[int] = (),
+    parity_texts: int | None = None,
+) -> float:
     """Give the smallest cosine between any two vectors of one text: alone, in batches, and at other paddings.
 
     Texts of evenly spread lengths, the shortest and the longest among them, run alone, padded by 1 and by 7, padded to
@@ -85,6 +91,7 @@ def invariance(session: Session, tokens: Tokens, max_sequence: int, buckets_toke
         tokens: of any texts.
         max_sequence: the longest sequence the model takes.
         buckets_tokens: the lengths a static artifact takes; empty for dynamic shapes.
+        parity_texts: the gate's; where a run takes seconds, three texts run instead of eight.
 
     Returns:
         A cosine; 0.0 where a vector is NaN, infinite or zero.
@@ -95,7 +102,8 @@ def invariance(session: Session, tokens: Tokens, max_sequence: int, buckets_toke
     if not tokens.ids:
         raise ConfigError("invariance: no texts; at least one is needed. Give a text file that holds some.")
     by_length = sorted(range(len(tokens.ids)), key=lambda row: (len(tokens.ids[row]), row))
-    spread = np.linspace(0, len(by_length) - 1, min(_INVARIANCE_TEXTS, len(by_length))).round().astype(int)
+    most = _INVARIANCE_TEXTS if parity_texts is None else _SLOW_INVARIANCE_TEXTS
+    spread = np.linspace(0, len(by_length) - 1, min(most, len(by_length))).round().astype(int)
     chosen = [tokens.ids[by_length[position]] for position in spread]
     sizes = list(lengths(buckets_tokens, max_sequence)) or list(range(1, max_sequence + 1))
     widest = _smallest(sizes, len(chosen[-1]))

@@ -26,7 +26,7 @@ from edgeq.records import (
 )
 from edgeq.stages import Report
 from edgeq.texts import Tokens, batches, token_limit
-from edgeq.textsets import TextPlan, plan_texts
+from edgeq.textsets import TextPlan, plan_texts, spread_validation
 
 GOLDEN_TEXTS = 32
 
@@ -115,7 +115,8 @@ def _bundle(
     report(f"{stage}quantize", 1, 1)
     report(f"{stage}reference", 0, 1)
     limit = token_limit(target.buckets_tokens, model.max_sequence)
-    validation = stages.validation(floats, texts, request.cache, limit)
+    few = target.gate.parity_texts
+    validation = stages.validation(floats, spread_validation(texts, few), request.cache, limit)
     report(f"{stage}reference", 1, 1)
     with storage.work_dir() as work:
         report(f"{stage}lower", 0, 1)

@@ -41,7 +41,7 @@ def primitives(model: ir.Model) -> int:
         elif node.op_type == "Div":
             count += _unit_length(graph, node)
         elif node.op_type == "GatherElements":
-            count += _first_token(graph, node) or last_token(graph, node)
+            count += first_token(graph, node) or last_token(graph, node)
         elif node.op_type == "Where":
             count += cap_padding(graph, node)
         elif node.op_type == "Softmax":
@@ -101,7 +101,7 @@ def _unit_length(graph: ir.Graph, node: ir.Node) -> int:
     return 1
 
 
-def _first_token(graph: ir.Graph, node: ir.Node) -> int:
+def first_token(graph: ir.Graph, node: ir.Node) -> int:
     """Take the first token as it lies: static artifacts are given texts that begin at position 0, never padded left."""
     found = node.inputs[1]
     while (step := made_by(found, "Expand", "Unsqueeze", "Cast", "Reshape")) is not None:

@@ -16,6 +16,7 @@ from edgeq.errors import EdgeqError
 from edgeq.gemm import Site, sites
 from edgeq.observe import Statistics
 from edgeq.passes.graph import add_constant, add_node, checked, constant, dims, replace_uses
+from edgeq.quantize_htp import quantize_htp
 from edgeq.quantize_integer import LOWEST_IR_VERSION, quantize_integer
 from edgeq.records import Scheme
 
@@ -25,7 +26,7 @@ def quantize(
 ) -> tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]:
     """Put QuantizeLinear and DequantizeLinear around every token-level weight product and the embedding tables.
 
-    A scheme that leaves nothing float has more to do: see `edgeq.quantize_integer`.
+    A scheme that leaves nothing float has more to do: see `edgeq.quantize_integer` and `edgeq.quantize_htp`.
 
     Before::
 
@@ -48,6 +49,8 @@ def quantize(
     Raises:
         EdgeqError: a tensor has no statistics.
     """
+    if scheme.htp is not None:
+        return quantize_htp(model, observed, scheme)
     if scheme.integer is not None:
         return quantize_integer(model, observed, scheme)
     graph_model = ir.from_proto(model)

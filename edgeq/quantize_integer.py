@@ -96,7 +96,7 @@ def integer_form(
     graph = graph_model.graph
     del graph.outputs[1:]
     primitives(graph_model)
-    _join_positions(graph)
+    join_positions(graph)
     even_values(graph, seen)
     fold_norm_biases(graph, seen)
     if form.gemm_bits == 8:
@@ -108,7 +108,7 @@ def integer_form(
     return graph_model, seen
 
 
-def _join_positions(graph: ir.Graph) -> None:
+def join_positions(graph: ir.Graph) -> None:
     """Add a constant row, such as the token type's, to the table of positions."""
     for node in list(graph):
         sliced = made_by(node.inputs[1], "Slice") if node.op_type == "Add" else None

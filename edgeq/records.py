@@ -112,6 +112,14 @@ class IntegerForm(Record):
     tables: bool  # whether functions of 16 bits may be tables of all codes; else roots are interpolated, in two ranges
 
 
+class HtpForm(Record):
+    """Decide the unsigned bits of a scheme for Hexagon's tensor unit; what is not named here has 16."""
+
+    gemm_bits: int  # what weight products read and give, and activations between them
+    attention_bits: int  # queries, keys, values, scores, probabilities
+    widen_quantile: float  # as in IntegerForm; only 8-bit products need it
+
+
 class Scheme(Record):
     """Decide dtypes. Weights are symmetric per output channel, activations asymmetric per tensor."""
 
@@ -121,8 +129,14 @@ class Scheme(Record):
     activations_signed: bool
     embedding_bits: int
     range_method: RangeMethod
-    integer: IntegerForm | None = None  # None: what is no weight product stays float
+    integer: IntegerForm | None = None  # None, and no `htp`: what is no weight product stays float
+    htp: HtpForm | None = None
     raised: tuple[str, ...] = ()  # weight products with more bits than the rest: 16 where all is integer, else float
+
+    @property
+    def leaves_nothing_float(self) -> bool:
+        """Tell whether every tensor has codes."""
+        return self.integer is not None or self.htp is not None
 
 
 class QdqModel(Record):
@@ -146,6 +160,7 @@ class RunsOn(Record):
     machine: str  # as platform.machine() spells it
     cpu_flags_all: tuple[str, ...]
     cpu_flags_any: tuple[str, ...]
+    elsewhere: Literal["host-kernels", "emulator", "simulator"] = "host-kernels"  # where it ran on any other machine
 
 
 class Gate(Record):
@@ -162,6 +177,7 @@ class Gate(Record):
     host_operators_max: int  # operators that an accelerator's compiler leaves to the CPU beside it, in one file
     export_places: tuple[Place, ...]
     release_places: tuple[Place, ...]
+    parity_texts: int | None = None  # the most validation texts that run, where a run takes seconds; None: all
 
 
 class Target(Record):

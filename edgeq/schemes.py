@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from edgeq.errors import ConfigError
-from edgeq.records import IntegerForm, Scheme
+from edgeq.records import HtpForm, IntegerForm, Scheme
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
@@ -85,6 +85,24 @@ SCHEMES: dict[str, Scheme] = {
                 wide_gelu=True,
                 tables=True,
             ),
+        ),
+        Scheme(
+            name="w8a8-htp",
+            weight_bits=8,
+            activation_bits=8,
+            activations_signed=False,
+            embedding_bits=8,
+            range_method="minmax",
+            htp=HtpForm(gemm_bits=8, attention_bits=8, widen_quantile=0.5),
+        ),
+        Scheme(
+            name="w8a16-htp",
+            weight_bits=8,
+            activation_bits=16,
+            activations_signed=False,
+            embedding_bits=8,
+            range_method="minmax",
+            htp=HtpForm(gemm_bits=16, attention_bits=16, widen_quantile=1.0),
         ),
     )
 }

@@ -24,6 +24,7 @@ from edgeq.texts import Tokens
 Report = Callable[[str, int, int], None]
 
 _TAIL = 0.1  # of the texts: the worst tenth counts as much as all of them
+_PRODUCTS = ("Gemm", "MatMul")
 _CODERS = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -88,11 +89,11 @@ def measure(
     batches = equal_length_batches(tokens, max(len(ids) for ids in tokens.ids))
 
     def embed(model: onnx.ModelProto) -> Embeddings:
-        return embed_batches(FloatSession.of(model, optimize=scheme.integer is None), batches, len(tokens.ids))
+        return embed_batches(FloatSession.of(model, optimize=not scheme.leaves_nothing_float), batches, len(tokens.ids))
 
     reference = embed_batches(FloatSession.of(float_model), batches, len(tokens.ids))
     base = _quality(reference, embed(qdq_model))
-    weights = None if scheme.integer is not None else _weights(float_model)
+    weights = None if scheme.leaves_nothing_float else _weights(float_model)
     found = []
     for done, name in enumerate(names):
         report("sensitivity", done, len(names))
@@ -120,7 +121,7 @@ def raised(
 
     Args:
         model: not changed.
-        names: of MatMul nodes.
+        names: of MatMul or Gemm nodes.
         weights: float32 weights by product, which replace the codes; None keeps the codes of weights.
 
     Raises:
@@ -130,7 +131,7 @@ def raised(
     changed.CopyFrom(model)
     graph = changed.graph
     made = {output: node for node in graph.node for output in node.output}
-    products = {node.name: node for node in graph.node if node.op_type == "MatMul" and node.name in set(names)}
+    products = {node.name: node for node in graph.node if node.op_type in _PRODUCTS and node.name in set(names)}
     missing = sorted(set(names) - set(products))
     if missing:
         raise EdgeqError(f"the QDQ model has no product named {', '.join(missing)}")

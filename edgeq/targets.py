@@ -38,7 +38,7 @@ def list_targets(targets_dir: Path | None = None) -> tuple[Target, ...]:
         ConfigError: a file is no valid target, or the folder holds none.
     """
     folder = targets_dir or data_dir("targets")
-    files = sorted(folder.glob("*.toml")) if folder.is_dir() else []
+    files = sorted(folder.glob("*.toml"), key=lambda path: path.stem) if folder.is_dir() else []
     if not files:
         raise ConfigError(f"{folder}: no target files (*.toml) are there; give --targets a folder that holds some")
     return tuple(_read(path) for path in files)

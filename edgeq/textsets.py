@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from edgeq.corpora import deduplicate, default_texts, read_texts, refuse_overlap, sample, split
 from edgeq.errors import ConfigError
@@ -75,3 +78,15 @@ def plan_texts(
             "Give more texts, or a file with --validation."
         )
     return TextPlan(tuple(chosen), tuple(compared), origin, compared_origin)
+
+
+def spread(texts: Sequence[str], most: int | None) -> tuple[str, ...]:
+    """Give at most so many texts, evenly spread; all when there is no limit."""
+    if most is None or len(texts) <= most:
+        return tuple(texts)
+    return tuple(texts[int(row)] for row in np.linspace(0, len(texts) - 1, most).round())
+
+
+def spread_validation(plan: TextPlan, most: int | None) -> TextPlan:
+    """Keep at most so many of a plan's validation texts."""
+    return replace(plan, validation=spread(plan.validation, most))

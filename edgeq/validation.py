@@ -15,6 +15,7 @@ from edgeq.machine import place
 from edgeq.records import Manifest, ParityReport
 from edgeq.reference import FloatSession
 from edgeq.texts import Tokenizer, batches, text_set, token_limit
+from edgeq.textsets import spread
 
 Report = Callable[[str, int, int], None]
 
@@ -37,7 +38,8 @@ def validate(bundle: Path, texts: Path | None, column: str | None, float_model: 
     manifest = load_manifest(bundle)
     target = manifest.target
     require_cpu(target)
-    chosen = deduplicate(read_texts(texts or default_texts()[1], column if texts else None))
+    most = target.gate.parity_texts if texts is None else None  # the user's own run whole, however long that takes
+    chosen = spread(deduplicate(read_texts(texts or default_texts()[1], column if texts else None)), most)
     limit = token_limit(target.buckets_tokens, manifest.source.max_sequence)
     tokens = Tokenizer.from_file(bundle / "tokenizer.json", limit).encode(chosen)
     report("float32", 0, 1)
@@ -47,7 +49,7 @@ def validate(bundle: Path, texts: Path | None, column: str | None, float_model: 
     session = _session(manifest, bundle)
     embeddings = embed_batches(session, batches(tokens), len(chosen))
     report("artifact", 1, 2)
-    invariance = parity.invariance(session, tokens, limit, target.buckets_tokens)
+    invariance = parity.invariance(session, tokens, limit, target.buckets_tokens, target.gate.parity_texts)
     report("artifact", 2, 2)
     return parity.report(
         target,

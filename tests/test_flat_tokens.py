@@ -15,8 +15,8 @@ import pytest
 from edgeq import calibrate, quantize
 from edgeq.backends import onnxruntime as backend
 from edgeq.backends.contract import embed_batches
-from edgeq.backends.onnxruntime.flat_tokens import flat_tokens
 from edgeq.backends.onnxruntime.joined_heads import JOINT, joined_heads
+from edgeq.flat_tokens import flat_tokens
 from edgeq.passes.graph import add_constant, add_node, made_by, readers
 from edgeq.reference import FloatSession
 from edgeq.schemes import SCHEMES

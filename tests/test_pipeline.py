@@ -101,6 +101,27 @@ def test_an_integer_only_bundle_holds_dense_and_pooling(
     assert (short != long).any()
 
 
+@pytest.mark.qnn
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_an_htp_bundle_holds_dense_and_pooling_and_says_how_many_texts_ran(
+    request_: pipeline.ExportRequest, tmp_path: Path, pooling: str
+) -> None:
+    pytest.importorskip("onnxruntime_qnn", reason="needs the extra `qnn`")
+    target = load_target("snapdragon-8-gen-3")
+    gate = target.gate.model_copy(update={"cosine_mean_min": 0.998, "top10_overlap_min": 0.5, "spearman_min": 0.9})
+    target = target.model_copy(update={"gate": gate, "buckets_tokens": (16, 512)})
+    model = tiny_source.sentence_transformer(tmp_path / "model", pooling=pooling, dense=pooling == "mean")
+    (made,) = pipeline.export(replace(request_, model=str(model), targets=(target,)), silent)
+    assert (made.status, made.failures, made.ran_on) == ("passed", (), "emulator")
+    report = json.loads((Path(made.path) / "parity.json").read_text(encoding="utf-8"))
+    assert report["texts"]["count"] == report["measures"]["texts"] == gate.parity_texts == 24
+    assert verify(Path(made.path)).max_abs_error == 0.0
+    embedder = load(made.path)
+    assert embedder.max_sequence == 64
+    card = (Path(made.path) / "README.md").read_text(encoding="utf-8")
+    assert "QAIRT's number\n57 (HTP v75)" in card and "onnxruntime_qnn" in card
+
+
 def openvino_target(name: str, **gate: object) -> Target:
     target = load_target(name)
     easy = EASY.model_copy(update={"export_places": target.gate.export_places, "invariance_min": 0.999, **gate})

@@ -75,6 +75,9 @@ def test_what_a_machine_lacks_is_listed() -> None:
     assert "no_such_flag" in machine.meets(runs_on(cpu_flags_all=("no_such_flag",)))[0]
     assert machine.meets(runs_on(cpu_flags_any=("no_such_flag", "nor_this")))
     assert machine.place(runs_on(machine="riscv128")) == "host-kernels"
+    assert machine.place(runs_on(machine="riscv128", elsewhere="emulator")) == "emulator"
+    with pytest.raises(ValueError, match="elsewhere"):
+        runs_on(elsewhere="device")  # what stands in for a device is none
 
 
 def test_the_kernels_flags_count_only_where_they_agree_with_the_cpu() -> None:

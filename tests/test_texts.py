@@ -133,3 +133,13 @@ def test_the_check_finds_what_is_wrong(line: str | None, message: str, tmp_path:
     done = check(tmp_path)
     assert done.returncode == 1
     assert message in done.stderr
+
+
+def test_few_texts_are_spread_over_all_of_them() -> None:
+    every = tuple(f"text {row}" for row in range(100))
+    few = textsets.spread(every, 4)
+    assert few == ("text 0", "text 33", "text 66", "text 99")
+    assert textsets.spread(every, None) == textsets.spread(every, 100) == every
+    plan = textsets.TextPlan(every, every[:9], "a", "b")
+    kept = textsets.spread_validation(plan, 3)
+    assert (kept.calibration, kept.validation) == (every, ("text 0", "text 4", "text 8"))

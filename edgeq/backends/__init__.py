@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeq.backends import ethos_u, onnxruntime, openvino, tflite
+from edgeq.backends import ethos_u, onnxruntime, openvino, qnn, tflite
 from edgeq.backends.contract import Backend
 from edgeq.errors import ConfigError
 
@@ -10,6 +10,7 @@ BACKENDS: dict[str, Backend] = {
     "ethos_u": ethos_u,
     "onnxruntime": onnxruntime,
     "openvino": openvino,
+    "qnn": qnn,
     "tflite": tflite,
 }
 

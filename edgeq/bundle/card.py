@@ -11,6 +11,7 @@ from edgeq.records import Manifest, ParityReport, Place
 from edgeq.texts import lengths
 
 TEMPLATE = "model_card.md.j2"
+CONTEXT_SUFFIX = "_ctx.onnx"  # ONNX around a compiled binary, which only its provider can run
 # What sentence-transformers opens by itself -> the name of its backend, and of its extra.
 SENTENCE_TRANSFORMERS_FILES = {"onnx/model.onnx": "onnx", "openvino/openvino_model.xml": "openvino"}
 
@@ -41,7 +42,8 @@ def render_card(manifest: Manifest, report: ParityReport, pad_id: int) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
-    is_onnx = manifest.artifact.files[0].path.endswith(".onnx")
+    is_context = manifest.artifact.files[0].path.endswith(CONTEXT_SUFFIX)
+    is_onnx = manifest.artifact.files[0].path.endswith(".onnx") and not is_context
     is_tflite = manifest.artifact.files[0].path.endswith(".tflite")
     is_openvino = manifest.artifact.files[0].path.endswith(".xml")
     buckets = lengths(manifest.target.buckets_tokens, manifest.source.max_sequence)
@@ -56,6 +58,7 @@ def render_card(manifest: Manifest, report: ParityReport, pad_id: int) -> str:
         interpreter=manifest.target.runtime.get("interpreter", "litert"),
         is_onnx=is_onnx,
         is_tflite=is_tflite,
+        is_context=is_context,
         is_openvino=is_openvino,
         weights_path=manifest.artifact.files[-1].path,
         sentence_transformers_backend=SENTENCE_TRANSFORMERS_FILES.get(manifest.artifact.files[0].path),

@@ -14,10 +14,10 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from edgeq.backends.contract import Embeddings, OperatorVerdict, Rejection, Session, Verdict
-from edgeq.backends.onnxruntime.flat_tokens import flat_tokens
 from edgeq.backends.onnxruntime.joined_heads import JOINT, joined_heads
 from edgeq.dialect import OPERATORS
 from edgeq.errors import ConfigError, LoweringFailed
+from edgeq.flat_tokens import flat_tokens
 from edgeq.machine import meets
 from edgeq.passes.graph import checked
 from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target

@@ -48,7 +48,7 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
 
 def quantises_products_only(model: QdqModel, target: Target) -> str | None:
     """The scheme must leave in float what is no weight product: OpenVINO runs 16-bit activations in float."""
-    return f"scheme {model.scheme.name} leaves nothing float" if model.scheme.integer is not None else None
+    return f"scheme {model.scheme.name} leaves nothing float" if model.scheme.leaves_nothing_float else None
 
 
 def has_unsigned_activations(model: QdqModel, target: Target) -> str | None:

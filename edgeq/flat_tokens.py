@@ -17,7 +17,7 @@ _STARTS = frozenset({"LayerNormalization", "MatMul", "QuantizeLinear"})
 _INT32 = np.iinfo(np.int32)
 
 
-def flat_tokens(model: ir.Model) -> int:
+def flat_tokens(model: ir.Model, take_summands: bool = True) -> int:
     """Take batch and sequence together wherever ops treat each token alone, and give the number of Gemm nodes made.
 
     Before::
@@ -28,8 +28,12 @@ def flat_tokens(model: ir.Model) -> int:
 
         x[tokens, in] ─ Q ─ DQ ─ Gemm(DQ(codes), DQ(int32 bias)) ─ Reshape[batch, sequence, heads, size]
 
-    ONNX Runtime adds a bias inside a quantised Gemm, and in a pass of its own behind a quantised MatMul. The bias is
+    Runtimes add a bias inside a quantised Gemm, and in a pass of its own behind a quantised MatMul. The bias is
     rounded to the step of the integer sums, far below the rounding of the activations.
+
+    Args:
+        model: edited in place.
+        take_summands: let a float Gemm without bias add what is added behind it.
     """
     graph = model.graph
     flat = _flat_values(graph)
@@ -44,7 +48,7 @@ def flat_tokens(model: ir.Model) -> int:
         value.shape = None
     made = sum(_as_gemm(graph, node) for node in list(graph) if node.op_type == "MatMul" and node.outputs[0] in flat)
     for node in list(graph):
-        if node.op_type == "Gemm":
+        if node.op_type == "Gemm" and take_summands:
             _take_summand(node)
     for value in (value for node in graph for value in node.outputs):
         if not value.is_graph_output():

@@ -1,0 +1,225 @@
+"""Lower a QDQ model to one HTP context binary for each bucket, and run them in QAIRT's emulator, in a child process."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeq.backends.contract import Embeddings, Rejection
+from edgeq.children import Worker, pack, unpack
+from edgeq.errors import BundleCorrupt, ConfigError, LoweringFailed, ToolMissing
+from edgeq.records import Artifact, Placement, QdqModel, Target
+from edgeq.storage import file_ref, replacing_dir
+from edgeq.texts import Feeds, fitted, lengths, rows_by_bucket
+
+FOLDER = "qnn"
+
+# The SoCs whose number and HTP version are known. Source: pytorch/executorch, backends/qualcomm/serialization,
+# qc_schema.py (QcomChipset); 60, Snapdragon X Elite: microsoft/Olive, the option `soc` of its QNN context binary pass;
+# 30: what QAIRT 2.51 writes for v68 without a number.
+HTP_OF_SOC = {30: 68, 43: 73, 57: 75, 60: 73, 69: 79, 87: 81}
+
+_SETTINGS = {"soc_model", "htp_arch", "vtcm_mb", "optimization_mode", "io"}
+_LOWEST_GLIBC = (2, 35)  # Source: onnxruntime-qnn 2.7.0, the wheel's tag manylinux_2_35_x86_64
+_RUN_LIMIT_S = 3600.0  # the emulator takes seconds for a text
+
+Rule = Callable[[QdqModel, Target], str | None]
+
+
+def has_htp_form(model: QdqModel, target: Target) -> str | None:
+    """The scheme must be one for HTP: unsigned codes on every tensor, nothing float."""
+    return f"scheme {model.scheme.name} has another form" if model.scheme.htp is None else None
+
+
+def has_buckets(model: QdqModel, target: Target) -> str | None:
+    """HTP takes static shapes: the target needs sequence lengths of at least 2 tokens, each once."""
+    buckets = target.buckets_tokens
+    is_right = buckets and len(set(buckets)) == len(buckets) and min(buckets) >= 2
+    return None if is_right else f"buckets_tokens is {list(buckets)}"
+
+
+def has_known_settings(model: QdqModel, target: Target) -> str | None:
+    """[runtime] holds soc_model, htp_arch, vtcm_mb, optimization_mode (1 to 3) and io ("float" or "quantized")."""
+    unknown = set(target.runtime) ^ _SETTINGS
+    if unknown:
+        return f"missing or unknown: {', '.join(sorted(unknown))}"
+    if target.runtime["io"] not in ("float", "quantized"):
+        return f'io is "{target.runtime["io"]}"'
+    if target.runtime["optimization_mode"] not in (1, 2, 3):
+        return f"optimization_mode is {target.runtime['optimization_mode']}"
+    return None
+
+
+def names_one_soc(model: QdqModel, target: Target) -> str | None:
+    """soc_model must be a known SoC and htp_arch its own: the compiler lets soc_model win without a word."""
+    soc, arch = (target.runtime.get(key) for key in ("soc_model", "htp_arch"))
+    if soc not in HTP_OF_SOC:
+        return f"soc_model is {soc}; known are {', '.join(map(str, HTP_OF_SOC))}"
+    known = HTP_OF_SOC[int(soc)]
+    return None if arch == known else f"soc_model {soc} has HTP v{known}, htp_arch is {arch}"
+
+
+RULES: tuple[Rule, ...] = (has_htp_form, has_buckets, has_known_settings, names_one_soc)
+
+
+def tools() -> Mapping[str, str]:
+    """Give the versions of what compiles and runs context binaries.
+
+    Raises:
+        ToolMissing: onnxruntime-qnn is not installed, or this machine's C library is older than it needs.
+    """
+    try:
+        found = {name: version(name) for name in ("onnxruntime", "onnxruntime-qnn")}
+    except PackageNotFoundError as error:
+        raise ToolMissing(f'{error.name} is not installed; pip install "edgeq[qnn]"') from error
+    library, release = platform.libc_ver()
+    numbers = tuple(int(part) for part in release.split(".")[:2]) if library == "glibc" else (0, 0)
+    if numbers < _LOWEST_GLIBC:
+        raise ToolMissing(
+            f"onnxruntime-qnn {found['onnxruntime-qnn']} needs glibc {'.'.join(map(str, _LOWEST_GLIBC))} or newer; "
+            f"this machine has {library or 'another C library'} {release}. Use a newer system (Debian 12, "
+            'Ubuntu 22.04) or a container of one, and there pip install "edgeq[qnn]"'
+        )
+    return found
+
+
+def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
+    """List every rule that the model or the target does not meet."""
+    found = [(rule.__doc__ or rule.__name__, rule(model, target)) for rule in RULES]
+    return tuple(Rejection(sentence, detail) for sentence, detail in found if detail is not None)
+
+
+def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
+    """Write `qnn/model_seq_N_ctx.onnx` with its binary below `out_dir`, for each bucket.
+
+    Args:
+        model: the QDQ model.
+        target: whose SoC, buckets and settings are used.
+        out_dir: an existing folder.
+
+    Returns:
+        The artifact; its placement counts operators of the largest bucket, as the compiler took them.
+
+    Raises:
+        ToolMissing: onnxruntime-qnn cannot be used here.
+        LoweringFailed: the compiler refuses or dies, leaves a node on the CPU, or wrote a binary for another SoC.
+        StorageFailed: the files cannot be written.
+    """
+    from edgeq.backends.qnn.compiling import BINARY, CONTEXT, compile_bucket
+    from edgeq.backends.qnn.static import static
+
+    versions = dict(tools())
+    buckets = sorted(lengths(target.buckets_tokens, model.max_sequence), reverse=True)
+    has_codes = target.runtime["io"] == "quantized"
+    names = [pattern.format(length) for length in buckets for pattern in (CONTEXT, BINARY)]
+    with replacing_dir(out_dir / FOLDER) as folder:
+        compiled = [
+            compile_bucket(static(ir.load(model.file.path), length, has_codes), length, target, folder)
+            for length in buckets
+        ]
+        missing = {name for part in compiled for name in model.integer_matmuls if name not in part.products}
+        if missing:
+            raise LoweringFailed(
+                f"{target.name}: {', '.join(sorted(missing))} are weight products of the scheme, but the compiler took "
+                "none of that name; please report the model"
+            )
+        extra = {path.name for path in folder.iterdir()} ^ set(names)
+        if extra:
+            raise LoweringFailed(f"{target.name}: the compiler wrote other files: {', '.join(sorted(extra))}")
+    return Artifact(
+        backend=target.backend,
+        target=target.name,
+        files=tuple(file_ref(out_dir / FOLDER / name, relative_to=out_dir) for name in names),
+        qdq_sha256=model.file.sha256,
+        placement=Placement(
+            integer_matmuls=len(model.integer_matmuls),
+            float_by_scheme=(),
+            float_fallbacks=(),
+            operators=compiled[0].operators,
+        ),
+        tools={**versions, "QAIRT": compiled[0].info["build"]},
+    )
+
+
+def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> QnnSession:
+    """Load the context binaries in the emulator, in a child process.
+
+    Args:
+        artifact: what `lower` gave.
+        bundle: the folder that its paths are relative to.
+        target: SoC, buckets and settings.
+        threads: the emulator decides for itself.
+
+    Raises:
+        ToolMissing: onnxruntime-qnn cannot be used here.
+        BundleCorrupt: a binary is for another SoC, or has other inputs and outputs than its target asks for.
+        LoweringFailed: the emulator refuses a binary, or dies of it.
+    """
+    tools()
+    from edgeq.backends.qnn.compiling import mismatches, worker
+
+    binaries = {_length(ref.path): bundle / ref.path for ref in artifact.files if ref.path.endswith(".bin")}
+    contexts = {_length(ref.path): bundle / ref.path for ref in artifact.files if ref.path.endswith(".onnx")}
+    child = worker(_RUN_LIMIT_S)
+    infos = {length: child.call(do="describe", path=str(path.resolve())) for length, path in binaries.items()}
+    for length, path in binaries.items():
+        problems = mismatches(infos[length], target, length)
+        if problems:
+            child.close()
+            raise BundleCorrupt(f"{path}: {'; '.join(problems)}. Fetch or export the bundle again.")
+    child.call(do="load", contexts={length: str(path.resolve()) for length, path in contexts.items()})
+    return QnnSession(child, {length: info["outputs"][0] for length, info in infos.items()})
+
+
+def _length(path: str) -> int:
+    """Read the bucket from a file's name: qnn/model_seq_128_ctx.onnx."""
+    return int(Path(path).name.split("_")[2])
+
+
+class QnnSession:
+    """Keep a child with loaded binaries; call it with feeds. Each text runs in the smallest bucket that it fits.
+
+    It times nothing: an emulator's time says nothing of the device's.
+    """
+
+    def __init__(self, child: Worker, outputs: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take a child that has loaded the binaries, and what each says of its output."""
+        self._worker = child
+        self._outputs = outputs
+        self._buckets = sorted(outputs)
+
+    def __call__(self, feeds: Feeds) -> Embeddings:
+        """Give the sentence embeddings, float32[batch, dim]; codes are dequantised as the binary says.
+
+        Raises:
+            ConfigError: there are no texts, or one is longer than the largest bucket.
+        """
+        embeddings: Embeddings | None = None
+        for bucket, members in rows_by_bucket(feeds, self._buckets).items():
+            vectors = self._run(bucket, feeds.input_ids[members], feeds.attention_mask[members])
+            if embeddings is None:
+                embeddings = np.empty((len(feeds.input_ids), vectors.shape[1]), np.float32)
+            embeddings[members] = vectors
+        if embeddings is None:
+            raise ConfigError("no texts to embed: give at least one")
+        return embeddings
+
+    def _run(self, bucket: int, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> Embeddings:
+        output = self._outputs[bucket]
+        dtype = np.int64 if output["scale"] is None else np.int32
+        inputs = {
+            name: pack(fitted(rows, bucket).astype(dtype)[:, None, :])
+            for name, rows in (("input_ids", input_ids), ("attention_mask", attention_mask))
+        }
+        vectors = unpack(self._worker.call(do="run_many", length=bucket, inputs=inputs)["output"])[:, 0]
+        if output["scale"] is None:
+            return vectors.astype(np.float32)
+        embeddings: Embeddings = (vectors.astype(np.float32) - output["zero_point"]) * np.float32(output["scale"])
+        return embeddings

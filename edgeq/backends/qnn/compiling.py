@@ -1,0 +1,165 @@
+"""Compile one bucket to a context binary in a child process, and prove that all of it runs on the tensor unit."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from edgeq.cache import Cache
+from edgeq.children import Worker
+from edgeq.errors import LoweringFailed
+from edgeq.records import Target
+from edgeq.storage import storage_errors
+
+COMMAND = (sys.executable, "-m", "edgeq.backends.qnn.child")
+CONTEXT, BINARY = "model_seq_{}_ctx.onnx", "model_seq_{}_ctx_qnn.bin"  # the second name is the compiler's own
+PROVIDER = "QNNExecutionProvider"
+LOGS = "qnn-logs"  # the kind `edgeq cache` lists and purges them under
+COMPILE_LIMIT_S = 600.0
+
+# What ONNX Runtime and the compiler write of an operator that they refuse.
+# Source: onnxruntime-qnn 2.7.0, qnn_execution_provider.cc (GetCapabilityImpl) and qnn_model_wrapper.cc (CreateQnnNode).
+_REFUSED = (
+    re.compile(r"\{ name: (?P<name>[^,}]+), type: (?P<type>\w+) \}"),
+    re.compile(r"failed for node `(?P<name>[^`]+)` of type `(?P<type>\w+)`"),
+)
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_LOG_LINES = 6
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Hold what compiling one bucket gave.
+
+    Attributes:
+        products: names of the weight products on the tensor unit.
+        operators: how many of each operator it took.
+        info: what the binary says of itself.
+    """
+
+    products: frozenset[str]
+    operators: dict[str, int]
+    info: dict[str, Any]
+
+
+def worker(time_limit_s: float) -> Worker:
+    """Start a child.
+
+    Raises:
+        ToolMissing: the interpreter cannot be started.
+    """
+    return Worker(COMMAND, "onnxruntime-qnn", time_limit_s=time_limit_s)
+
+
+def options(target: Target) -> dict[str, str]:
+    """Give the provider's options that a target sets."""
+    runtime = target.runtime
+    return {
+        "htp_arch": str(runtime["htp_arch"]),
+        "soc_model": str(runtime["soc_model"]),
+        "vtcm_mb": str(runtime["vtcm_mb"]),
+        "htp_graph_finalization_optimization_mode": str(runtime["optimization_mode"]),
+    }
+
+
+def compile_bucket(model: onnx.ModelProto, length: int, target: Target, folder: Path) -> Compiled:
+    """Write `model_seq_LENGTH_ctx.onnx` and its binary into a folder.
+
+    Args:
+        model: the QDQ model for one text of `length` tokens.
+        length: in tokens.
+        target: the SoC, and how to compile for it.
+        folder: an existing one, where nothing is kept when this raises.
+
+    Raises:
+        LoweringFailed: the compiler refuses an operator, dies, or wrote something wrong; the message names the operator
+            where the log does, and the place of the whole log.
+    """
+    source, context = folder / f"seq_{length}.onnx", folder / CONTEXT.format(length)
+    log = log_path(target, length)
+    with storage_errors(f"writing {source.name}"):
+        source.write_bytes(model.SerializeToString(deterministic=True))
+    try:
+        with worker(COMPILE_LIMIT_S) as child:
+            reply = child.call(
+                do="compile", model=str(source), context=str(context), options=options(target), log=str(log)
+            )
+            info = child.call(do="describe", path=str(folder / BINARY.format(length)))
+    except LoweringFailed as error:
+        raise LoweringFailed(explained(str(error), log, target, length)) from error
+    finally:
+        source.unlink(missing_ok=True)
+    operators, products = placed(reply["partitions"], target.name)
+    problems = mismatches(info, target, length)
+    if problems:
+        raise LoweringFailed(
+            f"{target.name}: the binary for {length} tokens is not what was asked for: {'; '.join(problems)}. "
+            "Check soc_model and htp_arch in the target: the first silently wins over the second."
+        )
+    return Compiled(products, operators, info)
+
+
+def log_path(target: Target, length: int) -> Path:
+    """Give the place of a compiler's log, which stays until the cache is purged."""
+    path = Cache().root / LOGS / target.name / f"seq_{length}.log"
+    with storage_errors(f"the cache {path.parent}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+    return path
+
+
+def explained(what: str, log: Path, target: Target, length: int) -> str:
+    """Say which operators a log names, repeat its end, and say where the whole of it lies."""
+    text = _COLOURS.sub("", log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else ""
+    found = [match for pattern in _REFUSED for match in pattern.finditer(text)]
+    refused = dict.fromkeys(f"{match['name']} ({match['type']})" for match in found)
+    lines = [line for line in text.strip().splitlines() if line.strip()][-_LOG_LINES:]
+    head = f"{target.name}: compiling for {length} tokens failed"
+    if refused:
+        head += f"; HTP refuses {', '.join(refused)}"
+    last = "\n".join(f"  {line[:300]}" for line in lines)
+    return f"{head}: {what}\nThe log ends with:\n{last}\nAll of it lies in {log}."
+
+
+def placed(partitions: Sequence[Mapping[str, Any]], name: str) -> tuple[dict[str, int], frozenset[str]]:
+    """Give the operators and the weight products on the tensor unit.
+
+    Raises:
+        LoweringFailed: the graph fell into several parts, or a node stayed on the CPU; each is named.
+    """
+    elsewhere = [
+        f"{node[1]} ({node[0]}) on {part['provider']}"
+        for part in partitions
+        if part["provider"] != PROVIDER
+        for node in part["nodes"]
+    ]
+    count = sum(part["provider"] == PROVIDER for part in partitions)
+    if elsewhere or count != 1:
+        listed = f"; elsewhere: {', '.join(elsewhere)}" if elsewhere else ""
+        raise LoweringFailed(f"{name}: HTP takes the graph in {count} partitions{listed}. One of all nodes is needed.")
+    nodes = [node for part in partitions for node in part["nodes"]]
+    products = frozenset(node[1] for node in nodes if node[0] == "Gemm")
+    return dict(sorted(Counter(node[0] for node in nodes).items())), products
+
+
+def mismatches(info: Mapping[str, Any], target: Target, length: int) -> list[str]:
+    """Compare what a binary says of itself with what its target asks for."""
+    is_quantized = target.runtime["io"] == "quantized"
+    ids, vector = ("int32", "uint16 codes") if is_quantized else ("int64", "float32")
+    inputs = {(item["name"], item["dtype"], tuple(item["shape"])) for item in info["inputs"]}
+    wanted_inputs = {(name, ids, (1, length)) for name in ("input_ids", "attention_mask")}
+    outputs = [(item["name"], item["dtype"]) for item in info["outputs"]]
+    checks = (
+        ("it is for SoC", info["soc_model"], target.runtime["soc_model"]),
+        ("graphs", info["graphs"], 1),
+        ("its inputs are", sorted(inputs), sorted(wanted_inputs)),
+        ("its outputs are", outputs, [("sentence_embedding", vector)]),
+    )
+    return [f"{what} {found}, {wanted} is needed" for what, found, wanted in checks if found != wanted]

@@ -1,0 +1,154 @@
+"""The HTP form: FP32 unchanged by what is folded, unsigned codes on every tensor, 16 bits where the rule says so."""
+
+from __future__ import annotations
+
+import encoder
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import numpy_helper
+
+from edgeq import calibrate, quantize
+from edgeq.backends.contract import Embeddings, embed_batches
+from edgeq.errors import EdgeqError, Unsupported
+from edgeq.gemm import SIDE
+from edgeq.htp_form import htp_form
+from edgeq.passes.graph import checked, constant, made_by
+from edgeq.reference import FloatSession
+from edgeq.schemes import SCHEMES
+from edgeq.texts import Tokens, batches
+
+TOKENS = Tokens(encoder.tokens(3, 40), 0, 0)
+HTP = ("w8a8-htp", "w8a16-htp")
+LAYERS, PRODUCTS = 2, 16  # six in each layer, and two of its side path
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report to nobody."""
+
+
+def embed(model: onnx.ModelProto) -> Embeddings:
+    return embed_batches(FloatSession.of(model, optimize=False), batches(TOKENS), len(TOKENS.ids))
+
+
+def centred_cosines(first: Embeddings, second: Embeddings) -> np.ndarray:
+    """Compare after subtracting the mean: random encoders hardly separate texts."""
+    a, b = (x.astype(np.float64) - first.mean(0) for x in (first, second))
+    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> calibrate.Observed:
+    return calibrate.calibrate(encoder.encoder(), Tokens(encoder.tokens(1, 64), 0, 0), 0, silent)
+
+
+@pytest.fixture(scope="module")
+def models(calibrated: calibrate.Observed) -> dict[str, onnx.ModelProto]:
+    return {name: quantize.quantize(calibrated.model, calibrated.statistics, SCHEMES[name])[0] for name in HTP}
+
+
+def bits_of(value: ir.Value | None) -> int:
+    """Give the bits of the codes that a dequantised value comes from."""
+    dequantize = made_by(value, "DequantizeLinear")
+    assert dequantize is not None, f"{value} is float"
+    zero_point = constant(dequantize.inputs[2])
+    assert zero_point is not None
+    return zero_point.dtype.itemsize * 8
+
+
+@pytest.mark.parametrize("name", HTP)
+def test_the_form_keeps_the_function(calibrated: calibrate.Observed, name: str) -> None:
+    form = SCHEMES[name].htp
+    assert form is not None
+    model, _, _ = htp_form(calibrated.model, calibrated.statistics, form)
+    kinds = [node.op_type for node in model.graph]
+    assert kinds.count("Gemm") == PRODUCTS and kinds.count("LpNormalization") == 1 and "ReduceL2" not in kinds
+    assert np.abs(embed(calibrated.model) - embed(checked(model))).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", HTP)
+def test_no_operator_reads_float_and_every_code_is_unsigned(models: dict[str, onnx.ModelProto], name: str) -> None:
+    graph = ir.from_proto(models[name]).graph
+    for node in graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            zero_point = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+            is_weight = str(node.name).endswith(("/weight", "/bias"))
+            assert is_weight or (zero_point is not None and zero_point.dtype in (np.uint8, np.uint16)), node.name
+            continue
+        for value in node.inputs:
+            is_float = value is not None and value.dtype == ir.DataType.FLOAT
+            assert not is_float or made_by(value, "DequantizeLinear") is not None, (node.name, value)
+
+
+def test_sixteen_bits_are_where_the_rule_says(models: dict[str, onnx.ModelProto]) -> None:
+    counted = {"Gemm": 0, "Add": 0, "LayerNormalization": 0}
+    for node in ir.from_proto(models["w8a8-htp"]).graph:
+        if node.op_type == "Gemm":
+            assert bits_of(node.inputs[0]) == (16 if str(node.name).endswith(SIDE) else 8), node.name
+            counted["Gemm"] += 1
+        elif node.op_type == "LayerNormalization":
+            assert [bits_of(value) for value in node.inputs[:2]] == [16, 8], node.name
+            counted["LayerNormalization"] += 1
+        elif node.op_type == "Add" and "masked" not in str(node.name):
+            assert [bits_of(value) for value in node.inputs] == [16, 16], node.name
+            counted["Add"] += 1
+        elif node.op_type == "MatMul" and "pooled" not in str(node.name):
+            assert [bits_of(value) for value in node.inputs] == [8, 8], node.name
+    assert counted == {"Gemm": PRODUCTS, "Add": 1 + 3 * LAYERS, "LayerNormalization": 1 + 2 * LAYERS}
+
+
+@pytest.mark.parametrize(("name", "floor"), [("w8a8-htp", 0.97), ("w8a16-htp", 0.985)])
+def test_vectors_are_near_fp32(
+    models: dict[str, onnx.ModelProto], calibrated: calibrate.Observed, name: str, floor: float
+) -> None:
+    assert centred_cosines(embed(calibrated.model), embed(models[name])).mean() > floor
+
+
+@pytest.mark.parametrize("tensor", ["layer.1.gelu/scale", "layer.0.norm/gain/scale", "layer.1.ffn/weight/scale"])
+def test_a_wrong_scale_shows(
+    models: dict[str, onnx.ModelProto], calibrated: calibrate.Observed, tensor: str
+) -> None:
+    wrong = onnx.ModelProto()
+    wrong.CopyFrom(models["w8a16-htp"])
+    (scale,) = (item for item in wrong.graph.initializer if item.name == tensor)
+    scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) / np.float32(4), scale.name))
+    assert centred_cosines(embed(calibrated.model), embed(wrong)).mean() < 0.97
+
+
+def test_a_masked_token_leaves_nothing(models: dict[str, onnx.ModelProto]) -> None:
+    session = FloatSession.of(models["w8a16-htp"], optimize=False)
+    short = Tokens(TOKENS.ids[:4], 0, 0)
+    alone = embed_batches(session, batches(short, batch_size=1), 4)
+    (padded,) = batches(Tokens((*short.ids, (7,) * encoder.LONGEST), 0, 5), batch_size=5)
+    together = embed_batches(session, [padded], 5)[:4]
+    assert (alone * together).sum(1).min() > 0.9999
+
+
+def test_a_dense_layer_is_a_wide_product() -> None:
+    seen = calibrate.calibrate(encoder.encoder(dense=True), Tokens(encoder.tokens(1, 32), 0, 0), 0, silent)
+    model, products, floats = quantize.quantize(seen.model, seen.statistics, SCHEMES["w8a8-htp"])
+    (dense,) = (node for node in ir.from_proto(model).graph if node.name == "dense")
+    assert dense.op_type == "Gemm" and bits_of(dense.inputs[0]) == 16
+    assert "dense" in products and floats == ()
+
+
+def test_quantising_twice_gives_the_same_bytes(
+    models: dict[str, onnx.ModelProto], calibrated: calibrate.Observed
+) -> None:
+    again = quantize.quantize(calibrated.model, calibrated.statistics, SCHEMES["w8a8-htp"])[0]
+    assert again.SerializeToString(deterministic=True) == models["w8a8-htp"].SerializeToString(deterministic=True)
+
+
+def test_an_operator_without_form_is_named(calibrated: calibrate.Observed) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(calibrated.model)
+    next(node for node in model.graph.node if node.op_type == "Gelu" and SIDE not in node.name).op_type = "Erf"
+    with pytest.raises(Unsupported, match=r"layer\.0\.gelu: Erf has no form for HTP"):
+        quantize.quantize(model, calibrated.statistics, SCHEMES["w8a16-htp"])
+
+
+def test_missing_statistics_are_named(calibrated: calibrate.Observed) -> None:
+    fewer = {name: item for name, item in calibrated.statistics.items() if name != "layer.1.sum"}
+    with pytest.raises(EdgeqError, match=r"layer\.1\.sum"):
+        quantize.quantize(calibrated.model, fewer, SCHEMES["w8a16-htp"])
