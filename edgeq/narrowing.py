@@ -84,10 +84,10 @@ class _Rewriting:
         return known if known is not None else add_constant(self.graph, name, np.asarray(array, np.float32))
 
     def seen(self, value: ir.Value) -> Statistics:
-        """Give what was observed of a tensor, or of the one that it is in another shape."""
+        """Give what was observed of a tensor, or of the one that it is in another shape, or tokens of."""
         source: ir.Value | None = value
         while source is not None and str(source.name) not in self.observed:
-            step = made_by(source, "Squeeze", "Unsqueeze")
+            step = made_by(source, "Slice", "Squeeze", "Unsqueeze")
             source = step.inputs[0] if step is not None else None
         if source is None:
             raise EdgeqError(f"{value.name}: the calibration has no statistics of it")

@@ -101,6 +101,34 @@ def test_an_integer_only_bundle_holds_dense_and_pooling(
     assert (short != long).any()
 
 
+@pytest.mark.ethos_u
+@pytest.mark.parametrize("name", ["ethos-u55-256", "ethos-u85-256"])
+@pytest.mark.parametrize("pooling", ["mean", "weightedmean"])
+def test_an_ethos_u_bundle_holds_dense_and_pooling(
+    request_: pipeline.ExportRequest, tmp_path: Path, pooling: str, name: str
+) -> None:
+    pytest.importorskip("ethosu", reason="needs the extra `ethos-u`")
+    target = load_target(name)
+    gate = target.gate.model_copy(update={"cosine_mean_min": 0.9995, "cosine_min_min": 0.999, "host_operators_max": 3})
+    target = target.model_copy(update={"gate": gate, "buckets_tokens": (64,)})
+    model = tiny_source.sentence_transformer(
+        tmp_path / "model", pooling=pooling, dense=pooling == "mean", normalize=pooling != "mean_sqrt_len_tokens"
+    )
+    (made,) = pipeline.export(replace(request_, model=str(model), targets=(target,)), silent)
+    assert (made.status, made.failures) == ("passed", ())
+    assert made.ran_on == "host-kernels"
+    manifest = json.loads((Path(made.path) / "manifest.json").read_text(encoding="utf-8"))
+    placement = manifest["artifact"]["placement"]
+    assert placement["surprises"] == []
+    left = [item["output"] for item in placement["host_operators"]]
+    if name == "ethos-u85-256":
+        assert left == []
+    else:  # the lookup of the tokens, the cast of the mask; what has no share of one form looks it up
+        assert len(left) == (2 if pooling in ("mean", "cls", "mean_sqrt_len_tokens") else 3)
+    verify(Path(made.path))
+    assert "not a latency" in (Path(made.path) / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.qnn
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_an_htp_bundle_holds_dense_and_pooling_and_says_how_many_texts_ran(
