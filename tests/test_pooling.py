@@ -158,26 +158,3 @@ def test_shares_without_a_table_are_recognised_by_what_they_are(kind: str, power
     graph = ir.from_proto(model_of(nodes)).graph
     row = next(node for node in graph if node.op_type == "Unsqueeze").outputs[0]
     assert lowered.share_power(row, 6) == power
-
-
-@pytest.mark.parametrize("kind", ["mean", "root", "by place", "last"])
-def test_only_a_mean_is_taken_for_one(kind: str) -> None:
-    shares: dict[str, list[Node]] = {
-        "mean": [("Div", ["mask", "count"], "y", {})],
-        "root": [("Sqrt", ["count"], "root", {}), ("Div", ["mask", "root"], "y", {})],
-        "by place": [
-            ("CumSum", ["mask", "one"], "places", {}), ("Mul", ["places", "mask"], "weights", {}),
-            ("ReduceSum", ["weights", "axis"], "sum", {"keepdims": 1}), ("Div", ["weights", "sum"], "y", {}),
-        ],
-        "last": [
-            ("CumSum", ["mask", "one"], "places", {}), ("Equal", ["places", "count"], "is_last", {}),
-            ("Cast", ["is_last"], "whole", {"to": TensorProto.FLOAT}), ("Mul", ["whole", "mask"], "y", {}),
-        ],
-    }  # fmt: skip
-    mask: list[Node] = [
-        ("Cast", ["attention_mask"], "mask", {"to": TensorProto.FLOAT}),
-        ("ReduceSum", ["mask", "axis"], "count", {"keepdims": 1}),
-    ]
-    model = ir.from_proto(model_of([*mask, *shares[kind]]))
-    quantizer = ir.node("QuantizeLinear", [model.graph.outputs[0]], name="codes")
-    assert lowered.is_mean(quantizer, 6) is (kind == "mean")
