@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from edgeq import affine
 from edgeq.affine import Affine
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.folding import Observed
 from edgeq.observe import Statistics
-from edgeq.passes.graph import add_constant, add_node, add_node_after, readers
+from edgeq.passes.graph import add_constant, add_node, add_node_after, checked, readers
 
+LOWEST_IR_VERSION = 10  # of opset 21
 HEADROOM = 1.25  # of 16-bit ranges over what was observed: it costs a third of a bit, and saturation costs the text
 INTEGER_DTYPES: Mapping[int, type[np.integer[Any]]] = {8: np.int8, 16: np.int16}
 UNSIGNED_DTYPES: Mapping[int, type[np.integer[Any]]] = {8: np.uint8, 16: np.uint16}
@@ -172,6 +175,17 @@ class UnsignedGraph(CodedGraph):
     def wider(self, codes: Affine) -> Affine:
         """Give 16-bit codes for all that 8-bit codes hold: 257 steps for each, so that both hold the same values."""
         return Affine(codes.scale / 257, codes.zero_point * 257, 0, 65535)
+
+
+def finished(model: ir.Model) -> onnx.ModelProto:
+    """Give a model whose tensors were all coded, sorted and checked; shapes are inferred anew."""
+    TopologicalSortPass()(model)
+    RemoveUnusedNodesPass()(model)
+    for value in (value for node in model.graph for value in node.outputs):
+        if not value.is_graph_output():
+            value.shape = None
+    model.ir_version = LOWEST_IR_VERSION
+    return checked(model)
 
 
 def symmetric(largest: float, bits: int) -> Affine:

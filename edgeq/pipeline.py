@@ -157,7 +157,7 @@ def _scheme(request: ExportRequest, target: Target) -> Scheme:
     given = schemes.read(request.scheme)
     if given != schemes.raising(own, given.raised):
         raise ConfigError(
-            f"{request.scheme}: is a form of {given.name.split(schemes.SEPARATOR)[0]}; {target.name} takes {own.name}. "
+            f"{request.scheme}: is a form of {schemes.base_name(given)}; {target.name} takes {own.name}. "
             "Leave --scheme out, or choose another target."
         )
     return given

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from edgeq import affine, ranges, rounding
 from edgeq.affine import Affine
+from edgeq.coded import LOWEST_IR_VERSION
 from edgeq.errors import EdgeqError
 from edgeq.gemm import Site, sites
 from edgeq.observe import Statistics
 from edgeq.passes.graph import add_constant, add_node, checked, constant, dims, replace_uses
 from edgeq.quantize_htp import quantize_htp
-from edgeq.quantize_integer import LOWEST_IR_VERSION, quantize_integer
+from edgeq.quantize_integer import quantize_integer
 from edgeq.records import Scheme
 
 

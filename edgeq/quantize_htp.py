@@ -13,20 +13,19 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from edgeq import affine, rounding
 from edgeq.affine import Affine
-from edgeq.coded import HEADROOM, Coded, UnsignedGraph
+from edgeq.coded import HEADROOM, Coded, UnsignedGraph, finished
 from edgeq.coded_mask import LookedUpMasks
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.folding import Observed
 from edgeq.gemm import SIDE
 from edgeq.htp_form import htp_form
 from edgeq.observe import Statistics
-from edgeq.passes.graph import add_constant, add_node, add_node_after, checked, constant, readers
+from edgeq.passes.graph import add_constant, add_node, add_node_after, constant, readers
 from edgeq.primitives import ROW_MAXIMUM
-from edgeq.quantize_integer import GELU_FLOOR, LOWEST_IR_VERSION, MASKED_BELOW
+from edgeq.quantize_integer import GELU_FLOOR, MASKED_BELOW
 from edgeq.records import HtpForm, Scheme
 
 GAIN_BITS = 8  # LayerNorm's gain: the unit takes no other beside an int32 bias, on any version
@@ -61,13 +60,7 @@ def quantize_htp(
     for node in list(graph):
         coder.visit(node)
     coder.finish()
-    TopologicalSortPass()(graph_model)
-    RemoveUnusedNodesPass()(graph_model)
-    for value in (value for node in graph for value in node.outputs):
-        if not value.is_graph_output():
-            value.shape = None
-    graph_model.ir_version = LOWEST_IR_VERSION
-    return checked(graph_model), coder.products, ()
+    return finished(graph_model), coder.products, ()
 
 
 class _Coder:

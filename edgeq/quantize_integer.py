@@ -13,7 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 from edgeq import affine, rounding
 from edgeq.affine import Affine
 from edgeq.attention_shares import ExactShares
-from edgeq.coded import HEADROOM, INTEGER_DTYPES, Coded, CodedGraph, symmetric
+from edgeq.coded import HEADROOM, INTEGER_DTYPES, Coded, CodedGraph, finished, symmetric
 from edgeq.coded_mask import Masks
 from edgeq.coded_sums import ExactSums
 from edgeq.errors import EdgeqError, Unsupported
@@ -21,12 +21,11 @@ from edgeq.folding import Observed, even_values, fold_norm_biases, widen_outputs
 from edgeq.gemm import SIDE, bias_of
 from edgeq.narrowing import CHOICE, ROOT_HEADROOM, Fixed, narrow
 from edgeq.observe import Statistics
-from edgeq.passes.graph import add_constant, add_node, add_node_after, checked, constant, dims, made_by, readers
+from edgeq.passes.graph import add_constant, add_node, add_node_after, constant, dims, made_by, readers
 from edgeq.primitives import ROW_MAXIMUM, primitives
 from edgeq.records import IntegerForm, Scheme
 from edgeq.row_gains import outer_gains
 
-LOWEST_IR_VERSION = 10  # of opset 21
 OUTPUT_HEADROOM = 1.1
 # How far a masked score lies below the smallest maximum of a row, by how attention divides.
 MASKED_BELOW = {
@@ -69,13 +68,7 @@ def quantize_integer(
     for node in list(graph):
         coder.visit(node)
     coder.finish()
-    TopologicalSortPass()(graph_model)
-    RemoveUnusedNodesPass()(graph_model)
-    for value in (value for node in graph for value in node.outputs):
-        if not value.is_graph_output():
-            value.shape = None
-    graph_model.ir_version = LOWEST_IR_VERSION
-    return checked(graph_model), coder.products, ()
+    return finished(graph_model), coder.products, ()
 
 
 def integer_form(

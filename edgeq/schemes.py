@@ -111,10 +111,15 @@ SCHEMES: dict[str, Scheme] = {
 SEPARATOR = "+"  # between the name of a scheme and how many products are raised
 
 
+def base_name(scheme: Scheme) -> str:
+    """Give the name of a scheme without what is raised in it: the one that targets give."""
+    return scheme.name.split(SEPARATOR)[0]
+
+
 def raising(scheme: Scheme, products: Iterable[str]) -> Scheme:
     """Give a scheme that differs in these products, named so."""
     names = tuple(sorted(products))
-    base = scheme.name.split(SEPARATOR)[0]
+    base = base_name(scheme)
     name = f"{base}{SEPARATOR}{len(names)}" if names else base
     return scheme.model_copy(update={"name": name, "raised": names})
 
@@ -131,7 +136,7 @@ def read(path: Path) -> Scheme:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
     except ValidationError as error:
         raise ConfigError(f"{path}: is no scheme: {error}. Give a file that edgeq analyze --auto wrote.") from error
-    base = SCHEMES.get(found.name.split(SEPARATOR)[0])
+    base = SCHEMES.get(base_name(found))
     if base is None or found != raising(base, found.raised):
         raise ConfigError(
             f'{path}: the scheme "{found.name}" differs from those of this edgeq in more than its raised products. '

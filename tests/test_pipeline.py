@@ -15,7 +15,7 @@ pytest.importorskip("sentence_transformers", reason="needs the extra `export`")
 
 import tiny_source  # noqa: E402
 
-from edgeq import calibrate, cli, pipeline, storage  # noqa: E402
+from edgeq import calibrate, cli, pipeline, schemes, storage  # noqa: E402
 from edgeq.backends import openvino  # noqa: E402
 from edgeq.bundle import load_manifest, load_report, read_golden, verify  # noqa: E402
 from edgeq.bundle.checksums import write_sums  # noqa: E402
@@ -75,6 +75,28 @@ def test_an_export_writes_a_bundle_that_verifies(request_: pipeline.ExportReques
     assert manifest["artifact"]["placement"]["integer_matmuls"] == 12
     assert str(request_.out.parent) not in json.dumps(manifest)  # no machine path
     assert (Path(made.path) / "2_Dense" / "model.safetensors").is_file()
+
+
+def test_a_scheme_with_raised_products_makes_a_bundle_that_verifies(
+    request_: pipeline.ExportRequest, tmp_path: Path
+) -> None:
+    (plain,) = pipeline.export(request_, silent)
+    own = schemes.find(request_.targets[0].scheme, "")
+    manifest = json.loads((Path(plain.path) / "manifest.json").read_text(encoding="utf-8"))
+    raised, path = manifest["qdq_model"]["integer_matmuls"][0], tmp_path / "scheme.json"
+    path.write_text(schemes.raising(own, [raised]).model_dump_json(), encoding="utf-8")
+    wanted = replace(request_, scheme=path, out=tmp_path / "raised")
+    (made,) = pipeline.export(wanted, silent)
+    manifest = json.loads((Path(made.path) / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["qdq_model"]["scheme"]["name"] == f"{own.name}+1"
+    assert raised in manifest["artifact"]["placement"]["float_by_scheme"]
+    assert verify(Path(made.path)).status == "passed"
+    path.write_text(schemes.raising(own, ["no.such.product"]).model_dump_json(), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"raises no\.such\.product, which this model does not have"):
+        pipeline.export(wanted, silent)
+    path.write_text(schemes.raising(schemes.find("w8a8-int", ""), []).model_dump_json(), encoding="utf-8")
+    with pytest.raises(ConfigError, match="is a form of w8a8-int"):
+        pipeline.export(wanted, silent)
 
 
 @pytest.mark.tflite

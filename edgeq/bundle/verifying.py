@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq import backends
+from edgeq import backends, schemes
 from edgeq.backends.contract import embed_batches
 from edgeq.bundle.checksums import bundle_files, check_sums
 from edgeq.bundle.golden import VECTORS, GoldenData, read_golden
@@ -120,7 +120,7 @@ def _walk(path: Path, manifest: Manifest, report: ParityReport) -> None:
         ("artifact.qdq_sha256", artifact.qdq_sha256, "qdq_model.file", qdq.file.sha256),
         ("artifact.target", artifact.target, "target.name", manifest.target.name),
         ("artifact.backend", artifact.backend, "target.backend", manifest.target.backend),
-        ("qdq_model.scheme.name", qdq.scheme.name, "target.scheme", manifest.target.scheme),
+        ("qdq_model.scheme.name", schemes.base_name(qdq.scheme), "target.scheme", manifest.target.scheme),
         ("float_model.dim", float_model.dim, "source.dim", source.dim),
         ("qdq_model.dim", qdq.dim, "source.dim", source.dim),
         (f"{PARITY}: target", report.target, "target.name", manifest.target.name),

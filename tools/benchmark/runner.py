@@ -18,6 +18,7 @@ import os
 import sys
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -112,7 +113,7 @@ class LiteRt:
         return found if scale == 0 else (found.astype(np.float32) - zero_point) * np.float32(scale)
 
 
-class SentenceTransformers:
+class SentenceTransformers(ABC):
     """A folder of sentence-transformers, opened and pooled as its users do: the artifact ends before the pooling."""
 
     buckets: list[int] = []
@@ -129,9 +130,9 @@ class SentenceTransformers:
         settings = {"file_name": self.file_name, **self.settings(threads)}
         self._model = SentenceTransformer(path, backend=self.backend, device="cpu", model_kwargs=settings).eval()
 
+    @abstractmethod
     def settings(self, threads: int) -> dict[str, Any]:
         """Give what limits the threads of the backend."""
-        raise NotImplementedError
 
     def __call__(self, ids: Array, mask: Array) -> Array:
         """Embed one batch."""
