@@ -24,6 +24,7 @@ from edgeq.passes.graph import add_constant, add_node, constant, is_read_once, m
 SCALED = "/scaled"
 SIDE_WIDTH = 16  # neurons move in blocks of this many: integer kernels work on such blocks
 SIDE_SHARE = 0.02
+SIDE_RATIO = 4.0  # a path of its own pays where a neuron would otherwise take two of the eight bits from all others
 EXP_UNDERFLOW = 30.0  # exp(-30) is 1e-13: below the rounding of a float32 sum
 
 
@@ -48,9 +49,9 @@ def split_neurons(
            └─ MatMul(W1 few) ── Add ─ Gelu ─ MatMul(W2 few) ────────────┴─ Add
 
     A neuron's contribution is bounded by its largest activation times the norm of its row of W2. Two per cent of
-    the neurons move, rounded up to a block of 16, so no threshold is tuned on one model. The largest activation counts
-    the vocabulary sweep too: some neurons sleep through every calibration text and wake, far past every range, at a
-    rare name.
+    the neurons move, rounded up to a block of 16, if the largest of them is four times what stays; else none does. The
+    largest activation counts the vocabulary sweep too: some neurons sleep through every calibration text and wake, far
+    past every range, at a rare name.
 
     Args:
         graph: edited in place.
@@ -70,7 +71,10 @@ def split_neurons(
         largest = np.maximum(magnitudes(statistics), magnitudes(swept[name]))
         bound = largest * np.linalg.norm(weight.astype(np.float64), axis=1)
         width = SIDE_WIDTH * int(np.ceil(SIDE_SHARE * weight.shape[0] / SIDE_WIDTH))
-        few = np.sort(np.argsort(-bound, kind="stable")[:width])
+        order = np.argsort(-bound, kind="stable")
+        if bound[order[0]] < SIDE_RATIO * bound[order[width]]:
+            continue
+        few = np.sort(order[:width])
         rest = np.setdiff1d(np.arange(weight.shape[0]), few)
         _split(graph, pair, few, rest)
         kept[name] = Statistics(statistics.minimum[rest], statistics.maximum[rest])

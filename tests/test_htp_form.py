@@ -106,9 +106,7 @@ def test_vectors_are_near_fp32(
 
 
 @pytest.mark.parametrize("tensor", ["layer.1.gelu/scale", "layer.0.norm/gain/scale", "layer.1.ffn/weight/scale"])
-def test_a_wrong_scale_shows(
-    models: dict[str, onnx.ModelProto], calibrated: calibrate.Observed, tensor: str
-) -> None:
+def test_a_wrong_scale_shows(models: dict[str, onnx.ModelProto], calibrated: calibrate.Observed, tensor: str) -> None:
     wrong = onnx.ModelProto()
     wrong.CopyFrom(models["w8a16-htp"])
     (scale,) = (item for item in wrong.graph.initializer if item.name == tensor)

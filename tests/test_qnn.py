@@ -303,9 +303,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("name", "mean", "low", "megabytes"), [(GEN_3, 0.9992, 0.998, 36), (f"{GEN_3}-w8a8", 0.9975, 0.99, 24)]
 )
-def test_the_real_model_keeps_its_vectors(
-    bundles: Path, name: str, mean: float, low: float, megabytes: float
-) -> None:
+def test_the_real_model_keeps_its_vectors(bundles: Path, name: str, mean: float, low: float, megabytes: float) -> None:
     report = json.loads((bundles / name / "parity.json").read_text(encoding="utf-8"))
     measures = report["measures"]
     assert (report["status"], report["ran_on"]) == ("passed", "emulator")

@@ -58,12 +58,15 @@ def test_equalising_keeps_the_function(model: onnx.ModelProto, observed: Observe
     assert observed.max_abs_error < 1e-5
 
 
-def test_massive_neurons_leave_the_integer_product(observed: Observed) -> None:
+def test_massive_neurons_leave_the_integer_product_where_there_are_any(observed: Observed) -> None:
     graph = ir.from_proto(observed.model).graph
     side = [node for node in graph if str(node.name).endswith(SIDE) and node.op_type == "MatMul"]
-    assert len(side) == 4
-    kept = next(s for s in sites(graph) if s.name.startswith("layer.0.gelu"))
-    assert kept.weights()[0].shape == (encoder.HIDDEN - equalize.SIDE_WIDTH, encoder.DIM)
+    assert len(side) == 2
+    assert all(str(node.name).startswith("layer.0.") for node in side)
+    hidden = {s.name[:7]: s.weights()[0].shape for s in sites(graph) if "gelu" in s.name}
+    assert hidden == {
+        "layer.0": (encoder.HIDDEN - equalize.SIDE_WIDTH, encoder.DIM), "layer.1": (encoder.HIDDEN, encoder.DIM),
+    }  # fmt: skip
 
 
 def test_integer_products_are_near_fp32(model: onnx.ModelProto, observed: Observed, held_out: Tokens) -> None:

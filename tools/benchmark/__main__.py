@@ -22,7 +22,7 @@ from benchmark.rows import INT, MIRRORS, OWN, PEERS, Row, private
 from edgeq.bundle import load_manifest
 from edgeq.machine import describe, place
 
-PARTS = ("export", "quality", "latency", "throughput", "tflite", "calibration")
+PARTS = ("export", "latency", "throughput", "tflite", "calibration", "quality")
 _OWN_TOOLS = ("edgeq", "onnxruntime", "ai-edge-litert")
 _PEER_TOOLS = (
     "openvino", "nncf", "litert-torch", "ai-edge-quantizer", "sentence-transformers", "optimum-intel", "optimum-onnx",
@@ -79,12 +79,13 @@ def measured(options: argparse.Namespace, workshop: Workshop) -> Figures:
         results["pairs"] = quality.pairwise(compared, base.row.name, schemes(own))
         return {item.row.name: compared[item.row.name].figures for item in rows}
 
-    part("quality", compare)
+    # What other work on the machine disturbs comes first; quality takes longest, and does not depend on it.
     part("latency", lambda: clock.latencies(made))
     part("throughput", lambda: clock.throughputs(made))
     if INT in own:
         part("tflite", lambda: integer_only.costs(own[INT], workshop))
     part("calibration", lambda: cost.calibration(workshop, options.data))
+    part("quality", compare)
     note(f"== done, after {time.perf_counter() - began:.0f} s")
     return results
 
