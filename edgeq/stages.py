@@ -12,8 +12,7 @@ from typing import TypeVar
 import numpy as np
 import onnx
 
-from edgeq import calibrate, quantize, schemes, storage
-from edgeq import export as exporting
+from edgeq import calibrate, exporting, quantize, schemes, storage
 from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.cache import Cache, key
 from edgeq.errors import ConfigError
