@@ -1,4 +1,4 @@
-"""Export a source to a float model: FP32 ONNX with pooling and normalisation inside, proved against torch."""
+"""Export a source to a float model: FP32 ONNX with pooling and normalisation inside, proved against its source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeq import dialect, errors, passes, torch_export
+from edgeq import dialect, errors, onnx_export, passes, torch_export
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.records import FloatModel, Source
 from edgeq.reference import FloatSession
@@ -38,24 +38,22 @@ def export(located: Located, out_dir: Path, hidden_state: bool = True) -> tuple[
         The records. Outputs: `sentence_embedding`, float32[batch, dim], and `last_hidden_state` if asked for.
 
     Raises:
-        ToolMissing: torch is not installed.
+        ToolMissing: torch, or for an ONNX file onnxscript, is not installed.
         ConfigError: the model cannot be loaded.
         Unsupported: torch cannot export it, or the graph leaves the dialect.
-        EdgeqError: the graph does not reproduce torch to 1e-5.
+        EdgeqError: the graph does not reproduce torch, or the given file, to 1e-5.
     """
-    with tempfile.TemporaryDirectory(dir=out_dir) as folder:
-        raw_dir = Path(folder)
-        _run_torch(located, raw_dir, hidden_state)
-        record = Source.model_validate_json((raw_dir / torch_export.SOURCE).read_bytes())
-        raw = onnx.load(raw_dir / torch_export.RAW)
-        feeds, expected = torch_export.load_probes(raw_dir / torch_export.PROBES)
-        (raw_dir / CONFIG).rename(out_dir / CONFIG)
-    rewritten, reports = passes.apply(raw, feeds)
+    if located.onnx is not None:
+        raw = onnx_export.prepare(located, located.onnx, out_dir / CONFIG, hidden_state)
+    else:
+        raw = _from_torch(located, out_dir, hidden_state)
+    record = raw.source
+    rewritten, reports = passes.apply(raw.model, raw.feeds)
     dialect.verify(rewritten, located.name)
-    error = _largest_error(rewritten, feeds, expected)
+    error = _largest_error(rewritten, raw.feeds, raw.expected)
     if not error <= TOLERANCE:
         raise EdgeqError(
-            f"{located.name}: the graph differs from torch by {error:.2e}; at most {TOLERANCE:.0e} is allowed. "
+            f"{located.name}: the graph differs from its source by {error:.2e}; at most {TOLERANCE:.0e} is allowed. "
             "This is a defect of edgeq: please report the model"
         )
     torch_export.save(rewritten, out_dir / MODEL)
@@ -69,6 +67,18 @@ def export(located: Located, out_dir: Path, hidden_state: bool = True) -> tuple[
         max_abs_error=error,
         passes=reports,
     )
+
+
+def _from_torch(located: Located, out_dir: Path, hidden_state: bool) -> onnx_export.Raw:
+    """Export with torch, and read what its process wrote."""
+    with tempfile.TemporaryDirectory(dir=out_dir) as folder:
+        raw_dir = Path(folder)
+        _run_torch(located, raw_dir, hidden_state)
+        record = Source.model_validate_json((raw_dir / torch_export.SOURCE).read_bytes())
+        raw = onnx.load(raw_dir / torch_export.RAW)
+        feeds, expected = torch_export.load_probes(raw_dir / torch_export.PROBES)
+        (raw_dir / CONFIG).rename(out_dir / CONFIG)
+    return onnx_export.Raw(record, raw, feeds, expected)
 
 
 def _run_torch(located: Located, out_dir: Path, hidden_state: bool) -> None:
@@ -95,7 +105,7 @@ def _run_torch(located: Located, out_dir: Path, hidden_state: bool) -> None:
 
 
 def _largest_error(exported: onnx.ModelProto, feeds: tuple[Feeds, ...], expected: list[NDArray[np.float32]]) -> float:
-    """Give the largest absolute difference to torch's embeddings, relative where their largest value exceeds 1."""
+    """Give the largest absolute difference to the source's embeddings, relative where their largest value exceeds 1."""
     session = FloatSession.of(exported)
     worst = 0.0
     for feed, embeddings in zip(feeds, expected, strict=True):

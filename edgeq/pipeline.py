@@ -13,6 +13,7 @@ from edgeq import __version__, backends, bundle, comparing, exporting, schemes, 
 from edgeq.backends.contract import Backend, Embeddings
 from edgeq.cache import Cache
 from edgeq.errors import ConfigError, Unsupported
+from edgeq.onnx_source import OnnxOptions
 from edgeq.records import (
     Measures,
     ParityReport,
@@ -43,6 +44,7 @@ class ExportRequest:
     validation: Path | None = None
     evaluation: tuple[Path, ...] = ()
     pooling: str | None = None
+    onnx: OnnxOptions = OnnxOptions()
     samples: int | None = None
     seed: int = 0
     scheme: Path | None = None
@@ -78,7 +80,7 @@ def export(request: ExportRequest, report: Report) -> tuple[Exported, ...]:
     Raises:
         EdgeqError: any stage; see `edgeq.errors`.
     """
-    located = source.locate(request.model, request.pooling)
+    located = source.locate(request.model, request.pooling, request.onnx)
     texts = plan_texts(
         request.texts, request.column, request.validation, request.evaluation, request.samples, request.seed
     )
@@ -217,9 +219,12 @@ def _command(request: ExportRequest, name: str, target: Target) -> tuple[str, ..
     optional: Mapping[str, object | None] = {
         "--texts": request.texts and request.texts.name, "--column": request.column,
         "--validation": request.validation and request.validation.name,
-        "--pooling": request.pooling, "--scheme": request.scheme and request.scheme.name,
+        "--pooling": request.pooling, "--tokenizer": request.onnx.tokenizer and request.onnx.tokenizer.name,
+        "--max-sequence": request.onnx.max_sequence, "--scheme": request.scheme and request.scheme.name,
         "--samples": request.samples, "--seed": request.seed or None,
     }  # fmt: skip
     for option, value in optional.items():
         words += [option, str(value)] if value is not None else []
+    if request.onnx.normalize is not None:
+        words.append("--normalize" if request.onnx.normalize else "--no-normalize")
     return (*words, *(() if request.hidden_state else ("--no-hidden-state",)))

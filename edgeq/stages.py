@@ -71,7 +71,7 @@ def float_model(located: Located, has_hidden_state: bool, cache: Cache) -> Float
     name = key(source=located.sha256, hidden_state=has_hidden_state, tools=versions(EXPORT_TOOLS))
     folder = cache.entry("float-model", name, make)
     record = Source.model_validate_json((folder / "source.json").read_bytes()).model_copy(
-        update={"name": _name(located)}
+        update={"name": located.display_name}
     )
     tokenizer = Tokenizer.from_file(folder / exporting.CONFIG / "tokenizer.json", record.max_sequence)
     return Floats(record, _read(FloatModel, folder / "model.json", folder / _FLOAT), folder, tokenizer)
@@ -182,11 +182,6 @@ def validation(floats: Floats, texts: TextPlan, cache: Cache, limit: int) -> Val
     )
     reference = np.load(cache.entry("reference", name, make) / "reference.npy", allow_pickle=False)
     return Validation(texts.validation, tokens, text_set(texts.validation_origin, texts.validation, tokens), reference)
-
-
-def _name(located: Located) -> str:
-    """Give a local directory's own name, and any other model's as the user wrote it."""
-    return located.directory.name if Path(located.name).exists() else located.name
 
 
 def versions(names: tuple[str, ...]) -> dict[str, str]:

@@ -46,7 +46,9 @@ def targets(
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A model directory, a hub id in the local cache, or a packaged name.")],
+    model: Annotated[
+        str, typer.Argument(help="A model directory, an ONNX file, a hub id in the local cache, or a packaged name.")
+    ],
     target: Annotated[list[str], typer.Option(help="What to lower for; repeatable. `edgeq targets` lists them.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Bundles go to DIR/TARGET.")],
     texts: Annotated[
@@ -60,6 +62,16 @@ def export(
         list[Path] | None, typer.Option(metavar="FILE", help="Refuse texts that stand here; repeatable.")
     ] = None,
     pooling: Annotated[str | None, typer.Option(help="How to pool a model that does not say it.")] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Of an ONNX file: its tokenizer.json, or the folder that holds it."),
+    ] = None,
+    max_sequence: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Of an ONNX file: its longest text in tokens.")
+    ] = None,
+    normalize: Annotated[
+        bool | None, typer.Option("--normalize/--no-normalize", help="Of an ONNX file: give its vectors length 1.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(min=1, metavar="N", help="Calibrate on N of the texts.")] = None,
     seed: Annotated[int, typer.Option(metavar="S", help="Which N texts.")] = 0,
     scheme: Annotated[
@@ -86,6 +98,7 @@ def export(
     """
     from edgeq import pipeline
     from edgeq.cache import Cache
+    from edgeq.onnx_source import OnnxOptions
     from edgeq.targets import load_target
 
     store = Cache.temporary() if no_cache else Cache()
@@ -98,6 +111,7 @@ def export(
         validation=validation,
         evaluation=tuple(evaluation or ()),
         pooling=pooling,
+        onnx=OnnxOptions(tokenizer, max_sequence, normalize),
         samples=samples,
         seed=seed,
         scheme=scheme,
