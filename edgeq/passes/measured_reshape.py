@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.passes.graph import Rewrites, add_constant, constant
+from edgeq.passes.graph import Rewrites, add_constant, constant, replace_uses
 from edgeq.passes.measuring import outputs_of
 from edgeq.texts import Feeds
 
@@ -25,15 +25,22 @@ def measured_reshape(model: ir.Model) -> Rewrites:
 
         Reshape(·, [0, 0, 64])
 
-    `constant_reshape` reads what shape inference knows; the rest is measured here. A dimension that is the same for
-    every batch and length is that number, one that is always the input's at its place is 0, and one other may be -1.
+    `constant_reshape` reads what shape inference knows; the rest is measured here, and so is a -1 that was given. A
+    dimension that is the same for every batch and length is that number, one that is always the input's at its place
+    is 0, and one other may be -1. A `Reshape` that never changes anything goes.
     """
-    nodes = [node for node in model.graph if node.op_type == "Reshape" and constant(node.inputs[1]) is None]
+    nodes = [node for node in model.graph if node.op_type == "Reshape" and _is_open(node)]
     if not nodes:
         return Rewrites(0)
     count, near = 0, []
     for node, before, after in zip(nodes, *_measured(model, nodes), strict=True):
-        shape = _shape(before, after)
+        shape, given = _shape(before, after), constant(node.inputs[1])
+        if given is not None and shape is not None and -1 in shape:
+            continue
+        if np.array_equal(before, after) and node.inputs[0] is not None:
+            replace_uses(node.outputs[0], node.inputs[0])
+            count += 1
+            continue
         if shape is None:
             near.append(f"{node.name}: gives {after.tolist()} from {before.tolist()}, which no constant shape does")
             continue
@@ -43,6 +50,12 @@ def measured_reshape(model: ir.Model) -> Rewrites:
         node.attributes.pop("allowzero", None)
         count += 1
     return Rewrites(count, tuple(near))
+
+
+def _is_open(node: ir.Node) -> bool:
+    """Tell whether a shape is computed, or leaves a dimension to be inferred."""
+    shape = constant(node.inputs[1])
+    return shape is None or -1 in shape
 
 
 def _measured(model: ir.Model, nodes: list[ir.Node]) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
