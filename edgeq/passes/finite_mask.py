@@ -28,7 +28,6 @@ def finite_mask(model: ir.Model) -> Rewrites:
     or local mask depends on positions too, which shows as moved outputs.
     """
     count, near = 0, []
-    bias: ir.Value | None = None
     graph = model.graph
     masks = [value for value in graph.inputs if value.name == "attention_mask"]
     if not masks:
@@ -42,19 +41,15 @@ def finite_mask(model: ir.Model) -> Rewrites:
         if masks[0] not in _inputs_above(node):
             near.append(f"{node.name}: an infinite mask that does not depend on attention_mask")
             continue
-        count += 1
-        if bias is not None:  # all layers read one mask: its size is one number
-            replace_uses(node.outputs[0], bias)
-            continue
-        name = "attention_bias"
+        name = f"attention_bias_{count}" if count else "attention_bias"
         size = add_constant(graph, MASK_SIZE, np.array(START_SIZE, np.float32))
         one = add_constant(graph, "one", np.array(1.0, np.float32))
         axes = add_constant(graph, "mask_axes", np.array([1, 2], np.int64))
         mask = add_node(node, "Cast", [masks[0]], f"{name}/mask", {"to": int(ir.DataType.FLOAT)})
         mask = add_node(node, "Unsqueeze", [mask, axes], f"{name}/unsqueezed")
         mask = add_node(node, "Sub", [mask, one], f"{name}/shifted")
-        bias = add_node(node, "Mul", [mask, size], name)
-        replace_uses(node.outputs[0], bias)
+        replace_uses(node.outputs[0], add_node(node, "Mul", [mask, size], name))
+        count += 1
     return Rewrites(count, tuple(near))
 
 

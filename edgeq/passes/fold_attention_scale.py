@@ -29,7 +29,7 @@ def fold_attention_scale(model: ir.Model) -> Rewrites:
         if not is_read_once(scores.outputs[0]):
             near.append(f"{node.name}: the scores are read elsewhere too")
             continue
-        reason = scale_query(model.graph, scores.inputs[0], factor if node.op_type == "Mul" else 1.0 / factor)
+        reason = _scale_query(model.graph, scores.inputs[0], factor if node.op_type == "Mul" else 1.0 / factor)
         if reason:
             near.append(f"{node.name}: {reason}")
             continue
@@ -38,7 +38,7 @@ def fold_attention_scale(model: ir.Model) -> Rewrites:
     return Rewrites(count, tuple(near))
 
 
-def scale_query(graph: ir.Graph, value: ir.Value | None, factor: float) -> str:
+def _scale_query(graph: ir.Graph, value: ir.Value | None, factor: float) -> str:
     """Walk up from the scores' left operand to its weights and scale them; give the reason when there are none."""
     while value is not None and (step := made_by(value, "Transpose", "Reshape", "Squeeze", "Unsqueeze")) is not None:
         if not is_read_once(value):
