@@ -13,8 +13,7 @@ import numpy as np
 import onnx
 import psutil
 
-from edgeq import calibrate, observe, quantize, schemes, storage
-from edgeq import export as exporting
+from edgeq import calibrate, exporting, observe, quantize, schemes, storage
 from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.cache import Cache, key
 from edgeq.errors import ConfigError
