@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeq import dialect, errors, onnx_export, passes, torch_export
+from edgeq import dialect, errors, onnx_export, origins, passes, torch_export
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.records import FloatModel, Source
 from edgeq.reference import FloatSession
@@ -26,13 +27,16 @@ MODEL, CONFIG = "model.onnx", torch_export.CONFIG
 _LOG_LINES = 15
 
 
-def export(located: Located, out_dir: Path, hidden_state: bool = True) -> tuple[Source, FloatModel]:
+def export(
+    located: Located, out_dir: Path, hidden_state: bool = True, float_ops: Sequence[str] = ()
+) -> tuple[Source, FloatModel]:
     """Write `model.onnx` and the folder `config/` below `out_dir`.
 
     Args:
         located: the model.
         out_dir: an existing empty folder.
         hidden_state: also give `last_hidden_state`, float32[batch, sequence, hidden], for tools that pool themselves.
+        float_ops: operators outside the dialect that may stay, for targets that keep floats.
 
     Returns:
         The records. Outputs: `sentence_embedding`, float32[batch, dim], and `last_hidden_state` if asked for.
@@ -49,7 +53,8 @@ def export(located: Located, out_dir: Path, hidden_state: bool = True) -> tuple[
         raw = _from_torch(located, out_dir, hidden_state)
     record = raw.source
     rewritten, reports = passes.apply(raw.model, raw.feeds)
-    dialect.verify(rewritten, located.name)
+    dialect.verify(rewritten, located.name, float_ops)
+    origins.strip(rewritten)
     error = _largest_error(rewritten, raw.feeds, raw.expected)
     if not error <= TOLERANCE:
         raise EdgeqError(

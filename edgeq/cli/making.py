@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgeq.cli import console
-from edgeq.errors import ParityFailed, ToolMissing
+from edgeq.errors import ToolMissing
 
 if TYPE_CHECKING:
     from edgeq.pipeline import Exported
@@ -80,6 +80,10 @@ def export(
     hidden_state: Annotated[
         bool, typer.Option("--hidden-state/--no-hidden-state", help="Keep the output last_hidden_state.")
     ] = True,
+    float_op: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OP", help="Let this operator outside the dialect stay in float; repeatable."),
+    ] = None,
     keep_failed: Annotated[
         bool, typer.Option("--keep-failed", help="Write a bundle that misses its gate, marked so.")
     ] = False,
@@ -116,6 +120,7 @@ def export(
         seed=seed,
         scheme=scheme,
         hidden_state=hidden_state,
+        float_ops=tuple(float_op or ()),
         keep_failed=keep_failed,
         overwrite=overwrite,
         dry_run=dry_run,
@@ -130,7 +135,7 @@ def export(
         console.put_json({"bundles": [_bundle(bundle) for bundle in bundles]})
     else:
         _put_bundles(bundles)
-    _judge(bundles)
+    pipeline.require_passed(bundles)
 
 
 def check(
@@ -272,19 +277,3 @@ def _put_bundles(bundles: tuple[Exported, ...]) -> None:
     console.put_table(columns, rows)
     for bundle in bundles:
         console.put(f"{bundle.target}: {bundle.path or 'no bundle was written'}")
-
-
-def _kept(exported: Exported) -> str:
-    """Say where the report of a missed gate lies."""
-    return f"The report is {exported.report or f'{exported.path}/parity.json'}."
-
-
-def _judge(bundles: tuple[Exported, ...]) -> None:
-    """Raise if any bundle missed its gate."""
-    failed = [bundle for bundle in bundles if bundle.status == "failed"]
-    if failed:
-        missed = " ".join(f"{bundle.target}: {' '.join(bundle.failures)} {_kept(bundle)}" for bundle in failed)
-        raise ParityFailed(
-            f"{missed} Calibrate on --texts like your own, on more --samples, or choose another target; "
-            "--keep-failed writes such a bundle to look into."
-        )

@@ -86,9 +86,9 @@ def find(model: str, pooling: str | None, options: OnnxOptions) -> OnnxFile | No
         if given:
             raise ConfigError(f"{model}: {', '.join(given)} belong to an ONNX file, and this is none. Leave them out.")
         return None
-    tokenizer = _tokenizer(path, options.tokenizer)
+    tokenizer = tokenizer_file(options.tokenizer) if options.tokenizer is not None else _tokenizer_beside(path)
     config_dir = tokenizer.parent if any((tokenizer.parent / name).is_file() for name in (MODULES, CONFIG)) else None
-    limit = options.max_sequence or _limit(tokenizer)
+    limit = options.max_sequence or token_limit(tokenizer)
     if limit is None:
         raise ConfigError(
             f"{path}: neither {tokenizer.name} nor a configuration beside it says how long a text may be; "
@@ -128,12 +128,19 @@ def _file(path: Path) -> Path | None:
     return None
 
 
-def _tokenizer(path: Path, given: Path | None) -> Path:
-    if given is not None:
-        file = given if given.is_file() else given / TOKENIZER
-        if not file.is_file():
-            raise ConfigError(f"--tokenizer {given}: neither a tokenizer.json nor a folder that holds one")
-        return file.resolve()
+def tokenizer_file(given: Path) -> Path:
+    """Give the tokenizer.json that a user named, or that lies in the folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    file = given if given.is_file() else given / TOKENIZER
+    if not file.is_file():
+        raise ConfigError(f"--tokenizer {given}: neither a tokenizer.json nor a folder that holds one")
+    return file.resolve()
+
+
+def _tokenizer_beside(path: Path) -> Path:
     places = [path.parent, *([path.parent.parent] if path.parent.name == _FOLDER else [])]
     for folder in places:
         if (folder / TOKENIZER).is_file():
@@ -158,7 +165,7 @@ def read_json(path: Path) -> Any:
         raise ConfigError(f"{path}: not valid JSON ({error}); restore it from the model's origin") from error
 
 
-def _limit(tokenizer: Path) -> int | None:
+def token_limit(tokenizer: Path) -> int | None:
     """Ask, in this order, sentence-transformers' limit, the tokenizer's, its truncation, and the position table's."""
     folder = tokenizer.parent
     truncation = read_json(tokenizer).get("truncation") or {}
