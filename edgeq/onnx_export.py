@@ -23,6 +23,7 @@ from edgeq.onnx_source.interface import (
     Inputs,
     Outputs,
     drop_index_casts,
+    free_name,
     outputs,
     roles,
     take_tokens,
@@ -186,6 +187,8 @@ def _take_vectors(model: ir.Model, found: Outputs, head: Head, has_hidden: bool)
             continue
         if value.producer() is None or any(value is other for other in graph.outputs):
             raise EdgeqError(f"the output {name} is no node's; this is a defect of edgeq: please report the file")
+        if value.name != name:
+            free_name(graph, name)
         value.name, value.dtype = name, ir.DataType.FLOAT
         graph.outputs.append(value)
     width = (dims(hidden) or [0])[-1]
