@@ -207,18 +207,26 @@ def observing(model: onnx.ModelProto, tensors: Sequence[str], reduced: Sequence[
     Of `reduced` tensors the smallest and the largest value are outputs, float32[] each: attention over 4,096 tokens is
     too large to hand over.
     """
-    outputs, nodes = len(model.graph.output), len(model.graph.node)
+    outputs = len(model.graph.output)
     have = {output.name for output in model.graph.output}
     extra = [name for name in tensors if name not in have]
-    for name in reduced:
-        for end, operator in ((LOWEST, "ReduceMin"), (HIGHEST, "ReduceMax")):
-            model.graph.node.append(onnx.helper.make_node(operator, [name], [name + end], keepdims=0))
-            extra.append(name + end)
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in extra)
+    added = [
+        (name, onnx.helper.make_node(operator, [name], [name + end], keepdims=0))
+        for name in reduced
+        for end, operator in ((LOWEST, "ReduceMin"), (HIGHEST, "ReduceMax"))
+    ]
+    ends = {node.output[0] for _, node in added}
+    for name, node in added:  # right behind what makes the tensor, so that it can be freed
+        made = next(place for place, item in enumerate(model.graph.node) if name in item.output)
+        model.graph.node.insert(made + 1, node)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in (*extra, *sorted(ends)))
     try:
         return FloatSession.of(model)
     finally:
-        del model.graph.output[outputs:], model.graph.node[nodes:]
+        del model.graph.output[outputs:]
+        for place in reversed(range(len(model.graph.node))):
+            if model.graph.node[place].output[0] in ends:
+                del model.graph.node[place]
 
 
 def _add_moment(statistics: Statistics, rows: NDArray[np.float32], stride: int) -> None:

@@ -47,6 +47,8 @@ class FloatSession:
         options.log_severity_level = 3
         # Memory patterns and the arena trade memory for speed on repeated shapes; lengths vary here.
         options.enable_mem_pattern = False
+        # As written: ONNX Runtime's own order leaves what observes a tensor to the end, and keeps them all till then.
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         # numpy works between the runs; threads that spin while they wait would take the cores from it.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not optimize:
