@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgeq.errors import EdgeqError
 from edgeq.reference import FloatSession
-from edgeq.texts import Batch, Feeds, Tokens
+from edgeq.samples import Batch, Samples
 
 BINS = 2048
 MOMENT_ROWS = 4096  # tokens that enter a second moment: more do not change the rounding that follows from it
@@ -63,22 +63,12 @@ class Statistics:
     waiting: list[NDArray[np.float32]] = field(default_factory=list, repr=False)
 
 
-def equal_length_batches(tokens: Tokens, longest: int) -> list[Batch]:
+def equal_length_batches(samples: Samples, longest: int) -> list[Batch]:
     """Batch texts of exactly the same length, so that no padding exists that could enter a statistic.
 
     No batch holds more tokens than the longest text alone, so memory does not grow with the number of texts.
     """
-    by_length: dict[int, list[int]] = {}
-    for row, ids in enumerate(tokens.ids):
-        by_length.setdefault(len(ids), []).append(row)
-    made = []
-    for length in sorted(by_length, reverse=True):
-        rows, width = by_length[length], max(1, longest // length)
-        for start in range(0, len(rows), width):
-            chosen = tuple(rows[start : start + width])
-            block = np.array([tokens.ids[row] for row in chosen], np.int64)
-            made.append(Batch(chosen, Feeds(block, np.ones_like(block))))
-    return made
+    return samples.unpadded(longest)
 
 
 def observe(
@@ -106,12 +96,12 @@ def observe(
     """
     session = observing(model, tensors)
     with_histogram, with_moment, with_mean = set(histograms), set(moments), set(means)
-    total = sum(batch.feeds.input_ids.size for batch in batches)
-    stride = max(1, total // MOMENT_ROWS)
+    count = sum(batch.feeds.size for batch in batches)
     kept: dict[str, Statistics] = {}
     for done, batch in enumerate(batches, start=1):
         for name, array in zip(tensors, session.run(tensors, batch.feeds), strict=True):
             rows = array.reshape(-1, array.shape[-1]) if array.ndim > 1 else array.reshape(1, -1)
+            total = count * max(1, len(rows) // batch.feeds.size)  # an image has many rows, a token one
             low, high = rows.min(0), rows.max(0)
             if array.ndim == 4:  # attention: the last axis is a position, no channel
                 low, high = low.min(keepdims=True), high.max(keepdims=True)
@@ -131,7 +121,7 @@ def observe(
                 share = rows.sum(0) / np.float32(total)
                 statistics.mean = share if statistics.mean is None else statistics.mean + share
             if name in with_moment:
-                _add_moment(statistics, rows, stride)
+                _add_moment(statistics, rows, max(1, total // MOMENT_ROWS))
         progress(done, len(batches))
     return {name: _mean_moment(statistics) for name, statistics in kept.items()}
 
