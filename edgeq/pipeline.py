@@ -24,7 +24,7 @@ from edgeq.records import (
     Target,
 )
 from edgeq.stages import Report
-from edgeq.texts import Tokens, batches, token_limit
+from edgeq.texts import Tokens, batches, token_feeds, token_limit
 from edgeq.textsets import TextPlan, plan_texts, spread_validation
 
 GOLDEN_TEXTS = 32
@@ -188,9 +188,9 @@ def _golden(validation: stages.Validation, embeddings: Embeddings | None) -> bun
     rows = [by_length[place] for place in places]
     chosen = Tokens(tuple(validation.tokens.ids[row] for row in rows), 0, validation.tokens.pad_id)
     (batch,) = batches(chosen, batch_size=len(rows), max_tokens=len(rows) * max(len(ids) for ids in chosen.ids))
-    order = [rows[row] for row in batch.rows]
+    order, feeds = [rows[row] for row in batch.rows], token_feeds(batch.feeds)
     return bundle.GoldenData(
-        tuple(validation.texts[row] for row in order), batch.feeds.input_ids, batch.feeds.attention_mask,
+        tuple(validation.texts[row] for row in order), feeds.input_ids, feeds.attention_mask,
         validation.reference[order], None if embeddings is None else embeddings[order], validation.tokens.pad_id,
     )  # fmt: skip
 

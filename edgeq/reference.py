@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from edgeq.errors import ConfigError
+from edgeq.samples import AnyFeeds
 from edgeq.storage import work_dir
-from edgeq.texts import Feeds
 
 FloatArray = NDArray[np.float32]
 
@@ -74,15 +74,15 @@ class FloatSession:
             path.write_bytes(model.SerializeToString())
             return cls(str(path), threads, optimize)
 
-    def run(self, names: Sequence[str] | None, feeds: Feeds) -> list[FloatArray]:
+    def run(self, names: Sequence[str] | None, feeds: AnyFeeds) -> list[FloatArray]:
         """Run the model and give the named outputs, or all, in order."""
         outputs: list[FloatArray] = self._session.run(names, feeds.named(self.inputs))
         return outputs
 
-    def outputs(self, feeds: Feeds) -> dict[str, FloatArray]:
+    def outputs(self, feeds: AnyFeeds) -> dict[str, FloatArray]:
         """Run the model and give every output by name."""
         return dict(zip(self.names, self.run(None, feeds), strict=True))
 
-    def __call__(self, feeds: Feeds) -> FloatArray:
+    def __call__(self, feeds: AnyFeeds) -> FloatArray:
         """Give the sentence embeddings, float32[batch, dim]."""
         return self.run(["sentence_embedding"], feeds)[0]

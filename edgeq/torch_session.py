@@ -18,8 +18,9 @@ from edgeq.backends.contract import Embeddings
 from edgeq.children import Worker, pack, unpack
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.records import Source
+from edgeq.samples import AnyFeeds
 from edgeq.source import Located, locate
-from edgeq.texts import Feeds
+from edgeq.texts import Feeds, token_feeds
 
 _POOLING = "Pooling:"
 
@@ -56,9 +57,10 @@ class TorchSession:
         self._worker = Worker([sys.executable, "-m", "edgeq.torch_session"], "torch")
         self._worker.call(do="load", located={**asdict(located), "directory": str(located.directory)})
 
-    def __call__(self, feeds: Feeds) -> Embeddings:
+    def __call__(self, feeds: AnyFeeds) -> Embeddings:
         """Give the sentence embeddings, float32[batch, dim]."""
-        reply = self._worker.call(do="embed", ids=pack(feeds.input_ids), mask=pack(feeds.attention_mask))
+        tokens = token_feeds(feeds)
+        reply = self._worker.call(do="embed", ids=pack(tokens.input_ids), mask=pack(tokens.attention_mask))
         embeddings: Embeddings = unpack(reply["embeddings"])
         return embeddings
 
