@@ -17,7 +17,7 @@ from edgeq.storage import work_dir
 
 FloatArray = NDArray[np.float32]
 
-_LOAD_ERRORS = (
+RUNTIME_ERRORS = (
     ort_errors.InvalidProtobuf,
     ort_errors.InvalidGraph,
     ort_errors.InvalidArgument,
@@ -55,7 +55,7 @@ class FloatSession:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except _LOAD_ERRORS as error:
+        except RUNTIME_ERRORS as error:
             name = model if isinstance(model, str) else "the model in memory"
             raise ConfigError(f"{name}: ONNX Runtime cannot load it as an ONNX model: {error}") from error
         self.inputs = [item.name for item in self._session.get_inputs()]
