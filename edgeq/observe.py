@@ -70,13 +70,13 @@ def equal_length_batches(tokens: Tokens, longest: int) -> list[Batch]:
     """
     by_length: dict[int, list[int]] = {}
     for row, ids in enumerate(tokens.ids):
-        by_length.setdefault(len(ids), []).append(row)
+        by_length.setdefault(max(1, len(ids)), []).append(row)
     made = []
     for length in sorted(by_length, reverse=True):
         rows, width = by_length[length], max(1, longest // length)
         for start in range(0, len(rows), width):
             chosen = tuple(rows[start : start + width])
-            block = np.array([tokens.ids[row] for row in chosen], np.int64)
+            block = np.array([tokens.ids[row] or (tokens.pad_id,) for row in chosen], np.int64)
             made.append(Batch(chosen, Feeds(block, np.ones_like(block))))
     return made
 
@@ -104,6 +104,8 @@ def observe(
     Raises:
         EdgeqError: a tensor held NaN or infinity.
     """
+    if not tensors:  # no weight product: a table of tokens and their mean
+        return {}
     session = observing(model, tensors)
     with_histogram, with_moment, with_mean = set(histograms), set(moments), set(means)
     total = sum(batch.feeds.input_ids.size for batch in batches)

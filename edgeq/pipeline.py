@@ -44,6 +44,7 @@ class ExportRequest:
     validation: Path | None = None
     evaluation: tuple[Path, ...] = ()
     pooling: str | None = None
+    dim: int | None = None
     samples: int | None = None
     seed: int = 0
     scheme: Path | None = None
@@ -79,7 +80,7 @@ def export(request: ExportRequest, report: Report) -> tuple[Exported, ...]:
     Raises:
         EdgeqError: any stage; see `edgeq.errors`.
     """
-    located = source.locate(request.model, request.pooling)
+    located = source.locate(request.model, request.pooling, request.dim)
     texts = plan_texts(
         request.texts, request.column, request.validation, request.evaluation, request.samples, request.seed
     )
@@ -218,7 +219,7 @@ def _command(request: ExportRequest, name: str, target: Target) -> tuple[str, ..
     optional: Mapping[str, object | None] = {
         "--texts": request.texts and request.texts.name, "--column": request.column,
         "--validation": request.validation and request.validation.name,
-        "--pooling": request.pooling, "--scheme": request.scheme and request.scheme.name,
+        "--pooling": request.pooling, "--dim": request.dim, "--scheme": request.scheme and request.scheme.name,
         "--samples": request.samples, "--seed": request.seed or None,
     }  # fmt: skip
     for option, value in optional.items():

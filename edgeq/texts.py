@@ -70,7 +70,8 @@ class Tokenizer:
         padding = tokenizer.padding or {}
         self.pad_id = int(padding.get("pad_id", _pad_id(tokenizer)))
         tokenizer.no_padding()
-        tokenizer.enable_truncation(max_sequence)
+        # The side at which a text is cut is the model's; the limit is not.
+        tokenizer.enable_truncation(max_sequence, direction=(tokenizer.truncation or {}).get("direction", "right"))
         self.vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
 
     @classmethod
@@ -164,7 +165,7 @@ def batches(tokens: Tokens, batch_size: int = 32, max_tokens: int = 4096) -> lis
 
 
 def _batch(tokens: Tokens, rows: Sequence[int]) -> Batch:
-    width = max(len(tokens.ids[row]) for row in rows)
+    width = max(1, *(len(tokens.ids[row]) for row in rows))  # a text may have no token, a batch must have a column
     ids = np.full((len(rows), width), tokens.pad_id, np.int64)
     mask = np.zeros((len(rows), width), np.int64)
     for line, row in enumerate(rows):

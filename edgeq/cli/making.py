@@ -60,6 +60,9 @@ def export(
         list[Path] | None, typer.Option(metavar="FILE", help="Refuse texts that stand here; repeatable.")
     ] = None,
     pooling: Annotated[str | None, typer.Option(help="How to pool a model that does not say it.")] = None,
+    dim: Annotated[
+        int | None, typer.Option(metavar="N", help="Keep the first N dimensions, of unit length again if the model's.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(min=1, metavar="N", help="Calibrate on N of the texts.")] = None,
     seed: Annotated[int, typer.Option(metavar="S", help="Which N texts.")] = 0,
     scheme: Annotated[
@@ -98,6 +101,7 @@ def export(
         validation=validation,
         evaluation=tuple(evaluation or ()),
         pooling=pooling,
+        dim=dim,
         samples=samples,
         seed=seed,
         scheme=scheme,
