@@ -24,8 +24,7 @@ from sentence_transformers.base.modules import Router  # noqa: E402
 from sentence_transformers.sentence_transformer import modules  # noqa: E402
 
 import edgeq  # noqa: E402
-from edgeq import export as exporting  # noqa: E402
-from edgeq import pipeline, sentence_modules, source, torch_export, torch_session  # noqa: E402
+from edgeq import exporting, pipeline, sentence_modules, source, torch_export, torch_session  # noqa: E402
 from edgeq.bundle import load_manifest, verify  # noqa: E402
 from edgeq.cache import Cache  # noqa: E402
 from edgeq.errors import ConfigError, Unsupported  # noqa: E402
