@@ -40,7 +40,7 @@ def reopen(source: Source, model: str | None = None) -> Located:
     located = locate(model or source.name, given)
     dim = truncated_to(source.modules)
     if located.sha256 != source.sha256 and dim is not None:  # cut by the export, not by the model's own configuration
-        located = locate(model or source.name, given, dim)
+        located = locate(model or source.name, given, dim=dim)
     if located.sha256 != source.sha256:
         raise ConfigError(
             f"{model or source.name}: what is found there has sha256 {located.sha256[:12]}..., the bundles' source "

@@ -60,17 +60,31 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+ACTIVATIONS = (
+    "CELU", "ELU", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyReLU", "LogSigmoid", "Mish", "PReLU",
+    "ReLU6", "SELU", "SiLU", "Softplus", "Softshrink", "Softsign", "Tanhshrink", "Identity",
+)  # fmt: skip
+
+
+def dense(activation: str) -> Any:
+    """Give a layer whose inputs are large enough for its activation to bend them."""
+    layer = modules.Dense(DIM, DIM, activation_function=getattr(torch.nn, activation)())
+    torch.nn.init.orthogonal_(layer.linear.weight, gain=2.0)
+    return layer
+
+
 def chains() -> dict[str, Chain]:
     torch.manual_seed(2)
     return {
         "dense": (
             (
                 modules.Pooling(DIM), modules.Dense(DIM, 48, activation_function=torch.nn.GELU()),
-                modules.Dense(48, 40, activation_function=torch.nn.SiLU(), use_residual=True), modules.LayerNorm(40),
+                modules.Dense(48, 40, activation_function=torch.nn.SiLU()), modules.LayerNorm(40),
                 modules.Normalize(),
             ),
             {"prompts": PROMPTS, "default_prompt_name": "query"}, None,
         ),
+        "activations": ((modules.Pooling(DIM), *(dense(item) for item in ACTIVATIONS), modules.Normalize()), {}, None),
         "several poolings": ((modules.Pooling(DIM, pooling_mode=("mean", "cls", "max")),), {}, None),
         "truncated": ((modules.Pooling(DIM, pooling_mode="weightedmean"), modules.Normalize()), {}, 24),
         "truncated by itself": (
@@ -133,6 +147,7 @@ def test_the_float_models_give_the_vectors_of_sentence_transformers(bundles: dic
         found = float_vectors(path, work, TEXTS)
         assert found.shape == expected.shape, name
         assert np.abs(found - expected).max() < 1e-5, name
+        assert np.abs(expected[0] - expected[1]).max() > 1e-3, name  # the texts are told apart
 
 
 PROGRAM = """
@@ -228,7 +243,7 @@ def test_static_embeddings_and_truncations_are_integer_only_in_litert(work: Path
 @pytest.mark.openvino
 def test_openvino_takes_chains_as_they_are(work: Path, bundles: dict[str, Path]) -> None:
     pytest.importorskip("openvino", reason="needs the extra `openvino`")
-    for name in ("dense", "several poolings", "truncated"):
+    for name in ("dense", "activations", "several poolings", "truncated"):
         (path,) = exported(work, work / name.replace(" ", "-"), "intel-openvino-cpu", dim=chains()[name][2])
         assert edgeq.load(path).dim == load_manifest(bundles[name]).source.dim
 
@@ -242,7 +257,7 @@ def refused(directory: Path, dim: int | None = None) -> str:
 def test_what_no_graph_can_hold_is_refused_with_the_way_out(tmp_path: Path, encoder: Path) -> None:
     for dim, message in ((0, "--dim is 0"), (-3, "--dim is -3")):
         with pytest.raises(ConfigError, match=message):
-            source.locate(str(encoder), "mean", dim)
+            source.locate(str(encoder), "mean", dim=dim)
     plain = tiny_modules.save(tmp_path / "plain", modules.Pooling(DIM), encoder=encoder)
     assert "--dim is 65; the model's vectors have 64 dimensions" in refused(plain, 65)
     behind = tiny_modules.save(
@@ -272,26 +287,29 @@ def test_pooling_modes_keep_their_order_for_every_version_of_sentence_transforme
     assert ordered["pooling_mode"] == ["mean", "cls"]
 
 
-def test_a_model_without_tokens_types_and_masks_is_padded_on_the_right(tmp_path: Path, encoder: Path) -> None:
+def test_a_tokenizer_that_pads_left_and_gives_no_mask_is_mended(tmp_path: Path, encoder: Path) -> None:
     from transformers import AutoTokenizer
 
     plain = tmp_path / "left"
     tokenizer = AutoTokenizer.from_pretrained(encoder, padding_side="left", truncation_side="left")
-    tokenizer.model_input_names = ["input_ids"]
     tokenizer.save_pretrained(plain)
+    config = json.loads((plain / "tokenizer_config.json").read_text(encoding="utf-8"))
+    bare = config | {"model_input_names": ["input_ids"]}
+    (plain / "tokenizer_config.json").write_text(json.dumps(bare), encoding="utf-8")
     for name in ("config.json", "model.safetensors"):
         (plain / name).write_bytes((encoder / name).read_bytes())
     model = tiny_modules.save(tmp_path / "model", modules.Pooling(DIM), encoder=plain)
     located = source.locate(str(model))
     (tmp_path / "out").mkdir()
     record, _ = exporting.export(located, tmp_path / "out")
-    config = tmp_path / "out" / exporting.CONFIG
-    kept = json.loads((config / "tokenizer_config.json").read_text(encoding="utf-8"))
-    assert kept["padding_side"] == "right" and "attention_mask" in kept["model_input_names"]
-    cutting = edgeq.texts.Tokenizer.from_file(config / "tokenizer.json", 8).encode([" ".join(tiny_source.WORDS)])
+    folder = tmp_path / "out" / exporting.CONFIG
+    kept = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert kept["padding_side"] == "right" and kept["model_input_names"] == ["input_ids", "attention_mask"]
+    assert kept["tokenizer_class"] == "PreTrainedTokenizerFast"  # which every version of transformers knows
+    cutting = edgeq.texts.Tokenizer.from_file(folder / "tokenizer.json", 8).encode([" ".join(tiny_source.WORDS)])
     last = tokenizer(tiny_source.WORDS[-1])["input_ids"][-2]
     assert cutting.ids[0][-2] == last  # a long text loses its beginning
-    batches = edgeq.texts.batches(edgeq.texts.Tokenizer.from_file(config / "tokenizer.json", 64).encode(TEXTS))
+    batches = edgeq.texts.batches(edgeq.texts.Tokenizer.from_file(folder / "tokenizer.json", 64).encode(TEXTS))
     session = edgeq.reference.FloatSession.of(tmp_path / "out" / exporting.MODEL)
     found = edgeq.backends.contract.embed_batches(session, batches, len(TEXTS))
     alone = SentenceTransformer(str(model), device="cpu").encode(TEXTS, batch_size=1)
