@@ -184,7 +184,7 @@ def _unfold_table(model: SentenceTransformer) -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.embedding = torch.nn.Embedding(*rows.shape, _weight=rows)
+            self.embedding = torch.nn.Embedding(rows.shape[0], rows.shape[1], _weight=rows)
             self.tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
                 tokenizer_object=text_tokenizer, model_max_length=limit
             )
