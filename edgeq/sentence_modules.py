@@ -55,10 +55,7 @@ def prepare(model: SentenceTransformer, directory: Path, name: str, dim: int | N
         _insert_truncation(model, dim, _place_of_truncation(model, name), name)
     elif own is not None and own < _width(model):
         _insert_truncation(model, own, len(model), name)
-    tokenizer = model.tokenizer
-    tokenizer.padding_side = "right"
-    if "attention_mask" not in tokenizer.model_input_names:
-        tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
+    model.tokenizer.padding_side = "right"
     model.max_seq_length = _usable_tokens(model)
 
 

@@ -108,7 +108,7 @@ def locate(
             f"give --pooling with one of {', '.join(POOLING_MODES)}"
         )
     _require_weights(directory)
-    return Located(model, directory, has_modules, pooling, _identity(directory, pooling, dim), dim)
+    return Located(model, directory, has_modules, pooling, _identity(directory, pooling, dim), dim=dim)
 
 
 def _directory(model: str) -> Path:

@@ -278,7 +278,7 @@ def main() -> int:
         request["is_sentence_transformers"],
         request["pooling"],
         request["sha256"],
-        request["dim"],
+        dim=request["dim"],
     )
     try:
         run(located, Path(request["out_dir"]), request["hidden_state"])
