@@ -14,6 +14,15 @@ from edgeq.passes.graph import add_constant, add_node, constant, readers
 _WHOLE = Affine(1.0, 0, -128, 127)  # codes that stand for themselves
 
 
+def is_pooled(tokens: ir.Value) -> bool:
+    """Tell whether only a pooling reads looked up tokens: a product by their shares, of matrices or each by its own."""
+    return all(
+        (use.node.op_type, use.idx) == ("MatMul", 1)
+        or (use.node.op_type == "Mul" and all(constant(value) is None for value in use.node.inputs))
+        for use in tokens.uses()
+    )
+
+
 def scaled_rows(codes: CodedGraph, node: ir.Node, bits: int) -> None:
     """Let a lookup give 8-bit codes and a 16-bit number for each row, multiplied in 16 bits.
 
