@@ -62,6 +62,9 @@ def export(
         list[Path] | None, typer.Option(metavar="FILE", help="Refuse texts that stand here; repeatable.")
     ] = None,
     pooling: Annotated[str | None, typer.Option(help="How to pool a model that does not say it.")] = None,
+    dim: Annotated[
+        int | None, typer.Option(metavar="N", help="Keep the first N dimensions, of unit length again if the model's.")
+    ] = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="Of an ONNX file: its tokenizer.json, or the folder that holds it."),
@@ -115,6 +118,7 @@ def export(
         validation=validation,
         evaluation=tuple(evaluation or ()),
         pooling=pooling,
+        dim=dim,
         onnx=OnnxOptions(tokenizer, max_sequence, normalize),
         samples=samples,
         seed=seed,
