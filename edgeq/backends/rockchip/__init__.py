@@ -28,7 +28,7 @@ from edgeq.records import Artifact, HostOperator, Placement, QdqModel, Target
 from edgeq.samples import AnyFeeds
 from edgeq.static_shapes import fix_shapes
 from edgeq.storage import file_ref, replacing_dir, sha256_file, storage_errors
-from edgeq.texts import Feeds, fitted, lengths
+from edgeq.texts import fitted, lengths
 
 FOLDER = "rockchip"
 COMPILED, MODEL, FEEDS = "model_seq_{}.rknn", "model.onnx", "feeds.json"
