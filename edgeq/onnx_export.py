@@ -105,7 +105,7 @@ def _head(located: Located, file: OnnxFile, found: Outputs) -> Head:
         if file.normalize is not None:
             raise ConfigError(f"{file.config_dir}: modules.json says how vectors are made; drop --normalize")
     elif located.pooling is not None:
-        given = Head((located.pooling,), (), bool(file.normalize))
+        given = Head(tuple(located.pooling.split("+")), (), bool(file.normalize))
     if found.embedding is not None:
         return replace(given, normalize=bool(file.normalize))
     if not given.modes:

@@ -25,7 +25,7 @@ from edgeq.records import (
     Target,
 )
 from edgeq.stages import Report
-from edgeq.texts import Tokens, batches, token_limit
+from edgeq.texts import Tokens, batches, token_feeds, token_limit
 from edgeq.textsets import TextPlan, plan_texts, spread_validation
 
 GOLDEN_TEXTS = 32
@@ -44,6 +44,7 @@ class ExportRequest:
     validation: Path | None = None
     evaluation: tuple[Path, ...] = ()
     pooling: str | None = None
+    dim: int | None = None
     onnx: OnnxOptions = OnnxOptions()
     samples: int | None = None
     seed: int = 0
@@ -81,7 +82,7 @@ def export(request: ExportRequest, report: Report) -> tuple[Exported, ...]:
     Raises:
         EdgeqError: any stage; see `edgeq.errors`.
     """
-    located = source.locate(request.model, request.pooling, request.onnx)
+    located = source.locate(request.model, request.pooling, request.onnx, request.dim)
     texts = plan_texts(
         request.texts, request.column, request.validation, request.evaluation, request.samples, request.seed
     )
@@ -201,9 +202,9 @@ def _golden(validation: stages.Validation, embeddings: Embeddings | None) -> bun
     rows = [by_length[place] for place in places]
     chosen = Tokens(tuple(validation.tokens.ids[row] for row in rows), 0, validation.tokens.pad_id)
     (batch,) = batches(chosen, batch_size=len(rows), max_tokens=len(rows) * max(len(ids) for ids in chosen.ids))
-    order = [rows[row] for row in batch.rows]
+    order, feeds = [rows[row] for row in batch.rows], token_feeds(batch.feeds)
     return bundle.GoldenData(
-        tuple(validation.texts[row] for row in order), batch.feeds.input_ids, batch.feeds.attention_mask,
+        tuple(validation.texts[row] for row in order), feeds.input_ids, feeds.attention_mask,
         validation.reference[order], None if embeddings is None else embeddings[order], validation.tokens.pad_id,
     )  # fmt: skip
 
@@ -249,7 +250,8 @@ def _command(request: ExportRequest, name: str, target: Target) -> tuple[str, ..
     optional: Mapping[str, object | None] = {
         "--texts": request.texts and request.texts.name, "--column": request.column,
         "--validation": request.validation and request.validation.name,
-        "--pooling": request.pooling, "--tokenizer": request.onnx.tokenizer and request.onnx.tokenizer.name,
+        "--pooling": request.pooling, "--dim": request.dim,
+        "--tokenizer": request.onnx.tokenizer and request.onnx.tokenizer.name,
         "--max-sequence": request.onnx.max_sequence, "--scheme": request.scheme and request.scheme.name,
         "--samples": request.samples, "--seed": request.seed or None,
     }  # fmt: skip

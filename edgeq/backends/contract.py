@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -11,9 +11,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from edgeq.environments import Environment
 from edgeq.errors import ConfigError
 from edgeq.records import Artifact, Place, QdqModel, Scheme, Target
-from edgeq.texts import Batch, Feeds
+from edgeq.samples import AnyFeeds, Batch
+from edgeq.texts import fitted, rows_by_bucket, token_feeds
 
 Embeddings = NDArray[np.float32]
 Verdict = Literal["supported", "on-host", "refused", "unknown"]
@@ -47,10 +49,26 @@ class JudgesOperators(Protocol):
         ...
 
 
+Rule = Callable[[QdqModel, Target], str | None]  # its docstring is the sentence shown; it gives the offending detail
+
+
+def has_buckets(model: QdqModel, target: Target) -> str | None:
+    """The runtime takes static shapes: the target needs sequence lengths of at least 2 tokens, each once."""
+    buckets = target.buckets_tokens
+    is_right = buckets and len(set(buckets)) == len(buckets) and min(buckets) >= 2
+    return None if is_right else f"buckets_tokens is {list(buckets)}"
+
+
+def rejected(rules: Iterable[Rule], model: QdqModel, target: Target) -> tuple[Rejection, ...]:
+    """Hold a model and a target against every rule."""
+    found = [(rule.__doc__ or rule.__name__, rule(model, target)) for rule in rules]
+    return tuple(Rejection(sentence, detail) for sentence, detail in found if detail is not None)
+
+
 class Session(Protocol):
     """Keep a loaded artifact: loading costs seconds, running milliseconds."""
 
-    def __call__(self, feeds: Feeds) -> Embeddings:
+    def __call__(self, feeds: AnyFeeds) -> Embeddings:
         """Give float32[batch, dim]."""
         ...
 
@@ -59,7 +77,7 @@ class Session(Protocol):
 class TimesItself(Protocol):
     """A session whose runtime lives in another process, where its time and memory are measured."""
 
-    def milliseconds(self, feeds: Feeds, runs: int, warmup: int) -> list[float]:
+    def milliseconds(self, feeds: AnyFeeds, runs: int, warmup: int) -> list[float]:
         """Give the time of each run."""
         ...
 
@@ -84,6 +102,15 @@ class HasOtherSettings(Protocol):
 
     def other_settings(self, artifact: Artifact, bundle: Path, target: Target) -> Iterator[Setting]:
         """Give each other way to run the artifact here."""
+        ...
+
+
+@runtime_checkable
+class NeedsEnvironments(Protocol):
+    """A backend some of whose tools live in environments of their own."""
+
+    def environments(self) -> tuple[Environment, ...]:
+        """Give each environment, with its pins."""
         ...
 
 
@@ -118,6 +145,34 @@ def embed_batches(session: Session, batches: Iterable[Batch], count: int) -> Emb
         if embeddings is None:
             embeddings = np.empty((count, vectors.shape[1]), np.float32)
         embeddings[list(batch.rows)] = vectors
+    if embeddings is None:
+        raise ConfigError("no texts to embed: give at least one")
+    return embeddings
+
+
+def embed_by_bucket(
+    feeds: AnyFeeds, buckets: Sequence[int], run: Callable[[int, NDArray[np.int64], NDArray[np.int64]], Embeddings]
+) -> Embeddings:
+    """Run each text in the smallest bucket that it fits.
+
+    A text alone runs at the length it is given in; among others it is cut back to its own tokens first.
+
+    Args:
+        feeds: the texts.
+        buckets: lengths in tokens, in ascending order.
+        run: takes a bucket, ids and mask, each int64[texts, bucket], and gives their vectors, float32[texts, dim].
+
+    Raises:
+        ConfigError: there are no texts, they are something else, or one is longer than the largest bucket.
+    """
+    embeddings: Embeddings | None = None
+    tokens = token_feeds(feeds)
+    for bucket, members in rows_by_bucket(tokens, buckets).items():
+        ids, mask = (fitted(rows[members], bucket) for rows in (tokens.input_ids, tokens.attention_mask))
+        vectors = run(bucket, ids, mask)
+        if embeddings is None:
+            embeddings = np.empty((len(tokens.input_ids), vectors.shape[1]), np.float32)
+        embeddings[members] = vectors
     if embeddings is None:
         raise ConfigError("no texts to embed: give at least one")
     return embeddings

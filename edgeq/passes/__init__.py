@@ -38,7 +38,7 @@ from edgeq.passes.split_gemm import split_gemm
 from edgeq.passes.unflatten_softmax import unflatten_softmax
 from edgeq.records import PassReport
 from edgeq.reference import FloatSession
-from edgeq.texts import Feeds
+from edgeq.samples import AnyFeeds
 
 Pass = Callable[[ir.Model], Rewrites]
 
@@ -67,7 +67,7 @@ _LARGE_WEIGHT_BYTES = 1 << 16
 
 
 def apply(
-    model: onnx.ModelProto, feeds: Sequence[Feeds], passes: Sequence[Pass] = FLOAT_PASSES
+    model: onnx.ModelProto, feeds: Sequence[AnyFeeds], passes: Sequence[Pass] = FLOAT_PASSES
 ) -> tuple[onnx.ModelProto, tuple[PassReport, ...]]:
     """Run the passes in order, each verified on FP32 outputs.
 
@@ -130,7 +130,7 @@ def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
 Outputs = list[Mapping[str, NDArray[np.float32]]]
 
 
-def _outputs(model: onnx.ModelProto, feeds: Sequence[Feeds], folder: Path) -> Outputs:
+def _outputs(model: onnx.ModelProto, feeds: Sequence[AnyFeeds], folder: Path) -> Outputs:
     """Check that the model is valid ONNX, and run it beside its weights."""
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString())
