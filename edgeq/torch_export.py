@@ -7,12 +7,13 @@ graph is rewritten, and so that a crash inside torch is a message and not the en
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,13 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeq import source
+from edgeq import origins, sentence_modules, source
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.probes import probe_feeds
 from edgeq.records import Source
 from edgeq.source import Located
 from edgeq.texts import Feeds
+from edgeq.torch_failures import explain
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,12 @@ if TYPE_CHECKING:
 
 OPSET = 21
 EXTERNAL_DATA_BYTES = 2_000_000_000  # protobuf refuses messages of 2 GiB
+_FLAGS = {  # mode -> what its flag is called
+    "cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken",
+    "mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "weightedmean": "weightedmean_tokens",
+}  # fmt: skip
+# The order in which sentence-transformers concatenates what flags ask for.
+_FLAG_ORDER = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 RAW, PROBES, SOURCE, CONFIG = "raw.onnx", "probes.npz", "source.json", "config"
 
 
@@ -52,6 +60,7 @@ def run(located: Located, out_dir: Path, hidden_state: bool) -> Source:
     model = source.load(located)
     record = source.describe(located, model)
     feeds = probe_feeds(len(model.tokenizer), record.max_sequence)
+    _require_own_vectors(model, feeds[1], located.name)
     expected = torch_embeddings(model, feeds)
     named: dict[str, NDArray[Any]] = {}
     arrays = [(feed.input_ids, feed.attention_mask, vectors) for feed, vectors in zip(feeds, expected, strict=True)]
@@ -63,6 +72,23 @@ def run(located: Located, out_dir: Path, hidden_state: bool) -> Source:
     save(proto, out_dir / RAW)
     (out_dir / SOURCE).write_text(record.model_dump_json(), encoding="utf-8")
     return record
+
+
+def _require_own_vectors(model: SentenceTransformer, feeds: Feeds, name: str) -> None:
+    """Refuse a model without a mask whose vectors depend on the other texts of a batch.
+
+    Raises:
+        Unsupported: padding moves a vector.
+    """
+    if sentence_modules.takes_mask(model):
+        return
+    length = int(feeds.attention_mask[0].sum())
+    alone = Feeds(feeds.input_ids[:1, :length], feeds.attention_mask[:1, :length])
+    if sentence_modules.depends_on_padding(torch_embeddings(model, (alone, feeds))):
+        raise Unsupported(
+            f"{name}: the model has no input for an attention mask, and padding moves a text's vector: it would depend "
+            "on the other texts of its batch. A model that takes attention_mask is needed."
+        )
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
@@ -99,53 +125,78 @@ def _graph_module(model: SentenceTransformer, hidden_state: bool) -> torch.nn.Mo
 def _to_onnx(model: SentenceTransformer, hidden_state: bool, name: str, max_sequence: int) -> onnx.ModelProto:
     import torch
 
-    batch, sequence = torch.export.Dim("batch", min=1, max=65536), torch.export.Dim("sequence", min=2, max=max_sequence)
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 0, 0, 0]])
-    mask = (ids > 0).to(torch.int64)
-    axes = {0: batch, 1: sequence}
+    tensors = {"input_ids": ids, "attention_mask": (ids > 0).to(torch.int64)}
+    outputs = ("sentence_embedding", "last_hidden_state")[: 2 if hidden_state else 1]
+    return to_onnx(_graph_module(model, hidden_state), tensors, outputs, name, max_sequence)
+
+
+def to_onnx(
+    graph: torch.nn.Module, tensors: Mapping[str, torch.Tensor], outputs: Sequence[str], name: str, max_sequence: int
+) -> onnx.ModelProto:
+    """Export a module of bare tensors; each node keeps one sentence about where it comes from.
+
+    Args:
+        graph: takes the tensors in their order, as parameters or as one *parameter.
+        tensors: input name -> an example, [batch, sequence]; both axes become free.
+        outputs: their names.
+        name: for messages.
+        max_sequence: the longest sequence.
+
+    Raises:
+        Unsupported: torch cannot; the message names the line.
+    """
+    import torch
+
+    batch, sequence = torch.export.Dim("batch", min=1, max=65536), torch.export.Dim("sequence", min=2, max=max_sequence)
+    axes: tuple[object, ...] = tuple({0: batch, 1: sequence} for _ in tensors)
+    is_open = any(item.kind is item.VAR_POSITIONAL for item in inspect.signature(graph.forward).parameters.values())
     try:
         with torch.no_grad(), quiet():
             program = torch.onnx.export(
-                _graph_module(model, hidden_state),
-                (ids, mask),
+                graph,
+                tuple(tensors.values()),
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=["input_ids", "attention_mask"],
-                output_names=["sentence_embedding", "last_hidden_state"][: 2 if hidden_state else 1],
-                dynamic_shapes={"input_ids": axes, "attention_mask": axes},
+                input_names=list(tensors),
+                output_names=list(outputs),
+                dynamic_shapes=(axes,) if is_open else axes,
                 optimize=True,
                 verbose=False,
             )
     except Exception as error:  # the boundary to the exporter, which may raise anything
-        first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        raise Unsupported(f"{name}: torch cannot export this model: {type(error).__name__}: {first}") from error
+
+        def line(node: str) -> str:
+            return _line_of(graph, tuple(tensors.values()), (axes,) if is_open else axes, node)
+
+        raise Unsupported(f"{name}: torch cannot export this model: {explain(error, line)}") from error
     if program is None:
         raise Unsupported(f"{name}: torch.onnx.export gave no program")
     proto = program.model_proto
     proto.producer_name, proto.producer_version = "edgeq", ""
-    _strip_traces(proto)
+    origins.keep(proto)
     return proto
 
 
-def _strip_traces(model: onnx.ModelProto) -> None:
-    """Drop stack traces and other metadata: they hold machine paths and differ between machines."""
-    del model.metadata_props[:]
-    del model.graph.metadata_props[:]
-    for item in (
-        *model.graph.node,
-        *model.graph.value_info,
-        *model.graph.input,
-        *model.graph.output,
-        *model.graph.initializer,
-    ):
-        del item.metadata_props[:]
-        item.doc_string = ""
+def _line_of(graph: torch.nn.Module, tensors: tuple[torch.Tensor, ...], shapes: Any, node: str) -> str:
+    """Trace the module again, and give the user's line that a node of the trace comes from, or nothing."""
+    import torch
+
+    try:
+        with torch.no_grad(), quiet():
+            traced = torch.export.export(graph, tensors, dynamic_shapes=shapes, strict=False).run_decompositions()
+    except Exception:  # the boundary to the exporter, which may raise anything; the refusal stands without a line
+        return ""
+    return next(
+        (origins.user_line(str(item.meta.get("stack_trace", ""))) for item in traced.graph.nodes if item.name == node),
+        "",
+    )
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the exporter's prints, log lines and deprecation warnings off the user's terminal."""
-    root = logging.getLogger("torch.onnx")
+    root = logging.getLogger("torch")
     level = root.level
     root.setLevel(logging.ERROR)
     try:
@@ -175,9 +226,14 @@ def _save_config(model: SentenceTransformer, folder: Path) -> None:
     """Write tokenizer, config and module files, without the transformer's weights (a Dense module keeps its own).
 
     Module files take the form that sentence-transformers 5 and 6 both read: 5 knows neither 6's class paths nor its
-    shorter pooling configuration.
+    shorter pooling configuration. Of a static table there is the tokenizer only: sentence-transformers would load the
+    table with torch.
     """
     folder.mkdir()
+    if sentence_modules.is_static(model):
+        text_tokenizer = model.tokenizer.backend_tokenizer
+        _write_json(folder / "tokenizer.json", json.loads(text_tokenizer.to_str()) | {"post_processor": None})
+        return
     with quiet():
         model.save(str(folder), create_model_card=False)
     for pattern in ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin"):
@@ -185,20 +241,39 @@ def _save_config(model: SentenceTransformer, folder: Path) -> None:
             path.unlink()
     modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
     for entry, module in zip(modules, model, strict=True):
-        entry["type"] = f"sentence_transformers.models.{type(module).__name__}"
-        if type(module).__name__ == "Pooling":
+        kind = type(module).__name__
+        entry["type"] = f"sentence_transformers.models.{'Dense' if kind == 'Truncate' else kind}"
+        if kind == "Pooling":
             _write_json(folder / entry["path"] / "config.json", _pooling_config(module))
     _write_json(folder / "modules.json", modules)
+    _mend_tokenizer_config(folder / "tokenizer_config.json")
+    if model.tokenizer.truncation_side == "left":  # tokenizer.json alone would not say so
+        text_tokenizer = model.tokenizer.backend_tokenizer
+        text_tokenizer.enable_truncation(model.max_seq_length, direction="left")
+        _write_json(folder / "tokenizer.json", json.loads(text_tokenizer.to_str()))
     _write_json(folder / "sentence_bert_config.json", {"max_seq_length": model.max_seq_length, "do_lower_case": False})
 
 
+def _mend_tokenizer_config(path: Path) -> None:
+    """Name the tokenizer's class as every version of transformers does, and let it always give a mask."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    changes: dict[str, object] = {}
+    if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, which 4 does not know
+        changes["tokenizer_class"] = "PreTrainedTokenizerFast"
+    inputs = config.get("model_input_names", ["attention_mask"])
+    if "attention_mask" not in inputs:
+        changes["model_input_names"] = [*inputs, "attention_mask"]
+    if changes:
+        _write_json(path, config | changes)
+
+
 def _pooling_config(module: torch.nn.Module) -> dict[str, object]:
-    """Write the pooling modes as one flag each."""
-    names = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken"}
-    names |= {"mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "weightedmean": "weightedmean_tokens"}
-    mode = source.pooling_modes(module).split("+")
-    flags: dict[str, object] = {f"pooling_mode_{key}": name in mode for name, key in names.items()}
-    return {"word_embedding_dimension": source.pooling_width(module), **flags, "include_prompt": True}
+    """Write the pooling modes as one flag each, and their order where flags would give another."""
+    modes = sentence_modules.modes(module)
+    flags: dict[str, object] = {f"pooling_mode_{key}": name in modes for name, key in _FLAGS.items()}
+    order = {} if list(modes) == [name for name in _FLAG_ORDER if name in modes] else {"pooling_mode": list(modes)}
+    rest = {"include_prompt": getattr(module, "include_prompt", True), **order}
+    return {"word_embedding_dimension": source.pooling_width(module), **flags, **rest}
 
 
 def _write_json(path: Path, content: object) -> None:
@@ -222,12 +297,17 @@ def main() -> int:
         request["is_sentence_transformers"],
         request["pooling"],
         request["sha256"],
+        dim=request["dim"],
     )
     try:
         run(located, Path(request["out_dir"]), request["hidden_state"])
     except EdgeqError as error:
         sys.stdout.write(json.dumps({"error": type(error).__name__, "message": str(error)}))
         return error.exit_code
+    except Exception as error:  # the boundary to the model's own code, which may raise anything
+        message = f"{located.name}: running the model in torch failed: {explain(error)}"
+        sys.stdout.write(json.dumps({"error": Unsupported.__name__, "message": message}))
+        return Unsupported.exit_code
     return 0
 
 

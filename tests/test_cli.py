@@ -335,6 +335,24 @@ def test_embed_refuses_bad_standard_input_and_writes_nothing(path: Path, tmp_pat
     assert sorted(item.name for item in tmp_path.iterdir() if "vectors" in item.name) == []
 
 
+def test_embed_puts_the_prompt_of_a_role_before_each_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, _ = make_bundle(tmp_path / "out", prompts={"query": "please send "})
+    texts, found, expected = tmp_path / "texts.txt", tmp_path / "query.npy", tmp_path / "prompt.npy"
+    texts.write_text("it\npassword\n", encoding="utf-8")
+    command = ["embed", str(path), "--texts", str(texts), "--out"]
+    assert cli.run([*command, str(found), "--role", "query"]) == 0
+    assert cli.run([*command, str(expected), "--prompt", "query"]) == 0
+    np.testing.assert_array_equal(np.load(found), np.load(expected))
+    assert cli.run([*command, str(expected), "--role", "document"]) == 0
+    assert not np.array_equal(np.load(found), np.load(expected))
+    capsys.readouterr()
+    assert cli.run([*command, str(tmp_path / "no.npy"), "--prompt", "passage"]) == 2
+    assert "prompt_name is 'passage'; the model has query" in capsys.readouterr().err
+    assert cli.run([*command, str(tmp_path / "no.npy"), "--prompt", "query", "--role", "query"]) == 2
+    assert "Give one of them" in capsys.readouterr().err
+    assert not (tmp_path / "no.npy").exists()
+
+
 def test_embed_wants_npy(path: Path, tmp_path: Path) -> None:
     assert cli.run(["embed", str(path), "--texts", "t.txt", "--out", str(tmp_path / "vectors.json")]) == 2
 

@@ -18,7 +18,7 @@ import tiny_source  # noqa: E402
 
 from edgeq import dialect  # noqa: E402
 from edgeq.backends.contract import embed_batches  # noqa: E402
-from edgeq.export import CONFIG, MODEL, export  # noqa: E402
+from edgeq.exporting import CONFIG, MODEL, export  # noqa: E402
 from edgeq.reference import FloatSession  # noqa: E402
 from edgeq.texts import Tokenizer, batches  # noqa: E402
 
@@ -54,7 +54,7 @@ def test_dense_and_prompts_travel(tmp_path: Path) -> None:
     )
     record, model = exported(directory, tmp_path / "out")
     assert record.dim == model.dim == 32
-    assert record.prompts == {"query": "the "}
+    assert record.prompts == {"query": "the ", "document": ""}
     assert (tmp_path / "out" / CONFIG / "2_Dense" / "model.safetensors").is_file()
     assert not list((tmp_path / "out" / CONFIG).glob("*.safetensors"))
     texts = tiny_source.texts(6)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from edgeq.environments import Environment
 from edgeq.errors import ConfigError
 from edgeq.records import Artifact, Place, QdqModel, Scheme, Target
-from edgeq.texts import Batch, Feeds, fitted, rows_by_bucket
+from edgeq.samples import AnyFeeds, Batch
+from edgeq.texts import fitted, rows_by_bucket, token_feeds
 
 Embeddings = NDArray[np.float32]
 Verdict = Literal["supported", "on-host", "refused", "unknown"]
@@ -67,7 +68,7 @@ def rejected(rules: Iterable[Rule], model: QdqModel, target: Target) -> tuple[Re
 class Session(Protocol):
     """Keep a loaded artifact: loading costs seconds, running milliseconds."""
 
-    def __call__(self, feeds: Feeds) -> Embeddings:
+    def __call__(self, feeds: AnyFeeds) -> Embeddings:
         """Give float32[batch, dim]."""
         ...
 
@@ -76,7 +77,7 @@ class Session(Protocol):
 class TimesItself(Protocol):
     """A session whose runtime lives in another process, where its time and memory are measured."""
 
-    def milliseconds(self, feeds: Feeds, runs: int, warmup: int) -> list[float]:
+    def milliseconds(self, feeds: AnyFeeds, runs: int, warmup: int) -> list[float]:
         """Give the time of each run."""
         ...
 
@@ -150,7 +151,7 @@ def embed_batches(session: Session, batches: Iterable[Batch], count: int) -> Emb
 
 
 def embed_by_bucket(
-    feeds: Feeds, buckets: Sequence[int], run: Callable[[int, NDArray[np.int64], NDArray[np.int64]], Embeddings]
+    feeds: AnyFeeds, buckets: Sequence[int], run: Callable[[int, NDArray[np.int64], NDArray[np.int64]], Embeddings]
 ) -> Embeddings:
     """Run each text in the smallest bucket that it fits.
 
@@ -162,14 +163,15 @@ def embed_by_bucket(
         run: takes a bucket, ids and mask, each int64[texts, bucket], and gives their vectors, float32[texts, dim].
 
     Raises:
-        ConfigError: there are no texts, or one is longer than the largest bucket.
+        ConfigError: there are no texts, they are something else, or one is longer than the largest bucket.
     """
     embeddings: Embeddings | None = None
-    for bucket, members in rows_by_bucket(feeds, buckets).items():
-        ids, mask = (fitted(rows[members], bucket) for rows in (feeds.input_ids, feeds.attention_mask))
+    tokens = token_feeds(feeds)
+    for bucket, members in rows_by_bucket(tokens, buckets).items():
+        ids, mask = (fitted(rows[members], bucket) for rows in (tokens.input_ids, tokens.attention_mask))
         vectors = run(bucket, ids, mask)
         if embeddings is None:
-            embeddings = np.empty((len(feeds.input_ids), vectors.shape[1]), np.float32)
+            embeddings = np.empty((len(tokens.input_ids), vectors.shape[1]), np.float32)
         embeddings[members] = vectors
     if embeddings is None:
         raise ConfigError("no texts to embed: give at least one")

@@ -22,33 +22,43 @@ from edgeq.passes.constant_reshape import constant_reshape
 from edgeq.passes.constant_segment import constant_segment
 from edgeq.passes.direct_position import direct_position
 from edgeq.passes.drop_expand import drop_expand
+from edgeq.passes.drop_nan_guard import drop_nan_guard
 from edgeq.passes.finite_fill import finite_fill
 from edgeq.passes.finite_mask import finite_mask
 from edgeq.passes.fold_attention_scale import fold_attention_scale
+from edgeq.passes.fold_side_scales import fold_side_scales
 from edgeq.passes.graph import Rewrites
+from edgeq.passes.measured_reshape import measured_reshape
 from edgeq.passes.name_weights import name_weights
 from edgeq.passes.pool_by_matmul import pool_by_matmul
 from edgeq.passes.recover_gelu import recover_gelu
 from edgeq.passes.recover_layer_normalization import recover_layer_normalization
+from edgeq.passes.recover_padding_mask import recover_padding_mask
 from edgeq.passes.split_gemm import split_gemm
+from edgeq.passes.unflatten_softmax import unflatten_softmax
 from edgeq.records import PassReport
 from edgeq.reference import FloatSession
-from edgeq.texts import Feeds
+from edgeq.samples import AnyFeeds
 
 Pass = Callable[[ir.Model], Rewrites]
 
 FLOAT_PASSES: tuple[Pass, ...] = (
     recover_layer_normalization,  # first: the later passes look for whole LayerNormalization and Gelu nodes
     recover_gelu,
+    unflatten_softmax,  # before the masks, which are found by the softmax behind them
     finite_mask,  # before shapes: it removes most of the shape arithmetic by itself
+    recover_padding_mask,  # what finite_mask left: other exporters' arithmetic, decided by computing it
+    drop_nan_guard,  # needs the finite mask
     constant_segment,
     direct_position,
     constant_reshape,  # needs the symbolic shapes that the exporter wrote, so before nodes are added without them
+    measured_reshape,  # what inference does not know is measured
     drop_expand,
     pool_by_matmul,
     finite_fill,
     split_gemm,  # before names are given: a Dense layer is a product like any other
     fold_attention_scale,
+    fold_side_scales,
     name_weights,  # last: names follow the final weights
 )
 
@@ -57,7 +67,7 @@ _LARGE_WEIGHT_BYTES = 1 << 16
 
 
 def apply(
-    model: onnx.ModelProto, feeds: Sequence[Feeds], passes: Sequence[Pass] = FLOAT_PASSES
+    model: onnx.ModelProto, feeds: Sequence[AnyFeeds], passes: Sequence[Pass] = FLOAT_PASSES
 ) -> tuple[onnx.ModelProto, tuple[PassReport, ...]]:
     """Run the passes in order, each verified on FP32 outputs.
 
@@ -120,7 +130,7 @@ def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
 Outputs = list[Mapping[str, NDArray[np.float32]]]
 
 
-def _outputs(model: onnx.ModelProto, feeds: Sequence[Feeds], folder: Path) -> Outputs:
+def _outputs(model: onnx.ModelProto, feeds: Sequence[AnyFeeds], folder: Path) -> Outputs:
     """Check that the model is valid ONNX, and run it beside its weights."""
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString())

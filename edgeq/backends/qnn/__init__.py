@@ -16,8 +16,9 @@ from edgeq.backends.contract import Embeddings, Rejection, Rule, embed_by_bucket
 from edgeq.children import Worker, pack, unpack
 from edgeq.errors import BundleCorrupt, LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Placement, QdqModel, Target
+from edgeq.samples import AnyFeeds
 from edgeq.storage import file_ref, replacing_dir
-from edgeq.texts import Feeds, lengths
+from edgeq.texts import lengths
 
 FOLDER = "qnn"
 
@@ -184,7 +185,7 @@ class QnnSession:
         self._outputs = outputs
         self._buckets = sorted(outputs)
 
-    def __call__(self, feeds: Feeds) -> Embeddings:
+    def __call__(self, feeds: AnyFeeds) -> Embeddings:
         """Give the sentence embeddings, float32[batch, dim]; codes are dequantised as the binary says.
 
         Raises:

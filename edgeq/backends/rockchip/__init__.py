@@ -25,9 +25,10 @@ from edgeq.children import Worker, pack, unpack
 from edgeq.environments import Environment, require
 from edgeq.errors import BundleCorrupt, LoweringFailed
 from edgeq.records import Artifact, HostOperator, Placement, QdqModel, Target
+from edgeq.samples import AnyFeeds
 from edgeq.static_shapes import fix_shapes
 from edgeq.storage import file_ref, replacing_dir, sha256_file, storage_errors
-from edgeq.texts import Feeds, fitted, lengths
+from edgeq.texts import fitted, lengths
 
 FOLDER = "rockchip"
 COMPILED, MODEL, FEEDS = "model_seq_{}.rknn", "model.onnx", "feeds.json"
@@ -251,7 +252,7 @@ class RockchipSession:
         self._buckets = sorted(built)
         self._scratch = scratch
 
-    def __call__(self, feeds: Feeds) -> Embeddings:
+    def __call__(self, feeds: AnyFeeds) -> Embeddings:
         """Give the sentence embeddings, float32[batch, dim].
 
         Raises:

@@ -27,8 +27,9 @@ from edgeq.children import Worker, pack, unpack
 from edgeq.environments import Environment, interpreter
 from edgeq.errors import LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
+from edgeq.samples import AnyFeeds
 from edgeq.storage import file_ref, storage_errors, write_bytes
-from edgeq.texts import Feeds, fitted, lengths, rows_by_bucket
+from edgeq.texts import fitted, lengths, rows_by_bucket, token_feeds
 
 if TYPE_CHECKING:
     from edgeq.backends.tflite.emitter import Settings
@@ -236,7 +237,7 @@ class TfliteSession:
         self._buckets = sorted(buckets)
         self._scale, self._zero_point = codes
 
-    def __call__(self, feeds: Feeds) -> Embeddings:
+    def __call__(self, feeds: AnyFeeds) -> Embeddings:
         """Give the sentence embeddings, float32[batch, dim], dequantised.
 
         A text alone runs at the length it is given in; among others it is cut back to its own tokens first.
@@ -254,14 +255,15 @@ class TfliteSession:
         embeddings: Embeddings = (codes.astype(np.float32) - self._zero_point) * np.float32(self._scale)
         return embeddings
 
-    def milliseconds(self, feeds: Feeds, runs: int, warmup: int) -> list[float]:
+    def milliseconds(self, feeds: AnyFeeds, runs: int, warmup: int) -> list[float]:
         """Time runs inside the child, one text after the other: a batch is as many runs."""
-        bucket = max(rows_by_bucket(feeds, self._buckets))
+        tokens = token_feeds(feeds)
+        bucket = max(rows_by_bucket(tokens, self._buckets))
         totals = np.zeros(runs)
-        for row in range(len(feeds.input_ids)):
+        for row in range(len(tokens.input_ids)):
             one = {
-                "input_ids": pack(_fitted(feeds.input_ids[[row]], bucket)[0]),
-                "attention_mask": pack(_fitted(feeds.attention_mask[[row]], bucket)[0]),
+                "input_ids": pack(_fitted(tokens.input_ids[[row]], bucket)[0]),
+                "attention_mask": pack(_fitted(tokens.attention_mask[[row]], bucket)[0]),
             }
             reply = self._worker.call(
                 do="time", signature=SIGNATURE.format(bucket), inputs=one, runs=runs, warmup=warmup
