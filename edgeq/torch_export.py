@@ -165,7 +165,11 @@ def to_onnx(
                 verbose=False,
             )
     except Exception as error:  # the boundary to the exporter, which may raise anything
-        raise Unsupported(f"{name}: torch cannot export this model: {explain(error)}") from error
+
+        def line(node: str) -> str:
+            return _line_of(graph, tuple(tensors.values()), (axes,) if is_open else axes, node)
+
+        raise Unsupported(f"{name}: torch cannot export this model: {explain(error, line)}") from error
     if program is None:
         raise Unsupported(f"{name}: torch.onnx.export gave no program")
     proto = program.model_proto
@@ -174,10 +178,25 @@ def to_onnx(
     return proto
 
 
+def _line_of(graph: torch.nn.Module, tensors: tuple[torch.Tensor, ...], shapes: Any, node: str) -> str:
+    """Trace the module again, and give the user's line that a node of the trace comes from, or nothing."""
+    import torch
+
+    try:
+        with torch.no_grad(), quiet():
+            traced = torch.export.export(graph, tensors, dynamic_shapes=shapes, strict=False).run_decompositions()
+    except Exception:  # the boundary to the exporter, which may raise anything; the refusal stands without a line
+        return ""
+    return next(
+        (origins.user_line(str(item.meta.get("stack_trace", ""))) for item in traced.graph.nodes if item.name == node),
+        "",
+    )
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the exporter's prints, log lines and deprecation warnings off the user's terminal."""
-    root = logging.getLogger("torch.onnx")
+    root = logging.getLogger("torch")
     level = root.level
     root.setLevel(logging.ERROR)
     try:

@@ -171,11 +171,18 @@ def check(
     checking.require(found)
 
 
-def doctor(as_json: console.AsJson = False, verbose: console.Verbose = 0, quiet: console.Quiet = False) -> None:
-    """Say which toolchains are installed, and what each missing one needs."""
-    from edgeq.doctor import examine
+def doctor(
+    install: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Make the environment of this toolchain, from its pins, first.")
+    ] = None,
+    as_json: console.AsJson = False,
+    verbose: console.Verbose = 0,
+    quiet: console.Quiet = False,
+) -> None:
+    """Say which toolchains are installed, and what each missing one needs; --install makes one that lives apart."""
+    from edgeq import doctor as examining
 
-    toolchains = examine()
+    toolchains = (examining.install(install),) if install is not None else examining.examine()
     if as_json:
         console.put_json({"toolchains": [toolchain.model_dump(mode="json") for toolchain in toolchains]})
         return
