@@ -19,7 +19,7 @@ from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.gemm import feed_forwards, sites, value_sum
 from edgeq.observe import BINS, Histogram, Statistics, equal_length_batches, observe
-from edgeq.passes.graph import constant
+from edgeq.passes.graph import constant, dims
 from edgeq.primitives import follows, primitives
 from edgeq.quantize import quantize
 from edgeq.records import Migration
@@ -79,7 +79,7 @@ def calibrate(model: onnx.ModelProto, tokens: Tokens, seed: int, progress: Progr
     batches = equal_length_batches(seen, longest)
     graph = ir.from_proto(model)
     wanted = [site.name for site in sites(graph.graph)]
-    hidden = [str(pair.activation.outputs[0].name) for pair in feed_forwards(graph.graph)]
+    hidden = [str(block.hidden.name) for block in feed_forwards(graph.graph)]
     first_names = list(dict.fromkeys([*wanted, *hidden, *equalize.score_tensors(graph.graph)]))
     first = observe(model, first_names, batches, lambda done, total: progress("observe", done, total))
     split = ir.from_proto(model)
@@ -109,9 +109,12 @@ def calibrate(model: onnx.ModelProto, tokens: Tokens, seed: int, progress: Progr
 
 def _sweep(graph: ir.Graph, tokens: Tokens, seed: int) -> Tokens:
     """Make sequences of tokens drawn evenly from the vocabulary, between the special tokens that all texts share."""
-    size = max(
-        len(table) for node in graph if node.op_type == "Gather" and (table := constant(node.inputs[0])) is not None
-    )
+    tables = {
+        node.inputs[1]: len(table)
+        for node in graph
+        if node.op_type == "Gather" and (table := constant(node.inputs[0])) is not None
+    }
+    size = next(rows for value, rows in tables.items() if value is not None and value.name == "input_ids")
     length = max(1, min(SWEEP_LENGTH, size, max(map(len, tokens.ids)) - 2))
     count = min(SWEEP_TOKENS, size) // length
     rng = np.random.default_rng(seed)
@@ -144,14 +147,29 @@ def _float_tensors(graph: ir.Graph, read: list[str]) -> list[str]:
     What follows exactly from another tensor is left out, and so is what is made of the mask alone.
     """
     mask = {value for value in graph.inputs if value.name == "attention_mask"}
+    positions: set[ir.Value] = set()
     others = []
     for node in graph:
         variable = [value for value in node.inputs if value is not None and constant(value) is None]
-        if variable and all(value in mask for value in variable):
+        if node.op_type == "Shape" or (variable and all(value in positions for value in variable)):
+            positions.update(node.outputs)
+        elif variable and all(value in mask or value in positions for value in variable):
             mask.update(node.outputs)
-        elif node.op_type in _OBSERVED and not follows(node):
-            others += [str(value.name) for value in node.outputs if value.name not in read]
-    return [*read, *others]
+        else:
+            others += [str(value.name) for value in variable if value in positions and _has_channels(value)]
+            if node.op_type in _OBSERVED and not follows(node) and _is_real(node.outputs[0]):
+                others += [str(value.name) for value in node.outputs if value.name not in read]
+    return [*read, *dict.fromkeys(others)]
+
+
+def _has_channels(value: ir.Value) -> bool:
+    """Tell whether a tensor of positions has statistics: its last axis does not grow, or it is one of attention."""
+    shape = dims(value)
+    return _is_real(value) and shape is not None and bool(shape) and (len(shape) == 4 or isinstance(shape[-1], int))
+
+
+def _is_real(value: ir.Value) -> bool:
+    return value.dtype in (None, ir.DataType.FLOAT)
 
 
 def _read_by_attention(model: onnx.ModelProto) -> list[str]:

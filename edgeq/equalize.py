@@ -20,6 +20,7 @@ from edgeq.gemm import SIDE, FeedForward, Site, bias_of, feed_forwards, sites, v
 from edgeq.observe import Statistics
 from edgeq.passes.finite_mask import MASK_SIZE
 from edgeq.passes.graph import add_constant, add_node, constant, is_read_once, made_by, readers
+from edgeq.passes.norms import root_mean_square
 
 SCALED = "/scaled"
 SIDE_WIDTH = 16  # neurons move in blocks of this many: integer kernels work on such blocks
@@ -62,10 +63,10 @@ def split_neurons(
         The statistics with those of the moved neurons left out.
     """
     kept = dict(observed)
-    for pair in list(feed_forwards(graph)):
-        name = str(pair.activation.outputs[0].name)
+    for block in list(feed_forwards(graph)):
+        name = str(block.hidden.name)
         statistics = observed.get(name)
-        weight = constant(pair.second.inputs[1])
+        weight = constant(block.second.inputs[1])
         if statistics is None or weight is None or weight.shape[0] < 4 * SIDE_WIDTH:
             continue
         largest = np.maximum(magnitudes(statistics), magnitudes(swept[name]))
@@ -76,48 +77,92 @@ def split_neurons(
             continue
         few = np.sort(order[:width])
         rest = np.setdiff1d(np.arange(weight.shape[0]), few)
-        _split(graph, pair, few, rest)
+        _split(graph, block, few, rest)
         kept[name] = Statistics(statistics.minimum[rest], statistics.maximum[rest])
     return kept
 
 
-def _split(graph: ir.Graph, pair: FeedForward, few: NDArray[np.int64], rest: NDArray[np.int64]) -> None:
-    first, second = constant(pair.first.inputs[1]), constant(pair.second.inputs[1])
-    bias = bias_of(pair.first_bias)
-    if first is None or second is None or bias is None or pair.first.inputs[0] is None:
-        return
-    position, bias_values = bias
-    stem = str(pair.first.name)
-    end = pair.second_bias
-    after = readers(end.outputs[0])[0]
-    hidden = add_node(
-        after,
-        "MatMul",
-        [pair.first.inputs[0], add_constant(graph, f"{stem}.weight{SIDE}", first[:, few])],
-        f"{stem}{SIDE}",
-    )
-    hidden = add_node(
-        after, "Add", [hidden, add_constant(graph, f"{stem}.bias{SIDE}", bias_values[few])], f"{stem}.sum{SIDE}"
-    )
-    attributes = {
-        name: attribute.value for name, attribute in pair.activation.attributes.items() if attribute.value is not None
-    }
-    hidden = add_node(after, pair.activation.op_type, [hidden], f"{stem}.activation{SIDE}", attributes)
-    product = add_node(
-        after,
-        "MatMul",
-        [hidden, add_constant(graph, f"{pair.second.name}.weight{SIDE}", second[few])],
-        f"{pair.second.name}{SIDE}",
-    )
-    total = add_node(after, "Add", [end.outputs[0], product], f"{pair.second.name}.total{SIDE}")
-    for use in tuple(end.outputs[0].uses()):
+def _split(graph: ir.Graph, block: FeedForward, few: NDArray[np.int64], rest: NDArray[np.int64]) -> None:
+    """Copy a block for a few neurons, add what the copy gives, and leave the rest to the block."""
+    end, second = block.end, constant(block.second.inputs[1])
+    after = readers(end)[0]
+    copies: dict[ir.Value, ir.Value] = {}
+    for node in _in_order(block):
+        copies[node.outputs[0]] = _copy_for(graph, block, node, copies, few, after)
+    rows = add_constant(graph, f"{block.second.name}.weight{SIDE}", second[few])  # type: ignore[index]
+    product = add_node(after, "MatMul", [copies[block.hidden], rows], f"{block.second.name}{SIDE}")
+    total = add_node(after, "Add", [end, product], f"{block.second.name}.total{SIDE}")
+    for use in tuple(end.uses()):
         if use.node is not total.producer():
             use.node.replace_input_with(use.idx, total)
-    _replace_constant(graph, pair.first, 1, first[:, rest])
-    _replace_constant(graph, pair.first_bias, position, bias_values[rest])
-    _replace_constant(graph, pair.second, 1, second[rest])
-    for value in (pair.first.outputs[0], pair.first_bias.outputs[0], pair.activation.outputs[0]):
+    for node in _in_order(block):
+        for position, array in _by_neuron(node, len(few) + len(rest)):
+            _replace_constant(graph, node, position, array[..., rest])
+        value = node.outputs[0]
         value.shape = None if value.shape is None else ir.Shape([*list(value.shape)[:-1], len(rest)])
+    _replace_constant(graph, block.second, 1, second[rest])  # type: ignore[index]
+
+
+def _in_order(block: FeedForward) -> list[ir.Node]:
+    """Give first products and what stands behind them so that each is made before it is read."""
+    waiting, ordered = list(block.inside), list(block.firsts)
+    while waiting:
+        made = {node.outputs[0] for node in ordered}
+        ready = next(
+            node for node in waiting if all(value in made or constant(value) is not None for value in node.inputs)
+        )
+        waiting.remove(ready)
+        ordered.append(ready)
+    return ordered
+
+
+def _by_neuron(node: ir.Node, width: int) -> list[tuple[int, NDArray[np.float32]]]:
+    """List the constants of a node that have an entry for each neuron, with their places."""
+    arrays = [(position, array) for position, value in enumerate(node.inputs) if (array := constant(value)) is not None]
+    return [(position, array) for position, array in arrays if array.ndim and array.shape[-1] == width]
+
+
+def _copy_for(
+    graph: ir.Graph,
+    block: FeedForward,
+    node: ir.Node,
+    copies: dict[ir.Value, ir.Value],
+    few: NDArray[np.int64],
+    before: ir.Node,
+) -> ir.Value:
+    """Copy a node of a block for a few neurons."""
+    first = node if node in block.firsts else next((made_by(value, "MatMul") for value in node.inputs), None)
+    is_bias = first in block.firsts and node.op_type == "Add" and bias_of(node) is not None
+    stem = str(first.name) if first in block.firsts and first is not None else str(node.name)
+    narrowed = dict(_by_neuron(node, _width(block)))
+    inputs: list[ir.Value] = []
+    for position, value in enumerate(node.inputs):
+        if value is None:
+            raise ValueError(f"{node.name}: an operator inside a feed-forward block lacks an operand")
+        if position in narrowed:
+            name = f"{stem}.weight{SIDE}" if node in block.firsts else f"{stem}.bias{SIDE}"
+            inputs.append(add_constant(graph, name, narrowed[position][..., few]))
+        else:
+            inputs.append(copies.get(value, value))
+    attributes = {name: item.value for name, item in node.attributes.items() if item.value is not None}
+    return add_node(before, node.op_type, inputs, _name_of_copy(block, node, stem, is_bias), attributes)
+
+
+def _name_of_copy(block: FeedForward, node: ir.Node, stem: str, is_bias: bool) -> str:
+    if node in block.firsts:
+        return f"{stem}{SIDE}"
+    if is_bias:
+        return f"{stem}.sum{SIDE}"
+    if len(block.inside) - len(block.firsts) == 1:
+        return f"{block.firsts[0].name}.activation{SIDE}"
+    return f"{block.firsts[0].name}.{node.op_type.lower()}_{block.inside.index(node)}{SIDE}"
+
+
+def _width(block: FeedForward) -> int:
+    weight = constant(block.second.inputs[1])
+    if weight is None:
+        raise ValueError(f"{block.second.name}: has no constant weight")
+    return int(weight.shape[0])
 
 
 def migration_scales(site: Site, statistics: Statistics, swept: Statistics, strength: float) -> NDArray[np.float64]:
@@ -184,7 +229,12 @@ def migrate(
 
 
 def _into_norm(graph: ir.Graph, site: Site, scales: NDArray[np.float64]) -> bool:
-    """Divide LayerNorm's weight and bias, if nothing but the products reads it."""
+    """Divide a normalisation's gain and bias, if nothing but the products reads it."""
+    mean_square = root_mean_square(site.tensor.producer())
+    if mean_square is not None and _only_products_read(site):
+        gain = (mean_square.gain / scales).astype(np.float32)
+        _replace_constant(graph, mean_square.end, mean_square.position, gain)
+        return True
     norm = made_by(site.tensor, "LayerNormalization")
     if norm is None or not _only_products_read(site):
         return False

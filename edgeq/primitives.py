@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeq.passes.graph import add_constant, add_node, constant, dims, made_by, readers, replace_uses
+from edgeq.passes.norms import root_mean_square
 from edgeq.pooling import cap_padding, last_token
 
 ROW_MAXIMUM = "/row_maximum"  # ends the names of tensors that exist to be observed only
@@ -46,6 +47,8 @@ def primitives(model: ir.Model) -> int:
             count += cap_padding(graph, node)
         elif node.op_type == "Softmax":
             _row_maximum(graph, node)
+        elif node.op_type == "Mul":
+            count += _mean_square(graph, node)
     return count
 
 
@@ -83,6 +86,34 @@ def _norm(graph: ir.Graph, node: ir.Node) -> int:
         result = _like(add_node(node, "Add", [result, bias], f"{name}/primitives"), node)
     _take_place(graph, node, result, name)
     return 1
+
+
+def _mean_square(graph: ir.Graph, node: ir.Node) -> int:
+    """Write a normalisation by the root of the mean square as a layer normalisation without centring."""
+    found = root_mean_square(node)
+    if found is None:
+        return 0
+    name, width = str(node.outputs[0].name), found.gain.size
+    inverse = _inverse_root(graph, node, found.x, name, width * found.epsilon)
+    normalized = _like(add_node(node, "Mul", [found.x, inverse], f"{name}{NORMALIZED}"), node)
+    factor = add_constant(graph, f"{name}/gain", (found.gain * np.sqrt(width)).astype(np.float32))
+    result = _like(add_node(node, "Mul", [normalized, factor], f"{name}{GAINED}"), node)
+    above = list(node.inputs)
+    _take_place(graph, node, result, name)
+    for value in above:
+        _drop_unread(graph, value)
+    return 1
+
+
+def _drop_unread(graph: ir.Graph, value: ir.Value | None) -> None:
+    """Remove what makes a value that nobody reads."""
+    node = value.producer() if value is not None else None
+    if node is None or any(output.uses() or output.is_graph_output() for output in node.outputs):
+        return
+    above = list(node.inputs)
+    graph.remove(node, safe=True)
+    for each in above:
+        _drop_unread(graph, each)
 
 
 def _unit_length(graph: ir.Graph, node: ir.Node) -> int:

@@ -128,6 +128,7 @@ class _Coder:
         self._raised = frozenset(scheme.raised)
         self._table_bits = scheme.embedding_bits
         self._masks = Masks(self._codes)
+        self._positions: set[ir.Value] = set()  # what follows from the sizes of the inputs alone
         self._shares = ExactShares(self._codes) if form.shares == "exact" else None
         self._sums: ExactSums | None = None
         if form.sum_bits == 32:
@@ -154,8 +155,11 @@ class _Coder:
         variable = [value for value in node.inputs if value is not None and constant(value) is None]
         table = constant(node.inputs[0]) if node.op_type in ("Gather", "Slice") else None
         is_table = table is not None and table.dtype == np.float32
-        is_of_mask = variable and all(value in self._masks.values for value in variable)
-        if node.op_type == "Shape" or (is_of_mask and not is_table):
+        if node.op_type == "Shape" or (variable and not is_table and all(map(self._positions.__contains__, variable))):
+            self._positions.update(node.outputs)
+            return
+        of_mask = self._masks.values | self._positions
+        if variable and not is_table and all(value in of_mask for value in variable):
             self._masks.values.update(node.outputs)
             return
         if node.op_type in _STILL and variable and variable[0] in self._codes.coded:
@@ -339,6 +343,8 @@ class _Coder:
                 continue
             if value in self._masks.values:
                 node.replace_input_with(position, self._masks.coded(value, SHARE, 16, node).value)
+            elif value in self._positions:
+                node.replace_input_with(position, self._position(value, node).value)
             elif array is not None:
                 node.replace_input_with(position, self._codes.constant(value, array, node))
             else:
@@ -346,6 +352,14 @@ class _Coder:
         output = node.outputs[0]
         codes = self._codes.range(output, 16) if self._sums is None else self._sums.range_of_sum(output)
         self._codes.store(node, output, codes, 16)
+
+    def _position(self, value: ir.Value, node: ir.Node) -> Coded:
+        """Give what follows from positions in 16 bits: lowering computes it for each length, and stores codes."""
+        key = (value, 16)
+        if key not in self._codes.converted:
+            codes = symmetric(self._codes.largest(value), 16)
+            self._codes.converted[key] = self._codes.quantize(node, value, codes, 16, str(value.name))
+        return self._codes.converted[key]
 
     def _rewritten(self, node: ir.Node) -> None:
         """Code what rewriting put there; a model's own has no integer form."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from edgeq.passes.graph import Rewrites, add_node, constant, made_by, replace_uses, scalar
+
+_POLYNOMIAL = {"Add": np.add, "Mul": np.multiply, "Pow": np.power, "Div": np.divide, "Sub": np.subtract}
 
 
 def recover_gelu(model: ir.Model) -> Rewrites:
@@ -19,19 +23,56 @@ def recover_gelu(model: ir.Model) -> Rewrites:
     After::
 
         x ─ Gelu
+
+    The form with `Tanh(sqrt(2/pi) * (x + 0.044715 x³))` becomes `Gelu(approximate="tanh")`.
     """
     count, near = 0, []
     for node in list(model.graph):
-        if node.op_type != "Erf":
+        if node.op_type not in ("Erf", "Tanh"):
             continue
-        x = _unscaled(node.inputs[0])
+        x = _unscaled(node.inputs[0]) if node.op_type == "Erf" else _argument(node.inputs[0])
         end = _end(node, x) if x is not None else None
         if x is None or end is None:
-            near.append(f"{node.name}: an Erf that is no part of 0.5 * x * (1 + Erf(x / sqrt(2)))")
+            form = "Erf(x / sqrt(2))" if node.op_type == "Erf" else "Tanh(sqrt(2/pi) * (x + 0.044715 x³))"
+            near.append(f"{node.name}: an {node.op_type} that is no part of 0.5 * x * (1 + {form})")
             continue
-        replace_uses(end.outputs[0], add_node(end, "Gelu", [x], f"{end.name}/gelu"))
+        attributes = {} if node.op_type == "Erf" else {"approximate": "tanh"}
+        replace_uses(end.outputs[0], add_node(end, "Gelu", [x], f"{end.name}/gelu", attributes))
         count += 1
     return Rewrites(count, tuple(near))
+
+
+def _argument(value: ir.Value | None) -> ir.Value | None:
+    """Find the x of which a value is sqrt(2/pi) * (x + 0.044715 x³): by what it is, not by how it is written."""
+    points = np.linspace(-3.0, 3.0, 13)
+    wanted = math.sqrt(2.0 / math.pi) * (points + 0.044715 * points**3)
+    waiting, seen = [value], set[ir.Value]()
+    while waiting:
+        each = waiting.pop(0)
+        if each is None or each in seen or constant(each) is not None:
+            continue
+        seen.add(each)
+        found = _polynomial(value, each, points)
+        if found is not None and each is not value and np.allclose(found, wanted, rtol=1e-5):
+            return each
+        node = made_by(each, *_POLYNOMIAL)
+        waiting += node.inputs if node is not None else []
+    return None
+
+
+def _polynomial(value: ir.Value | None, x: ir.Value, points: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """Compute a value made of x by sums, products and powers, or give None."""
+    if value is x:
+        return points
+    number = scalar(value)
+    if number is not None:
+        return np.full_like(points, number)
+    node = made_by(value, *_POLYNOMIAL)
+    operands = [_polynomial(item, x, points) for item in node.inputs] if node is not None else [None]
+    if node is None or any(item is None for item in operands):
+        return None
+    result: NDArray[np.float64] = _POLYNOMIAL[node.op_type](*operands)
+    return result
 
 
 def _unscaled(value: ir.Value | None) -> ir.Value | None:

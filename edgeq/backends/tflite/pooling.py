@@ -80,12 +80,12 @@ def _shares_by_count(value: ir.Value | None, length: int) -> NDArray[np.float32]
     """
     counts = np.arange(1, length + 1)
     mask = (np.arange(length) < counts[:, None]).astype(np.int64)
-    found = _of_mask(value, mask).reshape(length, length)
+    found = computed(value, mask).reshape(length, length)
     return np.concatenate([found[:1], found])
 
 
-def _of_mask(value: ir.Value | None, mask: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Compute a tensor that follows from the mask alone, for int64[texts, tokens]."""
+def computed(value: ir.Value | None, mask: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Compute a tensor that follows from the mask, or from the sizes of the inputs, for int64[texts, tokens]."""
     nodes: list[ir.Node] = []
     stored: dict[str, onnx.TensorProto] = {}
     inputs: set[str] = set()
