@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeq import __version__, backends, bundle, comparing, schemes, source, stages, storage
-from edgeq import export as exporting
+from edgeq import __version__, backends, bundle, comparing, exporting, schemes, source, stages, storage
 from edgeq.backends.contract import Backend, Embeddings
 from edgeq.cache import Cache
 from edgeq.errors import ConfigError, Unsupported

@@ -11,9 +11,9 @@ from typing import TypeVar
 
 import numpy as np
 import onnx
+import psutil
 
-from edgeq import calibrate, quantize, schemes, storage
-from edgeq import export as exporting
+from edgeq import calibrate, exporting, observe, quantize, schemes, storage
 from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.cache import Cache, key
 from edgeq.errors import ConfigError
@@ -29,6 +29,7 @@ FiledT = TypeVar("FiledT", FloatModel, Calibration, QdqModel)
 _log = logging.getLogger(__name__)
 
 EXPORT_TOOLS = ("torch", "transformers", "sentence-transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
+_MUCH_MEMORY_BYTES = 4_000_000_000
 _FLOAT, _EQUALIZED, _STATISTICS, _QDQ = "model.onnx", "equalized.onnx", "calibration.npz", "qdq.onnx"
 
 
@@ -88,7 +89,9 @@ def calibrated(floats: Floats, texts: TextPlan, seed: int, cache: Cache, report:
                 "%d of %d calibration texts were cut at the model's limit of %d tokens",
                 tokens.truncated, len(tokens.ids), floats.source.max_sequence,
             )  # fmt: skip
-        observed = calibrate.calibrate(onnx.load(floats.model.file.path), tokens, seed, report)
+        model = onnx.load(floats.model.file.path)
+        _announce_memory(model, max(map(len, tokens.ids), default=0))
+        observed = calibrate.calibrate(model, tokens, seed, report)
         storage.write_bytes(folder / _EQUALIZED, observed.model.SerializeToString(deterministic=True))
         calibrate.save(observed.statistics, folder / _STATISTICS)
         equalized = floats.model.model_copy(
@@ -183,6 +186,16 @@ def validation(floats: Floats, texts: TextPlan, cache: Cache, limit: int) -> Val
     )
     reference = np.load(cache.entry("reference", name, make) / "reference.npy", allow_pickle=False)
     return Validation(texts.validation, tokens, text_set(texts.validation_origin, texts.validation, tokens), reference)
+
+
+def _announce_memory(model: onnx.ModelProto, longest: int) -> None:
+    """Say beforehand how much memory observing may take: attention over long texts grows with their square."""
+    needed, free = observe.peak_bytes(model, longest), psutil.virtual_memory().available
+    said = f"calibrating on texts of up to {longest:,} tokens takes up to {needed / 1e9:.1f} GB"
+    if needed > free:
+        _log.warning("%s, and %.1f GB are free: give shorter texts if it is stopped", said, free / 1e9)
+    else:
+        _log.log(logging.WARNING if needed > _MUCH_MEMORY_BYTES else logging.INFO, "%s", said)
 
 
 def _name(located: Located) -> str:
