@@ -131,9 +131,8 @@ def _copy_for(
     before: ir.Node,
 ) -> ir.Value:
     """Copy a node of a block for a few neurons."""
-    first = node if node in block.firsts else next((made_by(value, "MatMul") for value in node.inputs), None)
-    is_bias = first in block.firsts and node.op_type == "Add" and bias_of(node) is not None
-    stem = str(first.name) if first in block.firsts and first is not None else str(node.name)
+    first = node if node in block.firsts else _bias_of_first(block, node)
+    stem = str(first.name if first is not None else node.name)
     narrowed = dict(_by_neuron(node, _width(block)))
     inputs: list[ir.Value] = []
     for position, value in enumerate(node.inputs):
@@ -145,15 +144,23 @@ def _copy_for(
         else:
             inputs.append(copies.get(value, value))
     attributes = {name: item.value for name, item in node.attributes.items() if item.value is not None}
-    return add_node(before, node.op_type, inputs, _name_of_copy(block, node, stem, is_bias), attributes)
+    return add_node(before, node.op_type, inputs, _name_of_copy(block, node), attributes)
 
 
-def _name_of_copy(block: FeedForward, node: ir.Node, stem: str, is_bias: bool) -> str:
+def _bias_of_first(block: FeedForward, node: ir.Node) -> ir.Node | None:
+    """Give the first product whose bias a node adds."""
+    found = bias_of(node) if node.op_type == "Add" else None
+    product = made_by(node.inputs[1 - found[0]], "MatMul") if found is not None else None
+    return product if product in block.firsts else None
+
+
+def _name_of_copy(block: FeedForward, node: ir.Node) -> str:
     if node in block.firsts:
-        return f"{stem}{SIDE}"
-    if is_bias:
-        return f"{stem}.sum{SIDE}"
-    if len(block.inside) - len(block.firsts) == 1:
+        return f"{node.name}{SIDE}"
+    first = _bias_of_first(block, node)
+    if first is not None:
+        return f"{first.name}.sum{SIDE}"
+    if sum(_bias_of_first(block, step) is None for step in block.inside) == 1:
         return f"{block.firsts[0].name}.activation{SIDE}"
     return f"{block.firsts[0].name}.{node.op_type.lower()}_{block.inside.index(node)}{SIDE}"
 

@@ -17,6 +17,7 @@ import tiny_source
 DIM, LAYERS, HEADS, HIDDEN, LONGEST = 64, 2, 4, 256, 64
 OUTLIERS = 3  # rows of each second feed-forward matrix
 SEED = 7
+SPARE = 6  # rows of the table for tokens that a family's own tokenizer adds
 
 _ENCODER = {
     "hidden_size": DIM, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": HIDDEN,
@@ -118,7 +119,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         "MistralConfig", "MistralModel", _DECODER | {"sliding_window": 16}, ("mlp.down_proj",), "lasttoken"
     ),
     "clip-text": Architecture("CLIPTextConfig", "CLIPTextModel", _ENCODER, ("mlp.fc2",)),
-    "siglip-text": Architecture("SiglipTextConfig", "SiglipTextModel", _ENCODER, ("mlp.fc2",)),
 }  # fmt: skip
 
 
@@ -182,4 +182,4 @@ def _tokenizer(folder: Path, made: Architecture, longest: int) -> int:
         mask_token="[MASK]", model_max_length=longest, model_input_names=names, padding_side="right",
     )  # fmt: skip
     fast.save_pretrained(folder)
-    return len(tokens)
+    return len(tokens) + SPARE

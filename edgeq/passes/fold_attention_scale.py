@@ -18,7 +18,7 @@ from edgeq.passes.graph import (
 )
 from edgeq.passes.norms import root_mean_square
 
-_MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Neg", "Identity")
+_MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Neg")
 
 
 def fold_attention_scale(model: ir.Model) -> Rewrites:
