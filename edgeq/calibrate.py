@@ -109,12 +109,12 @@ def calibrate(model: onnx.ModelProto, tokens: Tokens, seed: int, progress: Progr
 
 def _sweep(graph: ir.Graph, tokens: Tokens, seed: int) -> Tokens:
     """Make sequences of tokens drawn evenly from the vocabulary, between the special tokens that all texts share."""
-    tables = {
-        node.inputs[1]: len(table)
+    size = max(
+        len(table)
         for node in graph
         if node.op_type == "Gather" and (table := constant(node.inputs[0])) is not None
-    }
-    size = next(rows for value, rows in tables.items() if value is not None and value.name == "input_ids")
+        and (index := node.inputs[1]) is not None and index.name == "input_ids"
+    )  # fmt: skip
     length = max(1, min(SWEEP_LENGTH, size, max(map(len, tokens.ids)) - 2))
     count = min(SWEEP_TOKENS, size) // length
     rng = np.random.default_rng(seed)

@@ -43,6 +43,7 @@ OPERATORS: dict[str, str] = {
     "Mul": "scales, gates",
     "Neg": "pooling of the last token, rotation by position",
     "Not": "pooling masks",
+    "Or": "local attention",
     "Pow": "activations, squares",
     "Range": "positions",
     "Reciprocal": "normalisation by the root of the mean square",

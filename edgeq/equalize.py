@@ -85,7 +85,8 @@ def split_neurons(
 def _split(graph: ir.Graph, block: FeedForward, few: NDArray[np.int64], rest: NDArray[np.int64]) -> None:
     """Copy a block for a few neurons, add what the copy gives, and leave the rest to the block."""
     end, second = block.end, constant(block.second.inputs[1])
-    after = readers(end)[0]
+    reading = set(readers(end))
+    after = next(node for node in graph if node in reading)
     copies: dict[ir.Value, ir.Value] = {}
     for node in _in_order(block):
         copies[node.outputs[0]] = _copy_for(graph, block, node, copies, few, after)

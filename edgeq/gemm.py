@@ -62,14 +62,18 @@ def sites(graph: ir.Graph) -> Iterator[Site]:
 
 
 def _kind(tensor: ir.Value) -> Kind:
-    maker = made_by(tensor, "Reshape", "Transpose", "LayerNormalization", "Mul", *_ACTIVATIONS)
+    maker = made_by(tensor, "Reshape", "Transpose", "LayerNormalization", "Mul", "Add", "MatMul", *_ACTIVATIONS)
     if maker is not None and maker.op_type == "Mul" and maker.name and maker.name.endswith("/scaled"):
         maker = maker.inputs[0].producer() if maker.inputs[0] is not None else None
     if root_mean_square(maker) is not None:
         return "norm"
     if maker is not None and maker.op_type in ("Reshape", "Transpose"):
         return "context"
-    return "norm" if maker is not None and maker.op_type == "LayerNormalization" else "activation"
+    if maker is not None and maker.op_type in _ACTIVATIONS:
+        return "activation"
+    # A product whose output other products read is like a norm's: quiet channels in texts are quiet in all texts.
+    is_like_norm = maker is not None and maker.op_type in ("LayerNormalization", "Add", "MatMul")
+    return "norm" if is_like_norm else "activation"
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def feed_forwards(graph: ir.Graph) -> Iterator[FeedForward]:
         if not any(step.op_type in _ACTIVATIONS for step in inside):
             continue
         end = _biased(node)
-        if end is not None:
+        if readers(end):
             place = {step: position for position, step in enumerate(graph)}
             ordered = (tuple(sorted(steps, key=place.__getitem__)) for steps in (firsts, inside))
             yield FeedForward(*ordered, node, end)
@@ -150,12 +154,10 @@ def _are_of_neurons(node: ir.Node, width: int) -> bool:
     return all(array.size == 1 or array.shape[-1] == array.size == width for array in arrays)
 
 
-def _biased(product: ir.Node) -> ir.Value | None:
-    """Give a product with its bias, or as it is without one; None where several read it."""
+def _biased(product: ir.Node) -> ir.Value:
+    """Give a product with its bias, or as it is without one."""
     following = readers(product.outputs[0])
-    if len(product.outputs[0].uses()) != 1:
-        return None
-    if following[0].op_type == "Add" and bias_of(following[0]) is not None:
+    if len(following) == 1 and following[0].op_type == "Add" and bias_of(following[0]) is not None:
         return following[0].outputs[0]
     return product.outputs[0]
 

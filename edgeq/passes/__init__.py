@@ -22,12 +22,14 @@ from edgeq.passes.constant_reshape import constant_reshape
 from edgeq.passes.constant_segment import constant_segment
 from edgeq.passes.direct_position import direct_position
 from edgeq.passes.drop_expand import drop_expand
+from edgeq.passes.drop_reshape import drop_reshape
 from edgeq.passes.finite_fill import finite_fill
 from edgeq.passes.finite_mask import finite_mask
 from edgeq.passes.fold_attention_scale import fold_attention_scale
 from edgeq.passes.fold_constants import fold_constants
 from edgeq.passes.fold_table_scale import fold_table_scale
 from edgeq.passes.graph import Rewrites
+from edgeq.passes.known_truths import known_truths
 from edgeq.passes.name_weights import name_weights
 from edgeq.passes.part_products import part_products
 from edgeq.passes.pool_by_matmul import pool_by_matmul
@@ -44,6 +46,8 @@ FLOAT_PASSES: tuple[Pass, ...] = (
     fold_constants,  # first: what follows looks for constants
     recover_layer_normalization,  # before all else: the later passes look for whole LayerNormalization and Gelu nodes
     recover_gelu,
+    drop_reshape,
+    known_truths,  # before masks, which are made of conditions
     finite_mask,  # before shapes: it removes most of the shape arithmetic by itself
     constant_segment,
     direct_position,

@@ -15,6 +15,7 @@ from edgeq.passes.graph import (
     readers,
     replace_uses,
 )
+from edgeq.passes.known_truths import truth
 
 MASK_SIZE = "attention_mask_size"
 INFINITE = 1e30
@@ -86,10 +87,12 @@ def _bias(graph: ir.Graph, node: ir.Node, mask: ir.Value, limits: list[ir.Value]
 
 def _limits(condition: ir.Value | None) -> list[ir.Value]:
     """List the parts of a condition that positions decide, but for those that always hold."""
+    while (reshaped := made_by(condition, "Reshape")) is not None:
+        condition = reshaped.inputs[0]
     both = made_by(condition, "And")
     if both is not None:
         return list(dict.fromkeys(limit for value in both.inputs for limit in _limits(value)))
-    if condition is None or not follows_from_sizes(condition):
+    if condition is None or truth(condition) or not follows_from_sizes(condition):
         return []
     compared = made_by(condition, "GreaterOrEqual")
     least = constant(compared.inputs[1]) if compared is not None else None
