@@ -20,6 +20,7 @@ from edgeq.gemm import SIDE, FeedForward, Site, bias_of, feed_forwards, sites, v
 from edgeq.observe import Statistics
 from edgeq.passes.finite_mask import MASK_SIZE
 from edgeq.passes.graph import add_constant, add_node, constant, is_read_once, made_by, readers
+from edgeq.passes.mask_last import is_mask
 from edgeq.passes.norms import root_mean_square
 
 SCALED = "/scaled"
@@ -290,8 +291,9 @@ def score_tensors(graph: ir.Graph) -> list[str]:
         str(value.name)
         for node in graph
         if node.op_type == "Softmax" and (add := made_by(node.inputs[0], "Add")) is not None
+        if any(map(is_mask, add.inputs))
         for value in add.inputs
-        if value is not None and made_by(value, "MatMul") is not None
+        if value is not None and not is_mask(value)
     ]
 
 

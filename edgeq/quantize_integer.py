@@ -17,7 +17,8 @@ from edgeq.coded import HEADROOM, INTEGER_DTYPES, Coded, CodedGraph, finished, s
 from edgeq.coded_mask import Masks
 from edgeq.coded_sums import ExactSums
 from edgeq.errors import EdgeqError, Unsupported
-from edgeq.folding import Observed, even_values, fold_norm_biases, widen_outputs
+from edgeq.fine_sides import fine_sides
+from edgeq.folding import Observed, even_values, fold_norm_biases, serve_gains, widen_outputs
 from edgeq.gemm import SIDE, bias_of
 from edgeq.narrowing import CHOICE, ROOT_HEADROOM, Fixed, narrow
 from edgeq.observe import Statistics
@@ -34,6 +35,8 @@ MASKED_BELOW = {
 }
 GELU_FLOOR = -4.0  # GELU(-4) = -1.3e-4: below, nothing is left to tell apart
 SOFTMAX = {8: Affine(1 / 256, -128, -128, 127), 16: Affine(1 / 32768, 0, -32768, 32767)}
+FINE_BITS = 8  # of weights, in every scheme that leaves nothing float
+SIGMOID = Affine(1 / 32768, 0, -32768, 32767)
 SHARE = Affine(1 / 32767, 0, -32768, 32767)  # of a token in the mean
 _STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "ReduceMax"})
 _INT16, _INT32 = np.iinfo(np.int16), np.iinfo(np.int32)
@@ -89,6 +92,7 @@ def integer_form(
     graph = graph_model.graph
     del graph.outputs[1:]
     primitives(graph_model)
+    serve_gains(graph, seen)
     join_positions(graph)
     even_values(graph, seen)
     fold_norm_biases(graph, seen)
@@ -96,6 +100,7 @@ def integer_form(
         widen_outputs(graph, seen, form.widen_quantile)
     if form.sum_bits == 32:
         outer_gains(graph, seen)
+    fine_sides(graph, seen, FINE_BITS)
     RemoveUnusedNodesPass()(graph_model)
     TopologicalSortPass()(graph_model)
     return graph_model, seen
@@ -139,7 +144,7 @@ class _Coder:
             "Add": self._add, "Clip": self._rewritten, "Gather": self._lookup, "Gelu": self._pointwise,
             "MatMul": self._matmul, "Min": self._capped, "Mul": self._arithmetic, "ReduceMean": self._arithmetic,
             "ReduceSum": self._rewritten, "ReduceSumSquare": self._arithmetic, "Relu": self._pointwise,
-            "Sigmoid": self._rewritten, "Slice": self._lookup, "Softmax": self._softmax, "Sqrt": self._root,
+            "Sigmoid": self._sigmoid, "Slice": self._lookup, "Softmax": self._softmax, "Sqrt": self._root,
             "Sub": self._arithmetic, "Tanh": self._arithmetic,
         }  # fmt: skip
 
@@ -226,9 +231,13 @@ class _Coder:
             node.replace_input_with(position, self._codes.read(value, bits, node).value)
         output = node.outputs[0]
         followers = readers(output)
-        masked = followers[0] if len(followers) == 1 and followers[0].op_type in ("Add", "Softmax") else None
+        masked = followers[0] if len(followers) == 1 and self._ends_scores(followers[0]) else None
         codes = self._scores(masked, bits) if masked is not None else self._codes.range(output, bits)
         self._codes.store(node, output, codes, bits)
+
+    def _ends_scores(self, node: ir.Node) -> bool:
+        """Tell whether a node is the softmax, or adds the mask, before which scores need no more than it reads."""
+        return node.op_type == "Softmax" or (node.op_type == "Add" and any(map(self._masks.values.__contains__, node.inputs)))
 
     def _product(self, node: ir.Node, weight: NDArray[np.float32]) -> None:
         """Code input, weight, bias and output of a weight product."""
@@ -350,7 +359,8 @@ class _Coder:
             else:
                 node.replace_input_with(position, self._codes.read(value, 16, node).value)
         output = node.outputs[0]
-        codes = self._codes.range(output, 16) if self._sums is None else self._sums.range_of_sum(output)
+        fixed = str(output.name) in self._codes.fixed or self._sums is None
+        codes = self._codes.range(output, 16) if fixed or self._sums is None else self._sums.range_of_sum(output)
         self._codes.store(node, output, codes, 16)
 
     def _position(self, value: ir.Value, node: ir.Node) -> Coded:
@@ -365,6 +375,11 @@ class _Coder:
         """Code what rewriting put there; a model's own has no integer form."""
         if str(node.outputs[0].name) not in self._codes.fixed:
             raise Unsupported(f"{node.name}: {node.op_type} has no integer form; use a scheme that leaves it float")
+        self._arithmetic(node)
+
+    def _sigmoid(self, node: ir.Node) -> None:
+        """Code a gate: the operator has 16 bits, and the only codes that it gives."""
+        self._codes.fixed.setdefault(str(node.outputs[0].name), SIGMOID)
         self._arithmetic(node)
 
     def _root(self, node: ir.Node) -> None:

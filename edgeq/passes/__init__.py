@@ -30,6 +30,7 @@ from edgeq.passes.fold_constants import fold_constants
 from edgeq.passes.fold_table_scale import fold_table_scale
 from edgeq.passes.graph import Rewrites
 from edgeq.passes.known_truths import known_truths
+from edgeq.passes.mask_last import mask_last
 from edgeq.passes.name_weights import name_weights
 from edgeq.passes.part_products import part_products
 from edgeq.passes.pool_by_matmul import pool_by_matmul
@@ -49,6 +50,7 @@ FLOAT_PASSES: tuple[Pass, ...] = (
     drop_reshape,
     known_truths,  # before masks, which are made of conditions
     finite_mask,  # before shapes: it removes most of the shape arithmetic by itself
+    mask_last,
     constant_segment,
     direct_position,
     constant_reshape,  # needs the symbolic shapes that the exporter wrote, so before nodes are added without them

@@ -62,7 +62,7 @@ def _mask_codes(emit: Emitter, node: ir.Node) -> None:
     name = str(node.outputs[0].name).removesuffix("/quantized")
     allowed = _allowed(maker)
     if allowed is not None:
-        _limited(emit, node, codes, pooling.computed(allowed, np.ones((1, emit.length), np.int64)))
+        _limited(emit, node, codes, pooling.of_inputs(allowed, np.ones((1, emit.length), np.int64)))
         return
     if codes.zero_points[0] > 0 and emit.settings.upcast == "quantize":
         _bias(emit, node, codes)
@@ -88,7 +88,7 @@ def _positions(emit: Emitter, node: ir.Node) -> None:
     if zero_point is None or node.inputs[0] is None:
         raise LoweringFailed(f"{node.name}: has no zero point, so no dtype")
     limits = np.iinfo(zero_point.dtype)
-    values = pooling.computed(node.inputs[0], np.ones((1, emit.length), np.int64))
+    values = pooling.of_inputs(node.inputs[0], np.ones((1, emit.length), np.int64))
     stored = np.rint(values.astype(np.float64) / codes.scales[0]) + codes.zero_points[0]
     name = str(node.outputs[0].name).removesuffix("/quantized")
     array = np.clip(stored, limits.min, limits.max).astype(zero_point.dtype)
