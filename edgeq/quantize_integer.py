@@ -159,7 +159,8 @@ class _Coder:
             return
         variable = [value for value in node.inputs if value is not None and constant(value) is None]
         table = constant(node.inputs[0]) if node.op_type in ("Gather", "Slice") else None
-        is_table = table is not None and table.dtype == np.float32
+        is_bias = node.op_type == "Gather" and node.inputs[1] in self._positions  # by distance, not by token
+        is_table = table is not None and table.dtype == np.float32 and not is_bias
         if node.op_type == "Shape" or (variable and not is_table and all(map(self._positions.__contains__, variable))):
             self._positions.update(node.outputs)
             return
