@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -19,17 +20,18 @@ from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.gemm import feed_forwards, sites, value_sum
 from edgeq.observe import BINS, Histogram, Statistics, equal_length_batches, observe
-from edgeq.passes.graph import constant, dims
+from edgeq.passes.graph import constant, dims, readers
 from edgeq.primitives import follows, primitives
 from edgeq.quantize import quantize
 from edgeq.records import Migration
 from edgeq.reference import FloatSession
+from edgeq.samples import Batch, Samples
 from edgeq.schemes import SCHEMES
 from edgeq.storage import replacing
-from edgeq.texts import Batch, Tokens
 from edgeq.textsets import FEWEST_CALIBRATION
 
 Progress = Callable[[str, int, int], None]
+SamplesT = TypeVar("SamplesT", bound=Samples)
 
 # Activations have no strength: most of their channels are quiet in any set of texts, and one that was blown up for it
 # clips at the first text that wakes it. Their large neurons move to the side path instead.
@@ -40,7 +42,6 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
 SEARCH_SCHEME = "w8a8-gemm"  # the strength serves every scheme; this one quantises what all of them quantise
 HELD_BACK_SHARE = 8  # one calibration text in so many judges the strength and is never observed
 HELD_BACK_MOST = 48
-SWEEP_TOKENS, SWEEP_LENGTH = 8192, 30
 TOLERANCE = 1e-5
 _OBSERVED = frozenset(
     "Add Gelu MatMul Mul Reciprocal ReduceMax ReduceMean ReduceSumSquare Relu Sigmoid Sub Tanh".split()
@@ -57,12 +58,12 @@ class Observed:
     max_abs_error: float  # of the equalised model's embeddings against the float model's
 
 
-def calibrate(model: onnx.ModelProto, tokens: Tokens, seed: int, progress: Progress) -> Observed:
+def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Progress) -> Observed:
     """Equalise a float model and observe it once.
 
     Args:
         model: FP32 ONNX in the dialect; not changed.
-        tokens: of the calibration texts, at least 16.
+        samples: the calibration texts as tokens, or images; at least 16.
         seed: of the choice of texts that are held back to judge the strength.
         progress: called with (step, done, total).
 
@@ -70,12 +71,12 @@ def calibrate(model: onnx.ModelProto, tokens: Tokens, seed: int, progress: Progr
         ConfigError: too few texts.
         EdgeqError: FP32 gives NaN or infinity.
     """
-    if len(tokens.ids) < FEWEST_CALIBRATION:
+    if len(samples) < FEWEST_CALIBRATION:
         raise ConfigError(
-            f"{len(tokens.ids)} calibration texts; at least {FEWEST_CALIBRATION} are needed: give more with --texts"
+            f"{len(samples)} calibration texts; at least {FEWEST_CALIBRATION} are needed: give more with --texts"
         )
-    seen, held = _hold_back(tokens, seed)
-    longest = max(len(ids) for ids in tokens.ids)
+    seen, held = _hold_back(samples, seed)
+    longest = samples.longest
     batches = equal_length_batches(seen, longest)
     graph = ir.from_proto(model)
     wanted = [site.name for site in sites(graph.graph)]
@@ -83,7 +84,7 @@ def calibrate(model: onnx.ModelProto, tokens: Tokens, seed: int, progress: Progr
     first_names = list(dict.fromkeys([*wanted, *hidden, *equalize.score_tensors(graph.graph)]))
     first = observe(model, first_names, batches, lambda done, total: progress("observe", done, total))
     split = ir.from_proto(model)
-    sweep = equal_length_batches(_sweep(graph.graph, tokens, seed), longest)
+    sweep = equal_length_batches(samples.swept(_vocabulary(graph.graph), seed), longest)
     swept = observe(
         model, list(dict.fromkeys([*wanted, *hidden])), sweep, lambda done, total: progress("sweep", done, total)
     )
@@ -107,31 +108,27 @@ def calibrate(model: onnx.ModelProto, tokens: Tokens, seed: int, progress: Progr
     return Observed(proto, kept, migration, _largest_error(model, proto, held, longest))
 
 
-def _sweep(graph: ir.Graph, tokens: Tokens, seed: int) -> Tokens:
-    """Make sequences of tokens drawn evenly from the vocabulary, between the special tokens that all texts share."""
-    size = max(
-        len(table)
-        for node in graph
-        if node.op_type == "Gather" and (table := constant(node.inputs[0])) is not None
-        and (index := node.inputs[1]) is not None and index.name == "input_ids"
+def _vocabulary(graph: ir.Graph) -> int:
+    """Give the rows of the table that tokens are looked up in; 0 where there is none."""
+    return max(
+        (
+            len(table)
+            for node in graph
+            if node.op_type == "Gather" and (table := constant(node.inputs[0])) is not None
+            and node.inputs[1] is not None and node.inputs[1].name == "input_ids"
+        ),
+        default=0,
     )  # fmt: skip
-    length = max(1, min(SWEEP_LENGTH, size, max(map(len, tokens.ids)) - 2))
-    count = min(SWEEP_TOKENS, size) // length
-    rng = np.random.default_rng(seed)
-    drawn = rng.permutation(size)[: count * length].reshape(count, length).tolist()
-    first, last = ({ids[end] for ids in tokens.ids} for end in (0, -1))
-    before, after = (tuple(ends) if len(ends) == 1 else () for ends in (first, last))
-    return Tokens(tuple((*before, *row, *after) for row in drawn), 0, tokens.pad_id)
 
 
-def _largest_error(before: onnx.ModelProto, after: onnx.ModelProto, held: Tokens, longest: int) -> float:
+def _largest_error(before: onnx.ModelProto, after: onnx.ModelProto, held: Samples, longest: int) -> float:
     """Prove that equalising kept the FP32 function, on texts that were not observed.
 
     Raises:
         EdgeqError: an embedding moved by more than 1e-5 of the largest value.
     """
     batches = equal_length_batches(held, longest)
-    old, new = (embed_batches(FloatSession.of(model), batches, len(held.ids)) for model in (before, after))
+    old, new = (embed_batches(FloatSession.of(model), batches, len(held)) for model in (before, after))
     error = float(np.abs(old - new).max()) / max(1.0, float(np.abs(old).max()))
     if not error <= TOLERANCE:
         raise EdgeqError(
@@ -157,6 +154,8 @@ def _float_tensors(graph: ir.Graph, read: list[str]) -> list[str]:
             mask.update(node.outputs)
         else:
             others += [str(value.name) for value in variable if value in positions and _has_channels(value)]
+            if node.op_type == "Gather" and any(use.op_type != "Add" for use in readers(node.outputs[0])):
+                others += [str(value.name) for value in node.outputs if _is_real(value) and value.name not in read]
             if node.op_type in _OBSERVED and not follows(node) and _is_real(node.outputs[0]):
                 others += [str(value.name) for value in node.outputs if value.name not in read]
     return [*read, *dict.fromkeys(others)]
@@ -178,11 +177,11 @@ def _read_by_attention(model: onnx.ModelProto) -> list[str]:
     return [str(values.outputs[0].name) for site in sites(graph) if (values := value_sum(site)) is not None]
 
 
-def _hold_back(tokens: Tokens, seed: int) -> tuple[Tokens, Tokens]:
-    count = min(HELD_BACK_MOST, max(4, len(tokens.ids) // HELD_BACK_SHARE))
-    held = set(np.random.default_rng(seed).choice(len(tokens.ids), count, replace=False).tolist())
-    parts = [tuple(ids for row, ids in enumerate(tokens.ids) if (row in held) is keep) for keep in (False, True)]
-    return Tokens(parts[0], 0, tokens.pad_id), Tokens(parts[1], 0, tokens.pad_id)
+def _hold_back(samples: SamplesT, seed: int) -> tuple[SamplesT, SamplesT]:
+    count = min(HELD_BACK_MOST, max(4, len(samples) // HELD_BACK_SHARE))
+    held = set(np.random.default_rng(seed).choice(len(samples), count, replace=False).tolist())
+    parts = [[row for row in range(len(samples)) if (row in held) is keep] for keep in (False, True)]
+    return samples.chosen(parts[0]), samples.chosen(parts[1])
 
 
 def _search(
@@ -190,7 +189,7 @@ def _search(
     split: onnx.ModelProto,
     statistics: Mapping[str, Statistics],
     swept: Mapping[str, Statistics],
-    held: Tokens,
+    held: Samples,
     longest: int,
     progress: Progress,
 ) -> Migration:
@@ -200,7 +199,7 @@ def _search(
     maximum. Half the score is the mean cosine, half that of the worst tenth: a mean hides the text that is lost.
     """
     batches = equal_length_batches(held, longest)
-    reference = embed_batches(FloatSession.of(model), batches, len(held.ids))
+    reference = embed_batches(FloatSession.of(model), batches, len(held))
     best = {kind: choices[0] for kind, choices in STRENGTHS.items()}
     kinds = {site.kind for site in sites(ir.from_proto(split).graph)}
     plan = [(kind, choice) for kind in STRENGTHS if kind in kinds for choice in STRENGTHS[kind][1:]]

@@ -54,5 +54,6 @@ def computed(value: ir.Value | None, feeds: Mapping[str, NDArray[np.int64]]) -> 
     output = helper.make_tensor_value_info(str(value.name), onnx.TensorProto.FLOAT, None)
     whole = helper.make_graph(ordered, "computed", ports, [output], list(stored.values()))
     model = helper.make_model(whole, opset_imports=[helper.make_opsetid("", _OPSET)])
-    (result,) = ReferenceEvaluator(model).run(None, {name: feeds[name] for name in inputs})
+    with np.errstate(all="ignore"):  # what is computed for both branches of a Where need not be a number
+        (result,) = ReferenceEvaluator(model).run(None, {name: feeds[name] for name in inputs})
     return np.asarray(result)

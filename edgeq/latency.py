@@ -21,7 +21,7 @@ from edgeq.records import Place, Record
 
 if TYPE_CHECKING:
     from edgeq.backends.contract import Embeddings, Session
-    from edgeq.texts import Feeds
+    from edgeq.samples import AnyFeeds
 
 Report = Callable[[str, int, int], None]
 
@@ -228,7 +228,7 @@ def _float_session(job: Job) -> Session:
             "Give --against the float model that edgeq exported."
         )
 
-    def embed(feeds: Feeds) -> Embeddings:
+    def embed(feeds: AnyFeeds) -> Embeddings:
         embeddings: Embeddings = session.run(["sentence_embedding"], feeds.named(inputs))[0]
         return embeddings
 

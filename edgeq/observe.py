@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgeq.errors import EdgeqError
 from edgeq.reference import FloatSession
-from edgeq.texts import Batch, Feeds, Tokens
+from edgeq.samples import Batch, Samples
 
 BINS = 2048
 MOMENT_ROWS = 4096  # tokens that enter a second moment: more do not change the rounding that follows from it
@@ -67,22 +67,12 @@ class Statistics:
     waiting: list[NDArray[np.float32]] = field(default_factory=list, repr=False)
 
 
-def equal_length_batches(tokens: Tokens, longest: int) -> list[Batch]:
+def equal_length_batches(samples: Samples, longest: int) -> list[Batch]:
     """Batch texts of exactly the same length, so that no padding exists that could enter a statistic.
 
     No batch holds more tokens than the longest text alone, so memory does not grow with the number of texts.
     """
-    by_length: dict[int, list[int]] = {}
-    for row, ids in enumerate(tokens.ids):
-        by_length.setdefault(len(ids), []).append(row)
-    made = []
-    for length in sorted(by_length, reverse=True):
-        rows, width = by_length[length], max(1, longest // length)
-        for start in range(0, len(rows), width):
-            chosen = tuple(rows[start : start + width])
-            block = np.array([tokens.ids[row] for row in chosen], np.int64)
-            made.append(Batch(chosen, Feeds(block, np.ones_like(block))))
-    return made
+    return samples.unpadded(longest)
 
 
 def observe(
@@ -109,12 +99,12 @@ def observe(
         EdgeqError: a tensor held NaN or infinity.
     """
     with_histogram, with_moment, with_mean = set(histograms), set(moments), set(means)
-    total = sum(batch.feeds.input_ids.size for batch in batches)
-    stride = max(1, total // MOMENT_ROWS)
+    count = sum(batch.feeds.size for batch in batches)
     kept: dict[str, Statistics] = {}
 
-    def add(name: str, array: NDArray[np.float32]) -> None:
+    def add(name: str, array: NDArray[np.float32], size: int) -> None:
         rows = array.reshape(-1, array.shape[-1]) if array.ndim > 1 else array.reshape(1, -1)
+        total = count * max(1, len(rows) // size)  # an image has many rows, a token one
         low, high = rows.min(0), rows.max(0)
         if array.ndim == 4:  # of a shape that the model does not state
             low, high = low.min(keepdims=True), high.max(keepdims=True)
@@ -126,7 +116,7 @@ def observe(
             share = rows.sum(0) / np.float32(total)
             statistics.mean = share if statistics.mean is None else statistics.mean + share
         if name in with_moment:
-            _add_moment(statistics, rows, stride)
+            _add_moment(statistics, rows, max(1, total // MOMENT_ROWS))
 
     shapes = tensor_shapes(model)
     # The last axis of attention is no channel, and neither is one that grows with the text.
@@ -139,7 +129,7 @@ def observe(
         for done, batch in enumerate(batches, start=1):
             found = dict(zip((*group, *ends), session.run([*group, *ends], batch.feeds), strict=True))
             for name in group:
-                add(name, found.pop(name))  # freed at once: the next run hands over as much again
+                add(name, found.pop(name), batch.feeds.size)  # freed at once: the next run hands over as much again
             for name in () if number else positions:
                 _widen(kept, name, found[name + LOWEST].reshape(1), found[name + HIGHEST].reshape(1))
             progress(number * len(batches) + done, runs)
@@ -183,7 +173,7 @@ def peak_bytes(model: onnx.ModelProto, longest: int) -> int:
 
 
 def _longest(batches: Sequence[Batch]) -> int:
-    return max((batch.feeds.input_ids.size for batch in batches), default=0)
+    return max((batch.feeds.size for batch in batches), default=0)
 
 
 def _size(shape: tuple[int | None, ...], longest: int) -> int:
@@ -211,18 +201,26 @@ def observing(model: onnx.ModelProto, tensors: Sequence[str], reduced: Sequence[
     Of `reduced` tensors the smallest and the largest value are outputs, float32[] each: attention over 4,096 tokens is
     too large to hand over.
     """
-    outputs, nodes = len(model.graph.output), len(model.graph.node)
+    outputs = len(model.graph.output)
     have = {output.name for output in model.graph.output}
     extra = [name for name in tensors if name not in have]
-    for name in reduced:
-        for end, operator in ((LOWEST, "ReduceMin"), (HIGHEST, "ReduceMax")):
-            model.graph.node.append(onnx.helper.make_node(operator, [name], [name + end], keepdims=0))
-            extra.append(name + end)
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in extra)
+    added = [
+        (name, onnx.helper.make_node(operator, [name], [name + end], keepdims=0))
+        for name in reduced
+        for end, operator in ((LOWEST, "ReduceMin"), (HIGHEST, "ReduceMax"))
+    ]
+    ends = {node.output[0] for _, node in added}
+    for name, node in added:  # right behind what makes the tensor, so that it can be freed
+        made = next(place for place, item in enumerate(model.graph.node) if name in item.output)
+        model.graph.node.insert(made + 1, node)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in (*extra, *sorted(ends)))
     try:
         return FloatSession.of(model)
     finally:
-        del model.graph.output[outputs:], model.graph.node[nodes:]
+        del model.graph.output[outputs:]
+        for place in reversed(range(len(model.graph.node))):
+            if model.graph.node[place].output[0] in ends:
+                del model.graph.node[place]
 
 
 def _add_moment(statistics: Statistics, rows: NDArray[np.float32], stride: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,8 @@ import numpy as np
 from edgeq import __version__, backends, bundle, comparing, exporting, schemes, source, stages, storage
 from edgeq.backends.contract import Backend, Embeddings
 from edgeq.cache import Cache
-from edgeq.errors import ConfigError, Unsupported
+from edgeq.errors import ConfigError, ParityFailed, Unsupported
+from edgeq.onnx_source import OnnxOptions
 from edgeq.records import (
     Measures,
     ParityReport,
@@ -24,7 +25,7 @@ from edgeq.records import (
     Target,
 )
 from edgeq.stages import Report
-from edgeq.texts import Tokens, batches, token_limit
+from edgeq.texts import Tokens, batches, token_feeds, token_limit
 from edgeq.textsets import TextPlan, plan_texts, spread_validation
 
 GOLDEN_TEXTS = 32
@@ -43,10 +44,12 @@ class ExportRequest:
     validation: Path | None = None
     evaluation: tuple[Path, ...] = ()
     pooling: str | None = None
+    onnx: OnnxOptions = OnnxOptions()
     samples: int | None = None
     seed: int = 0
     scheme: Path | None = None
     hidden_state: bool = True
+    float_ops: tuple[str, ...] = ()
     keep_failed: bool = False
     overwrite: bool = False
     dry_run: bool = False
@@ -78,11 +81,12 @@ def export(request: ExportRequest, report: Report) -> tuple[Exported, ...]:
     Raises:
         EdgeqError: any stage; see `edgeq.errors`.
     """
-    located = source.locate(request.model, request.pooling)
+    located = source.locate(request.model, request.pooling, request.onnx)
     texts = plan_texts(
         request.texts, request.column, request.validation, request.evaluation, request.samples, request.seed
     )
     for target in request.targets:
+        _refuse_islands(request, target)
         _scheme(request, target)
         backend = backends.find(target.backend, target.name)
         backend.tools()
@@ -91,7 +95,7 @@ def export(request: ExportRequest, report: Report) -> tuple[Exported, ...]:
     if request.dry_run:
         return tuple(_not_run(target) for target in request.targets)
     report("export", 0, 1)
-    floats = stages.float_model(located, request.hidden_state, request.cache)
+    floats = stages.float_model(located, request.hidden_state, request.cache, request.float_ops)
     report("export", 1, 1)
     calibrated = stages.calibrated(floats, texts, request.seed, request.cache, report)
     return tuple(_bundle(target, floats, calibrated, texts, request, report) for target in request.targets)
@@ -162,6 +166,15 @@ def _scheme(request: ExportRequest, target: Target) -> Scheme:
     return given
 
 
+def _refuse_islands(request: ExportRequest, target: Target) -> None:
+    """Refuse float islands where nothing may stay float."""
+    if request.float_ops and schemes.find(target.scheme, target.name).leaves_nothing_float:
+        raise Unsupported(
+            f"{target.name}: its scheme {target.scheme} leaves nothing float, so {', '.join(request.float_ops)} cannot "
+            "stay. Choose a target that keeps floats (`edgeq targets`), or write the model without."
+        )
+
+
 def _keep_report(found: ParityReport, out: Path, is_written: bool) -> str:
     """Keep the report of a refused bundle beside the place where it would stand; else remove an earlier one."""
     path = out / f"{found.target}.parity.json"
@@ -188,11 +201,30 @@ def _golden(validation: stages.Validation, embeddings: Embeddings | None) -> bun
     rows = [by_length[place] for place in places]
     chosen = Tokens(tuple(validation.tokens.ids[row] for row in rows), 0, validation.tokens.pad_id)
     (batch,) = batches(chosen, batch_size=len(rows), max_tokens=len(rows) * max(len(ids) for ids in chosen.ids))
-    order = [rows[row] for row in batch.rows]
+    order, feeds = [rows[row] for row in batch.rows], token_feeds(batch.feeds)
     return bundle.GoldenData(
-        tuple(validation.texts[row] for row in order), batch.feeds.input_ids, batch.feeds.attention_mask,
+        tuple(validation.texts[row] for row in order), feeds.input_ids, feeds.attention_mask,
         validation.reference[order], None if embeddings is None else embeddings[order], validation.tokens.pad_id,
     )  # fmt: skip
+
+
+def require_passed(results: Sequence[Exported]) -> None:
+    """Refuse to go on where a bundle missed its gate.
+
+    Raises:
+        ParityFailed: with every limit that was missed, and where the reports are.
+    """
+    failed = [item for item in results if item.status == "failed"]
+    if failed:
+        missed = " ".join(f"{item.target}: {' '.join(item.failures)} {_kept(item)}" for item in failed)
+        raise ParityFailed(
+            f"{missed} Calibrate on --texts like your own, on more --samples, or choose another target; "
+            "--keep-failed writes such a bundle to look into."
+        )
+
+
+def _kept(exported: Exported) -> str:
+    return f"The report is {exported.report or f'{exported.path}/parity.json'}."
 
 
 def _not_run(target: Target) -> Exported:
@@ -217,9 +249,13 @@ def _command(request: ExportRequest, name: str, target: Target) -> tuple[str, ..
     optional: Mapping[str, object | None] = {
         "--texts": request.texts and request.texts.name, "--column": request.column,
         "--validation": request.validation and request.validation.name,
-        "--pooling": request.pooling, "--scheme": request.scheme and request.scheme.name,
+        "--pooling": request.pooling, "--tokenizer": request.onnx.tokenizer and request.onnx.tokenizer.name,
+        "--max-sequence": request.onnx.max_sequence, "--scheme": request.scheme and request.scheme.name,
         "--samples": request.samples, "--seed": request.seed or None,
     }  # fmt: skip
     for option, value in optional.items():
         words += [option, str(value)] if value is not None else []
+    words += [word for name in request.float_ops for word in ("--float-op", name)]
+    if request.onnx.normalize is not None:
+        words.append("--normalize" if request.onnx.normalize else "--no-normalize")
     return (*words, *(() if request.hidden_state else ("--no-hidden-state",)))

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from edgeq.errors import ConfigError
 from edgeq.records import TextSet
+from edgeq.samples import AnyFeeds, Batch, Samples
+
+SWEEP_TOKENS, SWEEP_LENGTH = 8192, 30
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,11 @@ class Feeds:
     input_ids: NDArray[np.int64]
     attention_mask: NDArray[np.int64]
 
+    @property
+    def size(self) -> int:
+        """Count the tokens, padding included."""
+        return int(self.input_ids.size)
+
     def named(self, inputs: Sequence[str]) -> dict[str, NDArray[np.int64]]:
         """Give the arrays by graph input name; `token_type_ids` is all zero, as for single texts."""
         known = {
@@ -37,12 +45,15 @@ class Feeds:
         return {name: known[name] for name in inputs}
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Hold the feeds of a few texts of like length, and which texts they are (`rows`: positions in the input)."""
+def token_feeds(feeds: AnyFeeds) -> Feeds:
+    """Give feeds to what takes tokens only.
 
-    rows: tuple[int, ...]
-    feeds: Feeds
+    Raises:
+        ConfigError: they are no tokens.
+    """
+    if not isinstance(feeds, Feeds):
+        raise ConfigError("this artifact takes the tokens of texts, and was given something else. Give it texts.")
+    return feeds
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,56 @@ class Tokens:
     ids: tuple[tuple[int, ...], ...]
     truncated: int
     pad_id: int
+
+    def __len__(self) -> int:
+        """Count the texts."""
+        return len(self.ids)
+
+    @property
+    def longest(self) -> int:
+        """Give the length of the longest text."""
+        return max(len(ids) for ids in self.ids)
+
+    def chosen(self, rows: Sequence[int]) -> Tokens:
+        """Give the texts at these positions."""
+        return Tokens(tuple(self.ids[row] for row in rows), 0, self.pad_id)
+
+    def swept(self, vocabulary: int, seed: int) -> Tokens:
+        """Make sequences of tokens drawn evenly from the vocabulary, between the special tokens all texts share."""
+        length = max(1, min(SWEEP_LENGTH, vocabulary, self.longest - 2))
+        count = min(SWEEP_TOKENS, vocabulary) // length
+        rng = np.random.default_rng(seed)
+        drawn = rng.permutation(vocabulary)[: count * length].reshape(count, length).tolist()
+        first, last = ({ids[end] for ids in self.ids} for end in (0, -1))
+        before, after = (tuple(ends) if len(ends) == 1 else () for ends in (first, last))
+        return Tokens(tuple((*before, *row, *after) for row in drawn), 0, self.pad_id)
+
+    def batches(self, batch_size: int, most: int) -> list[Batch]:
+        """Batch texts of like length, so that padding is small; a text longer than `most` is a batch of its own."""
+        order = sorted(range(len(self.ids)), key=lambda row: len(self.ids[row]))
+        made: list[Batch] = []
+        rows: list[int] = []
+        for row in order:
+            width = len(self.ids[row])
+            if rows and (len(rows) == batch_size or (len(rows) + 1) * width > most):
+                made.append(_batch(self, rows))
+                rows = []
+            rows.append(row)
+        return [*made, _batch(self, rows)] if rows else made
+
+    def unpadded(self, most: int) -> list[Batch]:
+        """Batch texts of exactly the same length."""
+        by_length: dict[int, list[int]] = {}
+        for row, ids in enumerate(self.ids):
+            by_length.setdefault(len(ids), []).append(row)
+        made = []
+        for length in sorted(by_length, reverse=True):
+            rows, width = by_length[length], max(1, most // length)
+            for start in range(0, len(rows), width):
+                chosen = tuple(rows[start : start + width])
+                block = np.array([self.ids[row] for row in chosen], np.int64)
+                made.append(Batch(chosen, Feeds(block, np.ones_like(block))))
+        return made
 
 
 class Tokenizer:
@@ -143,24 +204,15 @@ def fitted(rows: NDArray[np.int64], width: int) -> NDArray[np.int64]:
     return np.pad(kept, ((0, 0), (0, width - kept.shape[1])))
 
 
-def batches(tokens: Tokens, batch_size: int = 32, max_tokens: int = 4096) -> list[Batch]:
-    """Batch texts of like length, so that padding is small.
+def batches(samples: Samples, batch_size: int = 32, max_tokens: int = 4096) -> list[Batch]:
+    """Batch samples of like size, so that padding is small.
 
     Args:
-        tokens: of the texts.
-        batch_size: most texts in a batch.
+        samples: tokens of texts, or images.
+        batch_size: most samples in a batch.
         max_tokens: most tokens in a batch, padding included; a longer text is a batch of its own.
     """
-    order = sorted(range(len(tokens.ids)), key=lambda row: len(tokens.ids[row]))
-    made: list[Batch] = []
-    rows: list[int] = []
-    for row in order:
-        width = len(tokens.ids[row])
-        if rows and (len(rows) == batch_size or (len(rows) + 1) * width > max_tokens):
-            made.append(_batch(tokens, rows))
-            rows = []
-        rows.append(row)
-    return [*made, _batch(tokens, rows)] if rows else made
+    return samples.batches(batch_size, max_tokens)
 
 
 def _batch(tokens: Tokens, rows: Sequence[int]) -> Batch:

@@ -7,12 +7,13 @@ graph is rewritten, and so that a crash inside torch is a message and not the en
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,13 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeq import source
+from edgeq import origins, source
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.probes import probe_feeds
 from edgeq.records import Source
 from edgeq.source import Located
 from edgeq.texts import Feeds
+from edgeq.torch_failures import explain
 
 if TYPE_CHECKING:
     import torch
@@ -99,47 +101,53 @@ def _graph_module(model: SentenceTransformer, hidden_state: bool) -> torch.nn.Mo
 def _to_onnx(model: SentenceTransformer, hidden_state: bool, name: str, max_sequence: int) -> onnx.ModelProto:
     import torch
 
-    batch, sequence = torch.export.Dim("batch", min=1, max=65536), torch.export.Dim("sequence", min=2, max=max_sequence)
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 0, 0, 0]])
-    mask = (ids > 0).to(torch.int64)
-    axes = {0: batch, 1: sequence}
+    tensors = {"input_ids": ids, "attention_mask": (ids > 0).to(torch.int64)}
+    outputs = ("sentence_embedding", "last_hidden_state")[: 2 if hidden_state else 1]
+    return to_onnx(_graph_module(model, hidden_state), tensors, outputs, name, max_sequence)
+
+
+def to_onnx(
+    graph: torch.nn.Module, tensors: Mapping[str, torch.Tensor], outputs: Sequence[str], name: str, max_sequence: int
+) -> onnx.ModelProto:
+    """Export a module of bare tensors; each node keeps one sentence about where it comes from.
+
+    Args:
+        graph: takes the tensors in their order, as parameters or as one *parameter.
+        tensors: input name -> an example, [batch, sequence]; both axes become free.
+        outputs: their names.
+        name: for messages.
+        max_sequence: the longest sequence.
+
+    Raises:
+        Unsupported: torch cannot; the message names the line.
+    """
+    import torch
+
+    batch, sequence = torch.export.Dim("batch", min=1, max=65536), torch.export.Dim("sequence", min=2, max=max_sequence)
+    axes: tuple[object, ...] = tuple({0: batch, 1: sequence} for _ in tensors)
+    is_open = any(item.kind is item.VAR_POSITIONAL for item in inspect.signature(graph.forward).parameters.values())
     try:
         with torch.no_grad(), quiet():
             program = torch.onnx.export(
-                _graph_module(model, hidden_state),
-                (ids, mask),
+                graph,
+                tuple(tensors.values()),
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=["input_ids", "attention_mask"],
-                output_names=["sentence_embedding", "last_hidden_state"][: 2 if hidden_state else 1],
-                dynamic_shapes={"input_ids": axes, "attention_mask": axes},
+                input_names=list(tensors),
+                output_names=list(outputs),
+                dynamic_shapes=(axes,) if is_open else axes,
                 optimize=True,
                 verbose=False,
             )
     except Exception as error:  # the boundary to the exporter, which may raise anything
-        first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        raise Unsupported(f"{name}: torch cannot export this model: {type(error).__name__}: {first}") from error
+        raise Unsupported(f"{name}: torch cannot export this model: {explain(error)}") from error
     if program is None:
         raise Unsupported(f"{name}: torch.onnx.export gave no program")
     proto = program.model_proto
     proto.producer_name, proto.producer_version = "edgeq", ""
-    _strip_traces(proto)
+    origins.keep(proto)
     return proto
-
-
-def _strip_traces(model: onnx.ModelProto) -> None:
-    """Drop stack traces and other metadata: they hold machine paths and differ between machines."""
-    del model.metadata_props[:]
-    del model.graph.metadata_props[:]
-    for item in (
-        *model.graph.node,
-        *model.graph.value_info,
-        *model.graph.input,
-        *model.graph.output,
-        *model.graph.initializer,
-    ):
-        del item.metadata_props[:]
-        item.doc_string = ""
 
 
 @contextlib.contextmanager
@@ -228,6 +236,10 @@ def main() -> int:
     except EdgeqError as error:
         sys.stdout.write(json.dumps({"error": type(error).__name__, "message": str(error)}))
         return error.exit_code
+    except Exception as error:  # the boundary to the model's own code, which may raise anything
+        message = f"{located.name}: running the model in torch failed: {explain(error)}"
+        sys.stdout.write(json.dumps({"error": Unsupported.__name__, "message": message}))
+        return Unsupported.exit_code
     return 0
 
 

@@ -18,8 +18,9 @@ from edgeq.backends.contract import Embeddings
 from edgeq.children import Worker, pack, unpack
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.records import Source
+from edgeq.samples import AnyFeeds
 from edgeq.source import Located, locate
-from edgeq.texts import Feeds
+from edgeq.texts import Feeds, token_feeds
 
 _POOLING = "Pooling:"
 
@@ -34,6 +35,8 @@ def reopen(source: Source, model: str | None = None) -> Located:
     Raises:
         ConfigError: it is not there, or is another model.
     """
+    if source.kind in ("onnx", "module"):
+        raise ConfigError(f"{source.name}: was given as {source.kind}; there is no directory to load into torch")
     pooling = next((name.removeprefix(_POOLING) for name in source.modules if name.startswith(_POOLING)), None)
     located = locate(model or source.name, pooling if source.kind == "transformers" else None)
     if located.sha256 != source.sha256:
@@ -56,9 +59,10 @@ class TorchSession:
         self._worker = Worker([sys.executable, "-m", "edgeq.torch_session"], "torch")
         self._worker.call(do="load", located={**asdict(located), "directory": str(located.directory)})
 
-    def __call__(self, feeds: Feeds) -> Embeddings:
+    def __call__(self, feeds: AnyFeeds) -> Embeddings:
         """Give the sentence embeddings, float32[batch, dim]."""
-        reply = self._worker.call(do="embed", ids=pack(feeds.input_ids), mask=pack(feeds.attention_mask))
+        tokens = token_feeds(feeds)
+        reply = self._worker.call(do="embed", ids=pack(tokens.input_ids), mask=pack(tokens.attention_mask))
         embeddings: Embeddings = unpack(reply["embeddings"])
         return embeddings
 

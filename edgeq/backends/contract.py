@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgeq.errors import ConfigError
 from edgeq.records import Artifact, Place, QdqModel, Scheme, Target
-from edgeq.texts import Batch, Feeds
+from edgeq.samples import AnyFeeds, Batch
 
 Embeddings = NDArray[np.float32]
 Verdict = Literal["supported", "on-host", "refused", "unknown"]
@@ -50,7 +50,7 @@ class JudgesOperators(Protocol):
 class Session(Protocol):
     """Keep a loaded artifact: loading costs seconds, running milliseconds."""
 
-    def __call__(self, feeds: Feeds) -> Embeddings:
+    def __call__(self, feeds: AnyFeeds) -> Embeddings:
         """Give float32[batch, dim]."""
         ...
 
@@ -59,7 +59,7 @@ class Session(Protocol):
 class TimesItself(Protocol):
     """A session whose runtime lives in another process, where its time and memory are measured."""
 
-    def milliseconds(self, feeds: Feeds, runs: int, warmup: int) -> list[float]:
+    def milliseconds(self, feeds: AnyFeeds, runs: int, warmup: int) -> list[float]:
         """Give the time of each run."""
         ...
 

@@ -21,8 +21,8 @@ from edgeq.flat_tokens import flat_tokens
 from edgeq.machine import meets
 from edgeq.passes.graph import checked
 from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
+from edgeq.samples import AnyFeeds
 from edgeq.storage import file_ref, storage_errors, write_bytes
-from edgeq.texts import Feeds
 
 MODEL = "onnx/model.onnx"  # the name sentence-transformers and text-embeddings-inference open by themselves
 LARGEST_BYTES = 2_000_000_000
@@ -191,7 +191,7 @@ class OrtSession:
         self._session = session
         self._inputs = [item.name for item in session.get_inputs()]
 
-    def __call__(self, feeds: Feeds) -> Embeddings:
+    def __call__(self, feeds: AnyFeeds) -> Embeddings:
         """Give the sentence embeddings, float32[batch, dim]."""
         (embeddings,) = self._session.run(["sentence_embedding"], feeds.named(self._inputs))
         return np.asarray(embeddings, np.float32)

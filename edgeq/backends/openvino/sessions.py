@@ -12,7 +12,8 @@ from edgeq.backends.contract import Embeddings
 from edgeq.backends.openvino.lowering import refusals
 from edgeq.errors import ConfigError
 from edgeq.records import Target
-from edgeq.texts import Feeds, fitted, rows_by_bucket
+from edgeq.samples import AnyFeeds
+from edgeq.texts import Feeds, fitted, rows_by_bucket, token_feeds
 
 OUTPUT = "sentence_embedding"
 _AGAIN = "Fetch or export the bundle again."
@@ -66,7 +67,7 @@ class OpenvinoSession:
         self._inputs = [port.get_any_name() for port in compiled_model.inputs]
         self._output = compiled_model.output(OUTPUT)
 
-    def __call__(self, feeds: Feeds) -> Embeddings:
+    def __call__(self, feeds: AnyFeeds) -> Embeddings:
         """Give the sentence embeddings, float32[batch, dim].
 
         Raises:
@@ -84,7 +85,7 @@ class BucketSession:
         """Take a session for each number of tokens."""
         self._sessions = sessions
 
-    def __call__(self, feeds: Feeds) -> Embeddings:
+    def __call__(self, feeds: AnyFeeds) -> Embeddings:
         """Give the sentence embeddings, float32[batch, dim].
 
         A text alone runs at the length it is given in; among others it is cut back to its own tokens first.
@@ -93,8 +94,9 @@ class BucketSession:
             ConfigError: a text is longer than the largest bucket, or OpenVINO cannot run the file.
         """
         vectors: dict[int, Embeddings] = {}
-        for bucket, rows in rows_by_bucket(feeds, sorted(self._sessions)).items():
+        tokens = token_feeds(feeds)
+        for bucket, rows in rows_by_bucket(tokens, sorted(self._sessions)).items():
             for row in rows:
-                one = Feeds(*(fitted(array[[row]], bucket) for array in (feeds.input_ids, feeds.attention_mask)))
+                one = Feeds(*(fitted(array[[row]], bucket) for array in (tokens.input_ids, tokens.attention_mask)))
                 vectors[row] = self._sessions[bucket](one)[0]
         return np.stack([vectors[row] for row in range(len(vectors))])

@@ -16,8 +16,9 @@ from edgeq.backends.contract import Embeddings, Rejection
 from edgeq.children import Worker, pack, unpack
 from edgeq.errors import BundleCorrupt, ConfigError, LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Placement, QdqModel, Target
+from edgeq.samples import AnyFeeds
 from edgeq.storage import file_ref, replacing_dir
-from edgeq.texts import Feeds, fitted, lengths, rows_by_bucket
+from edgeq.texts import fitted, lengths, rows_by_bucket, token_feeds
 
 FOLDER = "qnn"
 
@@ -195,17 +196,18 @@ class QnnSession:
         self._outputs = outputs
         self._buckets = sorted(outputs)
 
-    def __call__(self, feeds: Feeds) -> Embeddings:
+    def __call__(self, feeds: AnyFeeds) -> Embeddings:
         """Give the sentence embeddings, float32[batch, dim]; codes are dequantised as the binary says.
 
         Raises:
             ConfigError: there are no texts, or one is longer than the largest bucket.
         """
         embeddings: Embeddings | None = None
-        for bucket, members in rows_by_bucket(feeds, self._buckets).items():
-            vectors = self._run(bucket, feeds.input_ids[members], feeds.attention_mask[members])
+        tokens = token_feeds(feeds)
+        for bucket, members in rows_by_bucket(tokens, self._buckets).items():
+            vectors = self._run(bucket, tokens.input_ids[members], tokens.attention_mask[members])
             if embeddings is None:
-                embeddings = np.empty((len(feeds.input_ids), vectors.shape[1]), np.float32)
+                embeddings = np.empty((len(tokens.input_ids), vectors.shape[1]), np.float32)
             embeddings[members] = vectors
         if embeddings is None:
             raise ConfigError("no texts to embed: give at least one")

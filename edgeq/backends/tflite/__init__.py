@@ -19,8 +19,9 @@ from edgeq.children import Worker, pack, unpack
 from edgeq.environments import Environment, interpreter
 from edgeq.errors import ConfigError, LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
+from edgeq.samples import AnyFeeds
 from edgeq.storage import file_ref, storage_errors, write_bytes
-from edgeq.texts import Feeds, fitted, lengths, rows_by_bucket
+from edgeq.texts import fitted, lengths, rows_by_bucket, token_feeds
 
 if TYPE_CHECKING:
     from edgeq.backends.tflite.emitter import Settings
@@ -234,7 +235,7 @@ class TfliteSession:
         self._buckets = sorted(buckets)
         self._scale, self._zero_point = codes
 
-    def __call__(self, feeds: Feeds) -> Embeddings:
+    def __call__(self, feeds: AnyFeeds) -> Embeddings:
         """Give the sentence embeddings, float32[batch, dim], dequantised.
 
         A text alone runs at the length it is given in; among others it is cut back to its own tokens first.
@@ -243,29 +244,31 @@ class TfliteSession:
             ConfigError: a text is longer than the largest bucket.
         """
         embeddings: Embeddings | None = None
-        for bucket, members in rows_by_bucket(feeds, self._buckets).items():
+        tokens = token_feeds(feeds)
+        for bucket, members in rows_by_bucket(tokens, self._buckets).items():
             inputs = {
-                "input_ids": _fitted(feeds.input_ids[members], bucket),
-                "attention_mask": _fitted(feeds.attention_mask[members], bucket),
+                "input_ids": _fitted(tokens.input_ids[members], bucket),
+                "attention_mask": _fitted(tokens.attention_mask[members], bucket),
             }
             packed = {name: pack(array) for name, array in inputs.items()}
             reply = self._worker.call(do="run_many", signature=SIGNATURE.format(bucket), inputs=packed)
             codes = unpack(reply["outputs"]["sentence_embedding"])[:, 0]
             if embeddings is None:
-                embeddings = np.empty((len(feeds.input_ids), codes.shape[1]), np.float32)
+                embeddings = np.empty((len(tokens.input_ids), codes.shape[1]), np.float32)
             embeddings[members] = (codes.astype(np.float32) - self._zero_point) * np.float32(self._scale)
         if embeddings is None:
             raise ConfigError("no texts to embed: give at least one")
         return embeddings
 
-    def milliseconds(self, feeds: Feeds, runs: int, warmup: int) -> list[float]:
+    def milliseconds(self, feeds: AnyFeeds, runs: int, warmup: int) -> list[float]:
         """Time runs inside the child, one text after the other: a batch is as many runs."""
-        bucket = max(rows_by_bucket(feeds, self._buckets))
+        tokens = token_feeds(feeds)
+        bucket = max(rows_by_bucket(tokens, self._buckets))
         totals = np.zeros(runs)
-        for row in range(len(feeds.input_ids)):
+        for row in range(len(tokens.input_ids)):
             one = {
-                "input_ids": pack(_fitted(feeds.input_ids[[row]], bucket)[0]),
-                "attention_mask": pack(_fitted(feeds.attention_mask[[row]], bucket)[0]),
+                "input_ids": pack(_fitted(tokens.input_ids[[row]], bucket)[0]),
+                "attention_mask": pack(_fitted(tokens.attention_mask[[row]], bucket)[0]),
             }
             reply = self._worker.call(
                 do="time", signature=SIGNATURE.format(bucket), inputs=one, runs=runs, warmup=warmup
