@@ -39,7 +39,8 @@ def turned_halves(graph: ir.Graph, node: ir.Node) -> int:
         x ─ Gather(last axis, [h .. d-1, 0 .. h-1]) ─ Mul(sin * [-1 .. -1, 1 .. 1])
     """
     first, second = (node.inputs[0], node.inputs[1]) if len(node.inputs) == 2 else (None, None)
-    turned, still = made_by(made_by(first, "Neg").inputs[0], "Slice") if made_by(first, "Neg") else None, made_by(second, "Slice")  # type: ignore[union-attr]
+    negated, still = made_by(first, "Neg"), made_by(second, "Slice")
+    turned = made_by(negated.inputs[0], "Slice") if negated is not None else None
     x, shape = (turned.inputs[0] if turned is not None else None), dims(node.outputs[0])
     if turned is None or still is None or x is None or still.inputs[0] is not x or shape is None:
         return 0
@@ -131,7 +132,9 @@ def counted_positions(graph: ir.Graph, node: ir.Node) -> int:
         return 0
     name = str(node.inputs[0].name)  # type: ignore[union-attr]
     rows = add_constant(graph, f"{name}/rows", np.ascontiguousarray(table[None, int(found[0]) :]))
-    start, axis = (add_constant(graph, f"{name}/{end}", np.array([at], np.int64)) for end, at in (("start", 0), ("axis", 1)))
+    start, axis = (
+        add_constant(graph, f"{name}/{end}", np.array([at], np.int64)) for end, at in (("start", 0), ("axis", 1))
+    )
     length = add_node(node, "Shape", [tokens], f"{name}/length", {"start": 1, "end": 2})
     sliced = add_node(node, "Slice", [rows, start, length, axis], f"{node.name}/rows")
     sliced.shape, sliced.dtype = ir.Shape([1, "sequence", table.shape[1]]), ir.DataType.FLOAT

@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq import equalize
+from edgeq import equalize, side_paths
 from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.gemm import feed_forwards, sites, value_sum
@@ -88,7 +88,7 @@ def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Pro
     swept = observe(
         model, list(dict.fromkeys([*wanted, *hidden])), sweep, lambda done, total: progress("sweep", done, total)
     )
-    statistics = equalize.split_neurons(split.graph, first, swept)
+    statistics = side_paths.split_neurons(split.graph, first, swept)
     equalize.size_mask(split.graph, first)
     parted = ir.to_proto(split)
     del graph, split  # each holds the weights once more

@@ -76,7 +76,10 @@ class LookedUpMasks(Masks):
         key = (mask, bits)
         if key not in self._codes.converted:
             if made_by(self._kept(mask), "Mul") is not None:
-                raise Unsupported("causal or local attention has no form for HTP: its mask is looked up by tokens alone")
+                raise Unsupported(
+                    "causal or local attention has no form for HTP, whose mask is looked up by tokens alone; "
+                    "use a target of another backend"
+                )
             size, stem = self.size(mask), f"{mask.name}/{bits}bit"  # type: ignore[union-attr]
             (tokens,) = (item for item in self._codes.graph.inputs if item.name == "attention_mask")
             rows = self._look_up(tokens, (-size, 0.0), bits, node, stem)

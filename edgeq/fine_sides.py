@@ -1,4 +1,4 @@
-"""Give the side path of large neurons weights of 16 bits, as two products of 8 bits, where it makes up most of a sum."""
+"""Give the side path of large neurons weights of 16 bits, in two products of 8 bits, where it is most of a sum."""
 
 from __future__ import annotations
 

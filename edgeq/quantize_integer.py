@@ -238,7 +238,8 @@ class _Coder:
 
     def _ends_scores(self, node: ir.Node) -> bool:
         """Tell whether a node is the softmax, or adds the mask, before which scores need no more than it reads."""
-        return node.op_type == "Softmax" or (node.op_type == "Add" and any(map(self._masks.values.__contains__, node.inputs)))
+        adds_mask = node.op_type == "Add" and any(value in self._masks.values for value in node.inputs)
+        return node.op_type == "Softmax" or adds_mask
 
     def _product(self, node: ir.Node, weight: NDArray[np.float32]) -> None:
         """Code input, weight, bias and output of a weight product."""

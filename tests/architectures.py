@@ -1,7 +1,7 @@
 """Build one small model of each text architecture that transformers ships, from its config and a fixed seed.
 
-`ARCHITECTURES` says how; `write` makes a model directory, as an engineer would bring it. Random weights hardly have what
-makes quantisation hard, so a few rows of each second feed-forward matrix are made 60 to 100 times as large.
+`ARCHITECTURES` says how; `write` makes a model directory, as an engineer would bring it. Random weights hardly have
+what makes quantisation hard, so a few rows of each second feed-forward matrix are made 60 to 100 times as large.
 """
 
 from __future__ import annotations

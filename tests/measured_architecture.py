@@ -106,10 +106,11 @@ def lowered(made: Exported, column: str, folder: Path) -> dict[str, Any]:
         )  # fmt: skip
         artifact = backend.lower(model, target, out)
         result: dict[str, Any] = {"form": "integer" if scheme.leaves_nothing_float else "mixed"}
-        if artifact.placement.float_fallbacks:
-            return {"form": "refused", "reason": f"products run in float: {', '.join(artifact.placement.float_fallbacks)}"}
+        floating = artifact.placement.float_fallbacks
+        if floating:
+            return {"form": "refused", "reason": f"products run in float: {', '.join(floating)}"}
         if column in COMPILED:
-            return result | {"host": sorted(getattr(artifact.placement, "host_operators", ()))}
+            return result
         session = backend.load(artifact, out, target)
         vectors = embed_batches(session, batches(made.validation), VALIDATION)
     except EdgeqError as error:
@@ -128,7 +129,9 @@ def ort_static(made: Exported, folder: Path) -> dict[str, Any]:
 
         def get_next(self) -> dict[str, Any] | None:
             ids = next(self._rows, None)
-            return None if ids is None else {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
+            if ids is None:
+                return None
+            return {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
 
     plain, out = folder / f"{made.name}-plain.onnx", folder / f"{made.name}-static.onnx"
     onnx.save(made.model, plain)

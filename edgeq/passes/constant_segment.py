@@ -7,7 +7,9 @@ import onnx_ir as ir
 
 from edgeq.passes.graph import Rewrites, add_constant, constant, made_by, readers, replace_uses
 
-_SPREADING = ("Cast", "ConstantOfShape", "Expand", "Gather", "GatherElements", "Reshape", "Slice", "Squeeze", "Unsqueeze")
+_SPREADING = (
+    "Cast", "ConstantOfShape", "Expand", "Gather", "GatherElements", "Reshape", "Slice", "Squeeze", "Unsqueeze",
+)  # fmt: skip
 
 
 def constant_segment(model: ir.Model) -> Rewrites:
@@ -22,7 +24,7 @@ def constant_segment(model: ir.Model) -> Rewrites:
         token_type_embeddings[0] ─ Add
 
     A single text has segment 0 throughout, so the input `token_type_ids` is not needed either. The index may also be
-    cut out of a buffer that holds one value throughout.
+    cut out of, or looked up in, a buffer that holds one value throughout.
     """
     count, near = 0, []
     for node in list(model.graph):

@@ -49,7 +49,7 @@ def readers(value: ir.Value) -> list[ir.Node]:
 
 
 def follows_from_sizes(value: ir.Value | None) -> bool:
-    """Tell whether a value is computed, and from nothing but the sizes of the inputs: positions, and what is made of them."""
+    """Tell whether a value is computed from nothing but the sizes of the inputs, as positions and rotations are."""
     seen: set[ir.Value] = set()
     waiting = [value]
     has_size = False

@@ -70,9 +70,7 @@ def _write(
     shape = ir.Shape([*list(whole)[:-1], part.last - part.first]) if whole is not None else None
     value.shape, value.dtype = shape, ir.DataType.FLOAT
     if bias is not None:
-        value = add_node(
-            before, "Add", [value, add_constant(graph, f"{stem}.bias", bias[columns])], f"{stem}.biased"
-        )
+        value = add_node(before, "Add", [value, add_constant(graph, f"{stem}.bias", bias[columns])], f"{stem}.biased")
         value.shape, value.dtype = shape, ir.DataType.FLOAT
     if part.shape is not None:
         target = add_constant(graph, f"{stem}/shape", np.array(part.shape, np.int64))

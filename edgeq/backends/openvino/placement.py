@@ -29,12 +29,13 @@ def executed(compiled: Any, model: QdqModel) -> Placement:
         if facts["layerType"] not in _PRODUCTS or not facts["primitiveType"].lower().endswith("_i8"):
             continue
         if operation.input(0).get_element_type().get_type_name() in _CODES:
-            integer |= _names(operation) | {name.removesuffix(_TURNED) for name in _names(operation.input_value(1).get_node())}
+            weights = operation.input_value(1).get_node()
+            integer |= _names(operation) | {name.removesuffix(_TURNED) for name in _names(weights)}
     return _placement(integer, kinds, model)
 
 
 def _names(operation: Any) -> set[str]:
-    """Name what an operation was made of. A product that lost its name, where only a scale stood behind it, has weights."""
+    """Name what an operation was made of. A product before a scale loses its name; its weights do not."""
     return set(str(operation.get_rt_info()["originalLayersNames"].value).split(","))
 
 
