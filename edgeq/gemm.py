@@ -120,8 +120,9 @@ def feed_forwards(graph: ir.Graph) -> Iterator[FeedForward]:
         end = _biased(node)
         if readers(end):
             place = {step: position for position, step in enumerate(graph)}
-            ordered = (tuple(sorted(steps, key=place.__getitem__)) for steps in (firsts, inside))
-            yield FeedForward(*ordered, node, end)
+            firsts.sort(key=place.__getitem__)
+            inside.sort(key=place.__getitem__)
+            yield FeedForward(tuple(firsts), tuple(inside), node, end)
 
 
 def _elementwise_cone(second: ir.Node, width: int) -> tuple[list[ir.Node], list[ir.Node]] | None:

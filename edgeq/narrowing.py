@@ -87,7 +87,7 @@ class _Rewriting:
         """Give what was observed of a tensor, or of the one that it is in another shape, or tokens of."""
         source: ir.Value | None = value
         while source is not None and str(source.name) not in self.observed:
-            step = made_by(source, "Slice", "Squeeze", "Unsqueeze")
+            step = made_by(source, "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
             source = step.inputs[0] if step is not None else None
         if source is None:
             raise EdgeqError(f"{value.name}: the calibration has no statistics of it")

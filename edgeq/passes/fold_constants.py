@@ -34,7 +34,8 @@ def fold_constants(model: ir.Model) -> Rewrites:
         is_whole = arrays and len(arrays) == len(node.inputs) and all(array is not None for array in arrays)
         if not is_whole or node.op_type in _RANDOM or len(node.outputs) != 1 or node.domain not in ("", "ai.onnx"):
             continue
-        known = {str(value.name): array for value, array in zip(node.inputs, arrays, strict=True) if value is not None}
+        pairs = zip(node.inputs, arrays, strict=True)
+        known = {str(value.name): array for value, array in pairs if value is not None and array is not None}
         if not any(array is not None and array.dtype.kind == "f" for array in arrays):
             continue
         if sum(array.size for array in arrays if array is not None) > _LARGEST_ELEMENTS:
