@@ -32,6 +32,7 @@ def export(
     *,
     validation: Sequence[str] | str | Path | None = None,
     pooling: str | None = None,
+    dim: int | None = None,
     normalize: bool | None = None,
     tokenizer: str | Path | Any | None = None,
     max_sequence: int | None = None,
@@ -59,6 +60,7 @@ def export(
         texts: to calibrate on: a list, or a .txt, .jsonl or .csv file; None takes the default set.
         validation: to compare on, in the same forms; None takes a fifth of `texts`.
         pooling: how token vectors become one, where the model does not say it.
+        dim: keep the first dimensions, of unit length again if the model's are; not of an ONNX file or a module.
         normalize: of an ONNX file or a module: give its vectors length 1.
         tokenizer: of an ONNX file or a module: a tokenizer.json, the folder that holds it, or a tokenizer of
             `tokenizers` or `transformers`.
@@ -103,6 +105,7 @@ def export(
             validation=_texts(validation, folder / "validation.jsonl"),
             evaluation=tuple(map(Path, evaluation)),
             pooling=pooling,
+            dim=dim,
             onnx=options,
             samples=samples,
             seed=seed,

@@ -132,6 +132,21 @@ class Cache:
         return freed
 
 
+def log_path(kind: str, target: str, stem: str) -> Path:
+    """Give the place of a compiler's log, which stays until the cache is purged; an earlier one is removed.
+
+    Args:
+        kind: the kind that `edgeq cache` lists and purges it under.
+        target: whose compiling it is of.
+        stem: of the file's name.
+    """
+    path = Cache().root / kind / target / f"{stem}.log"
+    with storage_errors(f"the cache {path.parent}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+    return path
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / INDEX)
 

@@ -74,6 +74,13 @@ OPERATORS: dict[str, str] = {
     "Where": "max pooling",
 }
 
+# What torch's activations are made of, one of which a Dense behind the pooling may have.
+for _name in (
+    "Abs", "Celu", "Elu", "Greater", "HardSigmoid", "HardSwish", "LeakyRelu", "LessOrEqual", "Log", "LogSoftmax",
+    "Mish", "PRelu", "Selu", "Sign", "Softplus",
+):  # fmt: skip
+    OPERATORS.setdefault(_name, "activation of a Dense")
+
 LARGEST_CONSTANT = 1e30  # an infinite mask ruins every range it meets
 
 

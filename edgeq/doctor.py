@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 
-from edgeq.errors import ToolMissing
+from edgeq import environments
+from edgeq.environments import Environment
+from edgeq.errors import ConfigError, ToolMissing
 from edgeq.records import Record
 
 # What the stages before any backend need, by extra. Backends answer for themselves, through `tools()`.
@@ -34,8 +36,51 @@ class Toolchain(Record):
 
 
 def examine() -> tuple[Toolchain, ...]:
-    """Look for every toolchain: extras, backends, programs."""
-    return (*(_extra(name) for name in _EXTRAS), *_backends(), *(_program(name) for name in _PROGRAMS))
+    """Look for every toolchain: extras, backends, their environments, programs."""
+    apart = (_environment(found, backend) for found, backend in _environments())
+    return (*(_extra(name) for name in _EXTRAS), *_backends(), *apart, *(_program(name) for name in _PROGRAMS))
+
+
+def install(name: str) -> Toolchain:
+    """Make the environment of a toolchain whose pins conflict with edgeq's own, unless it is there already.
+
+    Args:
+        name: of the environment, as `examine` lists it.
+
+    Raises:
+        ConfigError: there is no such environment.
+        ToolMissing: no Python fits, or pip cannot install the pins.
+        StorageFailed: the cache cannot be written.
+    """
+    known = {found.name: (found, backend) for found, backend in _environments()}
+    if name not in known:
+        raise ConfigError(
+            f"--install {name}: no such environment; known are {', '.join(known)}. `edgeq doctor` says how everything "
+            "else is installed."
+        )
+    environments.interpreter(known[name][0])
+    return _environment(*known[name])
+
+
+def _environments() -> list[tuple[Environment, str]]:
+    """Give each environment that a backend needs, and the backend's name."""
+    from edgeq.backends import BACKENDS
+    from edgeq.backends.contract import NeedsEnvironments
+
+    asking = {name: backend for name, backend in BACKENDS.items() if isinstance(backend, NeedsEnvironments)}
+    return [(found, name) for name, backend in asking.items() for found in backend.environments()]
+
+
+def _environment(found: Environment, backend: str) -> Toolchain:
+    """Look for an environment without making it."""
+    is_there = environments.made(found) is not None
+    return Toolchain(
+        name=found.name,
+        purpose=f"serve backend {backend!r} from an environment of its own",
+        versions=found.pins if is_there else {},
+        missing=() if is_there else (found.name,),
+        install=None if is_there else f"edgeq doctor --install {found.name}",
+    )
 
 
 def _extra(name: str) -> Toolchain:

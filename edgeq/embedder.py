@@ -19,6 +19,9 @@ from edgeq.texts import Tokenizer, batches, token_limit
 
 _log = logging.getLogger(__name__)
 
+# The prompts of a role, in the order in which sentence-transformers looks for them.
+_QUERY, _DOCUMENT = ("query",), ("document", "passage", "corpus")
+
 
 class Embedder:
     """Keep a loaded artifact and its tokenizer; `load` makes one."""
@@ -37,22 +40,32 @@ class Embedder:
         self.dim = manifest.source.dim
         self.max_sequence = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
 
-    def encode(self, texts: Sequence[str], batch_size: int = 32, prompt_name: str | None = None) -> NDArray[np.float32]:
+    def encode(
+        self,
+        texts: Sequence[str],
+        batch_size: int = 32,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+    ) -> NDArray[np.float32]:
         """Embed texts, batched by length.
 
         Args:
             texts: any number; one that is longer than the model's limit is cut, and a warning logged.
             batch_size: the most texts run at once.
             prompt_name: which of the model's prompts goes before each text; None takes the model's default, if any.
+            prompt: what goes before each text, instead of a prompt of the model's; "" is none at all.
 
         Returns:
             float32[texts, dim], in the order of the texts.
 
         Raises:
             ConfigError: `texts` is a single string or holds something else than strings, the batch size is not
-                positive, or the model has no prompt of this name.
+                positive, the model has no prompt of this name, or both prompts are given.
         """
-        prompt = self._prompt(prompt_name)
+        if prompt is None:
+            prompt = self._prompt(prompt_name)
+        elif prompt_name is not None:
+            raise ConfigError(f"encode: prompt is {prompt!r} and prompt_name {prompt_name!r}; give one of them.")
         if isinstance(texts, str):
             raise ConfigError(f'encode: texts is the string {texts[:40]!r}; a list is needed. Write encode(["..."]).')
         prompted: list[str] = []
@@ -68,6 +81,33 @@ class Embedder:
         if tokens.truncated:
             _log.warning("%d of %d texts are cut at %d tokens", tokens.truncated, len(prompted), self.max_sequence)
         return embed_batches(self._session, batches(tokens, batch_size=batch_size), len(prompted))
+
+    def encode_query(
+        self, texts: Sequence[str], batch_size: int = 32, prompt_name: str | None = None, prompt: str | None = None
+    ) -> NDArray[np.float32]:
+        """Embed texts that search: the model's prompt "query" goes before each, if it has one, else none.
+
+        Args, returned vectors and errors are those of `encode`.
+        """
+        return self._encode_as(_QUERY, texts, batch_size, prompt_name, prompt)
+
+    def encode_document(
+        self, texts: Sequence[str], batch_size: int = 32, prompt_name: str | None = None, prompt: str | None = None
+    ) -> NDArray[np.float32]:
+        """Embed texts that are found: the first prompt of "document", "passage" and "corpus" goes before each, if any.
+
+        Args, returned vectors and errors are those of `encode`.
+        """
+        return self._encode_as(_DOCUMENT, texts, batch_size, prompt_name, prompt)
+
+    def _encode_as(
+        self, names: Sequence[str], texts: Sequence[str], batch_size: int, prompt_name: str | None, prompt: str | None
+    ) -> NDArray[np.float32]:
+        """Embed texts with the first of these prompts that the model has, unless another is asked for."""
+        if prompt_name is None and prompt is None:
+            prompt_name = next((name for name in names if name in self.manifest.source.prompts), None)
+            prompt = "" if prompt_name is None else None  # a role without a prompt does not fall back to the default
+        return self.encode(texts, batch_size, prompt_name, prompt)
 
     def _prompt(self, name: str | None) -> str:
         """Give the prompt of this name, or the model's default, or nothing."""

@@ -35,11 +35,24 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Environment:
-    """Name an environment: exact pins ("numpy==1.26.4") and the Python versions ("3.11") that can serve it."""
+    """Name an environment and say what is in it.
+
+    Attributes:
+        name: what `edgeq doctor --install` calls it.
+        requirements: exact pins, e.g. "numpy==1.26.4".
+        python_versions: those that can serve it, e.g. "3.11".
+        forced: pins that are installed without what they ask for, because nothing meets it; `requirements` stand in.
+    """
 
     name: str
     requirements: tuple[str, ...]
     python_versions: tuple[str, ...]
+    forced: tuple[str, ...] = ()
+
+    @property
+    def pins(self) -> dict[str, str]:
+        """Give the version of each package that is pinned, by name."""
+        return dict(pin.split("==") for pin in (*self.forced, *self.requirements))
 
 
 def interpreter(environment: Environment) -> Path:
@@ -53,14 +66,11 @@ def interpreter(environment: Environment) -> Path:
         ToolMissing: no Python fits, or pip cannot install the pins; the message holds the command to run by hand.
         StorageFailed: the cache cannot be written.
     """
-    running = "{}.{}".format(*sys.version_info[:2])
-    versions = sorted(environment.python_versions, key=lambda version: version != running)  # its own first
-    places = {version: _place(environment, version) for version in versions}
-    for place in places.values():
-        if _is_usable(place):
-            return _python(place)
-    base, version = _base(environment, versions)
-    place = places[version]
+    there = made(environment)
+    if there is not None:
+        return there
+    base, version = _base(environment, _versions(environment))
+    place = _place(environment, version)
     with storage_errors(f"the cache {place.parent}"):
         place.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(place.with_suffix(".lock"))  # the one that purging takes
@@ -75,9 +85,39 @@ def interpreter(environment: Environment) -> Path:
     return _python(place)
 
 
+def made(environment: Environment) -> Path | None:
+    """Give the Python interpreter of an environment that is there, or None."""
+    places = (_place(environment, version) for version in _versions(environment))
+    return next((_python(place) for place in places if _is_usable(place)), None)
+
+
+def require(environment: Environment) -> Path:
+    """Give the Python interpreter of an environment that is too large to be made without being asked for.
+
+    Raises:
+        ToolMissing: it is not there.
+    """
+    there = made(environment)
+    if there is None:
+        raise ToolMissing(
+            f"the environment {environment.name} ({', '.join(environment.forced or environment.requirements)}) is not "
+            f"there; make it with: edgeq doctor --install {environment.name}"
+        )
+    return there
+
+
+def _versions(environment: Environment) -> list[str]:
+    """Give the Python versions that can serve, the running one first."""
+    running = "{}.{}".format(*sys.version_info[:2])
+    return sorted(environment.python_versions, key=lambda version: version != running)
+
+
 def _place(environment: Environment, version: str) -> Path:
     """Give the folder of an environment: whatever decides its content stands in its name."""
-    text = json.dumps({"requirements": environment.requirements, "python": version}, sort_keys=True)
+    content: dict[str, object] = {"requirements": environment.requirements, "python": version}
+    if environment.forced:
+        content["forced"] = environment.forced
+    text = json.dumps(content, sort_keys=True)
     return Cache().root / KIND / f"{environment.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
@@ -162,8 +202,11 @@ def _make(environment: Environment, base: Path, place: Path) -> None:
     """
     with replacing_dir(place) as partial:
         make: list[str | Path] = [base, "-I", "-m", "venv", partial]
-        install: list[str | Path] = [_python(partial), "-I", *_PIP, *environment.requirements]
-        for command in (make, install):
+        pip: list[str | Path] = [_python(partial), "-I", *_PIP]
+        installs = [[*pip, *environment.requirements]]
+        if environment.forced:
+            installs.append([*pip, "--no-deps", *environment.forced])
+        for command in (make, *installs):
             done = subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -181,8 +224,12 @@ def _why_not(environment: Environment, base: Path, log: str) -> str:
     """Repeat the last line of venv or pip, and give the command that shows the rest."""
     last = (log.strip().splitlines() or ["it said nothing"])[-1]
     by_hand = shlex.join([str(base), "-m", "venv", environment.name])
-    install = shlex.join([f"{environment.name}/bin/python", "-m", "pip", "install", *environment.requirements])
+    pip = (f"{environment.name}/bin/python", "-m", "pip", "install")
+    install = shlex.join([*pip, *environment.requirements])
+    if environment.forced:
+        install += " && " + shlex.join([*pip, "--no-deps", *environment.forced])
+    wanted = " ".join((*environment.requirements, *environment.forced))
     return (
-        f"environment {environment.name}: {' '.join(environment.requirements)} cannot be installed by {base}: {last}\n"
+        f"environment {environment.name}: {wanted} cannot be installed by {base}: {last}\n"
         f"To see all of it, run by hand: {by_hand} && {install}\nWhen that works, run edgeq again."
     )

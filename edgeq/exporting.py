@@ -53,12 +53,13 @@ def export(
         raw = _from_torch(located, out_dir, hidden_state)
     record = raw.source
     rewritten, reports = passes.apply(raw.model, raw.feeds)
-    dialect.verify(rewritten, located.name, float_ops)
+    name = located.display_name if located.onnx is not None else located.name
+    dialect.verify(rewritten, name, float_ops)
     origins.strip(rewritten)
     error = _largest_error(rewritten, raw.feeds, raw.expected)
     if not error <= TOLERANCE:
         raise EdgeqError(
-            f"{located.name}: the graph differs from its source by {error:.2e}; at most {TOLERANCE:.0e} is allowed. "
+            f"{name}: the graph differs from its source by {error:.2e}; at most {TOLERANCE:.0e} is allowed. "
             "This is a defect of edgeq: please report the model"
         )
     torch_export.save(rewritten, out_dir / MODEL)

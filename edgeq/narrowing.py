@@ -84,11 +84,15 @@ class _Rewriting:
         return known if known is not None else add_constant(self.graph, name, np.asarray(array, np.float32))
 
     def seen(self, value: ir.Value) -> Statistics:
-        """Give what was observed of a tensor, or of the one that it is in another shape, or tokens of."""
+        """Give what was observed of a tensor, of the one that it is in another shape or tokens of, or of a table."""
         source: ir.Value | None = value
         while source is not None and str(source.name) not in self.observed:
             step = made_by(source, "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
             source = step.inputs[0] if step is not None else None
+        lookup = made_by(value, "Gather") if source is None else None
+        table = constant(lookup.inputs[0]) if lookup is not None else None
+        if table is not None:
+            return Statistics(table.min(0), table.max(0))
         if source is None:
             raise EdgeqError(f"{value.name}: the calibration has no statistics of it")
         return self.observed[str(source.name)]

@@ -98,6 +98,8 @@ def observe(
     Raises:
         EdgeqError: a tensor held NaN or infinity.
     """
+    if not tensors:  # no weight product: a table of tokens and their mean
+        return {}
     with_histogram, with_moment, with_mean = set(histograms), set(moments), set(means)
     count = sum(batch.feeds.size for batch in batches)
     kept: dict[str, Statistics] = {}

@@ -23,6 +23,7 @@ from edgeq.onnx_source.interface import (
     Inputs,
     Outputs,
     drop_index_casts,
+    free_name,
     outputs,
     roles,
     take_tokens,
@@ -66,7 +67,7 @@ def prepare(located: Located, file: OnnxFile, config_dir: Path, hidden_state: bo
         ToolMissing: onnxscript is not installed.
         Unsupported: the graph cannot become a float model.
     """
-    name = file.path.name
+    name = file.name
     given = reading.read(file.path)
     inputs = roles(given, name)
     found = outputs(given, located.pooling, name)
@@ -104,12 +105,12 @@ def _head(located: Located, file: OnnxFile, found: Outputs) -> Head:
         if file.normalize is not None:
             raise ConfigError(f"{file.config_dir}: modules.json says how vectors are made; drop --normalize")
     elif located.pooling is not None:
-        given = Head((located.pooling,), (), bool(file.normalize))
+        given = Head(tuple(located.pooling.split("+")), (), bool(file.normalize))
     if found.embedding is not None:
         return replace(given, normalize=bool(file.normalize))
     if not given.modes:
         raise ConfigError(
-            f"{file.path.name}: gives token vectors ({found.hidden}) and does not say how they become one vector; give "
+            f"{file.name}: gives token vectors ({found.hidden}) and does not say how they become one vector; give "
             f"--pooling with one of {', '.join(POOLING_MODES)}, and --normalize if the vectors are to have length 1"
         )
     return given
@@ -142,26 +143,27 @@ def _expected(
     error = max(float(np.abs(narrow(feed) - wide).max() / np.abs(wide).max()) for feed, wide in pairs)
     if not error <= NARROW_TOLERANCE:
         raise Unsupported(
-            f"{file.path.name}: with its weights in FP32 its vectors move by {error:.1e} of their largest value; at "
+            f"{file.name}: with its weights in FP32 its vectors move by {error:.1e} of their largest value; at "
             f"most {NARROW_TOLERANCE:g} is allowed. Its own arithmetic seems to overflow: export the model in FP32."
         )
     return expected
 
 
 def _check_range(session: GivenSession, file: OnnxFile, inputs: Inputs) -> None:
-    """Run the longest text, and, where there is no mask, see whether padding changes a vector."""
+    """Run the longest text, and see whether padding changes a vector."""
     length = min(file.max_sequence, _LONGEST_PROBE)
     ids = np.ones((1, length), np.int64)
     session(Feeds(ids, ids))
-    if MASK in inputs.roles.values():
-        return
     short, mask = np.array([[1, 2, 3, 0, 0, 0]]), np.array([[1, 1, 1, 0, 0, 0]])
     alone = session(Feeds(short[:, :3], mask[:, :3]))
     error = float(np.abs(session(Feeds(short, mask)) - alone).max() / max(1.0, np.abs(alone).max()))
     if not error <= _PADDING_TOLERANCE:
+        remedy = "Export the model again with attention_mask as an input."
+        if MASK in inputs.roles.values():
+            remedy = "It has an attention mask among its inputs: let it mask padding out everywhere."
         raise Unsupported(
-            f"{file.path.name}: has no attention mask among its inputs, and padding moves its vectors by {error:.1e}: "
-            "a text's vector would depend on its batch. Export the model again with attention_mask as an input."
+            f"{file.name}: padding moves its vectors by {error:.1e}: a text's vector would depend on its batch. "
+            f"{remedy}"
         )
 
 
@@ -185,6 +187,8 @@ def _take_vectors(model: ir.Model, found: Outputs, head: Head, has_hidden: bool)
             continue
         if value.producer() is None or any(value is other for other in graph.outputs):
             raise EdgeqError(f"the output {name} is no node's; this is a defect of edgeq: please report the file")
+        if value.name != name:
+            free_name(graph, name)
         value.name, value.dtype = name, ir.DataType.FLOAT
         graph.outputs.append(value)
     width = (dims(hidden) or [0])[-1]

@@ -60,8 +60,8 @@ def _module(scopes: str) -> str:
         names = ast.literal_eval(scopes) if scopes else []
     except (SyntaxError, ValueError):
         return ""
-    inner = [str(name) for name in names[:-1] if name]
-    return f"module {inner[-1]}" if inner else ""
+    inner = [str(name).partition(".")[2] for name in names[:-1]]  # without edgeq's own wrapper around the model
+    return f"module {inner[-1]}" if inner and inner[-1] else ""
 
 
 def user_line(trace: str) -> str:

@@ -44,6 +44,7 @@ class ExportRequest:
     validation: Path | None = None
     evaluation: tuple[Path, ...] = ()
     pooling: str | None = None
+    dim: int | None = None
     onnx: OnnxOptions = OnnxOptions()
     samples: int | None = None
     seed: int = 0
@@ -81,7 +82,7 @@ def export(request: ExportRequest, report: Report) -> tuple[Exported, ...]:
     Raises:
         EdgeqError: any stage; see `edgeq.errors`.
     """
-    located = source.locate(request.model, request.pooling, request.onnx)
+    located = source.locate(request.model, request.pooling, request.onnx, request.dim)
     texts = plan_texts(
         request.texts, request.column, request.validation, request.evaluation, request.samples, request.seed
     )
@@ -249,7 +250,8 @@ def _command(request: ExportRequest, name: str, target: Target) -> tuple[str, ..
     optional: Mapping[str, object | None] = {
         "--texts": request.texts and request.texts.name, "--column": request.column,
         "--validation": request.validation and request.validation.name,
-        "--pooling": request.pooling, "--tokenizer": request.onnx.tokenizer and request.onnx.tokenizer.name,
+        "--pooling": request.pooling, "--dim": request.dim,
+        "--tokenizer": request.onnx.tokenizer and request.onnx.tokenizer.name,
         "--max-sequence": request.onnx.max_sequence, "--scheme": request.scheme and request.scheme.name,
         "--samples": request.samples, "--seed": request.seed or None,
     }  # fmt: skip

@@ -20,6 +20,7 @@ from edgeq.passes.graph import add_constant, add_node, checked, constant, dims, 
 from edgeq.quantize_htp import quantize_htp
 from edgeq.quantize_integer import quantize_integer
 from edgeq.records import Scheme
+from edgeq.vendor_form import vendor_form
 
 
 def quantize(
@@ -27,7 +28,8 @@ def quantize(
 ) -> tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]:
     """Put QuantizeLinear and DequantizeLinear around every token-level weight product and the embedding tables.
 
-    A scheme that leaves nothing float has more to do: see `edgeq.quantize_integer` and `edgeq.quantize_htp`.
+    A scheme that leaves nothing float has more to do: see `edgeq.quantize_integer` and `edgeq.quantize_htp`; one that
+    leaves the codes to a vendor's compiler has none: see `edgeq.vendor_form`.
 
     Before::
 
@@ -50,6 +52,8 @@ def quantize(
     Raises:
         EdgeqError: a tensor has no statistics.
     """
+    if scheme.vendor is not None:
+        return vendor_form(model, scheme.vendor, scheme.raised)
     if scheme.htp is not None:
         return quantize_htp(model, observed, scheme)
     if scheme.integer is not None:

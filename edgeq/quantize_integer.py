@@ -26,6 +26,7 @@ from edgeq.passes.graph import add_constant, add_node, add_node_after, constant,
 from edgeq.primitives import ROW_MAXIMUM, primitives
 from edgeq.records import IntegerForm, Scheme
 from edgeq.row_gains import outer_gains
+from edgeq.row_tables import is_pooled, scaled_rows
 
 OUTPUT_HEADROOM = 1.1
 # How far a masked score lies below the smallest maximum of a row, by how attention divides.
@@ -196,6 +197,9 @@ class _Coder:
         table = constant(node.inputs[0])
         if table is None:
             raise Unsupported(f"{node.name}: {node.op_type} of something that is neither a table nor coded")
+        if node.op_type == "Gather" and is_pooled(node.outputs[0]):
+            scaled_rows(self._codes, node, self._table_bits)
+            return
         bits = self._table_bits if node.op_type == "Gather" else 16
         codes = symmetric(float(np.abs(table).max()), bits)
         name = str(node.inputs[0].name)  # type: ignore[union-attr]

@@ -120,6 +120,14 @@ class HtpForm(Record):
     widen_quantile: float  # as in IntegerForm; only 8-bit products need it
 
 
+class VendorForm(Record):
+    """Leave the codes to a vendor's compiler, which takes the equalised float model and the calibration's feeds."""
+
+    opset: int  # the newest that it reads
+    dtype: Literal["float16", "int8"]  # of weight products
+    feeds: int  # how many calibration texts it is given, the longest first; 0: it asks for none
+
+
 class Scheme(Record):
     """Decide dtypes. Weights are symmetric per output channel, activations asymmetric per tensor."""
 
@@ -131,6 +139,7 @@ class Scheme(Record):
     range_method: RangeMethod
     integer: IntegerForm | None = None  # None, and no `htp`: what is no weight product stays float
     htp: HtpForm | None = None
+    vendor: VendorForm | None = Field(default=None, exclude_if=lambda form: form is None)  # no word of it elsewhere
     raised: tuple[str, ...] = ()  # weight products with more bits than the rest: 16 where all is integer, else float
 
     @property
@@ -140,7 +149,11 @@ class Scheme(Record):
 
 
 class QdqModel(Record):
-    """Describe a QDQ ONNX file: which weight products are integer and which stay float by the scheme."""
+    """Describe a QDQ ONNX file: which weight products are integer and which stay float by the scheme.
+
+    Of a scheme that leaves the codes to a vendor's compiler the file holds no codes: it is the equalised model in the
+    form that the compiler reads, and `feeds` are the token ids of the calibration texts that it observes itself.
+    """
 
     file: FileRef
     float_model_sha256: Sha256
@@ -152,6 +165,7 @@ class QdqModel(Record):
     max_sequence: int
     integer_matmuls: tuple[str, ...]
     float_matmuls: tuple[str, ...]  # weight MatMuls that the scheme leaves in float, by name
+    feeds: FileRef | None = Field(default=None, exclude_if=lambda file: file is None)  # for a vendor's own calibration
 
 
 class RunsOn(Record):

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from edgeq.errors import ConfigError
-from edgeq.records import HtpForm, IntegerForm, Scheme
+from edgeq.records import HtpForm, IntegerForm, Scheme, VendorForm
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
@@ -103,6 +103,24 @@ SCHEMES: dict[str, Scheme] = {
             embedding_bits=8,
             range_method="minmax",
             htp=HtpForm(gemm_bits=16, attention_bits=16, widen_quantile=1.0),
+        ),
+        Scheme(
+            name="rockchip-int8",
+            weight_bits=8,
+            activation_bits=8,
+            activations_signed=True,
+            embedding_bits=8,
+            range_method="minmax",
+            vendor=VendorForm(opset=19, dtype="int8", feeds=64),
+        ),
+        Scheme(
+            name="rockchip-float16",
+            weight_bits=16,
+            activation_bits=16,
+            activations_signed=True,
+            embedding_bits=16,
+            range_method="minmax",
+            vendor=VendorForm(opset=19, dtype="float16", feeds=0),
         ),
     )
 }

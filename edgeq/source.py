@@ -11,12 +11,11 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeq import onnx_source
+from edgeq import onnx_source, sentence_modules
 from edgeq.errors import ConfigError, ToolMissing, Unsupported
 from edgeq.onnx_source import OnnxFile, OnnxOptions
 from edgeq.records import Source
@@ -44,8 +43,9 @@ class Located:
         name: as the user named it.
         directory: with config.json and weights.
         is_sentence_transformers: whether modules.json is there; otherwise `pooling` says how to pool.
-        sha256: over the files that decide the vectors, and the pooling.
+        sha256: over the files that decide the vectors, the pooling, and the dimensions where fewer are asked for.
         onnx: the ONNX file, where the model is one.
+        dim: how many dimensions of the vectors are kept; None keeps what the model gives.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Located:
     pooling: str | None
     sha256: str
     onnx: OnnxFile | None = None
+    dim: int | None = None
 
     @property
     def display_name(self) -> str:
@@ -66,21 +67,34 @@ class Located:
 _NO_OPTIONS = OnnxOptions()
 
 
-def locate(model: str, pooling: str | None = None, options: OnnxOptions = _NO_OPTIONS) -> Located:
+def locate(
+    model: str, pooling: str | None = None, options: OnnxOptions = _NO_OPTIONS, dim: int | None = None
+) -> Located:
     """Find a model by directory, ONNX file, package name or hub id in the local cache.
 
     Args:
         model: what the user named.
-        pooling: one of POOLING_MODES; needed for a plain Hugging Face directory and an ONNX file that gives token
-            vectors, refused for a directory with modules.json.
+        pooling: POOLING_MODES, joined by "+" where their vectors are concatenated; needed for a plain Hugging Face
+            directory and an ONNX file that gives token vectors, refused for a directory with modules.json.
         options: what an ONNX file does not say by itself.
+        dim: keep so many dimensions; not of an ONNX file.
 
     Raises:
-        ConfigError: nothing there, no weights, damaged weights, or pooling missing, unknown or not wanted.
+        ConfigError: nothing there, no weights, damaged weights, pooling missing, unknown or not wanted, or no dimension
+            left.
     """
-    if pooling is not None and pooling not in POOLING_MODES:
-        raise ConfigError(f"--pooling {pooling}: unknown mode; choose one of {', '.join(POOLING_MODES)}")
+    if pooling is not None and not set(pooling.split("+")) <= set(POOLING_MODES):
+        raise ConfigError(
+            f"--pooling {pooling}: unknown mode; choose one of {', '.join(POOLING_MODES)}, or several joined by +"
+        )
+    if dim is not None and dim < 1:
+        raise ConfigError(f"--dim is {dim}; at least 1 is needed.")
     file = onnx_source.find(model, pooling, options)
+    if file is not None and dim is not None:
+        raise ConfigError(
+            f"{file.path}: --dim {dim} is for models that sentence-transformers loads; an ONNX file is taken as it is. "
+            "Export the model's directory, or cut the vectors in the file."
+        )
     directory = file.config_dir or file.path.parent if file is not None else _directory(model)
     has_modules = (directory / "modules.json").is_file()
     if has_modules and pooling is not None:
@@ -94,7 +108,7 @@ def locate(model: str, pooling: str | None = None, options: OnnxOptions = _NO_OP
             f"give --pooling with one of {', '.join(POOLING_MODES)}"
         )
     _require_weights(directory)
-    return Located(model, directory, has_modules, pooling, _identity(directory, pooling))
+    return Located(model, directory, has_modules, pooling, _identity(directory, pooling, dim), dim=dim)
 
 
 def _directory(model: str) -> Path:
@@ -175,8 +189,10 @@ def _require_whole(path: Path) -> None:
         )
 
 
-def _identity(directory: Path, pooling: str | None) -> str:
+def _identity(directory: Path, pooling: str | None, dim: int | None) -> str:
     digest = hashlib.sha256(f"pooling={pooling}\n".encode())
+    if dim is not None:
+        digest.update(f"dim={dim}\n".encode())
     for path in sorted(directory.rglob("*")):
         is_hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
         is_foreign = path.relative_to(directory).parts[0] in ("onnx", "openvino")
@@ -195,7 +211,8 @@ def load(located: Located) -> SentenceTransformer:
 
     Raises:
         ToolMissing: torch or sentence-transformers is not installed.
-        ConfigError: the loaders refuse the directory.
+        ConfigError: the loaders refuse the directory, or it has fewer dimensions than asked for.
+        Unsupported: one of its modules has no form in a graph.
     """
     try:
         import torch
@@ -215,10 +232,11 @@ def load(located: Located) -> SentenceTransformer:
             model = SentenceTransformer(where, device="cpu", model_kwargs=options, local_files_only=True)
         else:
             body = modules.Transformer(where, model_kwargs=options)
-            pooling = modules.Pooling(body.get_embedding_dimension(), pooling_mode=located.pooling)
+            pooling = modules.Pooling(body.get_embedding_dimension(), pooling_mode=(located.pooling or "").split("+"))
             model = SentenceTransformer(modules=[body, pooling], device="cpu")
     except Exception as error:  # the boundary to foreign loaders, which may raise anything
         raise ConfigError(f"{where}: sentence-transformers cannot load this model: {_first_line(error)}") from error
+    sentence_modules.prepare(model, located.directory, located.name, located.dim)
     return model.eval()
 
 
@@ -226,19 +244,8 @@ def describe(located: Located, model: SentenceTransformer) -> Source:
     """Say what a loaded model is made of.
 
     Raises:
-        Unsupported: it pools without its prompt, which a graph of tokens alone cannot do.
+        Unsupported: it states neither its dimension nor its longest sequence.
     """
-    names = []
-    for module in model:
-        name = type(module).__name__
-        if name == "Pooling":
-            if not getattr(module, "include_prompt", True):
-                raise Unsupported(
-                    f"{located.name}: its pooling leaves the prompt out (include_prompt is false), which needs the "
-                    "prompt's length at run time; set include_prompt to true in 1_Pooling/config.json if that will do"
-                )
-            name = f"Pooling:{pooling_modes(module)}"
-        names.append(name)
     dim = model.get_embedding_dimension()
     limit = model.max_seq_length
     if dim is None or limit is None:
@@ -247,23 +254,13 @@ def describe(located: Located, model: SentenceTransformer) -> Source:
         name=located.display_name,
         kind="sentence-transformers" if located.is_sentence_transformers else "transformers",
         sha256=located.sha256,
-        modules=tuple(names),
+        modules=sentence_modules.names(model),
         inputs=("input_ids", "attention_mask"),
         dim=int(dim),
         max_sequence=int(limit),
-        prompts={name: text for name, text in model.prompts.items() if text},
+        prompts=dict(model.prompts) if any(model.prompts.values()) else {},
         default_prompt_name=model.default_prompt_name,
     )
-
-
-def pooling_modes(module: object) -> str:
-    """Name the modes of a Pooling module, joined by "+" where their vectors are concatenated."""
-    mode = getattr(module, "pooling_mode", None)
-    if isinstance(mode, str):
-        return mode
-    if isinstance(mode, Sequence) and mode:
-        return "+".join(str(item) for item in mode)
-    raise Unsupported(f"the Pooling module states no mode but {mode!r}; sentence-transformers 6 is needed")
 
 
 def pooling_width(module: object) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ _log = logging.getLogger(__name__)
 EXPORT_TOOLS = ("torch", "transformers", "sentence-transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
 _MUCH_MEMORY_BYTES = 4_000_000_000
 _FLOAT, _EQUALIZED, _STATISTICS, _QDQ = "model.onnx", "equalized.onnx", "calibration.npz", "qdq.onnx"
+_TOKENS, _FEEDS = "tokens.json", "feeds.json"
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def calibrated(floats: Floats, texts: TextPlan, seed: int, cache: Cache, report:
         observed = calibrate.calibrate(model, tokens, seed, report)
         storage.write_bytes(folder / _EQUALIZED, observed.model.SerializeToString(deterministic=True))
         calibrate.save(observed.statistics, folder / _STATISTICS)
+        storage.write_bytes(folder / _TOKENS, json.dumps(tokens.ids).encode())
         equalized = floats.model.model_copy(
             update={
                 "file": storage.file_ref(folder / _EQUALIZED),
@@ -173,6 +176,9 @@ def quantized(target: Target, calibrated: Calibrated, cache: Cache, given: Schem
                 "Run edgeq analyze --auto for this model."
             )
         storage.write_bytes(folder / _QDQ, model.SerializeToString(deterministic=True))
+        if scheme.vendor is not None and scheme.vendor.feeds:
+            tokens = json.loads((calibrated.folder / _TOKENS).read_bytes())
+            storage.write_bytes(folder / _FEEDS, json.dumps(spread(tokens, scheme.vendor.feeds)).encode())
         parent = calibrated.equalized
         record = QdqModel(
             file=storage.file_ref(folder / _QDQ),
@@ -185,6 +191,7 @@ def quantized(target: Target, calibrated: Calibrated, cache: Cache, given: Schem
             max_sequence=parent.max_sequence,
             integer_matmuls=integer,
             float_matmuls=floats,
+            feeds=storage.file_ref(folder / _FEEDS) if (folder / _FEEDS).is_file() else None,
         )
         _write(folder / "qdq.json", record)
 
@@ -193,7 +200,22 @@ def quantized(target: Target, calibrated: Calibrated, cache: Cache, given: Schem
         scheme=scheme.model_dump(mode="json"), tools=versions(("onnx", "onnx-ir", "numpy")),
     )  # fmt: skip
     folder = cache.entry("qdq-model", name, make)
-    return _read(QdqModel, folder / "qdq.json", folder / _QDQ)
+    found = _read(QdqModel, folder / "qdq.json", folder / _QDQ)
+    if found.feeds is None:
+        return found
+    return found.model_copy(update={"feeds": found.feeds.model_copy(update={"path": str(folder / _FEEDS)})})
+
+
+def spread(tokens: Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:
+    """Choose texts of evenly spread lengths, the longest and the shortest among them.
+
+    Args:
+        tokens: ids of each text.
+        count: how many; all, where there are fewer.
+    """
+    by_length = sorted(tokens, key=len, reverse=True)
+    places = np.unique(np.linspace(0, len(by_length) - 1, min(count, len(by_length))).round().astype(int))
+    return [by_length[place] for place in places]
 
 
 def validation(floats: Floats, texts: TextPlan, cache: Cache, limit: int) -> Validation:

@@ -89,7 +89,7 @@ class Tokens:
         count = min(SWEEP_TOKENS, vocabulary) // length
         rng = np.random.default_rng(seed)
         drawn = rng.permutation(vocabulary)[: count * length].reshape(count, length).tolist()
-        first, last = ({ids[end] for ids in self.ids} for end in (0, -1))
+        first, last = ({ids[end] for ids in self.ids if ids} for end in (0, -1))
         before, after = (tuple(ends) if len(ends) == 1 else () for ends in (first, last))
         return Tokens(tuple((*before, *row, *after) for row in drawn), 0, self.pad_id)
 
@@ -107,16 +107,16 @@ class Tokens:
         return [*made, _batch(self, rows)] if rows else made
 
     def unpadded(self, most: int) -> list[Batch]:
-        """Batch texts of exactly the same length."""
+        """Batch texts of exactly the same length; a text without a token counts as one token of padding."""
         by_length: dict[int, list[int]] = {}
         for row, ids in enumerate(self.ids):
-            by_length.setdefault(len(ids), []).append(row)
+            by_length.setdefault(max(1, len(ids)), []).append(row)
         made = []
         for length in sorted(by_length, reverse=True):
             rows, width = by_length[length], max(1, most // length)
             for start in range(0, len(rows), width):
                 chosen = tuple(rows[start : start + width])
-                block = np.array([self.ids[row] for row in chosen], np.int64)
+                block = np.array([self.ids[row] or (self.pad_id,) for row in chosen], np.int64)
                 made.append(Batch(chosen, Feeds(block, np.ones_like(block))))
         return made
 
@@ -131,7 +131,8 @@ class Tokenizer:
         padding = tokenizer.padding or {}
         self.pad_id = int(padding.get("pad_id", _pad_id(tokenizer)))
         tokenizer.no_padding()
-        tokenizer.enable_truncation(max_sequence)
+        # The side at which a text is cut is the model's; the limit is not.
+        tokenizer.enable_truncation(max_sequence, direction=(tokenizer.truncation or {}).get("direction", "right"))
         self.vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
 
     @classmethod
@@ -216,7 +217,7 @@ def batches(samples: Samples, batch_size: int = 32, max_tokens: int = 4096) -> l
 
 
 def _batch(tokens: Tokens, rows: Sequence[int]) -> Batch:
-    width = max(len(tokens.ids[row]) for row in rows)
+    width = max(1, *(len(tokens.ids[row]) for row in rows))  # a text may have no token, a batch must have a column
     ids = np.full((len(rows), width), tokens.pad_id, np.int64)
     mask = np.zeros((len(rows), width), np.int64)
     for line, row in enumerate(rows):

@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeq import origins, source
+from edgeq import origins, sentence_modules, source
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.probes import probe_feeds
 from edgeq.records import Source
@@ -35,6 +35,12 @@ if TYPE_CHECKING:
 
 OPSET = 21
 EXTERNAL_DATA_BYTES = 2_000_000_000  # protobuf refuses messages of 2 GiB
+_FLAGS = {  # mode -> what its flag is called
+    "cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken",
+    "mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "weightedmean": "weightedmean_tokens",
+}  # fmt: skip
+# The order in which sentence-transformers concatenates what flags ask for.
+_FLAG_ORDER = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 RAW, PROBES, SOURCE, CONFIG = "raw.onnx", "probes.npz", "source.json", "config"
 
 
@@ -54,6 +60,7 @@ def run(located: Located, out_dir: Path, hidden_state: bool) -> Source:
     model = source.load(located)
     record = source.describe(located, model)
     feeds = probe_feeds(len(model.tokenizer), record.max_sequence)
+    _require_own_vectors(model, feeds[1], located.name)
     expected = torch_embeddings(model, feeds)
     named: dict[str, NDArray[Any]] = {}
     arrays = [(feed.input_ids, feed.attention_mask, vectors) for feed, vectors in zip(feeds, expected, strict=True)]
@@ -65,6 +72,23 @@ def run(located: Located, out_dir: Path, hidden_state: bool) -> Source:
     save(proto, out_dir / RAW)
     (out_dir / SOURCE).write_text(record.model_dump_json(), encoding="utf-8")
     return record
+
+
+def _require_own_vectors(model: SentenceTransformer, feeds: Feeds, name: str) -> None:
+    """Refuse a model without a mask whose vectors depend on the other texts of a batch.
+
+    Raises:
+        Unsupported: padding moves a vector.
+    """
+    if sentence_modules.takes_mask(model):
+        return
+    length = int(feeds.attention_mask[0].sum())
+    alone = Feeds(feeds.input_ids[:1, :length], feeds.attention_mask[:1, :length])
+    if sentence_modules.depends_on_padding(torch_embeddings(model, (alone, feeds))):
+        raise Unsupported(
+            f"{name}: the model has no input for an attention mask, and padding moves a text's vector: it would depend "
+            "on the other texts of its batch. A model that takes attention_mask is needed."
+        )
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
@@ -141,7 +165,11 @@ def to_onnx(
                 verbose=False,
             )
     except Exception as error:  # the boundary to the exporter, which may raise anything
-        raise Unsupported(f"{name}: torch cannot export this model: {explain(error)}") from error
+
+        def line(node: str) -> str:
+            return _line_of(graph, tuple(tensors.values()), (axes,) if is_open else axes, node)
+
+        raise Unsupported(f"{name}: torch cannot export this model: {explain(error, line)}") from error
     if program is None:
         raise Unsupported(f"{name}: torch.onnx.export gave no program")
     proto = program.model_proto
@@ -150,10 +178,25 @@ def to_onnx(
     return proto
 
 
+def _line_of(graph: torch.nn.Module, tensors: tuple[torch.Tensor, ...], shapes: Any, node: str) -> str:
+    """Trace the module again, and give the user's line that a node of the trace comes from, or nothing."""
+    import torch
+
+    try:
+        with torch.no_grad(), quiet():
+            traced = torch.export.export(graph, tensors, dynamic_shapes=shapes, strict=False).run_decompositions()
+    except Exception:  # the boundary to the exporter, which may raise anything; the refusal stands without a line
+        return ""
+    return next(
+        (origins.user_line(str(item.meta.get("stack_trace", ""))) for item in traced.graph.nodes if item.name == node),
+        "",
+    )
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the exporter's prints, log lines and deprecation warnings off the user's terminal."""
-    root = logging.getLogger("torch.onnx")
+    root = logging.getLogger("torch")
     level = root.level
     root.setLevel(logging.ERROR)
     try:
@@ -183,9 +226,14 @@ def _save_config(model: SentenceTransformer, folder: Path) -> None:
     """Write tokenizer, config and module files, without the transformer's weights (a Dense module keeps its own).
 
     Module files take the form that sentence-transformers 5 and 6 both read: 5 knows neither 6's class paths nor its
-    shorter pooling configuration.
+    shorter pooling configuration. Of a static table there is the tokenizer only: sentence-transformers would load the
+    table with torch.
     """
     folder.mkdir()
+    if sentence_modules.is_static(model):
+        text_tokenizer = model.tokenizer.backend_tokenizer
+        _write_json(folder / "tokenizer.json", json.loads(text_tokenizer.to_str()) | {"post_processor": None})
+        return
     with quiet():
         model.save(str(folder), create_model_card=False)
     for pattern in ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin"):
@@ -193,20 +241,39 @@ def _save_config(model: SentenceTransformer, folder: Path) -> None:
             path.unlink()
     modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
     for entry, module in zip(modules, model, strict=True):
-        entry["type"] = f"sentence_transformers.models.{type(module).__name__}"
-        if type(module).__name__ == "Pooling":
+        kind = type(module).__name__
+        entry["type"] = f"sentence_transformers.models.{'Dense' if kind == 'Truncate' else kind}"
+        if kind == "Pooling":
             _write_json(folder / entry["path"] / "config.json", _pooling_config(module))
     _write_json(folder / "modules.json", modules)
+    _mend_tokenizer_config(folder / "tokenizer_config.json")
+    if model.tokenizer.truncation_side == "left":  # tokenizer.json alone would not say so
+        text_tokenizer = model.tokenizer.backend_tokenizer
+        text_tokenizer.enable_truncation(model.max_seq_length, direction="left")
+        _write_json(folder / "tokenizer.json", json.loads(text_tokenizer.to_str()))
     _write_json(folder / "sentence_bert_config.json", {"max_seq_length": model.max_seq_length, "do_lower_case": False})
 
 
+def _mend_tokenizer_config(path: Path) -> None:
+    """Name the tokenizer's class as every version of transformers does, and let it always give a mask."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    changes: dict[str, object] = {}
+    if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, which 4 does not know
+        changes["tokenizer_class"] = "PreTrainedTokenizerFast"
+    inputs = config.get("model_input_names", ["attention_mask"])
+    if "attention_mask" not in inputs:
+        changes["model_input_names"] = [*inputs, "attention_mask"]
+    if changes:
+        _write_json(path, config | changes)
+
+
 def _pooling_config(module: torch.nn.Module) -> dict[str, object]:
-    """Write the pooling modes as one flag each."""
-    names = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken"}
-    names |= {"mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "weightedmean": "weightedmean_tokens"}
-    mode = source.pooling_modes(module).split("+")
-    flags: dict[str, object] = {f"pooling_mode_{key}": name in mode for name, key in names.items()}
-    return {"word_embedding_dimension": source.pooling_width(module), **flags, "include_prompt": True}
+    """Write the pooling modes as one flag each, and their order where flags would give another."""
+    modes = sentence_modules.modes(module)
+    flags: dict[str, object] = {f"pooling_mode_{key}": name in modes for name, key in _FLAGS.items()}
+    order = {} if list(modes) == [name for name in _FLAG_ORDER if name in modes] else {"pooling_mode": list(modes)}
+    rest = {"include_prompt": getattr(module, "include_prompt", True), **order}
+    return {"word_embedding_dimension": source.pooling_width(module), **flags, **rest}
 
 
 def _write_json(path: Path, content: object) -> None:
@@ -230,6 +297,7 @@ def main() -> int:
         request["is_sentence_transformers"],
         request["pooling"],
         request["sha256"],
+        dim=request["dim"],
     )
     try:
         run(located, Path(request["out_dir"]), request["hidden_state"])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections.abc import Callable
 from pathlib import PurePath
 
 from edgeq.origins import user_line
 
 _LONGEST = 300
+_NODE = re.compile(r"translating node %(?P<name>\w+)")
 _FOREIGN = ("torch", "onnx", "onnxscript", "onnx_ir", "edgeq")
 
 # What torch's message has in it -> what to do.
@@ -36,12 +38,18 @@ _WAYS_OUT = (
 _ANYWAY = "Export the ONNX file yourself, and give it to edgeq as the model."
 
 
-def explain(error: BaseException) -> str:
-    """Give reason, line and way out of an exception that torch raised."""
+def explain(error: BaseException, lines: Callable[[str], str] | None = None) -> str:
+    """Give reason, line and way out of an exception that torch raised.
+
+    Args:
+        error: the exception.
+        lines: gives the user's line of a node of the traced graph by its name, for messages that know no more.
+    """
     chain = _chain(error)
     whole = "\n".join(f"{type(item).__name__}: {item}" for item in chain)
     way_out = next((text for marks, text in _WAYS_OUT if any(mark in whole for mark in marks)), _ANYWAY)
-    where = _where(chain, whole)
+    node = _NODE.search(whole)
+    where = lines(node["name"]) if lines is not None and node is not None else _where(chain, whole)
     return f"{_reason(chain)}{f' (at {where})' if where else ''}. {way_out}"
 
 
@@ -85,9 +93,4 @@ def _where(chain: list[BaseException], whole: str) -> str:
 
 def _is_foreign(filename: str) -> bool:
     parts = PurePath(filename).parts
-    return (
-        filename.startswith("<")
-        or any(name in parts for name in _FOREIGN)
-        or "lib" in parts
-        and "threading.py" in parts
-    )
+    return filename.startswith("<") or any(name in parts for name in _FOREIGN)

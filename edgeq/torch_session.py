@@ -19,6 +19,7 @@ from edgeq.children import Worker, pack, unpack
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.records import Source
 from edgeq.samples import AnyFeeds
+from edgeq.sentence_modules import truncated_to
 from edgeq.source import Located, locate
 from edgeq.texts import Feeds, token_feeds
 
@@ -38,7 +39,11 @@ def reopen(source: Source, model: str | None = None) -> Located:
     if source.kind in ("onnx", "module"):
         raise ConfigError(f"{source.name}: was given as {source.kind}; there is no directory to load into torch")
     pooling = next((name.removeprefix(_POOLING) for name in source.modules if name.startswith(_POOLING)), None)
-    located = locate(model or source.name, pooling if source.kind == "transformers" else None)
+    given = pooling if source.kind == "transformers" else None
+    located = locate(model or source.name, given)
+    dim = truncated_to(source.modules)
+    if located.sha256 != source.sha256 and dim is not None:  # cut by the export, not by the model's own configuration
+        located = locate(model or source.name, given, dim=dim)
     if located.sha256 != source.sha256:
         raise ConfigError(
             f"{model or source.name}: what is found there has sha256 {located.sha256[:12]}..., the bundles' source "

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from edgeq import parity
-from edgeq.backends.contract import Embeddings, Session, embed_batches
+from edgeq import backends, comparing
+from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.bundle import load_manifest, require_cpu
 from edgeq.corpora import deduplicate, default_texts, read_texts
 from edgeq.embedder import Embedder, load
 from edgeq.evaluation import Embed
-from edgeq.machine import place
-from edgeq.records import Manifest, ParityReport
+from edgeq.records import ParityReport
 from edgeq.reference import FloatSession
+from edgeq.stages import Validation
 from edgeq.texts import Tokenizer, batches, text_set, token_limit
 from edgeq.textsets import spread
 
@@ -21,7 +22,7 @@ Report = Callable[[str, int, int], None]
 
 
 def validate(bundle: Path, texts: Path | None, column: str | None, float_model: Path, report: Report) -> ParityReport:
-    """Run texts through a bundle's artifact and through FP32, measure, and judge by the target's gate.
+    """Run texts through FP32 and a bundle's artifact, under every setting that runs here, and judge by the gate.
 
     Args:
         bundle: OUT/TARGET, as `edgeq export` wrote it; one that missed its gate may be measured, too.
@@ -45,22 +46,13 @@ def validate(bundle: Path, texts: Path | None, column: str | None, float_model: 
     report("float32", 0, 1)
     reference = embed_batches(FloatSession.of(float_model), batches(tokens), len(chosen))
     report("float32", 1, 1)
-    report("artifact", 0, 2)
-    session = _session(manifest, bundle)
-    embeddings = embed_batches(session, batches(tokens), len(chosen))
-    report("artifact", 1, 2)
-    invariance = parity.invariance(session, tokens, limit, target.buckets_tokens, target.gate.parity_texts)
-    report("artifact", 2, 2)
-    return parity.report(
-        target,
-        place(target.runs_on),
-        manifest.artifact.placement,
-        reference,
-        embeddings,
-        chosen,
-        text_set(texts.name if texts else "default", chosen, tokens),
-        invariance,
-    )
+    validation = Validation(chosen, tokens, text_set(texts.name if texts else "default", chosen, tokens), reference)
+    backend = backends.find(manifest.artifact.backend, str(bundle))
+    found, _ = comparing.compare(
+        backend, manifest.artifact, bundle, target, validation, manifest.source.max_sequence,
+        partial(report, "artifact"),
+    )  # fmt: skip
+    return found
 
 
 def embedders(bundle: Path, float_model: Path) -> tuple[Embed, Embed]:
@@ -84,11 +76,3 @@ def embed_with(embedder: Embedder) -> Embed:
         return embedder.encode(texts, prompt_name=prompt)
 
     return embed
-
-
-def _session(manifest: Manifest, bundle: Path) -> Session:
-    """Load the artifact in its runtime."""
-    from edgeq import backends
-
-    backend = backends.find(manifest.artifact.backend, str(bundle))
-    return backend.load(manifest.artifact, bundle, manifest.target)

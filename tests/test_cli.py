@@ -335,6 +335,24 @@ def test_embed_refuses_bad_standard_input_and_writes_nothing(path: Path, tmp_pat
     assert sorted(item.name for item in tmp_path.iterdir() if "vectors" in item.name) == []
 
 
+def test_embed_puts_the_prompt_of_a_role_before_each_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, _ = make_bundle(tmp_path / "out", prompts={"query": "please send "})
+    texts, found, expected = tmp_path / "texts.txt", tmp_path / "query.npy", tmp_path / "prompt.npy"
+    texts.write_text("it\npassword\n", encoding="utf-8")
+    command = ["embed", str(path), "--texts", str(texts), "--out"]
+    assert cli.run([*command, str(found), "--role", "query"]) == 0
+    assert cli.run([*command, str(expected), "--prompt", "query"]) == 0
+    np.testing.assert_array_equal(np.load(found), np.load(expected))
+    assert cli.run([*command, str(expected), "--role", "document"]) == 0
+    assert not np.array_equal(np.load(found), np.load(expected))
+    capsys.readouterr()
+    assert cli.run([*command, str(tmp_path / "no.npy"), "--prompt", "passage"]) == 2
+    assert "prompt_name is 'passage'; the model has query" in capsys.readouterr().err
+    assert cli.run([*command, str(tmp_path / "no.npy"), "--prompt", "query", "--role", "query"]) == 2
+    assert "Give one of them" in capsys.readouterr().err
+    assert not (tmp_path / "no.npy").exists()
+
+
 def test_embed_wants_npy(path: Path, tmp_path: Path) -> None:
     assert cli.run(["embed", str(path), "--texts", "t.txt", "--out", str(tmp_path / "vectors.json")]) == 2
 
@@ -365,6 +383,20 @@ def test_inspect_shows_a_bundle_s_artifact(path: Path, capsys: pytest.CaptureFix
     assert "manifest.json" in anatomy["bundle_files"]
     assert cli.run(["inspect", str(path)]) == 0
     assert "ReduceL2" in capsys.readouterr().out
+
+
+def test_doctor_installs_what_lives_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(doctor.environments, "interpreter", lambda found: asked.append(found.name))
+    monkeypatch.setattr(doctor.environments, "made", lambda found: Path("python") if asked else None)
+    assert cli.run(["doctor", "--json"]) == 0
+    listed = {item["name"]: item for item in json.loads(capsys.readouterr().out)["toolchains"]}
+    assert listed["rknn-toolkit2"]["install"] == "edgeq doctor --install rknn-toolkit2"
+    assert cli.run(["doctor", "--install", "rknn-toolkit2", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["toolchains"]
+    assert found["versions"]["rknn-toolkit2"] == "2.5.0" and found["install"] is None and asked == ["rknn-toolkit2"]
+    assert cli.run(["doctor", "--install", "toolkit"]) == 2
+    assert "no such environment; known are rknn-toolkit2, tflite-runtime" in capsys.readouterr().err
 
 
 def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,8 @@ from tiny_bundle import DIM, MAX_SEQUENCE, MEASURES, TEXTS, TinyBackend, make_bu
 
 from edgeq import backends, bundle, embedder
 from edgeq.errors import ConfigError, Unsupported
-from edgeq.records import RunsOn
+from edgeq.records import Manifest, RunsOn
+from edgeq.texts import Tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +104,40 @@ def test_the_default_prompt_is_used(tmp_path: Path) -> None:
     plain = embedder.load(path)
     default = embedder.Embedder(session, plain._tokenizer, manifest.model_copy(update={"source": source}))
     np.testing.assert_array_equal(default.encode(["it"]), plain.encode(["please send it"]))
+
+
+def with_default(path: Path, manifest: Manifest, prompts: dict[str, str], default: str | None) -> embedder.Embedder:
+    """Give an embedder of the same session whose model has other prompts."""
+    session = backends.BACKENDS["tiny"].load(manifest.artifact, path, manifest.target)
+    source = manifest.source.model_copy(update={"prompts": prompts, "default_prompt_name": default})
+    tokenizer = Tokenizer.from_file(path / "tokenizer.json", MAX_SEQUENCE)
+    return embedder.Embedder(session, tokenizer, manifest.model_copy(update={"source": source}))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "query", "document"),
+    [
+        ({"query": "please ", "document": "thanks "}, "please ", "thanks "),
+        ({"query": "please ", "passage": "again "}, "please ", "again "),
+        ({"query": "please ", "document": "", "passage": "again "}, "please ", ""),
+        ({"please": "please "}, "", ""),  # the default is no role's prompt
+    ],
+)
+def test_roles_take_the_prompts_that_sentence_transformers_takes(
+    tmp_path: Path, prompts: dict[str, str], query: str, document: str
+) -> None:
+    path, manifest = make_bundle(tmp_path / "out")
+    loaded = with_default(path, manifest, prompts, next(iter(prompts)))
+    plain = embedder.load(path)
+    for encode, prompt in ((loaded.encode_query, query), (loaded.encode_document, document)):
+        np.testing.assert_array_equal(encode(["it"]), plain.encode([f"{prompt}it"]))
+        np.testing.assert_array_equal(encode(["it"], prompt=""), plain.encode(["it"]))
+    np.testing.assert_array_equal(loaded.encode(["it"]), plain.encode(["please it"]))
+    np.testing.assert_array_equal(loaded.encode(["it"], prompt="where "), plain.encode(["where it"]))
+    with pytest.raises(ConfigError, match="prompt_name is 'passages'; the model has"):
+        loaded.encode_query(["it"], prompt_name="passages")
+    with pytest.raises(ConfigError, match="give one of them"):
+        loaded.encode(["it"], prompt_name=next(iter(prompts)), prompt="where ")
 
 
 def test_a_model_without_prompts_has_none(path: Path) -> None:

@@ -54,7 +54,7 @@ def test_dense_and_prompts_travel(tmp_path: Path) -> None:
     )
     record, model = exported(directory, tmp_path / "out")
     assert record.dim == model.dim == 32
-    assert record.prompts == {"query": "the "}
+    assert record.prompts == {"query": "the ", "document": ""}
     assert (tmp_path / "out" / CONFIG / "2_Dense" / "model.safetensors").is_file()
     assert not list((tmp_path / "out" / CONFIG).glob("*.safetensors"))
     texts = tiny_source.texts(6)

@@ -26,6 +26,7 @@ from edgeq.machine import place  # noqa: E402
 from edgeq.records import Gate, Manifest, ParityReport, Target  # noqa: E402
 from edgeq.storage import file_ref  # noqa: E402
 from edgeq.targets import load_target  # noqa: E402
+from edgeq.validation import validate  # noqa: E402
 
 # Random weights hardly separate texts: only that the vectors are near is judged here.
 EASY = Gate(
@@ -58,6 +59,12 @@ def request_(model: Path, shared_cache: Cache, tmp_path: Path) -> pipeline.Expor
 
 def silent(stage: str, done: int, total: int) -> None:
     """Report to nobody."""
+
+
+def float_model(request: pipeline.ExportRequest) -> Path:
+    """Find the one FP32 model that the exports of this module made."""
+    (path,) = request.cache.root.glob("float-model/*/model.onnx")
+    return path
 
 
 def failing(request: pipeline.ExportRequest) -> pipeline.ExportRequest:
@@ -203,6 +210,9 @@ def test_an_openvino_bundle_is_measured_in_both_precisions_and_opens_without_edg
     (setting,) = load_report(Path(made.path)).other_settings
     assert setting.name == "inference_precision_hint=bf16"
     assert (setting.measures is None) == (setting.reason is not None)
+    anew = validate(Path(made.path), request_.texts, None, float_model(request_), silent)
+    assert [item.name for item in anew.other_settings] == [setting.name]
+    assert (anew.other_settings[0].measures is None) == (setting.measures is None)
     names = run_the_cards_example(Path(made.path), monkeypatch)
     vectors = load(made.path).encode(names["texts"])  # type: ignore[arg-type]
     np.testing.assert_allclose(names["vectors"], vectors, atol=1e-5)  # type: ignore[arg-type]
@@ -234,6 +244,8 @@ def test_without_an_npu_the_bundle_is_written_and_says_that_it_was_never_run(
     assert "was never run" in (Path(made.path) / "README.md").read_text(encoding="utf-8")
     assert cli.run(["verify", made.path]) == 0
     assert "not run" in capsys.readouterr().out
+    anew = validate(Path(made.path), request_.texts, None, float_model(request_), silent)
+    assert (anew.status, anew.ran_on) == ("not-run", "not-run") and anew.other_settings[0].measures is not None
     assert cli.run(["embed", made.path, "--out", str(request_.out / "v.npy"), "--texts", str(request_.texts)]) == 9
     exact = ("settings = {", 'settings = {"INFERENCE_PRECISION_HINT": "f32",')
     names = run_the_cards_example(Path(made.path), monkeypatch, ('"NPU"', '"CPU"'), exact)

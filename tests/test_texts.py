@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from edgeq import corpora, texts, textsets
 from edgeq.errors import ConfigError
@@ -109,6 +110,23 @@ def test_observed_batches_hold_no_padding_and_stay_small() -> None:
 def check(folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, REPOSITORY / "tools" / "check_calibration_data", *([folder] if folder else [])]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_text_without_tokens_is_one_masked_column() -> None:
+    (batch,) = texts.batches(texts.Tokens(((), ()), 0, 7))
+    assert batch.feeds.input_ids.tolist() == [[7], [7]] and not batch.feeds.attention_mask.any()
+    (seen,) = equal_length_batches(texts.Tokens(((), (3,)), 0, 7), 4)
+    assert seen.feeds.input_ids.tolist() == [[7], [3]]
+
+
+@pytest.mark.parametrize(("side", "kept"), [("left", (2, 3)), ("right", (0, 1))])
+def test_a_long_text_is_cut_at_the_side_that_the_tokenizer_names(side: str, kept: tuple[int, ...]) -> None:
+    words = {word: row for row, word in enumerate("abcd")}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(3, direction=side)
+    found = texts.Tokenizer(tokenizer, 2).encode(["a b c d", "b"])
+    assert found.ids == (kept, (1,)) and found.truncated == 1
 
 
 def test_the_default_texts_pass_their_check() -> None:

@@ -13,7 +13,7 @@ WORDS = (
 ).split()
 
 
-def body(folder: Path, seed: int = 0) -> Path:
+def body(folder: Path, seed: int = 0, layers: int = 2) -> Path:
     """Write a plain Hugging Face directory."""
     import torch
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -30,8 +30,8 @@ def body(folder: Path, seed: int = 0) -> Path:
     )
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=DIM, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
-        max_position_embeddings=64, initializer_range=0.1,
+        vocab_size=len(vocabulary), hidden_size=DIM, num_hidden_layers=layers, num_attention_heads=4,
+        intermediate_size=256, max_position_embeddings=64, initializer_range=0.1,
     )  # fmt: skip
     BertModel(config, add_pooling_layer=False).eval().save_pretrained(folder)
     fast = PreTrainedTokenizerFast(

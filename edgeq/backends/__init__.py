@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeq.backends import ethos_u, onnxruntime, openvino, qnn, tflite
+from edgeq.backends import ethos_u, onnxruntime, openvino, qnn, rockchip, tflite
 from edgeq.backends.contract import Backend
 from edgeq.errors import ConfigError
 
@@ -11,6 +11,7 @@ BACKENDS: dict[str, Backend] = {
     "onnxruntime": onnxruntime,
     "openvino": openvino,
     "qnn": qnn,
+    "rockchip": rockchip,
     "tflite": tflite,
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -11,9 +11,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from edgeq.environments import Environment
 from edgeq.errors import ConfigError
 from edgeq.records import Artifact, Place, QdqModel, Scheme, Target
 from edgeq.samples import AnyFeeds, Batch
+from edgeq.texts import fitted, rows_by_bucket, token_feeds
 
 Embeddings = NDArray[np.float32]
 Verdict = Literal["supported", "on-host", "refused", "unknown"]
@@ -45,6 +47,22 @@ class JudgesOperators(Protocol):
     def operator_verdicts(self, model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
         """Give one verdict for each node, in graph order. Pure; needs no SDK."""
         ...
+
+
+Rule = Callable[[QdqModel, Target], str | None]  # its docstring is the sentence shown; it gives the offending detail
+
+
+def has_buckets(model: QdqModel, target: Target) -> str | None:
+    """The runtime takes static shapes: the target needs sequence lengths of at least 2 tokens, each once."""
+    buckets = target.buckets_tokens
+    is_right = buckets and len(set(buckets)) == len(buckets) and min(buckets) >= 2
+    return None if is_right else f"buckets_tokens is {list(buckets)}"
+
+
+def rejected(rules: Iterable[Rule], model: QdqModel, target: Target) -> tuple[Rejection, ...]:
+    """Hold a model and a target against every rule."""
+    found = [(rule.__doc__ or rule.__name__, rule(model, target)) for rule in rules]
+    return tuple(Rejection(sentence, detail) for sentence, detail in found if detail is not None)
 
 
 class Session(Protocol):
@@ -88,6 +106,15 @@ class HasOtherSettings(Protocol):
 
 
 @runtime_checkable
+class NeedsEnvironments(Protocol):
+    """A backend some of whose tools live in environments of their own."""
+
+    def environments(self) -> tuple[Environment, ...]:
+        """Give each environment, with its pins."""
+        ...
+
+
+@runtime_checkable
 class NeedsDevice(Protocol):
     """A backend some of whose targets need a device that a machine may lack, whatever its CPU."""
 
@@ -118,6 +145,34 @@ def embed_batches(session: Session, batches: Iterable[Batch], count: int) -> Emb
         if embeddings is None:
             embeddings = np.empty((count, vectors.shape[1]), np.float32)
         embeddings[list(batch.rows)] = vectors
+    if embeddings is None:
+        raise ConfigError("no texts to embed: give at least one")
+    return embeddings
+
+
+def embed_by_bucket(
+    feeds: AnyFeeds, buckets: Sequence[int], run: Callable[[int, NDArray[np.int64], NDArray[np.int64]], Embeddings]
+) -> Embeddings:
+    """Run each text in the smallest bucket that it fits.
+
+    A text alone runs at the length it is given in; among others it is cut back to its own tokens first.
+
+    Args:
+        feeds: the texts.
+        buckets: lengths in tokens, in ascending order.
+        run: takes a bucket, ids and mask, each int64[texts, bucket], and gives their vectors, float32[texts, dim].
+
+    Raises:
+        ConfigError: there are no texts, they are something else, or one is longer than the largest bucket.
+    """
+    embeddings: Embeddings | None = None
+    tokens = token_feeds(feeds)
+    for bucket, members in rows_by_bucket(tokens, buckets).items():
+        ids, mask = (fitted(rows[members], bucket) for rows in (tokens.input_ids, tokens.attention_mask))
+        vectors = run(bucket, ids, mask)
+        if embeddings is None:
+            embeddings = np.empty((len(tokens.input_ids), vectors.shape[1]), np.float32)
+        embeddings[members] = vectors
     if embeddings is None:
         raise ConfigError("no texts to embed: give at least one")
     return embeddings

@@ -8,6 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from edgeq.gate import norm_limit
 from edgeq.records import Manifest, ParityReport, Place
+from edgeq.sentence_modules import TABLE, truncated_to
 from edgeq.texts import lengths
 
 TEMPLATE = "model_card.md.j2"
@@ -60,6 +61,7 @@ def render_card(manifest: Manifest, report: ParityReport, pad_id: int) -> str:
         is_tflite=is_tflite,
         is_context=is_context,
         is_openvino=is_openvino,
+        is_rknn=manifest.artifact.files[0].path.endswith(".rknn"),
         weights_path=manifest.artifact.files[-1].path,
         sentence_transformers_backend=SENTENCE_TRANSFORMERS_FILES.get(manifest.artifact.files[0].path),
         buckets=buckets,
@@ -67,7 +69,9 @@ def render_card(manifest: Manifest, report: ParityReport, pad_id: int) -> str:
         opens_in_sentence_transformers=(
             manifest.artifact.files[0].path in SENTENCE_TRANSFORMERS_FILES
             and "last_hidden_state" in manifest.qdq_model.outputs
+            and manifest.source.modules[0] != TABLE
         ),
+        truncation=truncated_to(manifest.source.modules),
         size_mb=sum(file.size_bytes for file in manifest.artifact.files) / 1e6,
     )
 

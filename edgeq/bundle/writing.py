@@ -135,7 +135,7 @@ def _fill(
         float_model=_unshipped(lineage.float_model),
         equalized_model=_unshipped(lineage.equalized_model),
         calibration=_unshipped(lineage.calibration),
-        qdq_model=_unshipped(lineage.qdq_model),
+        qdq_model=_without_feeds_path(_unshipped(lineage.qdq_model)),
         artifact=lineage.artifact,
         parity=file_ref(directory / PARITY, directory),
         golden=Golden(
@@ -156,6 +156,14 @@ def _unshipped(record: FiledT) -> FiledT:
     """Name a file that is not in the bundle by its bare name: where it lay means nothing elsewhere."""
     bare: FileRef = record.file.model_copy(update={"path": Path(record.file.path).name})
     return record.model_copy(update={"file": bare})
+
+
+def _without_feeds_path(record: QdqModel) -> QdqModel:
+    """Name the feeds of a vendor's calibration by their bare name, too."""
+    if record.feeds is None:
+        return record
+    bare = record.feeds.model_copy(update={"path": Path(record.feeds.path).name})
+    return record.model_copy(update={"feeds": bare})
 
 
 def _write_record(path: Path, record: Record) -> None:

@@ -62,6 +62,9 @@ def export(
         list[Path] | None, typer.Option(metavar="FILE", help="Refuse texts that stand here; repeatable.")
     ] = None,
     pooling: Annotated[str | None, typer.Option(help="How to pool a model that does not say it.")] = None,
+    dim: Annotated[
+        int | None, typer.Option(metavar="N", help="Keep the first N dimensions, of unit length again if the model's.")
+    ] = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="Of an ONNX file: its tokenizer.json, or the folder that holds it."),
@@ -115,6 +118,7 @@ def export(
         validation=validation,
         evaluation=tuple(evaluation or ()),
         pooling=pooling,
+        dim=dim,
         onnx=OnnxOptions(tokenizer, max_sequence, normalize),
         samples=samples,
         seed=seed,
@@ -167,11 +171,18 @@ def check(
     checking.require(found)
 
 
-def doctor(as_json: console.AsJson = False, verbose: console.Verbose = 0, quiet: console.Quiet = False) -> None:
-    """Say which toolchains are installed, and what each missing one needs."""
-    from edgeq.doctor import examine
+def doctor(
+    install: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Make the environment of this toolchain, from its pins, first.")
+    ] = None,
+    as_json: console.AsJson = False,
+    verbose: console.Verbose = 0,
+    quiet: console.Quiet = False,
+) -> None:
+    """Say which toolchains are installed, and what each missing one needs; --install makes one that lives apart."""
+    from edgeq import doctor as examining
 
-    toolchains = examine()
+    toolchains = (examining.install(install),) if install is not None else examining.examine()
     if as_json:
         console.put_json({"toolchains": [toolchain.model_dump(mode="json") for toolchain in toolchains]})
         return

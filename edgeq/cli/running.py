@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
     from edgeq.latency import Benchmark, Cell
 
 
+class Role(StrEnum):
+    """Say what texts are to a search."""
+
+    QUERY = "query"
+    DOCUMENT = "document"
+
+
 def embed(
     bundle: BundleDir,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the vectors go, float32[texts, dim], as .npy.")],
@@ -31,6 +39,9 @@ def embed(
     prompt: Annotated[
         str | None, typer.Option(metavar="NAME", help="Put this of the model's prompts before each.")
     ] = None,
+    role: Annotated[
+        Role | None, typer.Option(help="What the texts are: the prompt that the model has for it goes before each.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=0, help="0 leaves it to the target.")] = 0,
     as_json: console.AsJson = False,
     verbose: console.Verbose = 0,
@@ -39,15 +50,19 @@ def embed(
     """Turn texts into vectors with BUNDLE.
 
     Raises:
-        ConfigError: the texts cannot be read, or --out is no .npy file.
+        ConfigError: the texts cannot be read, --out is no .npy file, or the prompt is not there or given twice.
     """
     from edgeq import embedder
     from edgeq.corpora import read_texts
 
     if out.suffix != ".npy":
         raise ConfigError(f"--out: {out} does not end in .npy, the format that is written. Rename it.")
+    if prompt is not None and role is not None:
+        raise ConfigError(f"--prompt {prompt}, --role {role}: both say what goes before each text. Give one of them.")
     chosen = _standard_input() if texts == "-" else read_texts(Path(texts), column)
-    vectors = embedder.load(bundle, threads).encode(chosen, batch_size=batch_size, prompt_name=prompt)
+    loaded = embedder.load(bundle, threads)
+    encode = {None: loaded.encode, Role.QUERY: loaded.encode_query, Role.DOCUMENT: loaded.encode_document}[role]
+    vectors = encode(chosen, batch_size=batch_size, prompt_name=prompt)
     _save(out, vectors)
     if as_json:
         console.put_json({"path": str(out), "texts": vectors.shape[0], "dim": vectors.shape[1]})

@@ -23,10 +23,14 @@ def opens_in_sentence_transformers(file: OnnxFile, head: Head) -> bool:
 
 
 def prompts(file: OnnxFile) -> tuple[dict[str, str], str | None]:
-    """Give the prompts by name, and the name of the default one."""
+    """Give the prompts by name, and the name of the default one.
+
+    Where there are any, "query" and "document" are among them, empty if need be, as in sentence-transformers.
+    """
     config = read_json(file.config_dir / _PROMPTS) if file.config_dir is not None else {}
-    named = {str(name): str(text) for name, text in config.get("prompts", {}).items() if text}
-    return named, config.get("default_prompt_name")
+    named = {"query": "", "document": ""}
+    named |= {str(name): str(text or "") for name, text in config.get("prompts", {}).items()}
+    return named if any(named.values()) else {}, config.get("default_prompt_name")
 
 
 def write(file: OnnxFile, head: Head, width: int, folder: Path) -> None:

@@ -62,6 +62,8 @@ class OnnxFile:
     @property
     def name(self) -> str:
         """Give the file's name, or its folder's where the file has the name that all have."""
+        if self.kind == "module":
+            return self.path.stem
         folder = self.path.parent.parent if self.path.parent.name == _FOLDER else self.path.parent
         return folder.name if self.path.name == _USUAL and folder.name else self.path.name
 

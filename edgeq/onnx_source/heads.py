@@ -216,7 +216,9 @@ class HeadWriter:
         return self._add("Div", [total, number], f"head/{mode}")
 
     def _largest(self) -> ir.Value:
-        column = self._add("Unsqueeze", [self._mask, self._put("head/column", np.array([2], np.int64))], "head/column")
+        column = self._add(
+            "Unsqueeze", [self._mask, self._put("head/column", np.array([2], np.int64))], "head/max_column"
+        )
         is_padding = self._add("Equal", [column, self._put("head/zero", np.array(0, np.int64))], "head/is_padding")
         fill = self._put("head/fill", np.array(FILL, np.float32))
         filled = self._add("Where", [is_padding, fill, self._hidden], "head/filled")

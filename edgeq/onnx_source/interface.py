@@ -85,6 +85,8 @@ def _require_tokens(value: ir.Value, name: str) -> None:
 def take_tokens(model: ir.Model, inputs: Inputs) -> None:
     """Put int64 `input_ids` and `attention_mask` in place of the inputs; segments are 0, positions 0, and so on."""
     graph = model.graph
+    for name in (IDS, MASK):
+        free_name(graph, name)
     made = {role: _input(role) for role in (IDS, MASK)}
     olds = list(graph.inputs)
     first = next(iter(graph))
@@ -101,6 +103,14 @@ def take_tokens(model: ir.Model, inputs: Inputs) -> None:
     for old in olds:
         graph.inputs.remove(old)
     graph.inputs.extend(made.values())
+
+
+def free_name(graph: ir.Graph, name: str) -> None:
+    """Give another name to what a node gives under this one."""
+    for node in graph:
+        for value in node.outputs:
+            if value.name == name:
+                value.name = f"given/{name}"
 
 
 def drop_index_casts(model: ir.Model) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from edgeq.backends import tflite
-from edgeq.backends.contract import OperatorVerdict, Rejection, Session
+from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, Session, has_buckets, rejected
 from edgeq.backends.ethos_u import rules
 from edgeq.errors import LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Estimate, HostOperator, Placement, QdqModel, Scheme, Target
@@ -39,9 +40,6 @@ _SETTINGS = {"accelerator", "system_config", "memory_mode", "arena_kib", "rows"}
 _ROWS = ("mul", "depthwise")
 
 _log = logging.getLogger(__name__)
-
-Rule = Callable[[QdqModel, Target], str | None]
-
 
 def needs_no_wide_operators(model: QdqModel, target: Target) -> str | None:
     """The scheme must do without 16-bit products of two tensors, 16-bit GELU and tables, which Ethos-U lacks."""
@@ -72,7 +70,7 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
     return "; ".join(wrong) or None
 
 
-RULES: tuple[Rule, ...] = (needs_no_wide_operators, tflite.has_buckets, has_known_settings)
+RULES: tuple[Rule, ...] = (needs_no_wide_operators, has_buckets, has_known_settings)
 
 
 def tools() -> Mapping[str, str]:
@@ -89,8 +87,7 @@ def tools() -> Mapping[str, str]:
 
 def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
     """List every rule that the model or the target does not meet."""
-    found = [(rule.__doc__ or rule.__name__, rule(model, target)) for rule in RULES]
-    return tuple(Rejection(sentence, detail) for sentence, detail in found if detail is not None)
+    return rejected(RULES, model, target)
 
 
 def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
@@ -126,46 +123,68 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
         StorageFailed: a file cannot be written.
     """
     tools()
-    from edgeq.backends.ethos_u import compiler, finished
+    from edgeq.backends.ethos_u.compiler import Settings
     from edgeq.backends.tflite import emitter
 
     written = emitter.Settings(32, "quantize", "none", str(target.runtime["rows"]))
-    chosen = compiler.Settings(
+    chosen = Settings(
         str(target.runtime["accelerator"]), str(target.runtime["system_config"]), str(target.runtime["memory_mode"]),
         int(target.runtime["arena_kib"]),
     )  # fmt: skip
     buckets = sorted(lengths(target.buckets_tokens, model.max_sequence), reverse=True)
-    paths, hosts, estimates, counts, surprises = [], [], [], [], []
+    made = []
     for bucket in buckets:
         # One signature in a file: Vela stores the weights again for each.
         source = tflite.integer_file(model, target.name, (bucket,), written, RUNTIME)
-        where, name = f"{target.name}: bucket {bucket}", COMPILED.format(bucket)
-        compiled = compiler.compile_file(source, where, chosen)
-        inside = finished.read(compiled.data, source, where)
-        if inside.accelerator != chosen.accelerator:
-            raise LoweringFailed(f"{where}: the commands are for {inside.accelerator}, not {chosen.accelerator}")
-        estimates.append(_estimate(compiled, name, chosen))
-        _require_memory(estimates[-1], where)
-        hosts += [
-            HostOperator(file=name, operator=kind, output=output, reason=_reason(compiled, output))
-            for kind, output in inside.on_host
-        ]
-        surprises += _surprises(source, inside.on_host, chosen.accelerator, name)
-        counts.append(Counter(inside.on_npu) + Counter(kind for kind, _ in inside.on_host))
-        paths.append(_write(out_dir / name, compiled.data))
-    paths.append(_write(out_dir / INTEGER_MODEL, tflite.integer_file(model, target.name, buckets, written, RUNTIME)))
+        made.append(_compiled(source, f"{target.name}: bucket {bucket}", COMPILED.format(bucket), chosen, out_dir))
+    whole = _write(out_dir / INTEGER_MODEL, tflite.integer_file(model, target.name, buckets, written, RUNTIME))
     return Artifact(
         backend=target.backend,
         target=target.name,
-        files=tuple(file_ref(path, relative_to=out_dir) for path in paths),
+        files=tuple(file_ref(path, relative_to=out_dir) for path in (*(item.path for item in made), whole)),
         qdq_sha256=model.file.sha256,
         placement=Placement(
             integer_matmuls=len(model.integer_matmuls), float_by_scheme=(), float_fallbacks=(),
-            operators=dict(sorted(counts[0].items())), host_operators=tuple(hosts), estimates=tuple(estimates),
-            surprises=tuple(surprises),
+            operators=made[0].operators, host_operators=tuple(one for item in made for one in item.on_host),
+            estimates=tuple(item.estimate for item in made),
+            surprises=tuple(one for item in made for one in item.surprises),
         ),
         tools=dict(tools()),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Hold the compiled file of one bucket, and what became of its operators."""
+
+    path: Path
+    estimate: Estimate
+    operators: dict[str, int]
+    on_host: tuple[HostOperator, ...]
+    surprises: tuple[str, ...]
+
+
+def _compiled(source: bytes, where: str, name: str, settings: Settings, out_dir: Path) -> _Bucket:
+    """Compile a file of one signature, hold it against the target, and write it as `name` below `out_dir`."""
+    from edgeq.backends.ethos_u import compiler, finished
+
+    compiled = compiler.compile_file(source, where, settings)
+    inside = finished.read(compiled.data, source, where)
+    if inside.accelerator != settings.accelerator:
+        raise LoweringFailed(f"{where}: the commands are for {inside.accelerator}, not {settings.accelerator}")
+    estimate = _estimate(compiled, name, settings)
+    _require_memory(estimate, where)
+    counts = Counter(inside.on_npu) + Counter(kind for kind, _ in inside.on_host)
+    return _Bucket(
+        path=_write(out_dir / name, compiled.data),
+        estimate=estimate,
+        operators=dict(sorted(counts.items())),
+        on_host=tuple(
+            HostOperator(file=name, operator=kind, output=output, reason=_reason(compiled, output))
+            for kind, output in inside.on_host
+        ),
+        surprises=tuple(_surprises(source, inside.on_host, settings.accelerator, name)),
+    )
 
 
 def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> Session:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import Embeddings, Rejection
+from edgeq.backends.contract import Embeddings, Rejection, Rule, embed_by_bucket, has_buckets, rejected
 from edgeq.children import Worker, pack, unpack
-from edgeq.errors import BundleCorrupt, ConfigError, LoweringFailed, ToolMissing
+from edgeq.errors import BundleCorrupt, LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Placement, QdqModel, Target
 from edgeq.samples import AnyFeeds
 from edgeq.storage import file_ref, replacing_dir
-from edgeq.texts import fitted, lengths, rows_by_bucket, token_feeds
+from edgeq.texts import lengths
 
 FOLDER = "qnn"
 
@@ -31,19 +31,9 @@ _SETTINGS = {"soc_model", "htp_arch", "vtcm_mb", "optimization_mode", "io"}
 _LOWEST_GLIBC = (2, 35)  # Source: onnxruntime-qnn 2.7.0, the wheel's tag manylinux_2_35_x86_64
 _RUN_LIMIT_S = 3600.0  # the emulator takes seconds for a text
 
-Rule = Callable[[QdqModel, Target], str | None]
-
-
 def has_htp_form(model: QdqModel, target: Target) -> str | None:
     """The scheme must be one for HTP: unsigned codes on every tensor, nothing float."""
     return f"scheme {model.scheme.name} has another form" if model.scheme.htp is None else None
-
-
-def has_buckets(model: QdqModel, target: Target) -> str | None:
-    """HTP takes static shapes: the target needs sequence lengths of at least 2 tokens, each once."""
-    buckets = target.buckets_tokens
-    is_right = buckets and len(set(buckets)) == len(buckets) and min(buckets) >= 2
-    return None if is_right else f"buckets_tokens is {list(buckets)}"
 
 
 def has_known_settings(model: QdqModel, target: Target) -> str | None:
@@ -93,8 +83,7 @@ def tools() -> Mapping[str, str]:
 
 def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
     """List every rule that the model or the target does not meet."""
-    found = [(rule.__doc__ or rule.__name__, rule(model, target)) for rule in RULES]
-    return tuple(Rejection(sentence, detail) for sentence, detail in found if detail is not None)
+    return rejected(RULES, model, target)
 
 
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
@@ -202,22 +191,13 @@ class QnnSession:
         Raises:
             ConfigError: there are no texts, or one is longer than the largest bucket.
         """
-        embeddings: Embeddings | None = None
-        tokens = token_feeds(feeds)
-        for bucket, members in rows_by_bucket(tokens, self._buckets).items():
-            vectors = self._run(bucket, tokens.input_ids[members], tokens.attention_mask[members])
-            if embeddings is None:
-                embeddings = np.empty((len(tokens.input_ids), vectors.shape[1]), np.float32)
-            embeddings[members] = vectors
-        if embeddings is None:
-            raise ConfigError("no texts to embed: give at least one")
-        return embeddings
+        return embed_by_bucket(feeds, self._buckets, self._run)
 
     def _run(self, bucket: int, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> Embeddings:
         output = self._outputs[bucket]
         dtype = np.int64 if output["scale"] is None else np.int32
         inputs = {
-            name: pack(fitted(rows, bucket).astype(dtype)[:, None, :])
+            name: pack(rows.astype(dtype)[:, None, :])
             for name, rows in (("input_ids", input_ids), ("attention_mask", attention_mask))
         }
         vectors = unpack(self._worker.call(do="run_many", length=bucket, inputs=inputs)["output"])[:, 0]

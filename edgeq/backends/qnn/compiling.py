@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx
 
-from edgeq.cache import Cache
+from edgeq.cache import log_path
 from edgeq.children import Worker
 from edgeq.errors import LoweringFailed
 from edgeq.records import Target
@@ -83,7 +83,7 @@ def compile_bucket(model: onnx.ModelProto, length: int, target: Target, folder: 
             where the log does, and the place of the whole log.
     """
     source, context = folder / f"seq_{length}.onnx", folder / CONTEXT.format(length)
-    log = log_path(target, length)
+    log = log_path(LOGS, target.name, f"seq_{length}")
     with storage_errors(f"writing {source.name}"):
         source.write_bytes(model.SerializeToString(deterministic=True))
     try:
@@ -104,15 +104,6 @@ def compile_bucket(model: onnx.ModelProto, length: int, target: Target, folder: 
             "Check soc_model and htp_arch in the target: the first silently wins over the second."
         )
     return Compiled(products, operators, info)
-
-
-def log_path(target: Target, length: int) -> Path:
-    """Give the place of a compiler's log, which stays until the cache is purged."""
-    path = Cache().root / LOGS / target.name / f"seq_{length}.log"
-    with storage_errors(f"the cache {path.parent}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-    return path
 
 
 def explained(what: str, log: Path, target: Target, length: int) -> str:

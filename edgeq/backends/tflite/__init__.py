@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,18 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import Embeddings, OperatorVerdict, Rejection
+from edgeq.backends.contract import (
+    Embeddings,
+    OperatorVerdict,
+    Rejection,
+    Rule,
+    embed_by_bucket,
+    has_buckets,
+    rejected,
+)
 from edgeq.children import Worker, pack, unpack
 from edgeq.environments import Environment, interpreter
-from edgeq.errors import ConfigError, LoweringFailed, ToolMissing
+from edgeq.errors import LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
 from edgeq.samples import AnyFeeds
 from edgeq.storage import file_ref, storage_errors, write_bytes
@@ -41,19 +49,9 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
 }
 _CHILD = Path(__file__).with_name("child.py")
 
-Rule = Callable[[QdqModel, Target], str | None]
-
-
 def leaves_nothing_float(model: QdqModel, target: Target) -> str | None:
     """The scheme must be integer-only: TFLite has no kernels that mix integer products with float around them."""
     return f"scheme {model.scheme.name} leaves tensors in float" if model.scheme.integer is None else None
-
-
-def has_buckets(model: QdqModel, target: Target) -> str | None:
-    """TFLite takes static shapes: the target needs sequence lengths of at least 2 tokens, each once."""
-    buckets = target.buckets_tokens
-    is_right = buckets and len(set(buckets)) == len(buckets) and min(buckets) >= 2
-    return None if is_right else f"buckets_tokens is {list(buckets)}"
 
 
 def has_known_settings(model: QdqModel, target: Target) -> str | None:
@@ -80,10 +78,14 @@ def tools() -> Mapping[str, str]:
         raise ToolMissing(f'{error.name} is not installed; pip install "edgeq[tflite]"') from error
 
 
+def environments() -> tuple[Environment, ...]:
+    """Give the environment of the older runtime; `load` makes it where a target asks for that."""
+    return (TFLITE_RUNTIME,)
+
+
 def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
     """List every rule that the model or the target does not meet."""
-    found = [(rule.__doc__ or rule.__name__, rule(model, target)) for rule in RULES]
-    return tuple(Rejection(sentence, detail) for sentence, detail in found if detail is not None)
+    return rejected(RULES, model, target)
 
 
 def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
@@ -243,21 +245,14 @@ class TfliteSession:
         Raises:
             ConfigError: a text is longer than the largest bucket.
         """
-        embeddings: Embeddings | None = None
-        tokens = token_feeds(feeds)
-        for bucket, members in rows_by_bucket(tokens, self._buckets).items():
-            inputs = {
-                "input_ids": _fitted(tokens.input_ids[members], bucket),
-                "attention_mask": _fitted(tokens.attention_mask[members], bucket),
-            }
-            packed = {name: pack(array) for name, array in inputs.items()}
-            reply = self._worker.call(do="run_many", signature=SIGNATURE.format(bucket), inputs=packed)
-            codes = unpack(reply["outputs"]["sentence_embedding"])[:, 0]
-            if embeddings is None:
-                embeddings = np.empty((len(tokens.input_ids), codes.shape[1]), np.float32)
-            embeddings[members] = (codes.astype(np.float32) - self._zero_point) * np.float32(self._scale)
-        if embeddings is None:
-            raise ConfigError("no texts to embed: give at least one")
+        return embed_by_bucket(feeds, self._buckets, self._run)
+
+    def _run(self, bucket: int, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> Embeddings:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        packed = {name: pack(rows.astype(np.int32)[:, None, :]) for name, rows in inputs.items()}
+        reply = self._worker.call(do="run_many", signature=SIGNATURE.format(bucket), inputs=packed)
+        codes = unpack(reply["outputs"]["sentence_embedding"])[:, 0]
+        embeddings: Embeddings = (codes.astype(np.float32) - self._zero_point) * np.float32(self._scale)
         return embeddings
 
     def milliseconds(self, feeds: AnyFeeds, runs: int, warmup: int) -> list[float]:

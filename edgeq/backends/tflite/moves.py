@@ -63,23 +63,27 @@ def slice_(emit: Emitter, node: ir.Node) -> None:
 
 
 def _first_row(emit: Emitter, node: ir.Node) -> None:
-    """Take the first token, without a lookup where there are none."""
+    """Take the first token, or the first channels, without a lookup where there are none."""
     bounds = [constant(value) for value in node.inputs[1:4]]
-    if [bound.tolist() if bound is not None else None for bound in bounds] != [[0], [1], [1]]:
-        raise LoweringFailed(f"{node.name}: slices something else than the first token")
     source = emit.read(node.inputs[0])
+    numbers = [int(bound.reshape(-1)[0]) if bound is not None and bound.size == 1 else -1 for bound in bounds]
+    axis, count, rank = numbers[2], numbers[1], len(source.shape)
+    is_first = numbers[0] == 0 and 1 <= axis < rank and 1 <= count <= source.shape[axis]
+    if not is_first or (rank == 3 and numbers[1:] != [1, 1]):
+        raise LoweringFailed(f"{node.name}: slices something else than the first token or the first channels")
+    shape = tuple(count if place == axis else size for place, size in enumerate(source.shape))
+    stem = "first" if rank == 3 else f"first_{count}_channels"
     if emit.settings.lookup == "none":
         begin, size = (
-            emit.out.constant(f"first/{name}", np.array(numbers, np.int32))
-            for name, numbers in (("begin", [0, 0, 0]), ("size", [1, 1, source.shape[2]]))
+            emit.out.constant(f"{stem}/{name}", np.array(numbers, np.int32))
+            for name, numbers in (("begin", [0] * rank), ("size", shape))
         )
         table = (OPTIONS.SliceOptions, schema.SliceOptionsT())
-        emit.write(node.outputs[0], (1, 1, source.shape[2]), OPERATOR.SLICE, 4, [source, begin, size], table)
+        emit.write(node.outputs[0], shape, OPERATOR.SLICE, 4, [source, begin, size], table)
         return
     options = schema.GatherOptionsT()
-    options.axis = 1
-    first = emit.out.constant("first", np.array([0], np.int32))
-    shape = (1, 1, source.shape[2])
+    options.axis = axis
+    first = emit.out.constant(stem, np.arange(count, dtype=np.int32))
     emit.write(node.outputs[0], shape, OPERATOR.GATHER, 2, [source, first], (OPTIONS.GatherOptions, options))
 
 

@@ -1,0 +1,267 @@
+"""Lower an equalised float model with Rockchip's toolkit to a .rknn file for each bucket, and run its simulator.
+
+Its compiler dies of QDQ models, so it gets the float model and the calibration's feeds, and makes the codes itself. Its
+simulator runs only what it has built in the same process: loading builds again, and takes nothing but the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeq.backends.contract import Embeddings, Rejection, Rule, embed_by_bucket, has_buckets, rejected
+from edgeq.backends.rockchip import listing
+from edgeq.cache import log_path
+from edgeq.children import Worker, pack, unpack
+from edgeq.environments import Environment, require
+from edgeq.errors import BundleCorrupt, LoweringFailed
+from edgeq.records import Artifact, HostOperator, Placement, QdqModel, Target
+from edgeq.samples import AnyFeeds
+from edgeq.static_shapes import fix_shapes
+from edgeq.storage import file_ref, replacing_dir, sha256_file, storage_errors
+from edgeq.texts import fitted, lengths
+
+FOLDER = "rockchip"
+COMPILED, MODEL, FEEDS = "model_seq_{}.rknn", "model.onnx", "feeds.json"
+LOGS = "rockchip-logs"  # the kind `edgeq cache` lists and purges them under
+
+# It asks for a torch of 2024, whose wheels for Linux hold CUDA; a newer one serves, too, but pip must not compare.
+TOOLKIT = Environment(
+    "rknn-toolkit2",
+    (
+        "torch==2.13.0", "numpy==1.26.4", "onnx==1.18.0", "onnxruntime==1.23.2", "protobuf==4.25.4", "psutil==7.0.0",
+        "ruamel.yaml==0.18.14", "scipy==1.15.3", "tqdm==4.67.1", "opencv-python-headless==4.11.0.86",
+        "fast-histogram==0.14", "setuptools==80.9.0",
+    ),
+    ("3.11",),
+    forced=("rknn-toolkit2==2.5.0",),
+)  # fmt: skip
+
+# Source: rknn-toolkit2 2.5.0, `help(RKNN.config)`: the SoCs with 16-bit floating point on their NPU.
+PLATFORMS = ("rk3562", "rk3566", "rk3568", "rk3576", "rk3588")
+
+_SETTINGS = {"platform"}
+_TIME_LIMIT_S = 1800.0
+_CHILD = Path(__file__).with_name("child.py")
+
+
+def leaves_codes_to_a_vendor(model: QdqModel, target: Target) -> str | None:
+    """The scheme must leave the codes to a vendor's compiler: Rockchip's takes no QDQ model."""
+    return f"scheme {model.scheme.name} makes them itself" if model.scheme.vendor is None else None
+
+
+def has_known_settings(model: QdqModel, target: Target) -> str | None:
+    """[runtime] holds platform, a SoC that rknn-toolkit2 knows and whose NPU has 16-bit floating point."""
+    unknown = set(target.runtime) ^ _SETTINGS
+    if unknown:
+        return f"missing or unknown: {', '.join(sorted(unknown))}"
+    platform = target.runtime["platform"]
+    return None if platform in PLATFORMS else f'platform is "{platform}"; known are {", ".join(PLATFORMS)}'
+
+
+RULES: tuple[Rule, ...] = (leaves_codes_to_a_vendor, has_buckets, has_known_settings)
+
+
+def environments() -> tuple[Environment, ...]:
+    """Give the environment of the toolkit; a gigabyte, so nothing makes it but `edgeq doctor --install`."""
+    return (TOOLKIT,)
+
+
+def tools() -> Mapping[str, str]:
+    """Give the version of the toolkit.
+
+    Raises:
+        ToolMissing: its environment is not there.
+    """
+    require(TOOLKIT)
+    return {name: TOOLKIT.pins[name] for name in ("rknn-toolkit2", "onnx", "numpy", "torch")}
+
+
+def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
+    """List every rule that the model or the target does not meet."""
+    return rejected(RULES, model, target)
+
+
+def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
+    """Write `rockchip/model_seq_N.rknn` for each bucket N below `out_dir`, and what they were built from.
+
+    Args:
+        model: the equalised float model in the vendor's form, and the calibration's feeds.
+        target: whose SoC and buckets are used.
+        out_dir: an existing folder.
+
+    Returns:
+        The artifact; its placement counts the operators of the longest bucket, and names those left to the host.
+
+    Raises:
+        ToolMissing: the toolkit's environment is not there.
+        LoweringFailed: the compiler refuses or dies; the message holds what it says, and the place of its log.
+        TimedOut: it does not end.
+        StorageFailed: a file cannot be written.
+    """
+    versions = dict(tools())
+    buckets = sorted(lengths(target.buckets_tokens, model.max_sequence), reverse=True)
+    inputs = {MODEL: Path(model.file.path)} | ({FEEDS: Path(model.feeds.path)} if model.feeds is not None else {})
+    hosts: list[HostOperator] = []
+    logs = []
+    with replacing_dir(out_dir / FOLDER) as folder, _worker() as child:
+        for name, path in inputs.items():
+            (folder / name).write_bytes(path.read_bytes())
+        for bucket in buckets:
+            name = COMPILED.format(bucket)
+            logs.append(_build(child, folder, folder / name, bucket, target, model.integer_matmuls))
+            hosts += [
+                HostOperator(file=f"{FOLDER}/{name}", operator=item.kind, output=item.name, reason="the compiler's own")
+                for item in listing.operators(logs[-1])
+                if item.place != "NPU"
+            ]
+    floats = _floats(onnx.load(model.file.path), model.integer_matmuls, logs)
+    names = [*(COMPILED.format(bucket) for bucket in buckets), *inputs]
+    return Artifact(
+        backend=target.backend,
+        target=target.name,
+        files=tuple(file_ref(out_dir / FOLDER / name, relative_to=out_dir) for name in names),
+        qdq_sha256=model.file.sha256,
+        placement=Placement(
+            integer_matmuls=len(model.integer_matmuls) - len(floats), float_by_scheme=model.float_matmuls,
+            float_fallbacks=floats, host_operators=tuple(hosts),
+            operators=dict(sorted(Counter(item.kind for item in listing.operators(logs[0])).items())),
+        ),
+        tools=versions,
+    )  # fmt: skip
+
+
+def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> RockchipSession:
+    """Build the shipped files again, and keep what the simulator runs of them.
+
+    Args:
+        artifact: what `lower` gave.
+        bundle: the folder that its paths are relative to.
+        target: SoC and buckets.
+        threads: the simulator decides for itself.
+
+    Raises:
+        ToolMissing: the toolkit's environment is not there.
+        BundleCorrupt: building again gives other bytes than the bundle's.
+        LoweringFailed: the compiler refuses or dies.
+    """
+    tools()
+    child, scratch = _worker(), tempfile.TemporaryDirectory(prefix="edgeq-")
+    with storage_errors("working in a temporary folder"):
+        model = onnx.load(bundle / FOLDER / MODEL)
+    integer = [name for name in _weights(model) if name not in artifact.placement.float_by_scheme]
+    built: dict[int, str] = {}
+    for ref in artifact.files:
+        path = bundle / ref.path
+        if path.suffix != ".rknn":
+            continue
+        bucket = int(path.stem.rpartition("_")[2])
+        again = Path(scratch.name) / path.name
+        _build(child, path.parent, again, bucket, target, integer)
+        if sha256_file(again) != ref.sha256 or sha256_file(path) != ref.sha256:
+            child.close()
+            raise BundleCorrupt(
+                f"{path}: building {path.parent / MODEL} again gives another file, of sha256 {sha256_file(again)}; the "
+                f"manifest says {ref.sha256}. Fetch or export the bundle again."
+            )
+        built[bucket] = _source(again, bucket)
+    return RockchipSession(child, built, scratch)
+
+
+def _worker() -> Worker:
+    """Start a child whose compiler finds zeros wherever it forgets to write: it puts such memory into its files."""
+    tunables = ":".join(("glibc.malloc.perturb=255", "glibc.malloc.tcache_count=0"))
+    env = {**os.environ, "GLIBC_TUNABLES": tunables}
+    command = [str(require(TOOLKIT)), "-I", str(_CHILD)]
+    return Worker(command, f"rknn-toolkit2 {TOOLKIT.pins['rknn-toolkit2']}", env, _TIME_LIMIT_S)
+
+
+def _source(output: Path, bucket: int) -> str:
+    """Name the file of fixed shapes that an output is built from; the compiler writes this name into it."""
+    return str(output.parent / f"seq_{bucket}.onnx")
+
+
+def _build(
+    child: Worker, inputs: Path, output: Path, bucket: int, target: Target, integer: Sequence[str]
+) -> str:
+    """Build one bucket from the model and the feeds in a folder, and give the compiler's log.
+
+    Raises:
+        LoweringFailed: the compiler refuses or dies.
+    """
+    fixed, log = Path(_source(output, bucket)), log_path(LOGS, target.name, f"seq_{bucket}")
+    model = fix_shapes(ir.load(inputs / MODEL), bucket)
+    feeds = _feeds(inputs / FEEDS, bucket) if (inputs / FEEDS).is_file() else None
+    with storage_errors(f"writing {fixed.name}"):
+        fixed.write_bytes(model.SerializeToString(deterministic=True))
+    try:
+        child.call(
+            do="build", model=str(fixed), platform=target.runtime["platform"], integer=list(integer), log=str(log),
+            output=str(output), feeds=None if feeds is None else [[pack(array) for array in pair] for pair in feeds],
+        )  # fmt: skip
+    except LoweringFailed as error:
+        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+        raise LoweringFailed(
+            f"{target.name}: compiling for {bucket} tokens failed: {error}\nThe compiler says:\n"
+            f"{listing.complaints(text)}\nAll of it lies in {log}."
+        ) from error
+    finally:
+        fixed.unlink(missing_ok=True)
+    return log.read_text(encoding="utf-8", errors="replace")
+
+
+def _feeds(path: Path, bucket: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Give ids and mask of each calibration text, int64[1, bucket]; longer ones are cut."""
+    rows = [np.array([ids[:bucket]], np.int64) for ids in json.loads(path.read_bytes())]
+    return [(fitted(ids, bucket), fitted(np.ones_like(ids), bucket)) for ids in rows]
+
+
+def _weights(model: onnx.ModelProto) -> dict[str, str]:
+    """Give the weight's name of each weight product."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    products = (node for node in model.graph.node if node.op_type == "MatMul")
+    return {node.name: node.input[1] for node in products if node.input[1] in stored}
+
+
+def _floats(model: onnx.ModelProto, integer: Sequence[str], logs: Sequence[str]) -> tuple[str, ...]:
+    """Name the products that a file of the artifact computes in float against the scheme."""
+    names = _weights(model)
+    stored = [listing.weights(log) for log in logs]
+    return tuple(name for name in integer if any(found.get(names[name]) != {"INT8"} for found in stored))
+
+
+class RockchipSession:
+    """Keep a child with built files; call it with feeds. Each text runs in the smallest bucket that it fits.
+
+    It times nothing: a simulator's time says nothing of the device's.
+    """
+
+    def __init__(self, child: Worker, built: Mapping[int, str], scratch: tempfile.TemporaryDirectory[str]) -> None:
+        """Take a child that has built the files, by what names, and the folder that it built in."""
+        self._worker = child
+        self._built = built
+        self._buckets = sorted(built)
+        self._scratch = scratch
+
+    def __call__(self, feeds: AnyFeeds) -> Embeddings:
+        """Give the sentence embeddings, float32[batch, dim].
+
+        Raises:
+            ConfigError: there are no texts, or one is longer than the largest bucket.
+        """
+        return embed_by_bucket(feeds, self._buckets, self._run)
+
+    def _run(self, bucket: int, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> Embeddings:
+        inputs = [pack(rows[:, None, :]) for rows in (input_ids, attention_mask)]
+        reply = self._worker.call(do="run_many", model=self._built[bucket], inputs=inputs)
+        vectors = unpack(reply["output"])
+        return vectors.reshape(len(vectors), -1)
