@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from edgeq import backends, calibrate, latency, layer_errors, pipeline, schemes, sensitivity, source, stages, storage
-from edgeq.errors import ParityFailed
+from edgeq.errors import ParityFailed, Unsupported
 from edgeq.pipeline import ExportRequest
 from edgeq.records import Measures, Record, Scheme, Status, Target
 from edgeq.sensitivity import Product, Sensitivity
@@ -72,12 +72,19 @@ def analyze(request: AnalysisRequest, report: Report) -> Analysis:
         report: called with (stage, done, total).
 
     Raises:
+        Unsupported: the target's codes are made by a vendor's compiler.
         ParityFailed: automatic, and the gate does not hold with every product raised either.
         EdgeqError: any stage of an export.
     """
     (target,) = request.export.targets
+    own = schemes.find(target.scheme, target.name)
+    if own.vendor is not None:
+        raise Unsupported(
+            f"{target.name}: the scheme {own.name} leaves the codes to the vendor's compiler; one whose codes edgeq "
+            "makes is needed. Analyse the model for another target."
+        )
     found = _sensitivity(request.export, target, report)
-    integer = schemes.find(target.scheme, target.name).leaves_nothing_float
+    integer = own.leaves_nothing_float
     with tempfile.TemporaryDirectory() as folder:
         trials = _Trials(request.export, Path(folder), report)
         costs = _costs(found.products, trials) if request.is_costed or request.is_automatic else ()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
+from edgeq.errors import Unsupported
 from edgeq.gemm import sites
 from edgeq.passes.graph import add_constant, add_node, checked, constant, made_by, replace_uses
 from edgeq.pooling import last_token
@@ -18,7 +20,9 @@ from edgeq.records import VendorForm
 _IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10}  # Source: onnx 1.23, docs/Versioning.md, the table of releases
 
 
-def vendor_form(model: onnx.ModelProto, form: VendorForm) -> tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]:
+def vendor_form(
+    model: onnx.ModelProto, form: VendorForm, raised: Collection[str] = ()
+) -> tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]:
     """Rewrite a model, exactly in FP32: one output, poolings that pick tokens made simple, an older opset.
 
     Where the compiler makes codes, scaled tensors come from a LayerNormalization of their own.
@@ -26,10 +30,14 @@ def vendor_form(model: onnx.ModelProto, form: VendorForm) -> tuple[onnx.ModelPro
     Args:
         model: equalised FP32 ONNX; not changed.
         form: what the vendor's compiler reads.
+        raised: products that stay float whatever the form says.
 
     Returns:
         A float model with `sentence_embedding` as its one output, the names of the products that the compiler is to
         make integer, and those of the weight products that stay float.
+
+    Raises:
+        Unsupported: an operator has no form in that opset.
     """
     graph_model = ir.from_proto(checked(ir.from_proto(model)))  # with the shapes of what equalising added
     graph = graph_model.graph
@@ -52,8 +60,8 @@ def vendor_form(model: onnx.ModelProto, form: VendorForm) -> tuple[onnx.ModelPro
     graph_model.graph.opset_imports[""] = form.opset
     graph_model.ir_version = _IR_VERSIONS[form.opset]
     weighted = [str(node.name) for node in graph if node.op_type == "MatMul" and constant(node.inputs[1]) is not None]
-    integer = tuple(name for name in weighted if name in read)
-    return checked(graph_model), integer, tuple(name for name in weighted if name not in read)
+    integer = tuple(name for name in weighted if name in read and name not in raised)
+    return checked(graph_model), integer, tuple(name for name in weighted if name not in integer)
 
 
 def _gelu(graph: ir.Graph, node: ir.Node) -> None:
@@ -67,10 +75,14 @@ def _gelu(graph: ir.Graph, node: ir.Node) -> None:
 
         x ─┬─ Div(sqrt 2) ─ Erf ─ Add(1) ─┬─ Mul ─ Mul(0.5)
            └──────────────────────────────┘
+
+    Raises:
+        Unsupported: it is approximated.
     """
     x, name = node.inputs[0], str(node.outputs[0].name)
-    if x is None:
-        return
+    kind = node.attributes["approximate"].as_string() if "approximate" in node.attributes else "none"
+    if x is None or kind != "none":
+        raise Unsupported(f"{node.name}: Gelu by {kind} has no form before opset 20. Take a target of another vendor.")
     numbers = {"root": math.sqrt(2.0), "one": 1.0, "half": 0.5}
     root, one, half = (_number(graph, f"gelu_{key}", number) for key, number in numbers.items())
     inner = add_node(node, "Div", [x, root], f"{name}/inner")

@@ -385,6 +385,20 @@ def test_inspect_shows_a_bundle_s_artifact(path: Path, capsys: pytest.CaptureFix
     assert "ReduceL2" in capsys.readouterr().out
 
 
+def test_doctor_installs_what_lives_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(doctor.environments, "interpreter", lambda found: asked.append(found.name))
+    monkeypatch.setattr(doctor.environments, "made", lambda found: Path("python") if asked else None)
+    assert cli.run(["doctor", "--json"]) == 0
+    listed = {item["name"]: item for item in json.loads(capsys.readouterr().out)["toolchains"]}
+    assert listed["rknn-toolkit2"]["install"] == "edgeq doctor --install rknn-toolkit2"
+    assert cli.run(["doctor", "--install", "rknn-toolkit2", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["toolchains"]
+    assert found["versions"]["rknn-toolkit2"] == "2.5.0" and found["install"] is None and asked == ["rknn-toolkit2"]
+    assert cli.run(["doctor", "--install", "toolkit"]) == 2
+    assert "no such environment; known are rknn-toolkit2, tflite-runtime" in capsys.readouterr().err
+
+
 def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(doctor._EXTRAS, "export", ("numpy", "no-such-package"))
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)

@@ -23,7 +23,7 @@ from test_children import make_inputs, sum_of, tflite_worker, write_adder
 
 from edgeq.cache import Cache
 from edgeq.children import Worker, unpack
-from edgeq.environments import KIND, Environment, interpreter
+from edgeq.environments import KIND, Environment, interpreter, made, require
 from edgeq.errors import StorageFailed, ToolMissing
 
 RUNNING = "{}.{}".format(*sys.version_info[:2])
@@ -32,12 +32,12 @@ SLOW = Environment("slow", ("edgeq-slow==1.0",), (RUNNING,))
 TFLITE = Environment("tflite-runtime", ("tflite-runtime==2.14.0", "numpy==1.26.4"), ("3.11",))
 
 
-def write_wheel(folder: Path, name: str, version: str) -> None:
-    """Write a wheel of one module that holds its version."""
+def write_wheel(folder: Path, name: str, version: str, requires: str = "") -> None:
+    """Write a wheel of one module that holds its version; `requires` is a line of its metadata."""
     module, information = name.replace("-", "_"), f"{name.replace('-', '_')}-{version}.dist-info"
     files = {
         f"{module}.py": f"VERSION = {version!r}\n",
-        f"{information}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{information}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}",
         f"{information}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     record = "".join(
@@ -109,6 +109,20 @@ def version_of(python: Path, module: str) -> str:
 
 def leftovers(cache: Path) -> list[str]:
     return [path.name for path in (cache / KIND).iterdir() if path.name.startswith(".")]
+
+
+def test_what_is_forced_is_installed_without_what_it_asks_for(index: Path) -> None:
+    write_wheel(index, "edgeq-asking", "2.0", requires="Requires-Dist: edgeq-nowhere==9\n")
+    forced = Environment("asking", ("edgeq-probe==1.0",), (RUNNING,), forced=("edgeq-asking==2.0",))
+    assert made(forced) is None and made(PROBE) is None
+    with pytest.raises(ToolMissing, match=r"asking \(edgeq-asking==2\.0\) is not there; .*doctor --install asking"):
+        require(forced)
+    python = interpreter(forced)
+    assert version_of(python, "edgeq_asking") == "2.0" and version_of(python, "edgeq_probe") == "1.0"
+    assert made(forced) == require(forced) == python
+    assert forced.pins == {"edgeq-asking": "2.0", "edgeq-probe": "1.0"}
+    with pytest.raises(ToolMissing, match="edgeq-nowhere"):
+        interpreter(Environment("asking", ("edgeq-asking==2.0",), (RUNNING,)))
 
 
 def test_an_environment_is_made_once_and_purged(index: Path) -> None:

@@ -186,7 +186,7 @@ def test_a_qdq_model_is_refused(tmp_path: Path) -> None:
     assert found.detail == "scheme w8a8-gemm makes them itself"
 
 
-LOG = """D RKNN: [10:00:00.1] ID   OpType   DataType Target InputShape   OutputShape  Cycles(DDR/NPU/Total)  RW(KB)  FullName
+LOG = """D RKNN: [10:00:00.1] ID   OpType   DataType Target InputShape  OutputShape  Cycles  RW(KB)  FullName
 D RKNN: [10:00:00.1] -----------------------------------------------
 D RKNN: [10:00:00.1] 0    InputOperator  INT64  CPU  \\  (1,16)  0/0/0  0  InputOperator:input_ids
 D RKNN: [10:00:00.1] 1    Gather         INT8   CPU  (9,4),(1,16)  (1,16,4)  0/0/0  5  Gather:lookup

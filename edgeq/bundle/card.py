@@ -61,6 +61,7 @@ def render_card(manifest: Manifest, report: ParityReport, pad_id: int) -> str:
         is_tflite=is_tflite,
         is_context=is_context,
         is_openvino=is_openvino,
+        is_rknn=manifest.artifact.files[0].path.endswith(".rknn"),
         weights_path=manifest.artifact.files[-1].path,
         sentence_transformers_backend=SENTENCE_TRANSFORMERS_FILES.get(manifest.artifact.files[0].path),
         buckets=buckets,

@@ -130,6 +130,7 @@ def _walk(path: Path, manifest: Manifest, report: ParityReport) -> None:
     broken = [f"{name} is {found}, but {other} is {needed}" for name, found, other, needed in links if found != needed]
     for ref in (*artifact.files, manifest.parity, manifest.golden.vectors, manifest.golden.texts):
         broken += _broken_file(path, ref)
+    broken += _broken_vendor(manifest)
     broken += _broken_verdict(manifest, report)
     if broken:
         raise BundleCorrupt(f"{path / MANIFEST}: the chain is broken: {'; '.join(broken)}. Export the bundle again.")
@@ -141,6 +142,23 @@ def _broken_file(path: Path, ref: FileRef) -> list[str]:
     if not file.resolve().is_relative_to(path.resolve()) or not file.is_file():
         return [f"{ref.path} is not in the bundle"]
     return [] if file_ref(file, path) == ref else [f"{ref.path} is not the file with sha256 {ref.sha256}"]
+
+
+def _broken_vendor(manifest: Manifest) -> list[str]:
+    """Say what a vendor's compiler was given and the bundle does not hold: without it nobody can build again."""
+    qdq, vendor = manifest.qdq_model, manifest.qdq_model.scheme.vendor
+    if vendor is None:
+        return [] if qdq.feeds is None else [f"qdq_model.feeds is there, but {qdq.scheme.name} asks for none"]
+    if (qdq.feeds is None) != (vendor.feeds == 0):
+        found = "missing" if qdq.feeds is None else "there"
+        return [f"qdq_model.feeds is {found}, but the scheme asks for {vendor.feeds}"]
+    shipped = {ref.sha256 for ref in manifest.artifact.files}
+    given = {"qdq_model.file": qdq.file, "qdq_model.feeds": qdq.feeds}
+    return [
+        f"{name} (sha256 {ref.sha256}) is none of the artifact's files"
+        for name, ref in given.items()
+        if ref is not None and ref.sha256 not in shipped
+    ]
 
 
 def _broken_verdict(manifest: Manifest, report: ParityReport) -> list[str]:

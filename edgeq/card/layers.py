@@ -40,6 +40,9 @@ def _of_one_model(items: Sequence[Found], tokens: Tokens, cache: Path) -> Layers
     """Measure one QDQ model, or say what the cache lacks."""
     manifest = items[0].manifest
     scheme, names = manifest.qdq_model.scheme, tuple(item.name for item in items)
+    if scheme.vendor is not None:
+        reason = "the vendor's compiler makes the codes inside its own file; no QDQ model is there to be compared"
+        return Layers(scheme=scheme.name, names=names, errors=None, reason=reason)
     wanted = {
         "equalised float model": manifest.equalized_model.file,
         "QDQ model": manifest.qdq_model.file,

@@ -75,31 +75,35 @@ class Child:
         name = Path(model).name
         self._announce(f"reading {name}")
         compiler = _compiler(platform)
+        _require(compiler.load_onnx(model=model), "load_onnx")
         if feeds is None:
-            _require(compiler.load_onnx(model=model), "load_onnx")
             self._announce(f"compiling {name}")
             _require(compiler.build(do_quantization=False), "build")
         else:
-            with tempfile.TemporaryDirectory() as folder:
-                os.chdir(folder)  # the first step writes where it stands
-                _require(compiler.load_onnx(model=model), "load_onnx")
-                self._announce(f"calibrating {name}")
-                _require(compiler.hybrid_quantization_step1(dataset=_write_feeds(feeds, Path(folder))), "step 1")
-                compiler.release()
-                compiler = _compiler(platform)
-                stem = Path(model).stem
-                ending = ("model", "data", "quantization.cfg")
-                model_file, data, settings = (str(Path(folder) / f"{stem}.{suffix}") for suffix in ending)
-                _keep_float(Path(model_file), Path(settings), set(integer))
-                self._announce(f"compiling {name}")
-                _require(compiler.hybrid_quantization_step2(model_file, data, settings), "step 2")
-                os.chdir("/")
+            compiler = self._quantised(compiler, name, platform, feeds, set(integer))
         _require(compiler.export_rknn(output), "export_rknn")
         self._announce(f"starting the simulator for {name}")
         _require(compiler.init_runtime(), "init_runtime")
-        ctypes.CDLL(None).fflush(None)  # the log is read next
         self._built[model] = compiler
         return {}
+
+    def _quantised(
+        self, first: Any, name: str, platform: str, feeds: list[list[dict[str, Any]]], integer: set[str]
+    ) -> Any:
+        """Calibrate and compile in the toolkit's two steps, between which everybody may say what stays float."""
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)  # the first step writes where it stands
+            self._announce(f"calibrating {name}")
+            _require(first.hybrid_quantization_step1(dataset=_write_feeds(feeds, Path(folder))), "step 1")
+            first.release()
+            stem = Path(folder) / Path(name).stem
+            graph, data, settings = (f"{stem}.{ending}" for ending in ("model", "data", "quantization.cfg"))
+            _keep_float(Path(graph), Path(settings), integer)
+            self._announce(f"compiling {name}")
+            second = _compiler(platform)
+            _require(second.hybrid_quantization_step2(graph, data, settings), "step 2")
+            os.chdir("/")
+        return second
 
     def _run_many(self, model: str, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         arrays = [unpack(packed) for packed in inputs]
@@ -180,6 +184,7 @@ def serve(requests: Iterable[bytes], replies: IO[str]) -> None:
         except (Exception, SystemExit) as error:  # the one boundary: the toolkit may raise anything, or exit
             traceback.print_exc()
             reply = {"error": f"{type(error).__name__}: {error}"}
+        ctypes.CDLL(None).fflush(None)  # who gets the reply may read the log next
         put(reply)
 
 

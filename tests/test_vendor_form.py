@@ -1,0 +1,100 @@
+"""What a vendor's compiler is given: the function of the equalised model, in an opset and operators that it reads."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import encoder
+import numpy as np
+import onnx
+import pytest
+import tiny_integer
+from onnx import helper
+
+from edgeq import quantize, stages
+from edgeq.backends.contract import embed_batches
+from edgeq.errors import Unsupported
+from edgeq.records import QdqModel, Scheme, VendorForm
+from edgeq.reference import FloatSession
+from edgeq.schemes import SCHEMES, raising
+from edgeq.texts import Tokens, batches
+from edgeq.vendor_form import vendor_form
+
+TOKENS = Tokens(encoder.tokens(3, 12), 0, 0)
+INT8 = VendorForm(opset=19, dtype="int8", feeds=8)
+
+
+def embed(model: onnx.ModelProto) -> np.ndarray:
+    return embed_batches(FloatSession.of(model), batches(TOKENS), len(TOKENS.ids))
+
+
+def kinds(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def scaled_norms(model: onnx.ModelProto) -> list[str]:
+    made = {output: node for node in model.graph.node for output in node.output}
+    norms = [node for node in model.graph.node if node.op_type == "Mul"]
+    return [node.name for node in norms if any(made.get(n, node).op_type == "LayerNormalization" for n in node.input)]
+
+
+def test_the_function_stays_and_every_operator_can_be_read() -> None:
+    equalized = tiny_integer.calibrated().model
+    made, integer, floats = vendor_form(equalized, INT8)
+    assert made.opset_import[0].version == 19 and made.ir_version == 9
+    assert [output.name for output in made.graph.output] == ["sentence_embedding"]
+    assert kinds(made)["Erf"] == kinds(equalized)["Gelu"] and "Gelu" not in kinds(made)
+    assert len(integer) == 12 and all("/side" in name for name in floats)
+    assert np.abs(embed(made) - embed(equalized)).max() < 1e-6
+
+
+def test_scaled_tensors_come_from_a_norm_of_their_own() -> None:
+    equalized = tiny_integer.calibrated().model
+    before = scaled_norms(equalized)
+    made = vendor_form(equalized, INT8)[0]
+    assert before and not scaled_norms(made)
+    assert kinds(made)["LayerNormalization"] == kinds(equalized)["LayerNormalization"] + len(before)
+    norms = [node for node in made.graph.node if node.op_type == "LayerNormalization"]
+    assert all({"axis", "epsilon"} <= {attribute.name for attribute in node.attribute} for node in norms)
+    whole = vendor_form(equalized, INT8.model_copy(update={"dtype": "float16"}))
+    assert scaled_norms(whole[0]) == before and whole[1] == ()
+
+
+def test_a_factor_of_another_shape_is_no_gain() -> None:
+    near = onnx.ModelProto()
+    near.CopyFrom(tiny_integer.calibrated().model)
+    name = scaled_norms(near)[0]
+    (node,) = (item for item in near.graph.node if item.name == name)
+    factor = next(tensor for tensor in near.graph.initializer if tensor.name in node.input)
+    factor.CopyFrom(onnx.numpy_helper.from_array(np.float32([2.0]), factor.name))
+    assert scaled_norms(vendor_form(near, INT8)[0]) == [name]
+
+
+def test_an_approximated_gelu_is_refused() -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(tiny_integer.calibrated().model)
+    gelu = next(node for node in model.graph.node if node.op_type == "Gelu")
+    gelu.attribute.append(helper.make_attribute("approximate", "tanh"))
+    with pytest.raises(Unsupported, match="Gelu by tanh has no form before opset 20"):
+        vendor_form(model, INT8)
+
+
+def test_raised_products_stay_float() -> None:
+    scheme = raising(SCHEMES["rockchip-int8"], ["layer.1.ffn_out"])
+    observed = tiny_integer.calibrated()
+    _, integer, floats = quantize.quantize(observed.model, observed.statistics, scheme)
+    assert "layer.1.ffn_out" in floats and len(integer) == 11
+
+
+def test_feeds_are_spread_over_the_lengths() -> None:
+    tokens = [[1] * length for length in (3, 9, 5, 7, 1)]
+    assert [len(ids) for ids in stages.spread(tokens, 3)] == [9, 5, 1]
+    assert [len(ids) for ids in stages.spread(tokens, 99)] == [9, 7, 5, 3, 1]
+
+
+def test_records_of_other_schemes_know_no_vendor() -> None:
+    """Bundles of every other scheme keep their bytes."""
+    assert "vendor" not in SCHEMES["w8a8-int"].model_dump(mode="json")
+    given = SCHEMES["rockchip-int8"]
+    assert Scheme.model_validate_json(given.model_dump_json()) == given
+    assert QdqModel.model_fields["feeds"].default is None
