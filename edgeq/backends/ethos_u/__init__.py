@@ -41,6 +41,7 @@ _ROWS = ("mul", "depthwise")
 
 _log = logging.getLogger(__name__)
 
+
 def needs_no_wide_operators(model: QdqModel, target: Target) -> str | None:
     """The scheme must do without 16-bit products of two tensors, 16-bit GELU and tables, which Ethos-U lacks."""
     form = model.scheme.integer

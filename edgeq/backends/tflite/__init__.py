@@ -49,6 +49,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
 }
 _CHILD = Path(__file__).with_name("child.py")
 
+
 def leaves_nothing_float(model: QdqModel, target: Target) -> str | None:
     """The scheme must be integer-only: TFLite has no kernels that mix integer products with float around them."""
     return f"scheme {model.scheme.name} leaves tensors in float" if model.scheme.integer is None else None
