@@ -120,7 +120,7 @@ def test_the_finished_file_names_its_npu_and_holds_every_operator(
 def tflite_operators(data: bytes) -> list[object]:
     from edgeq.backends.tflite import kernels
 
-    return list(kernels.operators(data))
+    return list(kernels.read(data).operators)
 
 
 def test_the_estimate_says_what_it_assumes(artifacts: dict[str, tuple[Artifact, Path]]) -> None:
