@@ -19,6 +19,9 @@ pytest.importorskip("sentence_transformers", reason="needs the extra `export`")
 import architectures  # noqa: E402
 import measured_architecture as measured  # noqa: E402
 
+from edgeq.reference import FloatSession  # noqa: E402
+from edgeq.texts import Feeds  # noqa: E402
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = json.loads((REPOSITORY / "docs" / "architectures.json").read_text(encoding="utf-8"))
 
@@ -32,6 +35,7 @@ KINDS = {
     "qwen3": "normalised queries, shared heads, causal attention, the last token",
     "gemma": "local attention both ways, scaled table, norms around blocks",
 }
+RELATIVE = frozenset({"modernbert", "t5", "qwen3", "gemma"})
 DECODERS = frozenset({"qwen2", "qwen3", "llama", "mistral"})  # attend causally: no encoders
 
 
@@ -43,6 +47,14 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_the_float_model_gives_the_vectors_of_torch(made: tuple[measured.Exported, Path]) -> None:
     assert made[0].error < 1e-5
+
+
+def test_no_table_grows_with_the_longest_text(made: tuple[measured.Exported, Path]) -> None:
+    if made[0].name not in RELATIVE:
+        pytest.skip("its positions are a table by design")
+    ids = np.tile(np.arange(2, 42, dtype=np.int64), 5)[None]  # three times as long as the model was exported for
+    vectors = FloatSession.of(made[0].model)(Feeds(ids, np.ones_like(ids)))
+    assert np.isfinite(vectors).all() and vectors.shape == (1, made[0].record.dim)
 
 
 def test_onnx_runtime_keeps_the_neighbours(made: tuple[measured.Exported, Path]) -> None:
