@@ -32,6 +32,10 @@ GAIN_BITS = 8  # LayerNorm's gain: the unit takes no other beside an int32 bias,
 _STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather"})
 _SUFFIXES = ("/gemm", "/flat", "/axes")  # of what `flat_tokens` renames or adds
 _INT32 = np.iinfo(np.int32)
+_WHY = {  # what is said of an operator that one would expect to be taken
+    "Where": " (max pooling chooses by the mask for each token and channel, and here the mask is looked up for whole "
+    "tokens; mean, weighted mean, first- and last-token pooling are taken)",
+}
 
 
 def quantize_htp(
@@ -110,7 +114,10 @@ class _Coder:
             self._keep_statistics(node, source)
             return
         if node.op_type not in self._visitors:
-            raise Unsupported(f"{node.name}: {node.op_type} has no form for HTP; use a scheme that leaves it float")
+            raise Unsupported(
+                f"{node.name}: {node.op_type} has no form for HTP{_WHY.get(node.op_type, '')}; use a scheme that "
+                "leaves it float, or one for another runtime"
+            )
         self._visitors[node.op_type](node)
 
     def finish(self) -> None:

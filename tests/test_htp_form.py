@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from edgeq import calibrate, quantize
 from edgeq.backends.contract import Embeddings, embed_batches
@@ -143,6 +143,24 @@ def test_an_operator_without_form_is_named(calibrated: calibrate.Observed) -> No
     model.CopyFrom(calibrated.model)
     next(node for node in model.graph.node if node.op_type == "Gelu" and SIDE not in node.name).op_type = "Erf"
     with pytest.raises(Unsupported, match=r"layer\.0\.gelu: Erf has no form for HTP"):
+        quantize.quantize(model, calibrated.statistics, SCHEMES["w8a16-htp"])
+
+
+def test_max_pooling_is_refused_with_the_reason(calibrated: calibrate.Observed) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(calibrated.model)
+    (pooled,) = (node for node in model.graph.node if node.name == "pooled3")
+    numbers = {"last": np.array([-1], np.int64), "zero": np.array(0, np.float32), "fill": np.array(-1e4, np.float32)}
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in numbers.items())
+    for kind, inputs, name in (
+        ("Unsqueeze", ["mask", "last"], "column"),
+        ("Equal", ["column", "zero"], "is_padding"),
+        ("Where", ["is_padding", "fill", pooled.input[1]], "filled"),
+    ):
+        node = helper.make_node(kind, inputs, [name], name=name)
+        model.graph.node.insert(list(model.graph.node).index(pooled), node)
+    pooled.input[1] = "filled"
+    with pytest.raises(Unsupported, match=r"filled: Where has no form for HTP \(max pooling chooses by the mask"):
         quantize.quantize(model, calibrated.statistics, SCHEMES["w8a16-htp"])
 
 

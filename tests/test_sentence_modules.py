@@ -93,7 +93,6 @@ def chains() -> dict[str, Chain]:
         "last token, lower case": (
             (modules.Pooling(DIM, pooling_mode="lasttoken"),), {"transformer": {"do_lower_case": True}}, None,
         ),
-        "square root": ((modules.Pooling(DIM, pooling_mode="mean_sqrt_len_tokens"),), {}, None),
     }  # fmt: skip
 
 
