@@ -15,7 +15,7 @@ from edgeq.passes.norms import root_mean_square
 
 Kind = Literal["norm", "context", "activation"]
 SIDE = "/side"  # ends the names of what belongs to the float path of massive neurons
-_ACTIVATIONS = ("Gelu", "Relu", "Tanh", "Sigmoid", "Erf")
+_ACTIVATIONS = ("Gelu", "Mish", "Relu", "Tanh", "Sigmoid", "Erf")
 _BY_NEURON = frozenset({*_ACTIVATIONS, "Add", "Div", "Mul", "Neg", "Pow", "Sub"})
 
 

@@ -86,6 +86,9 @@ ARCHITECTURES: dict[str, Architecture] = {
                     "type_vocab_size": 0, "max_relative_positions": -1},
         ("output.dense",),
     ),
+    "bert-mish": Architecture(
+        "BertConfig", "BertModel", _ENCODER | {"hidden_act": "mish"}, ("output.dense",), has_segments=True
+    ),
     "megatron-bert": Architecture(
         "MegatronBertConfig", "MegatronBertModel", _ENCODER, ("output.dense",), has_segments=True
     ),

@@ -110,7 +110,7 @@ def lowered(made: Exported, column: str, folder: Path) -> dict[str, Any]:
         if floating:
             return {"form": "refused", "reason": f"products run in float: {', '.join(floating)}"}
         if column in COMPILED:
-            return result
+            return result | {"on_host": len(getattr(artifact.placement, "host_operators", ()))}
         session = backend.load(artifact, out, target)
         vectors = embed_batches(session, batches(made.validation), VALIDATION)
     except EdgeqError as error:
