@@ -81,7 +81,10 @@ def _check(model: onnx.ModelProto, file: FileRef, target: Target) -> Checked:
         verdicts = tuple(
             OperatorVerdict(node.name or node.output[0], node.op_type, "unknown", why, ()) for node in model.graph.node
         )
-    problems = [f"{item.rule} Found: {item.detail}" for item in backend.rejections(_unquantised(file, scheme), target)]
+    stored = {tensor.name for tensor in model.graph.initializer}
+    inputs = tuple(item.name for item in model.graph.input if item.name not in stored)
+    rejected = backend.rejections(unquantised(file, inputs, scheme), target)
+    problems = [f"{item.rule} Found: {item.detail}" for item in rejected]
     problems += [f"{item.operator} ({item.node}): {item.why}." for item in verdicts if item.verdict == "refused"]
     on_host = [f"{name} ({item.node})" for item in verdicts for name in item.host_operators]
     if len(on_host) > target.gate.host_operators_max:
@@ -97,11 +100,11 @@ def _check(model: onnx.ModelProto, file: FileRef, target: Target) -> Checked:
     )
 
 
-def _unquantised(file: FileRef, scheme: Scheme) -> QdqModel:
-    """Give the record that rules on scheme and target read; nothing of it is quantised yet."""
+def unquantised(file: FileRef, inputs: tuple[str, ...], scheme: Scheme) -> QdqModel:
+    """Give the record that rules on inputs, scheme and target read; nothing of it is quantised yet."""
     return QdqModel(
         file=file, float_model_sha256=file.sha256, calibration_sha256=file.sha256, scheme=scheme,
-        inputs=("input_ids", "attention_mask"), outputs=("sentence_embedding",), dim=0, max_sequence=0,
+        inputs=inputs, outputs=("sentence_embedding",), dim=0, max_sequence=0,
         integer_matmuls=(), float_matmuls=(),
     )  # fmt: skip
 

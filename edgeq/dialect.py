@@ -7,6 +7,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from edgeq.errors import Unsupported
+from edgeq.samples import PIXELS
 
 OPSET = 21
 
@@ -17,7 +18,8 @@ OPERATORS: dict[str, str] = {
     "ArgMax": "pooling of the last token",
     "Cast": "mask to float",
     "Clip": "divisors kept off zero",
-    "Concat": "pooling modes side by side",
+    "Concat": "pooling modes side by side, class token",
+    "Conv": "maps of an image",
     "CumSum": "weighted mean pooling",
     "Div": "pooling, normalisation",
     "Equal": "pooling of the last token",
@@ -27,10 +29,14 @@ OPERATORS: dict[str, str] = {
     "GatherElements": "pooling of the last token",
     "GatherND": "pooling of the last token",
     "Gelu": "activation",
+    "GlobalAveragePool": "pooling of maps",
+    "HardSigmoid": "activation, gates of maps",
+    "HardSwish": "activation",
     "Identity": "Dense without activation",
     "LayerNormalization": "normalisation inside the encoder",
     "MatMul": "weights, attention, pooling",
     "Max": "divisors kept off zero",
+    "MaxPool": "maps of an image",
     "Mul": "scales, gates",
     "Neg": "pooling of the last token",
     "Not": "pooling masks",
@@ -52,6 +58,7 @@ OPERATORS: dict[str, str] = {
     "Squeeze": "pooling",
     "Sub": "mask",
     "Tanh": "activation, Dense",
+    "Tile": "the query of a pooling head, for each image",
     "Transpose": "heads",
     "Unsqueeze": "mask",
     "Where": "max pooling",
@@ -107,12 +114,16 @@ def _constant_problems(model: onnx.ModelProto) -> list[str]:
 def _interface_problems(model: onnx.ModelProto) -> list[str]:
     problems = []
     inputs = [item.name for item in model.graph.input]
-    if inputs != ["input_ids", "attention_mask"]:
-        problems.append(f"inputs {inputs}; input_ids and attention_mask are needed")
+    takes_images = inputs == [PIXELS]
+    if inputs != ["input_ids", "attention_mask"] and not takes_images:
+        problems.append(f"inputs {inputs}; input_ids and attention_mask, or {PIXELS}, are needed")
     if not model.graph.output or model.graph.output[0].name != "sentence_embedding":
         problems.append("the first output is not sentence_embedding")
     for item in model.graph.input:
         shape = item.type.tensor_type.shape.dim
-        if len(shape) != 2 or any(not dim.dim_param for dim in shape):
+        if takes_images:
+            is_image = len(shape) == 4 and shape[0].dim_param and all(dim.dim_value > 0 for dim in shape[1:])
+            problems += [] if is_image else [f"{item.name}: its axes are not [batch, and three fixed sizes]"]
+        elif len(shape) != 2 or any(not dim.dim_param for dim in shape):
             problems.append(f"{item.name}: its axes are not symbolic [batch, sequence]")
     return problems

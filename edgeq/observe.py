@@ -94,12 +94,16 @@ def observe(
     Raises:
         EdgeqError: a tensor held NaN or infinity.
     """
-    session = observing(model, tensors)
+    inputs = [name for name in tensors if name in {item.name for item in model.graph.input}]
+    made = [name for name in tensors if name not in inputs]
+    session = observing(model, made)
     with_histogram, with_moment, with_mean = set(histograms), set(moments), set(means)
     count = sum(batch.feeds.size for batch in batches)
     kept: dict[str, Statistics] = {}
     for done, batch in enumerate(batches, start=1):
-        for name, array in zip(tensors, session.run(tensors, batch.feeds), strict=True):
+        given = batch.feeds.named(session.inputs) if inputs else {}
+        arrays = [*(given[name] for name in inputs), *(session.run(made, batch.feeds) if made else ())]
+        for name, array in zip([*inputs, *made], arrays, strict=True):
             rows = array.reshape(-1, array.shape[-1]) if array.ndim > 1 else array.reshape(1, -1)
             total = count * max(1, len(rows) // batch.feeds.size)  # an image has many rows, a token one
             low, high = rows.min(0), rows.max(0)

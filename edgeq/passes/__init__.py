@@ -22,12 +22,15 @@ from edgeq.passes.constant_reshape import constant_reshape
 from edgeq.passes.constant_segment import constant_segment
 from edgeq.passes.direct_position import direct_position
 from edgeq.passes.drop_expand import drop_expand
+from edgeq.passes.drop_open_mask import drop_open_mask
 from edgeq.passes.finite_fill import finite_fill
 from edgeq.passes.finite_mask import finite_mask
 from edgeq.passes.fold_attention_scale import fold_attention_scale
 from edgeq.passes.graph import Rewrites
 from edgeq.passes.name_weights import name_weights
+from edgeq.passes.patch_product import patch_product
 from edgeq.passes.pool_by_matmul import pool_by_matmul
+from edgeq.passes.pool_maps import pool_maps
 from edgeq.passes.recover_gelu import recover_gelu
 from edgeq.passes.recover_layer_normalization import recover_layer_normalization
 from edgeq.passes.split_gemm import split_gemm
@@ -45,7 +48,10 @@ FLOAT_PASSES: tuple[Pass, ...] = (
     direct_position,
     constant_reshape,  # needs the symbolic shapes that the exporter wrote, so before nodes are added without them
     drop_expand,
+    drop_open_mask,
+    patch_product,  # needs the shapes of maps, so before nodes are added without them
     pool_by_matmul,
+    pool_maps,
     finite_fill,
     split_gemm,  # before names are given: a Dense layer is a product like any other
     fold_attention_scale,

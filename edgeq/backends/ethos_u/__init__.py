@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from edgeq.backends import tflite
-from edgeq.backends.contract import OperatorVerdict, Rejection, Session
+from edgeq.backends.contract import OperatorVerdict, Rejection, Session, reads_tokens
 from edgeq.backends.ethos_u import rules
 from edgeq.errors import LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Estimate, HostOperator, Placement, QdqModel, Scheme, Target
@@ -72,7 +72,7 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
     return "; ".join(wrong) or None
 
 
-RULES: tuple[Rule, ...] = (needs_no_wide_operators, tflite.has_buckets, has_known_settings)
+RULES: tuple[Rule, ...] = (reads_tokens, needs_no_wide_operators, tflite.has_buckets, has_known_settings)
 
 
 def tools() -> Mapping[str, str]:

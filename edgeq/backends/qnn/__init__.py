@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import Embeddings, Rejection
+from edgeq.backends.contract import Embeddings, Rejection, reads_tokens
 from edgeq.children import Worker, pack, unpack
 from edgeq.errors import BundleCorrupt, ConfigError, LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Placement, QdqModel, Target
@@ -67,7 +67,7 @@ def names_one_soc(model: QdqModel, target: Target) -> str | None:
     return None if arch == known else f"soc_model {soc} has HTP v{known}, htp_arch is {arch}"
 
 
-RULES: tuple[Rule, ...] = (has_htp_form, has_buckets, has_known_settings, names_one_soc)
+RULES: tuple[Rule, ...] = (reads_tokens, has_htp_form, has_buckets, has_known_settings, names_one_soc)
 
 
 def tools() -> Mapping[str, str]:

@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import Embeddings, OperatorVerdict, Rejection
+from edgeq.backends.contract import Embeddings, OperatorVerdict, Rejection, reads_tokens
 from edgeq.children import Worker, pack, unpack
 from edgeq.environments import Environment, interpreter
 from edgeq.errors import ConfigError, LoweringFailed, ToolMissing
@@ -65,7 +65,7 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
     return "; ".join(wrong) or None
 
 
-RULES: tuple[Rule, ...] = (leaves_nothing_float, has_buckets, has_known_settings)
+RULES: tuple[Rule, ...] = (reads_tokens, leaves_nothing_float, has_buckets, has_known_settings)
 
 
 def tools() -> Mapping[str, str]:
