@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from edgeq.api import export
     from edgeq.embedder import Embedder, load
     from edgeq.errors import (
         BundleCorrupt,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         ToolMissing,
         Unsupported,
     )
+    from edgeq.pipeline import Exported
 
 _HOMES = {
     "BundleCorrupt": "edgeq.errors",
@@ -31,6 +33,7 @@ _HOMES = {
     "DeviceUnavailable": "edgeq.errors",
     "EdgeqError": "edgeq.errors",
     "Embedder": "edgeq.embedder",
+    "Exported": "edgeq.pipeline",
     "LoweringFailed": "edgeq.errors",
     "ParityFailed": "edgeq.errors",
     "ReleaseRefused": "edgeq.errors",
@@ -38,6 +41,7 @@ _HOMES = {
     "TimedOut": "edgeq.errors",
     "ToolMissing": "edgeq.errors",
     "Unsupported": "edgeq.errors",
+    "export": "edgeq.api",
     "load": "edgeq.embedder",
 }
 
@@ -47,6 +51,7 @@ __all__ = [
     "DeviceUnavailable",
     "EdgeqError",
     "Embedder",
+    "Exported",
     "LoweringFailed",
     "ParityFailed",
     "ReleaseRefused",
@@ -55,6 +60,7 @@ __all__ = [
     "ToolMissing",
     "Unsupported",
     "__version__",
+    "export",
     "load",
 ]
 

@@ -93,7 +93,7 @@ def analyze(request: AnalysisRequest, report: Report) -> Analysis:
 
 
 def _sensitivity(request: ExportRequest, target: Target, report: Report) -> Sensitivity:
-    located = source.locate(request.model, request.pooling)
+    located = source.locate(request.model, request.pooling, request.onnx)
     texts = plan_texts(
         request.texts, request.column, request.validation, request.evaluation, request.samples, request.seed
     )

@@ -38,7 +38,9 @@ class Checked(Record):
     problems: tuple[str, ...]
 
 
-def check(model: str, targets: Sequence[Target], pooling: str | None, cache: Cache) -> tuple[Checked, ...]:
+def check(
+    model: str, targets: Sequence[Target], pooling: str | None, cache: Cache, tower: str | None = None
+) -> tuple[Checked, ...]:
     """Check a model for each target.
 
     Args:
@@ -46,6 +48,7 @@ def check(model: str, targets: Sequence[Target], pooling: str | None, cache: Cac
         targets: to check for.
         pooling: of a plain Hugging Face directory.
         cache: for the exported float model.
+        tower: "text" or "image", of a model that embeds both.
 
     Raises:
         ConfigError: the model is not there, or a target names an unknown backend or scheme.
@@ -56,7 +59,7 @@ def check(model: str, targets: Sequence[Target], pooling: str | None, cache: Cac
     if path.suffix == ".onnx":
         graph, file = read_onnx(path), file_ref(path)
     else:
-        floats = stages.float_model(source.locate(model, pooling), True, cache)
+        floats = stages.float_model(source.locate(model, pooling, tower=tower), True, cache)
         graph, file = onnx.load(floats.model.file.path), floats.model.file
     return tuple(_check(graph, file, target) for target in targets)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
 from edgeq.errors import Unsupported
+from edgeq.origins import origin
 from edgeq.samples import PIXELS
 
 OPSET = 21
@@ -67,35 +70,51 @@ OPERATORS: dict[str, str] = {
 LARGEST_CONSTANT = 1e30  # an infinite mask ruins every range it meets
 
 
-def verify(model: onnx.ModelProto, name: str) -> None:
+class OutsideDialect(Unsupported):
+    """Refuse a graph that leaves the dialect; `operators` are the standard's own among those it should not hold."""
+
+    def __init__(self, message: str, operators: Sequence[str]) -> None:
+        """Take the message and the operators."""
+        super().__init__(message)
+        self.operators = tuple(operators)
+
+
+def verify(model: onnx.ModelProto, name: str, float_ops: Sequence[str] = ()) -> None:
     """Check ops, opset, dtypes, constants, names and symbolic axes.
 
     Args:
         model: an ONNX model.
         name: for messages.
+        float_ops: operators outside the dialect that may stay.
 
     Raises:
-        Unsupported: with every violation, not only the first.
+        OutsideDialect: with every violation, not only the first.
     """
-    problems = [*_operator_problems(model), *_constant_problems(model), *_interface_problems(model)]
+    unknown = _unknown_nodes(model, float_ops)
+    others = [*_opset_problems(model), *_constant_problems(model), *_interface_problems(model)]
+    problems = [*map(_operator_problem, unknown), *others]
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise Unsupported(
-            f"{name}: the graph leaves the dialect of float models:\n{listed}\n"
-            "Export a model made of the ops in edgeq.dialect.OPERATORS, or report the model to have the op added."
-        )
+        standard = sorted({node.op_type for node in unknown if node.domain in ("", "ai.onnx")})
+        raise OutsideDialect(f"{name}: the graph leaves the dialect of float models:\n{listed}", standard)
 
 
-def _operator_problems(model: onnx.ModelProto) -> list[str]:
+def _unknown_nodes(model: onnx.ModelProto, float_ops: Sequence[str]) -> list[onnx.NodeProto]:
+    known = {*OPERATORS, *float_ops}
+    return [node for node in model.graph.node if node.domain not in ("", "ai.onnx") or node.op_type not in known]
+
+
+def _operator_problem(node: onnx.NodeProto) -> str:
+    where = f" ({origin(node)})" if origin(node) else ""
+    domain = f"{node.domain}::" if node.domain else ""
+    return f"{node.name or node.output[0]}{where}: op {domain}{node.op_type}"
+
+
+def _opset_problems(model: onnx.ModelProto) -> list[str]:
     problems = []
     opsets = {item.domain: item.version for item in model.opset_import}
     if opsets.get("") != OPSET:
         problems.append(f"opset {opsets.get('')}; {OPSET} is needed")
-    for node in model.graph.node:
-        if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS:
-            problems.append(
-                f"{node.name or node.output[0]}: op {node.domain}{'::' if node.domain else ''}{node.op_type}"
-            )
     return problems
 
 

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,37 +14,11 @@ from edgeq import preprocessing
 from edgeq.errors import ConfigError
 from edgeq.preprocessing import Preprocessing
 from edgeq.records import ImageSet
-from edgeq.samples import PIXELS, Batch
+from edgeq.samples import Batch, PixelFeeds
 from edgeq.textsets import FEWEST_CALIBRATION, FEWEST_VALIDATION
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 _SHOWN = 5
-
-
-@dataclass(frozen=True)
-class PixelFeeds:
-    """Hold one batch of images.
-
-    Attributes:
-        pixel_values: float32[batch, 3, height, width], rescaled and normalised.
-    """
-
-    pixel_values: NDArray[np.float32]
-
-    @property
-    def size(self) -> int:
-        """Count the images."""
-        return len(self.pixel_values)
-
-    def named(self, inputs: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Give the arrays by graph input name.
-
-        Raises:
-            ConfigError: the graph wants something else than images.
-        """
-        if list(inputs) != [PIXELS]:
-            raise ConfigError(f"the model reads {', '.join(inputs)}, and was given images. Give it texts.")
-        return {PIXELS: self.pixel_values}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,10 @@ from edgeq.samples import Batch, Samples
 BINS = 2048
 MOMENT_ROWS = 4096  # tokens that enter a second moment: more do not change the rounding that follows from it
 MOMENT_BLOCK = 512
+GROUP_BYTES = 512 << 20  # of observed tensors handed over by one run
+LOWEST, HIGHEST = "/lowest", "/highest"
+_FLOAT_BYTES = 4
+_ATTENTION_COPIES = 3  # scores, masked scores and probabilities live at once
 
 
 @dataclass
@@ -94,51 +98,130 @@ def observe(
     Raises:
         EdgeqError: a tensor held NaN or infinity.
     """
-    inputs = [name for name in tensors if name in {item.name for item in model.graph.input}]
-    made = [name for name in tensors if name not in inputs]
-    session = observing(model, made)
     with_histogram, with_moment, with_mean = set(histograms), set(moments), set(means)
     count = sum(batch.feeds.size for batch in batches)
     kept: dict[str, Statistics] = {}
-    for done, batch in enumerate(batches, start=1):
-        given = batch.feeds.named(session.inputs) if inputs else {}
-        arrays = [*(given[name] for name in inputs), *(session.run(made, batch.feeds) if made else ())]
-        for name, array in zip([*inputs, *made], arrays, strict=True):
-            rows = array.reshape(-1, array.shape[-1]) if array.ndim > 1 else array.reshape(1, -1)
-            total = count * max(1, len(rows) // batch.feeds.size)  # an image has many rows, a token one
-            low, high = rows.min(0), rows.max(0)
-            if array.ndim == 4:  # attention: the last axis is a position, no channel
-                low, high = low.min(keepdims=True), high.max(keepdims=True)
-            if not (np.isfinite(low).all() and np.isfinite(high).all()):
-                raise EdgeqError(
-                    f"{name}: FP32 gave NaN or infinity on the calibration texts; the float model is broken"
-                )
-            statistics = kept.get(name)
-            if statistics is None:
-                statistics = kept[name] = Statistics(low, high, Histogram() if name in with_histogram else None)
-            else:
-                np.minimum(statistics.minimum, low, out=statistics.minimum)
-                np.maximum(statistics.maximum, high, out=statistics.maximum)
-            if statistics.histogram is not None:
-                statistics.histogram.add(array, float(max(-low.min(), high.max())))
-            if name in with_mean:
-                share = rows.sum(0) / np.float32(total)
-                statistics.mean = share if statistics.mean is None else statistics.mean + share
-            if name in with_moment:
-                _add_moment(statistics, rows, max(1, total // MOMENT_ROWS))
-        progress(done, len(batches))
-    return {name: _mean_moment(statistics) for name, statistics in kept.items()}
+
+    def add(name: str, array: NDArray[np.float32], size: int) -> None:
+        rows = array.reshape(-1, array.shape[-1]) if array.ndim > 1 else array.reshape(1, -1)
+        total = count * max(1, len(rows) // size)  # an image has many rows, a token one
+        low, high = rows.min(0), rows.max(0)
+        if array.ndim == 4:  # of a shape that the model does not state
+            low, high = low.min(keepdims=True), high.max(keepdims=True)
+        statistics = _widen(kept, name, low, high)
+        if name in with_histogram:
+            statistics.histogram = statistics.histogram or Histogram()
+            statistics.histogram.add(array, float(max(-low.min(), high.max())))
+        if name in with_mean:
+            share = rows.sum(0) / np.float32(total)
+            statistics.mean = share if statistics.mean is None else statistics.mean + share
+        if name in with_moment:
+            _add_moment(statistics, rows, max(1, total // MOMENT_ROWS))
+
+    inputs = [name for name in tensors if name in {item.name for item in model.graph.input}]
+    made = [name for name in tensors if name not in inputs]
+    shapes = tensor_shapes(model)
+    # The last axis of attention is no channel.
+    positions = [name for name in made if len(shapes.get(name, ())) == 4 and name not in with_histogram]
+    groups = _groups([name for name in made if name not in positions], shapes, _longest(batches))
+    runs = len(groups) * len(batches)
+    for number, group in enumerate(groups):
+        ends = [] if number else [end for name in positions for end in (name + LOWEST, name + HIGHEST)]
+        session = observing(model, group, () if number else positions)
+        for done, batch in enumerate(batches, start=1):
+            names = [*group, *ends]
+            found = dict(zip(names, session.run(names, batch.feeds) if names else (), strict=True))
+            for name, array in batch.feeds.named(inputs).items() if inputs and not number else ():
+                add(name, array, batch.feeds.size)
+            for name in group:
+                add(name, found.pop(name), batch.feeds.size)  # freed at once: the next run hands over as much again
+            for name in () if number else positions:
+                _widen(kept, name, found[name + LOWEST].reshape(1), found[name + HIGHEST].reshape(1))
+            progress(number * len(batches) + done, runs)
+    return {name: _mean_moment(kept[name]) for name in tensors}
 
 
-def observing(model: onnx.ModelProto, tensors: Sequence[str]) -> FloatSession:
-    """Load the model with the tensors as outputs; what only the sentence embedding needs is not run."""
+def _widen(kept: dict[str, Statistics], name: str, low: NDArray[np.float32], high: NDArray[np.float32]) -> Statistics:
+    """Take in the smallest and largest values of one more batch, float32[channels]."""
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise EdgeqError(f"{name}: FP32 gave NaN or infinity on the calibration texts; the float model is broken")
+    statistics = kept.get(name)
+    if statistics is None:
+        statistics = kept[name] = Statistics(low, high)
+    else:
+        np.minimum(statistics.minimum, low, out=statistics.minimum)
+        np.maximum(statistics.maximum, high, out=statistics.maximum)
+    return statistics
+
+
+def tensor_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
+    """Give the shapes that the model states; None is an axis that varies."""
+    return {
+        item.name: tuple(axis.dim_value if axis.HasField("dim_value") else None for axis in shape.dim)
+        for item in (*model.graph.value_info, *model.graph.output)
+        if (shape := item.type.tensor_type.shape) is not None
+    }
+
+
+def peak_bytes(model: onnx.ModelProto, longest: int) -> int:
+    """Bound what observing takes above the bare process, for texts of up to `longest` tokens.
+
+    The weights twice (ONNX Runtime packs them anew), one layer's attention, and one group of observed tensors.
+    """
+    weights = sum(int(np.prod(tensor.dims, dtype=np.int64)) for tensor in model.graph.initializer) * _FLOAT_BYTES
+    attention = max((_size(shape, longest) for shape in tensor_shapes(model).values() if len(shape) == 4), default=0)
+    return 2 * weights + _ATTENTION_COPIES * attention + GROUP_BYTES
+
+
+def _longest(batches: Sequence[Batch]) -> int:
+    return max((batch.feeds.size for batch in batches), default=0)
+
+
+def _size(shape: tuple[int | None, ...], longest: int) -> int:
+    """Give the bytes of a tensor, float32[batch, ...], of texts that have `longest` tokens together."""
+    return int(np.prod([longest if axis is None else axis for axis in shape[1:]], dtype=np.int64)) * _FLOAT_BYTES
+
+
+def _groups(tensors: Sequence[str], shapes: dict[str, tuple[int | None, ...]], longest: int) -> list[list[str]]:
+    """Part tensors so that those of one run stay below GROUP_BYTES; each group costs a run of the model."""
+    groups: list[list[str]] = [[]]
+    left = GROUP_BYTES
+    for name in tensors:
+        size = _size(shapes.get(name, (None, None, 1)), longest)
+        if size > left and groups[-1]:
+            groups.append([])
+            left = GROUP_BYTES
+        groups[-1].append(name)
+        left -= size
+    return groups
+
+
+def observing(model: onnx.ModelProto, tensors: Sequence[str], reduced: Sequence[str] = ()) -> FloatSession:
+    """Load the model with the tensors as outputs; what only the sentence embedding needs is not run.
+
+    Of `reduced` tensors the smallest and the largest value are outputs, float32[] each: attention over 4,096 tokens is
+    too large to hand over.
+    """
+    outputs = len(model.graph.output)
     have = {output.name for output in model.graph.output}
     extra = [name for name in tensors if name not in have]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in extra)
+    added = [
+        (name, onnx.helper.make_node(operator, [name], [name + end], keepdims=0))
+        for name in reduced
+        for end, operator in ((LOWEST, "ReduceMin"), (HIGHEST, "ReduceMax"))
+    ]
+    ends = {node.output[0] for _, node in added}
+    for name, node in added:  # right behind what makes the tensor, so that it can be freed
+        made = next(place for place, item in enumerate(model.graph.node) if name in item.output)
+        model.graph.node.insert(made + 1, node)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in (*extra, *sorted(ends)))
     try:
         return FloatSession.of(model)
     finally:
-        del model.graph.output[len(have) :]
+        del model.graph.output[outputs:]
+        for place in reversed(range(len(model.graph.node))):
+            if model.graph.node[place].output[0] in ends:
+                del model.graph.node[place]
 
 
 def _add_moment(statistics: Statistics, rows: NDArray[np.float32], stride: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeq import __version__, backends, bundle, checking, comparing, schemes, source, stages, storage
-from edgeq import export as exporting
+from edgeq import __version__, backends, bundle, checking, comparing, exporting, schemes, source, stages, storage
 from edgeq.backends.contract import Backend, Embeddings
 from edgeq.cache import Cache
-from edgeq.errors import ConfigError, Unsupported
+from edgeq.errors import ConfigError, ParityFailed, Unsupported
+from edgeq.onnx_source import OnnxOptions
 from edgeq.records import (
     Measures,
     ParityReport,
@@ -50,10 +50,12 @@ class ExportRequest:
     evaluation: tuple[Path, ...] = ()
     pooling: str | None = None
     tower: str | None = None
+    onnx: OnnxOptions = OnnxOptions()
     samples: int | None = None
     seed: int = 0
     scheme: Path | None = None
     hidden_state: bool = True
+    float_ops: tuple[str, ...] = ()
     keep_failed: bool = False
     overwrite: bool = False
     dry_run: bool = False
@@ -85,9 +87,10 @@ def export(request: ExportRequest, report: Report) -> tuple[Exported, ...]:
     Raises:
         EdgeqError: any stage; see `edgeq.errors`.
     """
-    located = source.locate(request.model, request.pooling, tower=request.tower)
+    located = source.locate(request.model, request.pooling, request.onnx, tower=request.tower)
     plan = _plan(request, located)
     for target in request.targets:
+        _refuse_islands(request, target)
         _scheme(request, target)
         backend = backends.find(target.backend, target.name)
         backend.tools()
@@ -96,7 +99,7 @@ def export(request: ExportRequest, report: Report) -> tuple[Exported, ...]:
     if request.dry_run:
         return tuple(_not_run(target) for target in request.targets)
     report("export", 0, 1)
-    floats = stages.float_model(located, request.hidden_state, request.cache)
+    floats = stages.float_model(located, request.hidden_state, request.cache, request.float_ops)
     report("export", 1, 1)
     for target in request.targets if floats.takes_images else ():
         as_given = checking.unquantised(floats.model.file, floats.model.inputs, _scheme(request, target))
@@ -191,6 +194,15 @@ def _scheme(request: ExportRequest, target: Target) -> Scheme:
     return given
 
 
+def _refuse_islands(request: ExportRequest, target: Target) -> None:
+    """Refuse float islands where nothing may stay float."""
+    if request.float_ops and schemes.find(target.scheme, target.name).leaves_nothing_float:
+        raise Unsupported(
+            f"{target.name}: its scheme {target.scheme} leaves nothing float, so {', '.join(request.float_ops)} cannot "
+            "stay. Choose a target that keeps floats (`edgeq targets`), or write the model without."
+        )
+
+
 def _keep_report(found: ParityReport, out: Path, is_written: bool) -> str:
     """Keep the report of a refused bundle beside the place where it would stand; else remove an earlier one."""
     path = out / f"{found.target}.parity.json"
@@ -233,6 +245,25 @@ def _golden(
     )  # fmt: skip
 
 
+def require_passed(results: Sequence[Exported]) -> None:
+    """Refuse to go on where a bundle missed its gate.
+
+    Raises:
+        ParityFailed: with every limit that was missed, and where the reports are.
+    """
+    failed = [item for item in results if item.status == "failed"]
+    if failed:
+        missed = " ".join(f"{item.target}: {' '.join(item.failures)} {_kept(item)}" for item in failed)
+        raise ParityFailed(
+            f"{missed} Calibrate on --texts like your own, on more --samples, or choose another target; "
+            "--keep-failed writes such a bundle to look into."
+        )
+
+
+def _kept(exported: Exported) -> str:
+    return f"The report is {exported.report or f'{exported.path}/parity.json'}."
+
+
 def _not_run(target: Target) -> Exported:
     return Exported(
         target=target.name,
@@ -256,9 +287,13 @@ def _command(request: ExportRequest, name: str, target: Target) -> tuple[str, ..
         "--texts": request.texts and request.texts.name, "--column": request.column,
         "--images": request.images and request.images.name, "--tower": request.tower,
         "--validation": request.validation and request.validation.name,
-        "--pooling": request.pooling, "--scheme": request.scheme and request.scheme.name,
+        "--pooling": request.pooling, "--tokenizer": request.onnx.tokenizer and request.onnx.tokenizer.name,
+        "--max-sequence": request.onnx.max_sequence, "--scheme": request.scheme and request.scheme.name,
         "--samples": request.samples, "--seed": request.seed or None,
     }  # fmt: skip
     for option, value in optional.items():
         words += [option, str(value)] if value is not None else []
+    words += [word for name in request.float_ops for word in ("--float-op", name)]
+    if request.onnx.normalize is not None:
+        words.append("--normalize" if request.onnx.normalize else "--no-normalize")
     return (*words, *(() if request.hidden_state else ("--no-hidden-state",)))

@@ -35,10 +35,10 @@ class FileRef(Record):
 
 
 class Source(Record):
-    """Describe what was given: a sentence-transformers or plain transformers model."""
+    """Describe what was given: a model of sentence-transformers or transformers, an ONNX file, or a torch module."""
 
     name: str
-    kind: Literal["sentence-transformers", "transformers"]
+    kind: Literal["sentence-transformers", "transformers", "onnx", "module"]
     sha256: Sha256  # over the names and contents of all files that decide the vectors
     modules: tuple[str, ...]  # e.g. ("Transformer", "Pooling:mean", "Normalize")
     inputs: tuple[str, ...]  # graph inputs: "input_ids", "attention_mask" [, "token_type_ids"]; or "pixel_values"
@@ -66,7 +66,7 @@ class FloatModel(Record):
     outputs: tuple[str, ...]  # "sentence_embedding" [, "last_hidden_state"]
     dim: int
     max_sequence: int
-    max_abs_error: float  # against torch for an exported model; against its parent for an equalised one
+    max_abs_error: float  # against torch, or the ONNX file that was given; against its parent for an equalised one
     passes: tuple[PassReport, ...]
 
 

@@ -17,7 +17,7 @@ from edgeq.storage import work_dir
 
 FloatArray = NDArray[np.float32]
 
-_LOAD_ERRORS = (
+RUNTIME_ERRORS = (
     ort_errors.InvalidProtobuf,
     ort_errors.InvalidGraph,
     ort_errors.InvalidArgument,
@@ -47,13 +47,15 @@ class FloatSession:
         options.log_severity_level = 3
         # Memory patterns and the arena trade memory for speed on repeated shapes; lengths vary here.
         options.enable_mem_pattern = False
+        # As written: ONNX Runtime's own order leaves what observes a tensor to the end, and keeps them all till then.
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         # numpy works between the runs; threads that spin while they wait would take the cores from it.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except _LOAD_ERRORS as error:
+        except RUNTIME_ERRORS as error:
             name = model if isinstance(model, str) else "the model in memory"
             raise ConfigError(f"{name}: ONNX Runtime cannot load it as an ONNX model: {error}") from error
         self.inputs = [item.name for item in self._session.get_inputs()]

@@ -1,7 +1,8 @@
 """Find what the user named and load it through sentence-transformers.
 
 A source is a sentence-transformers directory, a plain Hugging Face directory with `--pooling`, a hub id that already
-lies in the local cache, or an installed package that carries a model. Finding needs neither torch nor transformers.
+lies in the local cache, an installed package that carries a model, or an ONNX file (`edgeq.onnx_source`). Finding needs
+neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgeq import onnx_source
 from edgeq.errors import ConfigError, ToolMissing, Unsupported
+from edgeq.onnx_source import OnnxFile, OnnxOptions
 from edgeq.records import Source
 from edgeq.storage import sha256_file
 
@@ -47,6 +50,7 @@ class Located:
         is_sentence_transformers: whether modules.json is there; otherwise `pooling` says how to pool.
         sha256: over the files that decide the vectors, and the pooling.
         tower: "image" for a model of images; "text" for the other tower of one that embeds both; None for texts.
+        onnx: the ONNX file, where the model is one.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Located:
     is_sentence_transformers: bool
     pooling: str | None
     sha256: str
+    onnx: OnnxFile | None = None
     tower: str | None = None
 
     @property
@@ -61,13 +66,27 @@ class Located:
         """Tell whether the model reads pixels, not tokens."""
         return self.tower == IMAGE
 
+    @property
+    def display_name(self) -> str:
+        """Give a local file's or directory's own name, and any other model's as the user wrote it."""
+        if self.onnx is not None:
+            return self.onnx.name
+        return self.directory.name if Path(self.name).exists() else self.name
 
-def locate(model: str, pooling: str | None = None, *, tower: str | None = None) -> Located:
-    """Find a model by directory, package name or hub id in the local cache.
+
+_NO_OPTIONS = OnnxOptions()
+
+
+def locate(
+    model: str, pooling: str | None = None, options: OnnxOptions = _NO_OPTIONS, *, tower: str | None = None
+) -> Located:
+    """Find a model by directory, ONNX file, package name or hub id in the local cache.
 
     Args:
         model: what the user named.
-        pooling: one of POOLING_MODES; needed for a plain Hugging Face directory, refused for one with modules.json.
+        pooling: one of POOLING_MODES; needed for a plain Hugging Face directory and an ONNX file that gives token
+            vectors, refused for a directory with modules.json.
+        options: what an ONNX file does not say by itself.
         tower: which of two towers, "text" or "image"; needed where a model has both, refused where it has one.
 
     Raises:
@@ -75,11 +94,14 @@ def locate(model: str, pooling: str | None = None, *, tower: str | None = None) 
     """
     if pooling is not None and pooling not in POOLING_MODES:
         raise ConfigError(f"--pooling {pooling}: unknown mode; choose one of {', '.join(POOLING_MODES)}")
-    directory = _directory(model)
-    _require_config(directory)
+    file = onnx_source.find(model, pooling, options)
+    directory = file.config_dir or file.path.parent if file is not None else _directory(model)
     has_modules = (directory / "modules.json").is_file()
     if has_modules and pooling is not None:
         raise ConfigError(f"{directory}: modules.json says how to pool; drop --pooling {pooling}")
+    if file is not None:
+        return Located(model, directory, has_modules, pooling, file.sha256, file)
+    _require_config(directory)
     tower = _tower(directory, tower)
     if not has_modules and pooling is None and tower is None:
         raise ConfigError(
@@ -87,7 +109,7 @@ def locate(model: str, pooling: str | None = None, *, tower: str | None = None) 
             f"give --pooling with one of {', '.join(POOLING_MODES)}"
         )
     _require_weights(directory)
-    return Located(model, directory, has_modules, pooling, _identity(directory, pooling, tower), tower)
+    return Located(model, directory, has_modules, pooling, _identity(directory, pooling, tower), tower=tower)
 
 
 def _directory(model: str) -> Path:
@@ -95,7 +117,9 @@ def _directory(model: str) -> Path:
     if path.is_dir():
         return path.resolve()
     if path.exists():
-        raise ConfigError(f"{path}: is a file; a model directory, a package name or a hub id is needed")
+        raise ConfigError(
+            f"{path}: is a file and no .onnx; a model directory, an ONNX file, a package name or a hub id is needed"
+        )
     short = model.removeprefix("sentence-transformers/")
     if short in PACKAGED:
         module, folder = PACKAGED[short]
@@ -263,7 +287,7 @@ def describe(located: Located, model: SentenceTransformer) -> Source:
     if dim is None or limit is None:
         raise Unsupported(f"{located.name}: the model states neither its dimension nor its longest sequence")
     return Source(
-        name=located.name if not Path(located.name).exists() else located.directory.name,
+        name=located.display_name,
         kind="sentence-transformers" if located.is_sentence_transformers else "transformers",
         sha256=located.sha256,
         modules=tuple(names),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import onnx
+import psutil
 
-from edgeq import calibrate, quantize, schemes, storage
-from edgeq import export as exporting
+from edgeq import calibrate, dialect, exporting, observe, quantize, schemes, storage
 from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.cache import Cache, key
-from edgeq.errors import ConfigError
+from edgeq.dialect import OutsideDialect
+from edgeq.errors import ConfigError, Unsupported
 from edgeq.records import Calibration, FloatModel, ImageSet, QdqModel, Record, Scheme, Source, Target, TextSet
 from edgeq.reference import FloatSession
 from edgeq.samples import PIXELS, Samples
 from edgeq.sampling import identities, prepare
 from edgeq.source import Located
+from edgeq.targets import list_targets
 from edgeq.texts import batches
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ FiledT = TypeVar("FiledT", FloatModel, Calibration, QdqModel)
 _log = logging.getLogger(__name__)
 
 EXPORT_TOOLS = ("torch", "transformers", "sentence-transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
+_MUCH_MEMORY_BYTES = 4_000_000_000
 _FLOAT, _EQUALIZED, _STATISTICS, _QDQ = "model.onnx", "equalized.onnx", "calibration.npz", "qdq.onnx"
 
 
@@ -77,20 +80,44 @@ class Validation:
     reference: Embeddings
 
 
-def float_model(located: Located, has_hidden_state: bool, cache: Cache) -> Floats:
-    """Export the model, or take it from the cache."""
+def float_model(located: Located, has_hidden_state: bool, cache: Cache, float_ops: tuple[str, ...] = ()) -> Floats:
+    """Export the model, or take it from the cache.
+
+    Raises:
+        Unsupported: the graph leaves the dialect; the message says where, who could take it, and the way out.
+        EdgeqError: any other failure of `exporting.export`.
+    """
 
     def make(folder: Path) -> None:
-        record, model = exporting.export(located, folder, has_hidden_state)
+        try:
+            record, model = exporting.export(located, folder, has_hidden_state, float_ops)
+        except OutsideDialect as error:
+            raise Unsupported(f"{error}\n{_ways_out(error.operators)}") from error
         _write(folder / "source.json", record)
         _write(folder / "model.json", model)
 
-    name = key(source=located.sha256, hidden_state=has_hidden_state, tools=versions(EXPORT_TOOLS))
+    name = key(
+        source=located.sha256, hidden_state=has_hidden_state, float_ops=list(float_ops), tools=versions(EXPORT_TOOLS)
+    )
     folder = cache.entry("float-model", name, make)
     record = Source.model_validate_json((folder / "source.json").read_bytes()).model_copy(
-        update={"name": _name(located)}
+        update={"name": located.display_name}
     )
     return Floats(record, _read(FloatModel, folder / "model.json", folder / _FLOAT), folder)
+
+
+def _ways_out(operators: Sequence[str]) -> str:
+    """Say which targets could still take these operators, and how; what is not the standard's nobody takes."""
+    rewrite = "Write the line with operators of edgeq.dialect.OPERATORS"
+    if not operators:
+        return f"{rewrite}, or export with opset {dialect.OPSET} and without optimisation."
+    keep_floats = [each for each in list_targets() if not schemes.find(each.scheme, each.name).leaves_nothing_float]
+    options = " ".join(f"--float-op {name}" for name in operators)
+    names = ", ".join(each.name for each in keep_floats)
+    return (
+        f"Integer-only targets cannot take that. Those that keep floats can ({names}): "
+        f"give {options}, and it stays a float island. Else: {rewrite[0].lower()}{rewrite[1:]}, or exclude that module."
+    )
 
 
 def calibrated(floats: Floats, plan: Plan, seed: int, cache: Cache, report: Report) -> Calibrated:
@@ -103,7 +130,9 @@ def calibrated(floats: Floats, plan: Plan, seed: int, cache: Cache, report: Repo
                 "%d of %d calibration texts were cut at the model's limit of %d tokens",
                 given.record.truncated, given.record.count, floats.source.max_sequence,
             )  # fmt: skip
-        observed = calibrate.calibrate(onnx.load(floats.model.file.path), given.samples, seed, report)
+        model = onnx.load(floats.model.file.path)
+        _announce_memory(model, given.samples.longest)
+        observed = calibrate.calibrate(model, given.samples, seed, report)
         storage.write_bytes(folder / _EQUALIZED, observed.model.SerializeToString(deterministic=True))
         calibrate.save(observed.statistics, folder / _STATISTICS)
         equalized = floats.model.model_copy(
@@ -201,9 +230,14 @@ def validation(floats: Floats, plan: Plan, cache: Cache, limit: int) -> Validati
     return Validation(given.names, given.samples, given.record, reference)
 
 
-def _name(located: Located) -> str:
-    """Give a local directory's own name, and any other model's as the user wrote it."""
-    return located.directory.name if Path(located.name).exists() else located.name
+def _announce_memory(model: onnx.ModelProto, longest: int) -> None:
+    """Say beforehand how much memory observing may take: attention over long texts grows with their square."""
+    needed, free = observe.peak_bytes(model, longest), psutil.virtual_memory().available
+    said = f"calibrating on texts of up to {longest:,} tokens takes up to {needed / 1e9:.1f} GB"
+    if needed > free:
+        _log.warning("%s, and %.1f GB are free: give shorter texts if it is stopped", said, free / 1e9)
+    else:
+        _log.log(logging.WARNING if needed > _MUCH_MEMORY_BYTES else logging.INFO, "%s", said)
 
 
 def versions(names: tuple[str, ...]) -> dict[str, str]:

@@ -7,12 +7,13 @@ graph is rewritten, and so that a crash inside torch is a message and not the en
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,14 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeq import source
+from edgeq import origins, source
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.probes import probe_feeds
 from edgeq.records import Source
-from edgeq.samples import AnyFeeds
+from edgeq.samples import PIXELS, AnyFeeds, PixelFeeds
 from edgeq.source import Located
 from edgeq.texts import Feeds
+from edgeq.torch_failures import explain
 
 if TYPE_CHECKING:
     import torch
@@ -83,9 +85,10 @@ def _run_images(located: Located, model: SentenceTransformer, out_dir: Path, hid
     for row, (feed, vectors) in enumerate(zip(feeds, expected, strict=True)):
         named |= {f"{row}_0": feed.pixel_values, f"{row}_2": vectors}
     np.savez(out_dir / PROBES, allow_pickle=False, **named)
-    axes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=65536)}}
-    example = (torch.from_numpy(feeds[-1].pixel_values),)
-    save(_converted(torch_images.graph(model, hidden_state), example, axes, located.name), out_dir / RAW)
+    module, example = torch_images.graph(model, hidden_state), torch.from_numpy(feeds[-1].pixel_values)
+    with torch.no_grad():
+        outputs = ("sentence_embedding", "last_hidden_state")[: len(module(example))]
+    save(to_onnx(module, {PIXELS: example}, outputs, located.name), out_dir / RAW)
     (out_dir / SOURCE).write_text(record.model_dump_json(), encoding="utf-8")
     return record
 
@@ -124,57 +127,59 @@ def _graph_module(model: SentenceTransformer, hidden_state: bool) -> torch.nn.Mo
 def _to_onnx(model: SentenceTransformer, hidden_state: bool, name: str, max_sequence: int) -> onnx.ModelProto:
     import torch
 
-    batch, sequence = torch.export.Dim("batch", min=1, max=65536), torch.export.Dim("sequence", min=2, max=max_sequence)
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 0, 0, 0]])
-    mask = (ids > 0).to(torch.int64)
-    axes = {0: batch, 1: sequence}
-    shapes = {"input_ids": axes, "attention_mask": axes}
-    return _converted(_graph_module(model, hidden_state), (ids, mask), shapes, name)
+    tensors = {"input_ids": ids, "attention_mask": (ids > 0).to(torch.int64)}
+    outputs = ("sentence_embedding", "last_hidden_state")[: 2 if hidden_state else 1]
+    return to_onnx(_graph_module(model, hidden_state), tensors, outputs, name, max_sequence)
 
 
-def _converted(
-    module: torch.nn.Module, example: tuple[torch.Tensor, ...], shapes: dict[str, dict[int, Any]], name: str
+def to_onnx(
+    graph: torch.nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    outputs: Sequence[str],
+    name: str,
+    max_sequence: int = 65536,
 ) -> onnx.ModelProto:
-    """Write a module as ONNX: its first output is the embedding, a second one the hidden state."""
+    """Export a module of bare tensors; each node keeps one sentence about where it comes from.
+
+    Args:
+        graph: takes the tensors in their order, as parameters or as one *parameter.
+        tensors: input name -> an example, [batch, sequence], whose axes both become free, or images, whose batch does.
+        outputs: their names.
+        name: for messages.
+        max_sequence: the longest sequence; of no matter for images.
+
+    Raises:
+        Unsupported: torch cannot; the message names the line.
+    """
     import torch
 
+    batch, sequence = torch.export.Dim("batch", min=1, max=65536), torch.export.Dim("sequence", min=2, max=max_sequence)
+    axes: tuple[object, ...] = tuple(
+        {0: batch, 1: sequence} if tensor.ndim == 2 else {0: batch} for tensor in tensors.values()
+    )
+    is_open = any(item.kind is item.VAR_POSITIONAL for item in inspect.signature(graph.forward).parameters.values())
     try:
         with torch.no_grad(), quiet():
             program = torch.onnx.export(
-                module,
-                example,
+                graph,
+                tuple(tensors.values()),
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=list(shapes),
-                output_names=["sentence_embedding", "last_hidden_state"][: len(module(*example))],
-                dynamic_shapes=shapes,
+                input_names=list(tensors),
+                output_names=list(outputs),
+                dynamic_shapes=(axes,) if is_open else axes,
                 optimize=True,
                 verbose=False,
             )
     except Exception as error:  # the boundary to the exporter, which may raise anything
-        first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        raise Unsupported(f"{name}: torch cannot export this model: {type(error).__name__}: {first}") from error
+        raise Unsupported(f"{name}: torch cannot export this model: {explain(error)}") from error
     if program is None:
         raise Unsupported(f"{name}: torch.onnx.export gave no program")
     proto = program.model_proto
     proto.producer_name, proto.producer_version = "edgeq", ""
-    _strip_traces(proto)
+    origins.keep(proto)
     return proto
-
-
-def _strip_traces(model: onnx.ModelProto) -> None:
-    """Drop stack traces and other metadata: they hold machine paths and differ between machines."""
-    del model.metadata_props[:]
-    del model.graph.metadata_props[:]
-    for item in (
-        *model.graph.node,
-        *model.graph.value_info,
-        *model.graph.input,
-        *model.graph.output,
-        *model.graph.initializer,
-    ):
-        del item.metadata_props[:]
-        item.doc_string = ""
 
 
 @contextlib.contextmanager
@@ -244,8 +249,6 @@ def load_probes(path: Path) -> tuple[tuple[AnyFeeds, ...], list[NDArray[np.float
     """Read the probe feeds and torch's embeddings of them, each float32[batch, dim]."""
     with np.load(path, allow_pickle=False) as archive:
         if "0_1" not in archive:
-            from edgeq.images import PixelFeeds  # here: texts need no Pillow
-
             count = len(archive.files) // 2
             images = tuple(PixelFeeds(archive[f"{row}_0"]) for row in range(count))
             return images, [archive[f"{row}_2"] for row in range(count)]
@@ -270,6 +273,10 @@ def main() -> int:
     except EdgeqError as error:
         sys.stdout.write(json.dumps({"error": type(error).__name__, "message": str(error)}))
         return error.exit_code
+    except Exception as error:  # the boundary to the model's own code, which may raise anything
+        message = f"{located.name}: running the model in torch failed: {explain(error)}"
+        sys.stdout.write(json.dumps({"error": Unsupported.__name__, "message": message}))
+        return Unsupported.exit_code
     return 0
 
 

@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from edgeq import preprocessing, source
 from edgeq.errors import ConfigError, Unsupported
-from edgeq.images import PixelFeeds
 from edgeq.preprocessing import Preprocessing
 from edgeq.records import Source
-from edgeq.samples import PIXELS
+from edgeq.samples import PIXELS, PixelFeeds
 from edgeq.source import Located
 
 if TYPE_CHECKING:

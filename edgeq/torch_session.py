@@ -35,6 +35,8 @@ def reopen(source: Source, model: str | None = None) -> Located:
     Raises:
         ConfigError: it is not there, or is another model.
     """
+    if source.kind in ("onnx", "module"):
+        raise ConfigError(f"{source.name}: was given as {source.kind}; there is no directory to load into torch")
     pooling = next((name.removeprefix(_POOLING) for name in source.modules if name.startswith(_POOLING)), None)
     located = locate(model or source.name, pooling if source.kind == "transformers" else None)
     if located.sha256 != source.sha256:

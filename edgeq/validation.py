@@ -10,18 +10,28 @@ from edgeq.backends.contract import Embeddings, Session, embed_batches
 from edgeq.bundle import load_manifest, require_cpu
 from edgeq.corpora import deduplicate, default_texts, read_texts
 from edgeq.embedder import Embedder, load
+from edgeq.errors import ConfigError
 from edgeq.evaluation import Embed
 from edgeq.machine import place
 from edgeq.records import Manifest, ParityReport
 from edgeq.reference import FloatSession
-from edgeq.texts import Tokenizer, batches, text_set, token_limit
+from edgeq.samples import PIXELS
+from edgeq.sampling import Prepared, prepare
+from edgeq.texts import Tokenizer, batches, token_limit
 from edgeq.textsets import spread
 
 Report = Callable[[str, int, int], None]
 
 
-def validate(bundle: Path, texts: Path | None, column: str | None, float_model: Path, report: Report) -> ParityReport:
-    """Run texts through a bundle's artifact and through FP32, measure, and judge by the target's gate.
+def validate(
+    bundle: Path,
+    texts: Path | None,
+    column: str | None,
+    float_model: Path,
+    report: Report,
+    images: Path | None = None,
+) -> ParityReport:
+    """Run texts or images through a bundle's artifact and through FP32, measure, and judge by the target's gate.
 
     Args:
         bundle: OUT/TARGET, as `edgeq export` wrote it; one that missed its gate may be measured, too.
@@ -29,27 +39,27 @@ def validate(bundle: Path, texts: Path | None, column: str | None, float_model: 
         column: which column of `texts` holds the text.
         float_model: the FP32 model that the bundle was made from.
         report: called as `report(stage, done, total)`.
+        images: a folder of images, for a bundle of an image model.
 
     Raises:
-        ConfigError: there is no bundle, or the texts cannot be used.
+        ConfigError: there is no bundle, or the texts or images cannot be used.
         BundleCorrupt: the manifest is not what edgeq writes.
         Unsupported: this CPU lacks flags the target needs.
     """
     manifest = load_manifest(bundle)
     target = manifest.target
     require_cpu(target)
-    most = target.gate.parity_texts if texts is None else None  # the user's own run whole, however long that takes
-    chosen = spread(deduplicate(read_texts(texts or default_texts()[1], column if texts else None)), most)
+    given = _given(manifest, bundle, texts, column, images)
     limit = token_limit(target.buckets_tokens, manifest.source.max_sequence)
-    tokens = Tokenizer.from_file(bundle / "tokenizer.json", limit).encode(chosen)
+    count = len(given.samples)
     report("float32", 0, 1)
-    reference = embed_batches(FloatSession.of(float_model), batches(tokens), len(chosen))
+    reference = embed_batches(FloatSession.of(float_model), batches(given.samples), count)
     report("float32", 1, 1)
     report("artifact", 0, 2)
     session = _session(manifest, bundle)
-    embeddings = embed_batches(session, batches(tokens), len(chosen))
+    embeddings = embed_batches(session, batches(given.samples), count)
     report("artifact", 1, 2)
-    invariance = parity.invariance(session, tokens, limit, target.buckets_tokens, target.gate.parity_texts)
+    invariance = parity.invariance(session, given.samples, limit, target.buckets_tokens, target.gate.parity_texts)
     report("artifact", 2, 2)
     return parity.report(
         target,
@@ -57,10 +67,29 @@ def validate(bundle: Path, texts: Path | None, column: str | None, float_model: 
         manifest.artifact.placement,
         reference,
         embeddings,
-        chosen,
-        text_set(texts.name if texts else "default", chosen, tokens),
+        given.names,
+        given.record,
         invariance,
     )
+
+
+def _given(manifest: Manifest, bundle: Path, texts: Path | None, column: str | None, images: Path | None) -> Prepared:
+    """Prepare what is to be measured on.
+
+    Raises:
+        ConfigError: it is not what the model takes.
+    """
+    takes_images = manifest.float_model.inputs == (PIXELS,)
+    if takes_images != (images is not None):
+        raise ConfigError(f"{bundle}: takes {'images; give a folder with' if takes_images else 'texts; drop'} --images")
+    if images is not None:
+        from edgeq.images import read_folder  # here: texts need no Pillow
+
+        return prepare(read_folder(images), images.name, bundle, manifest.source.max_sequence)
+    most = manifest.target.gate.parity_texts if texts is None else None  # the user's own run whole, however long
+    chosen = spread(deduplicate(read_texts(texts or default_texts()[1], column if texts else None)), most)
+    limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
+    return prepare(chosen, texts.name if texts else "default", bundle, limit)
 
 
 def embedders(bundle: Path, float_model: Path) -> tuple[Embed, Embed]:

@@ -18,7 +18,7 @@ import tiny_source  # noqa: E402
 
 from edgeq import dialect  # noqa: E402
 from edgeq.backends.contract import embed_batches  # noqa: E402
-from edgeq.export import CONFIG, MODEL, export  # noqa: E402
+from edgeq.exporting import CONFIG, MODEL, export  # noqa: E402
 from edgeq.reference import FloatSession  # noqa: E402
 from edgeq.texts import Tokenizer, batches  # noqa: E402
 

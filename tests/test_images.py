@@ -16,12 +16,13 @@ pytest.importorskip("sentence_transformers", reason="needs the extra `export`")
 import tiny_vision  # noqa: E402
 
 import edgeq  # noqa: E402
-from edgeq import (  # noqa: E402  # noqa: E402
+from edgeq import (  # noqa: E402
     backends,
     calibrate,
     checking,
     cli,
     dialect,
+    exporting,
     images,
     parity,
     passes,
@@ -31,8 +32,8 @@ from edgeq import (  # noqa: E402  # noqa: E402
     schemes,
     source,
     torch_export,
+    validation,
 )
-from edgeq import export as exporting  # noqa: E402
 from edgeq.backends.contract import embed_batches  # noqa: E402
 from edgeq.bundle import load_manifest, read_golden_images, verify  # noqa: E402
 from edgeq.cache import Cache  # noqa: E402
@@ -44,7 +45,7 @@ from edgeq.targets import load_target  # noqa: E402
 from edgeq.texts import batches  # noqa: E402
 
 TARGETS = ("x86-64-onnxruntime", "intel-openvino-cpu")
-POOLING = {"vit": "cls", "dinov2": "mean", "mobile": "mean", "resnet": "mean"}
+POOLING = {"vit": "cls", "dinov2": "mean", "resnet": "mean"}
 SEEN, COMPARED = 48, 48
 
 
@@ -82,7 +83,7 @@ def test_the_graph_gives_torchs_vectors_of_images(floats) -> None:  # type: igno
     assert error <= 1e-5
     assert record.inputs == ("pixel_values",)
     done = {report.name: report.rewrites for report in reports}
-    is_transformer = name not in ("mobile", "resnet")
+    is_transformer = name != "resnet"
     assert done["patch_product"] == int(is_transformer)
     assert any(node.op_type == "Conv" for node in model.graph.node) != is_transformer
     assert model.graph.output[0].type.tensor_type.shape.dim[1].dim_value == record.dim
@@ -227,6 +228,16 @@ def test_the_cards_own_example_gives_the_same_vectors(made, target: str, monkeyp
     exec(compile(code, "card", "exec"), names)
     vectors = edgeq.load(out / target, allow_failed=True).encode(paths)
     assert np.allclose(names["vectors"], vectors, atol=1e-5)
+
+
+def test_parity_is_measured_again_on_other_images(made, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    _, _, photos, out = made
+    bundle = out / TARGETS[0]
+    artifact = bundle / load_manifest(bundle).artifact.files[0].path
+    found = validation.validate(bundle, None, None, artifact, silent, photos)
+    assert found.measures is not None and found.measures.cosine_min > 0.999
+    with pytest.raises(ConfigError, match="give a folder with --images"):
+        validation.validate(bundle, None, None, artifact, silent)
 
 
 def test_the_golden_images_are_those_that_were_compared(made) -> None:  # type: ignore[no-untyped-def]

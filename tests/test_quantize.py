@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from edgeq import calibrate, equalize, ranges, rounding
+from edgeq import observe as observe_module
 from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.calibrate import Observed
 from edgeq.errors import ConfigError, EdgeqError
@@ -67,6 +68,42 @@ def test_massive_neurons_leave_the_integer_product_where_there_are_any(observed:
     assert hidden == {
         "layer.0": (encoder.HIDDEN - equalize.SIDE_WIDTH, encoder.DIM), "layer.1": (encoder.HIDDEN, encoder.DIM),
     }  # fmt: skip
+
+
+def test_observing_in_parts_finds_the_same(
+    model: onnx.ModelProto, held_out: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = ir.from_proto(model).graph
+    names = [*(site.name for site in sites(graph)), *equalize.score_tensors(graph)]
+    batches = equal_length_batches(held_out, encoder.LONGEST)
+    read = names[:2]
+
+    def found() -> tuple[dict[str, Statistics], int]:
+        runs: list[int] = []
+        kept = observe(model, names, batches, lambda done, total: runs.append(total), histograms=read, moments=read)
+        return kept, runs[-1]
+
+    whole, runs = found()
+    monkeypatch.setattr("edgeq.observe.GROUP_BYTES", 2 * 4 * encoder.LONGEST * encoder.HIDDEN)
+    parts, more = found()
+    assert more >= 2 * runs
+    assert list(parts) == list(whole) == names
+    for name in names:
+        for array in ("minimum", "maximum", "moment", "mean"):
+            first, second = getattr(whole[name], array), getattr(parts[name], array)
+            assert (first is None) == (second is None)
+            assert first is None or np.array_equal(first, second)
+    scores = names[-1]
+    assert whole[scores].minimum.shape == (1,)
+    session = observe_module.observing(model, [scores])
+    seen = [session.run([scores], batch.feeds)[0] for batch in batches]
+    assert whole[scores].minimum[0] == min(array.min() for array in seen)
+    assert whole[scores].maximum[0] == max(array.max() for array in seen)
+
+
+def test_attention_makes_the_memory_of_observing_grow_with_the_square(model: onnx.ModelProto) -> None:
+    short, long = (observe_module.peak_bytes(model, tokens) for tokens in (1024, 4096))
+    assert long - short == 3 * encoder.HEADS * (4096**2 - 1024**2) * 4
 
 
 def test_integer_products_are_near_fp32(model: onnx.ModelProto, observed: Observed, held_out: Tokens) -> None:

@@ -21,10 +21,10 @@ def _processor(**changed: object) -> object:
     return ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}, **changed)
 
 
-def _cropping(edge: int = SIZE) -> object:
+def _cropping() -> object:
     from transformers import CLIPImageProcessorPil
 
-    size, crop = {"shortest_edge": edge + 4}, {"height": edge, "width": edge}
+    size, crop = {"shortest_edge": SIZE + 4}, {"height": SIZE, "width": SIZE}
     return CLIPImageProcessorPil(size=size, crop_size=crop)
 
 
@@ -57,13 +57,6 @@ def siglip(folder: Path) -> Path:
     config = SiglipConfig(text_config={**text, "vocab_size": 99, "max_position_embeddings": 16}, vision_config=_BODY)
     _tokenizer(folder)
     return _save(SiglipModel(config), _processor(resample=3), folder)
-
-
-def mobile(folder: Path) -> Path:
-    from transformers import MobileNetV2Config, MobileNetV2Model
-
-    config = MobileNetV2Config(depth_multiplier=0.35, image_size=2 * SIZE)
-    return _save(MobileNetV2Model(config, add_pooling_layer=False), _cropping(2 * SIZE), folder)
 
 
 def resnet(folder: Path) -> Path:

@@ -48,12 +48,13 @@ def validate(
     bundle: BundleDir,
     texts: Annotated[Path | None, typer.Option(metavar="FILE", help="Compare on these; else on edgeq's own.")] = None,
     column: Annotated[str | None, typer.Option(help="The column of --texts that holds the text.")] = None,
+    images: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Compare on these, for images.")] = None,
     against: Against = None,
     as_json: console.AsJson = False,
     verbose: console.Verbose = 0,
     quiet: console.Quiet = False,
 ) -> None:
-    """Measure BUNDLE's parity with FP32 on texts, here, and judge it by its target's gate.
+    """Measure BUNDLE's parity with FP32 on texts or images, here, and judge it by its target's gate.
 
     Raises:
         ParityFailed: the vectors miss the gate.
@@ -63,7 +64,7 @@ def validate(
 
     float_file = find_float_model(load_manifest(bundle), against)
     with console.stages() as report:
-        found = validate_bundle(bundle, texts, column, float_file, report)
+        found = validate_bundle(bundle, texts, column, float_file, report, images)
     if as_json:
         console.put_json(found.model_dump(mode="json"))
     else:

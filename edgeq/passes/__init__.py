@@ -22,18 +22,23 @@ from edgeq.passes.constant_reshape import constant_reshape
 from edgeq.passes.constant_segment import constant_segment
 from edgeq.passes.direct_position import direct_position
 from edgeq.passes.drop_expand import drop_expand
+from edgeq.passes.drop_nan_guard import drop_nan_guard
 from edgeq.passes.drop_open_mask import drop_open_mask
 from edgeq.passes.finite_fill import finite_fill
 from edgeq.passes.finite_mask import finite_mask
 from edgeq.passes.fold_attention_scale import fold_attention_scale
+from edgeq.passes.fold_side_scales import fold_side_scales
 from edgeq.passes.graph import Rewrites
+from edgeq.passes.measured_reshape import measured_reshape
 from edgeq.passes.name_weights import name_weights
 from edgeq.passes.patch_product import patch_product
 from edgeq.passes.pool_by_matmul import pool_by_matmul
 from edgeq.passes.pool_maps import pool_maps
 from edgeq.passes.recover_gelu import recover_gelu
 from edgeq.passes.recover_layer_normalization import recover_layer_normalization
+from edgeq.passes.recover_padding_mask import recover_padding_mask
 from edgeq.passes.split_gemm import split_gemm
+from edgeq.passes.unflatten_softmax import unflatten_softmax
 from edgeq.records import PassReport
 from edgeq.reference import FloatSession
 from edgeq.samples import AnyFeeds
@@ -43,10 +48,14 @@ Pass = Callable[[ir.Model], Rewrites]
 FLOAT_PASSES: tuple[Pass, ...] = (
     recover_layer_normalization,  # first: the later passes look for whole LayerNormalization and Gelu nodes
     recover_gelu,
+    unflatten_softmax,  # before the masks, which are found by the softmax behind them
     finite_mask,  # before shapes: it removes most of the shape arithmetic by itself
+    recover_padding_mask,  # what finite_mask left: other exporters' arithmetic, decided by computing it
+    drop_nan_guard,  # needs the finite mask
     constant_segment,
     direct_position,
     constant_reshape,  # needs the symbolic shapes that the exporter wrote, so before nodes are added without them
+    measured_reshape,  # what inference does not know is measured
     drop_expand,
     drop_open_mask,
     patch_product,  # needs the shapes of maps, so before nodes are added without them
@@ -55,6 +64,7 @@ FLOAT_PASSES: tuple[Pass, ...] = (
     finite_fill,
     split_gemm,  # before names are given: a Dense layer is a product like any other
     fold_attention_scale,
+    fold_side_scales,
     name_weights,  # last: names follow the final weights
 )
 

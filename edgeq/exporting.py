@@ -1,4 +1,4 @@
-"""Export a source to a float model: FP32 ONNX with pooling and normalisation inside, proved against torch."""
+"""Export a source to a float model: FP32 ONNX with pooling and normalisation inside, proved against its source."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeq import dialect, errors, passes, torch_export
+from edgeq import dialect, errors, onnx_export, origins, passes, torch_export
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.records import FloatModel, Source
 from edgeq.reference import FloatSession
@@ -26,36 +27,38 @@ MODEL, CONFIG = "model.onnx", torch_export.CONFIG
 _LOG_LINES = 15
 
 
-def export(located: Located, out_dir: Path, hidden_state: bool = True) -> tuple[Source, FloatModel]:
+def export(
+    located: Located, out_dir: Path, hidden_state: bool = True, float_ops: Sequence[str] = ()
+) -> tuple[Source, FloatModel]:
     """Write `model.onnx` and the folder `config/` below `out_dir`.
 
     Args:
         located: the model.
         out_dir: an existing empty folder.
         hidden_state: also give `last_hidden_state`, float32[batch, sequence, hidden], for tools that pool themselves.
+        float_ops: operators outside the dialect that may stay, for targets that keep floats.
 
     Returns:
         The records. Outputs: `sentence_embedding`, float32[batch, dim], and `last_hidden_state` if asked for.
 
     Raises:
-        ToolMissing: torch is not installed.
+        ToolMissing: torch, or for an ONNX file onnxscript, is not installed.
         ConfigError: the model cannot be loaded.
         Unsupported: torch cannot export it, or the graph leaves the dialect.
-        EdgeqError: the graph does not reproduce torch to 1e-5.
+        EdgeqError: the graph does not reproduce torch, or the given file, to 1e-5.
     """
-    with tempfile.TemporaryDirectory(dir=out_dir) as folder:
-        raw_dir = Path(folder)
-        _run_torch(located, raw_dir, hidden_state)
-        record = Source.model_validate_json((raw_dir / torch_export.SOURCE).read_bytes())
-        raw = onnx.load(raw_dir / torch_export.RAW)
-        feeds, expected = torch_export.load_probes(raw_dir / torch_export.PROBES)
-        (raw_dir / CONFIG).rename(out_dir / CONFIG)
-    rewritten, reports = passes.apply(raw, feeds)
-    dialect.verify(rewritten, located.name)
-    error = _largest_error(rewritten, feeds, expected)
+    if located.onnx is not None:
+        raw = onnx_export.prepare(located, located.onnx, out_dir / CONFIG, hidden_state)
+    else:
+        raw = _from_torch(located, out_dir, hidden_state)
+    record = raw.source
+    rewritten, reports = passes.apply(raw.model, raw.feeds)
+    dialect.verify(rewritten, located.name, float_ops)
+    origins.strip(rewritten)
+    error = _largest_error(rewritten, raw.feeds, raw.expected)
     if not error <= TOLERANCE:
         raise EdgeqError(
-            f"{located.name}: the graph differs from torch by {error:.2e}; at most {TOLERANCE:.0e} is allowed. "
+            f"{located.name}: the graph differs from its source by {error:.2e}; at most {TOLERANCE:.0e} is allowed. "
             "This is a defect of edgeq: please report the model"
         )
     torch_export.save(rewritten, out_dir / MODEL)
@@ -69,6 +72,18 @@ def export(located: Located, out_dir: Path, hidden_state: bool = True) -> tuple[
         max_abs_error=error,
         passes=reports,
     )
+
+
+def _from_torch(located: Located, out_dir: Path, hidden_state: bool) -> onnx_export.Raw:
+    """Export with torch, and read what its process wrote."""
+    with tempfile.TemporaryDirectory(dir=out_dir) as folder:
+        raw_dir = Path(folder)
+        _run_torch(located, raw_dir, hidden_state)
+        record = Source.model_validate_json((raw_dir / torch_export.SOURCE).read_bytes())
+        raw = onnx.load(raw_dir / torch_export.RAW)
+        feeds, expected = torch_export.load_probes(raw_dir / torch_export.PROBES)
+        (raw_dir / CONFIG).rename(out_dir / CONFIG)
+    return onnx_export.Raw(record, raw, feeds, expected)
 
 
 def _run_torch(located: Located, out_dir: Path, hidden_state: bool) -> None:
@@ -97,7 +112,7 @@ def _run_torch(located: Located, out_dir: Path, hidden_state: bool) -> None:
 def _largest_error(
     exported: onnx.ModelProto, feeds: tuple[AnyFeeds, ...], expected: list[NDArray[np.float32]]
 ) -> float:
-    """Give the largest absolute difference to torch's embeddings, relative where their largest value exceeds 1."""
+    """Give the largest absolute difference to the source's embeddings, relative where their largest value exceeds 1."""
     session = FloatSession.of(exported)
     worst = 0.0
     for feed, embeddings in zip(feeds, expected, strict=True):

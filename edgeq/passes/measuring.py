@@ -1,0 +1,49 @@
+"""Run a part of a graph, to decide by computing what a value is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir import external_data
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from edgeq.passes.graph import dims
+from edgeq.reference import FloatSession
+from edgeq.samples import PIXELS, AnyFeeds, PixelFeeds
+from edgeq.texts import Feeds
+
+
+def outputs_of(model: ir.Model, values: Sequence[ir.Value], shapes: bool = False) -> FloatSession:
+    """Load the part of a graph that computes some values; the model is left as it is.
+
+    Args:
+        model: whose inputs are input_ids and attention_mask.
+        values: any of its nodes' outputs.
+        shapes: give their shapes, int64[dimensions], instead of themselves.
+    """
+    part = ir.from_proto(ir.to_proto(model))
+    for name, initializer in part.graph.initializers.items():
+        initializer.const_value = model.graph.initializers[name].const_value  # it knows the folder of external data
+    found = {value.name: value for node in part.graph for value in node.outputs}
+    found |= {value.name: value for value in part.graph.inputs}
+    part.graph.outputs.clear()
+    for row, value in enumerate(values):
+        node = ir.node("Shape" if shapes else "Identity", [found[value.name]], name=f"measured_{row}")
+        node.outputs[0].name = f"measured_{row}"
+        node.outputs[0].type = ir.TensorType(ir.DataType.INT64) if shapes else value.type
+        part.graph.append(node)
+        part.graph.outputs.append(node.outputs[0])
+    RemoveUnusedNodesPass()(part)
+    return FloatSession.of(ir.to_proto(external_data.load_to_model(part)))
+
+
+def feeds_of_ones(model: ir.Model, batch: int, sequence: int) -> AnyFeeds:
+    """Make a batch of texts of so many tokens, or of images of the size that the model takes."""
+    images = next((value for value in model.graph.inputs if value.name == PIXELS), None)
+    if images is not None:
+        sizes = [size for size in dims(images) or () if isinstance(size, int)]
+        return PixelFeeds(np.ones((batch, *sizes), np.float32))
+    ones = np.ones((batch, sequence), np.int64)
+    return Feeds(ones, ones)

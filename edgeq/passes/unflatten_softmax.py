@@ -1,0 +1,45 @@
+"""Take away what a converter puts around a softmax of opset 12 or older."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from edgeq.passes.graph import Rewrites, add_node, is_read_once, made_by, readers, replace_uses
+from edgeq.passes.measuring import feeds_of_ones, outputs_of
+
+
+def unflatten_softmax(model: ir.Model) -> Rewrites:
+    """Replace a softmax over all axes from k on, flattened, by one over the last axis, where k is the last.
+
+    Before::
+
+        x ─┬─ Flatten(k) ─ Softmax(-1) ─┐
+           └─ Shape ─────────────────── Reshape
+
+    After::
+
+        x ─ Softmax(-1)
+    """
+    count, near = 0, []
+    for node in list(model.graph):
+        flat = made_by(node.inputs[0], "Flatten") if node.op_type == "Softmax" else None
+        x = flat.inputs[0] if flat is not None else None
+        if flat is None or x is None:
+            continue
+        back = readers(node.outputs[0])[0] if is_read_once(node.outputs[0]) else None
+        shape = made_by(back.inputs[1], "Shape") if back is not None and back.op_type == "Reshape" else None
+        if back is None or shape is None or shape.inputs[0] is not x:
+            near.append(f"{node.name}: a flattened softmax that is not brought back to its shape")
+            continue
+        axis, rank = flat.attributes["axis"].as_int() if "axis" in flat.attributes else 1, _rank(model, x)
+        if axis not in (-1, rank - 1):
+            near.append(f"{node.name}: a softmax over more than the last axis ({axis} of {rank})")
+            continue
+        replace_uses(back.outputs[0], add_node(node, "Softmax", [x], f"{node.name}/last", {"axis": -1}))
+        count += 1
+    return Rewrites(count, tuple(near))
+
+
+def _rank(model: ir.Model, value: ir.Value) -> int:
+    (sizes,) = outputs_of(model, [value], shapes=True).run(None, feeds_of_ones(model, 2, 3))
+    return len(sizes)
