@@ -17,7 +17,7 @@ from edgeq.pipeline import ExportRequest
 from edgeq.records import Measures, Record, Scheme, Status, Target
 from edgeq.sensitivity import Product, Sensitivity
 from edgeq.stages import Report
-from edgeq.texts import Tokens, token_limit
+from edgeq.texts import Tokens, text_tokens, token_limit
 from edgeq.textsets import plan_texts
 
 MOST_TEXTS = 48  # each product runs all of them once: more texts do not change the ranking
@@ -114,7 +114,7 @@ def _sensitivity(request: ExportRequest, target: Target, report: Report) -> Sens
     statistics = calibrate.load(Path(calibrated.calibration.file.path))
     counterpart = layer_errors.counterpart(equalized, statistics, model.scheme)
     limit = token_limit(target.buckets_tokens, model.max_sequence)
-    tokens = stages.validation(floats, texts, request.cache, limit).tokens
+    tokens = text_tokens(stages.validation(floats, texts, request.cache, limit).samples)
     by_length = sorted(range(len(tokens.ids)), key=lambda row: len(tokens.ids[row]))
     rows = np.linspace(0, len(by_length) - 1, min(MOST_TEXTS, len(by_length))).round().astype(int)
     few = Tokens(tuple(tokens.ids[by_length[row]] for row in rows), 0, tokens.pad_id)

@@ -30,9 +30,11 @@ def export(
     out: str | Path,
     texts: Sequence[str] | str | Path | None = None,
     *,
+    images: str | Path | None = None,
     validation: Sequence[str] | str | Path | None = None,
     pooling: str | None = None,
     dim: int | None = None,
+    tower: str | None = None,
     normalize: bool | None = None,
     tokenizer: str | Path | Any | None = None,
     max_sequence: int | None = None,
@@ -58,9 +60,11 @@ def export(
         targets: names as `edgeq targets` lists them, or targets that `edgeq.targets.load_target` read.
         out: bundles go to OUT/TARGET.
         texts: to calibrate on: a list, or a .txt, .jsonl or .csv file; None takes the default set.
-        validation: to compare on, in the same forms; None takes a fifth of `texts`.
+        images: a folder of images to calibrate on, for a model of images.
+        validation: to compare on, in the same forms; None takes a fifth of `texts` or `images`.
         pooling: how token vectors become one, where the model does not say it.
         dim: keep the first dimensions, of unit length again if the model's are; not of an ONNX file or a module.
+        tower: "text" or "image", of a model that embeds both.
         normalize: of an ONNX file or a module: give its vectors length 1.
         tokenizer: of an ONNX file or a module: a tokenizer.json, the folder that holds it, or a tokenizer of
             `tokenizers` or `transformers`.
@@ -101,11 +105,13 @@ def export(
             targets=tuple(load_target(item) if isinstance(item, str) else item for item in targets),
             out=Path(out),
             texts=_texts(texts, folder / "texts.jsonl"),
+            images=Path(images) if images is not None else None,
             column=column,
             validation=_texts(validation, folder / "validation.jsonl"),
             evaluation=tuple(map(Path, evaluation)),
             pooling=pooling,
             dim=dim,
+            tower=tower,
             onnx=options,
             samples=samples,
             seed=seed,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgeq import equalize, side_paths
 from edgeq.backends.contract import Embeddings, embed_batches
+from edgeq.convolutions import map_tensors
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.gemm import feed_forwards, sites, value_sum
 from edgeq.observe import BINS, Histogram, Statistics, equal_length_batches, observe
@@ -81,7 +82,8 @@ def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Pro
     graph = ir.from_proto(model)
     wanted = [site.name for site in sites(graph.graph)]
     hidden = [str(block.hidden.name) for block in feed_forwards(graph.graph)]
-    first_names = list(dict.fromkeys([*wanted, *hidden, *equalize.score_tensors(graph.graph)]))
+    maps = map_tensors(graph.graph)
+    first_names = list(dict.fromkeys([*wanted, *hidden, *equalize.score_tensors(graph.graph), *maps]))
     first = observe(model, first_names, batches, lambda done, total: progress("observe", done, total))
     split = ir.from_proto(model)
     sweep = equal_length_batches(samples.swept(_vocabulary(graph.graph), seed), longest)
@@ -98,12 +100,12 @@ def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Pro
     proto = ir.to_proto(equalized)
     read = [site.name for site in sites(equalized.graph)]
     primitives(equalized)
-    tensors = _float_tensors(equalized.graph, read)
+    tensors = list(dict.fromkeys([*_float_tensors(equalized.graph, read), *maps]))
     expanded = ir.to_proto(equalized)
     del parted, equalized
     kept = observe(
         expanded, tensors, batches, lambda done, total: progress("calibrate", done, total),
-        histograms=read, moments=read, means=_read_by_attention(expanded),
+        histograms=[*read, *maps], moments=read, means=_read_by_attention(expanded),
     )  # fmt: skip
     return Observed(proto, kept, migration, _largest_error(model, proto, held, longest))
 
@@ -223,7 +225,7 @@ def _score(
 ) -> tuple[float, float]:
     graph = ir.from_proto(split)
     moved = equalize.migrate(graph.graph, statistics, swept, strengths)
-    candidate = quantize(ir.to_proto(graph), moved, SCHEMES[SEARCH_SCHEME], compensate=False)[0]
+    candidate = quantize(ir.to_proto(graph), {**statistics, **moved}, SCHEMES[SEARCH_SCHEME], compensate=False)[0]
     cosines = np.sort(_cosines(reference, embed_batches(FloatSession.of(candidate), batches, len(reference))))
     if not np.isfinite(cosines).all():
         return -1.0, -1.0

@@ -38,7 +38,9 @@ class Checked(Record):
     problems: tuple[str, ...]
 
 
-def check(model: str, targets: Sequence[Target], pooling: str | None, cache: Cache) -> tuple[Checked, ...]:
+def check(
+    model: str, targets: Sequence[Target], pooling: str | None, cache: Cache, tower: str | None = None
+) -> tuple[Checked, ...]:
     """Check a model for each target.
 
     Args:
@@ -46,6 +48,7 @@ def check(model: str, targets: Sequence[Target], pooling: str | None, cache: Cac
         targets: to check for.
         pooling: of a plain Hugging Face directory.
         cache: for the exported float model.
+        tower: "text" or "image", of a model that embeds both.
 
     Raises:
         ConfigError: the model is not there, or a target names an unknown backend or scheme.
@@ -56,7 +59,7 @@ def check(model: str, targets: Sequence[Target], pooling: str | None, cache: Cac
     if path.suffix == ".onnx":
         graph, file = read_onnx(path), file_ref(path)
     else:
-        floats = stages.float_model(source.locate(model, pooling), True, cache)
+        floats = stages.float_model(source.locate(model, pooling, tower=tower), True, cache)
         graph, file = onnx.load(floats.model.file.path), floats.model.file
     return tuple(_check(graph, file, target) for target in targets)
 
@@ -81,7 +84,10 @@ def _check(model: onnx.ModelProto, file: FileRef, target: Target) -> Checked:
         verdicts = tuple(
             OperatorVerdict(node.name or node.output[0], node.op_type, "unknown", why, ()) for node in model.graph.node
         )
-    problems = [f"{item.rule} Found: {item.detail}" for item in backend.rejections(_unquantised(file, scheme), target)]
+    stored = {tensor.name for tensor in model.graph.initializer}
+    inputs = tuple(item.name for item in model.graph.input if item.name not in stored)
+    rejected = backend.rejections(unquantised(file, inputs, scheme), target)
+    problems = [f"{item.rule} Found: {item.detail}" for item in rejected]
     problems += [f"{item.operator} ({item.node}): {item.why}." for item in verdicts if item.verdict == "refused"]
     on_host = [f"{name} ({item.node})" for item in verdicts for name in item.host_operators]
     if len(on_host) > target.gate.host_operators_max:
@@ -97,11 +103,11 @@ def _check(model: onnx.ModelProto, file: FileRef, target: Target) -> Checked:
     )
 
 
-def _unquantised(file: FileRef, scheme: Scheme) -> QdqModel:
-    """Give the record that rules on scheme and target read; nothing of it is quantised yet."""
+def unquantised(file: FileRef, inputs: tuple[str, ...], scheme: Scheme) -> QdqModel:
+    """Give the record that rules on inputs, scheme and target read; nothing of it is quantised yet."""
     return QdqModel(
         file=file, float_model_sha256=file.sha256, calibration_sha256=file.sha256, scheme=scheme,
-        inputs=("input_ids", "attention_mask"), outputs=("sentence_embedding",), dim=0, max_sequence=0,
+        inputs=inputs, outputs=("sentence_embedding",), dim=0, max_sequence=0,
         integer_matmuls=(), float_matmuls=(),
     )  # fmt: skip
 

@@ -46,7 +46,7 @@ def compare(
         artifact: what `lower` gave.
         folder: that its paths are relative to.
         target: its gate judges.
-        validation: texts, and FP32's vectors of them.
+        validation: texts or images, and FP32's vectors of them.
         max_sequence: the longest sequence the model takes.
         step: called as `step(done, total)`.
 
@@ -75,9 +75,9 @@ def compare(
 
 def _measured(session: Session, validation: Validation, target: Target, limit: int) -> tuple[Embeddings, float]:
     """Give the vectors, float32[texts, dim], and the invariance."""
-    embeddings = embed_batches(session, batches(validation.tokens), len(validation.texts))
+    embeddings = embed_batches(session, batches(validation.samples), len(validation.texts))
     few = target.gate.parity_texts
-    return embeddings, parity.invariance(session, validation.tokens, limit, target.buckets_tokens, few)
+    return embeddings, parity.invariance(session, validation.samples, limit, target.buckets_tokens, few)
 
 
 def _other_settings(

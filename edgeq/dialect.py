@@ -10,6 +10,7 @@ from onnx import TensorProto, numpy_helper
 
 from edgeq.errors import Unsupported
 from edgeq.origins import origin
+from edgeq.samples import PIXELS
 
 OPSET = 21
 
@@ -22,9 +23,10 @@ OPERATORS: dict[str, str] = {
     "Cast": "mask to float",
     "Ceil": "distances between positions in buckets",
     "Clip": "divisors kept off zero",
-    "Concat": "pooling modes side by side",
     "Cos": "rotation by position",
     "CumSum": "weighted mean pooling, positions of tokens that are no padding",
+    "Concat": "pooling modes side by side, class token",
+    "Conv": "maps of an image",
     "Div": "pooling, normalisation",
     "Equal": "pooling of the last token",
     "Erf": "activations that are not GELU",
@@ -35,6 +37,9 @@ OPERATORS: dict[str, str] = {
     "Gelu": "activation",
     "Greater": "distances between positions",
     "GreaterOrEqual": "distances between positions",
+    "GlobalAveragePool": "pooling of maps",
+    "HardSigmoid": "activation, gates of maps",
+    "HardSwish": "activation",
     "Identity": "Dense without activation",
     "LayerNormalization": "normalisation inside the encoder",
     "Less": "distances between positions",
@@ -43,6 +48,7 @@ OPERATORS: dict[str, str] = {
     "MatMul": "weights, attention, pooling",
     "Max": "divisors kept off zero",
     "Min": "distances between positions in buckets",
+    "MaxPool": "maps of an image",
     "Mul": "scales, gates",
     "Neg": "pooling of the last token, rotation by position",
     "Not": "pooling masks",
@@ -68,7 +74,7 @@ OPERATORS: dict[str, str] = {
     "Squeeze": "pooling",
     "Sub": "mask",
     "Tanh": "activation, Dense",
-    "Tile": "projections of positions for each head",
+    "Tile": "projections of positions for each head, the query of a pooling head for each image",
     "Transpose": "heads",
     "Unsqueeze": "mask",
     "Where": "max pooling",
@@ -147,12 +153,16 @@ def _constant_problems(model: onnx.ModelProto) -> list[str]:
 def _interface_problems(model: onnx.ModelProto) -> list[str]:
     problems = []
     inputs = [item.name for item in model.graph.input]
-    if inputs != ["input_ids", "attention_mask"]:
-        problems.append(f"inputs {inputs}; input_ids and attention_mask are needed")
+    takes_images = inputs == [PIXELS]
+    if inputs != ["input_ids", "attention_mask"] and not takes_images:
+        problems.append(f"inputs {inputs}; input_ids and attention_mask, or {PIXELS}, are needed")
     if not model.graph.output or model.graph.output[0].name != "sentence_embedding":
         problems.append("the first output is not sentence_embedding")
     for item in model.graph.input:
         shape = item.type.tensor_type.shape.dim
-        if len(shape) != 2 or any(not dim.dim_param for dim in shape):
+        if takes_images:
+            is_image = len(shape) == 4 and shape[0].dim_param and all(dim.dim_value > 0 for dim in shape[1:])
+            problems += [] if is_image else [f"{item.name}: its axes are not [batch, and three fixed sizes]"]
+        elif len(shape) != 2 or any(not dim.dim_param for dim in shape):
             problems.append(f"{item.name}: its axes are not symbolic [batch, sequence]")
     return problems

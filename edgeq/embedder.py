@@ -15,6 +15,7 @@ from edgeq.bundle import load_manifest, require_cpu
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.machine import machine, place
 from edgeq.records import Manifest
+from edgeq.samples import PIXELS
 from edgeq.texts import Tokenizer, batches, token_limit
 
 _log = logging.getLogger(__name__)
@@ -128,6 +129,9 @@ def load(bundle: str | Path, threads: int = 0, allow_failed: bool = False) -> Em
         threads: 0 leaves the choice to the target.
         allow_failed: load a bundle that missed its gate, too.
 
+    Returns:
+        What embeds texts; for a bundle of an image model, what embeds images.
+
     Raises:
         ConfigError: there is no bundle at this path, or edgeq lacks its backend.
         BundleCorrupt: its manifest is not what edgeq writes.
@@ -152,6 +156,11 @@ def load(bundle: str | Path, threads: int = 0, allow_failed: bool = False) -> Em
             place(target.runs_on),
         )
     session = backend.load(manifest.artifact, path, target, threads)
+    if manifest.float_model.inputs == (PIXELS,):
+        from edgeq import preprocessing  # here: texts need no Pillow
+        from edgeq.image_embedder import ImageEmbedder
+
+        return ImageEmbedder(session, preprocessing.read(path / preprocessing.CONFIG), manifest)
     limit = token_limit(target.buckets_tokens, manifest.source.max_sequence)
     tokenizer = Tokenizer.from_file(path / "tokenizer.json", limit)
     return Embedder(session, tokenizer, manifest)

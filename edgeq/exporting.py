@@ -18,9 +18,9 @@ from edgeq import dialect, errors, onnx_export, origins, passes, torch_export
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.records import FloatModel, Source
 from edgeq.reference import FloatSession
+from edgeq.samples import AnyFeeds
 from edgeq.source import Located
 from edgeq.storage import file_ref
-from edgeq.texts import Feeds
 
 TOLERANCE = 1e-5
 MODEL, CONFIG = "model.onnx", torch_export.CONFIG
@@ -110,7 +110,9 @@ def _run_torch(located: Located, out_dir: Path, hidden_state: bool) -> None:
     raise kind(answer["message"])
 
 
-def _largest_error(exported: onnx.ModelProto, feeds: tuple[Feeds, ...], expected: list[NDArray[np.float32]]) -> float:
+def _largest_error(
+    exported: onnx.ModelProto, feeds: tuple[AnyFeeds, ...], expected: list[NDArray[np.float32]]
+) -> float:
     """Give the largest absolute difference to the source's embeddings, relative where their largest value exceeds 1."""
     session = FloatSession.of(exported)
     worst = 0.0

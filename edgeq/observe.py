@@ -120,16 +120,21 @@ def observe(
         if name in with_moment:
             _add_moment(statistics, rows, max(1, total // MOMENT_ROWS))
 
+    inputs = [name for name in tensors if name in {item.name for item in model.graph.input}]
+    made = [name for name in tensors if name not in inputs]
     shapes = tensor_shapes(model)
     # The last axis of attention is no channel, and neither is one that grows with the text.
-    positions = [name for name in tensors if _has_no_channels(shapes.get(name, ())) and name not in with_histogram]
-    groups = _groups([name for name in tensors if name not in positions], shapes, _longest(batches))
+    positions = [name for name in made if _has_no_channels(shapes.get(name, ())) and name not in with_histogram]
+    groups = _groups([name for name in made if name not in positions], shapes, _longest(batches))
     runs = len(groups) * len(batches)
     for number, group in enumerate(groups):
         ends = [] if number else [end for name in positions for end in (name + LOWEST, name + HIGHEST)]
         session = observing(model, group, () if number else positions)
         for done, batch in enumerate(batches, start=1):
-            found = dict(zip((*group, *ends), session.run([*group, *ends], batch.feeds), strict=True))
+            names = [*group, *ends]
+            found = dict(zip(names, session.run(names, batch.feeds) if names else (), strict=True))
+            for name, array in batch.feeds.named(inputs).items() if inputs and not number else ():
+                add(name, array, batch.feeds.size)
             for name in group:
                 add(name, found.pop(name), batch.feeds.size)  # freed at once: the next run hands over as much again
             for name in () if number else positions:

@@ -33,6 +33,7 @@ from edgeq.passes import infer_shapes
 from edgeq.passes.graph import dims
 from edgeq.probes import probe_feeds
 from edgeq.records import Source
+from edgeq.samples import AnyFeeds
 from edgeq.source import POOLING_MODES, Located
 from edgeq.texts import Feeds, Tokenizer
 
@@ -49,7 +50,7 @@ class Raw:
 
     source: Source
     model: onnx.ModelProto
-    feeds: tuple[Feeds, ...]
+    feeds: tuple[AnyFeeds, ...]
     expected: list[FloatArray]
 
 

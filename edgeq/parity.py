@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from edgeq.errors import ConfigError, ParityFailed
 from edgeq.gate import judge, judge_placement, judge_settings
 from edgeq.machine import describe
-from edgeq.records import Measures, ParityReport, Place, Placement, SettingReport, Target, TextSet
-from edgeq.texts import Feeds, lengths
+from edgeq.records import ImageSet, Measures, ParityReport, Place, Placement, SettingReport, Target, TextSet
+from edgeq.samples import Samples
+from edgeq.texts import Feeds, Tokens, lengths
 
 if TYPE_CHECKING:
     from edgeq.backends.contract import Session
-    from edgeq.texts import Tokens
 
 NEIGHBOURS = 10
 MIN_TEXTS = 3  # two texts have one similarity, which ranks nothing
@@ -76,7 +76,7 @@ def measure(reference: FloatArray, embeddings: FloatArray, texts: Sequence[str],
 
 def invariance(
     session: Session,
-    tokens: Tokens,
+    samples: Samples,
     max_sequence: int,
     buckets_tokens: Sequence[int] = (),
     parity_texts: int | None = None,
@@ -85,10 +85,11 @@ def invariance(
 
     Texts of evenly spread lengths, the shortest and the longest among them, run alone, padded by 1 and by 7, padded to
     the next power of two and to the longest among them, twice in one batch, and in a batch of them all in both orders.
+    Images are not padded: they run alone and in batches.
 
     Args:
         session: the loaded artifact.
-        tokens: of any texts.
+        samples: tokens of any texts, or images.
         max_sequence: the longest sequence the model takes.
         buckets_tokens: the lengths a static artifact takes; empty for dynamic shapes.
         parity_texts: the gate's; where a run takes seconds, three texts run instead of eight.
@@ -99,8 +100,11 @@ def invariance(
     Raises:
         ConfigError: there are no texts.
     """
-    if not tokens.ids:
+    if not len(samples):
         raise ConfigError("invariance: no texts; at least one is needed. Give a text file that holds some.")
+    if not isinstance(samples, Tokens):
+        return _unpadded_invariance(session, samples)
+    tokens = samples
     by_length = sorted(range(len(tokens.ids)), key=lambda row: (len(tokens.ids[row]), row))
     most = _INVARIANCE_TEXTS if parity_texts is None else _SLOW_INVARIANCE_TEXTS
     spread = np.linspace(0, len(by_length) - 1, min(most, len(by_length))).round().astype(int)
@@ -127,7 +131,7 @@ def report(
     reference: FloatArray,
     embeddings: FloatArray,
     texts: Sequence[str],
-    text_set: TextSet,
+    text_set: TextSet | ImageSet,
     invariance_min: float,
     other_settings: tuple[SettingReport, ...] = (),
 ) -> ParityReport:
@@ -159,7 +163,7 @@ def report(
 def not_run(
     target: Target,
     placement: Placement,
-    text_set: TextSet,
+    text_set: TextSet | ImageSet,
     reason: str,
     other_settings: tuple[SettingReport, ...] = (),
 ) -> ParityReport:
@@ -258,6 +262,19 @@ def _ranks(values: DoubleArray) -> DoubleArray:
 def _smallest(lengths: Sequence[int], size: int) -> int:
     """Give the smallest length that holds `size` tokens, or the longest there is."""
     return next((length for length in lengths if length >= size), lengths[-1])
+
+
+def _unpadded_invariance(session: Session, samples: Samples) -> float:
+    """Give the smallest cosine between any two vectors of one image: alone, and in a batch in both orders."""
+    places = np.linspace(0, len(samples) - 1, min(_INVARIANCE_TEXTS, len(samples))).round().astype(int)
+    some = samples.chosen(places.tolist())
+    count = len(some)
+    alone, together, reverse = (
+        np.concatenate([session(batch.feeds) for batch in given.batches(size, size)])
+        for given, size in ((some, 1), (some, count), (some.chosen(range(count)[::-1]), count))
+    )
+    rows = np.stack([alone, together, reverse[::-1]])
+    return min(_smallest_cosine(rows[:, row]) for row in range(count))
 
 
 def _padded(ids: Sequence[Sequence[int]], width: int, pad_id: int) -> Feeds:

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeq import __version__, backends, bundle, comparing, exporting, schemes, source, stages, storage
+from edgeq import __version__, backends, bundle, checking, comparing, exporting, schemes, source, stages, storage
 from edgeq.backends.contract import Backend, Embeddings
 from edgeq.cache import Cache
 from edgeq.errors import ConfigError, ParityFailed, Unsupported
@@ -26,9 +27,12 @@ from edgeq.records import (
 )
 from edgeq.stages import Report
 from edgeq.texts import Tokens, batches, token_feeds, token_limit
-from edgeq.textsets import TextPlan, plan_texts, spread_validation
+from edgeq.textsets import plan_texts, spread, spread_validation
 
-GOLDEN_TEXTS = 32
+if TYPE_CHECKING:
+    from edgeq.sampling import Plan
+
+GOLDEN_TEXTS, GOLDEN_IMAGES = 32, 16
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,12 @@ class ExportRequest:
     cache: Cache
     texts: Path | None = None
     column: str | None = None
+    images: Path | None = None
     validation: Path | None = None
     evaluation: tuple[Path, ...] = ()
     pooling: str | None = None
     dim: int | None = None
+    tower: str | None = None
     onnx: OnnxOptions = OnnxOptions()
     samples: int | None = None
     seed: int = 0
@@ -82,10 +88,8 @@ def export(request: ExportRequest, report: Report) -> tuple[Exported, ...]:
     Raises:
         EdgeqError: any stage; see `edgeq.errors`.
     """
-    located = source.locate(request.model, request.pooling, request.onnx, request.dim)
-    texts = plan_texts(
-        request.texts, request.column, request.validation, request.evaluation, request.samples, request.seed
-    )
+    located = source.locate(request.model, request.pooling, request.onnx, request.dim, tower=request.tower)
+    plan = _plan(request, located)
     for target in request.targets:
         _refuse_islands(request, target)
         _scheme(request, target)
@@ -98,15 +102,39 @@ def export(request: ExportRequest, report: Report) -> tuple[Exported, ...]:
     report("export", 0, 1)
     floats = stages.float_model(located, request.hidden_state, request.cache, request.float_ops)
     report("export", 1, 1)
-    calibrated = stages.calibrated(floats, texts, request.seed, request.cache, report)
-    return tuple(_bundle(target, floats, calibrated, texts, request, report) for target in request.targets)
+    for target in request.targets if floats.takes_images else ():
+        as_given = checking.unquantised(floats.model.file, floats.model.inputs, _scheme(request, target))
+        _refuse(backends.find(target.backend, target.name), as_given, target)
+    calibrated = stages.calibrated(floats, plan, request.seed, request.cache, report)
+    return tuple(_bundle(target, floats, calibrated, plan, request, report) for target in request.targets)
+
+
+def _plan(request: ExportRequest, located: source.Located) -> Plan:
+    """Decide which texts or images calibrate, and which validate.
+
+    Raises:
+        ConfigError: the model takes the other kind, or the files cannot be used.
+    """
+    if located.takes_images and request.images is None:
+        raise ConfigError(f"{request.model}: takes images; give a folder of them to calibrate on with --images")
+    if request.images is None:
+        return plan_texts(
+            request.texts, request.column, request.validation, request.evaluation, request.samples, request.seed
+        )
+    if not located.takes_images:
+        raise ConfigError(f"{request.model}: takes texts; drop --images {request.images}, or give --tower image")
+    if request.texts is not None or request.column is not None or request.evaluation:
+        raise ConfigError("--images stands alone: drop --texts, --column and --evaluation")
+    from edgeq.images import plan_images  # here: texts need no Pillow
+
+    return plan_images(request.images, request.validation, request.samples, request.seed)
 
 
 def _bundle(
     target: Target,
     floats: stages.Floats,
     calibrated: stages.Calibrated,
-    texts: TextPlan,
+    plan: Plan,
     request: ExportRequest,
     report: Report,
 ) -> Exported:
@@ -120,7 +148,7 @@ def _bundle(
     report(f"{stage}reference", 0, 1)
     limit = token_limit(target.buckets_tokens, model.max_sequence)
     few = target.gate.parity_texts
-    validation = stages.validation(floats, spread_validation(texts, few), request.cache, limit)
+    validation = stages.validation(floats, spread_validation(plan, few), request.cache, limit)
     report(f"{stage}reference", 1, 1)
     with storage.work_dir() as work:
         report(f"{stage}lower", 0, 1)
@@ -139,7 +167,7 @@ def _bundle(
                 __version__, command, target, floats.source, floats.model, calibrated.equalized,
                 calibrated.calibration, model, artifact, stages.versions(stages.EXPORT_TOOLS) | dict(backend.tools()),
             )  # fmt: skip
-            golden = _golden(validation, embeddings)
+            golden = _golden(floats, validation, embeddings)
             bundle.write(path, lineage, work, floats.folder / exporting.CONFIG, golden, found, request.overwrite)
     return Exported(
         target=target.name,
@@ -195,17 +223,26 @@ def _refuse(backend: Backend, model: QdqModel, target: Target) -> None:
         raise Unsupported(f"{target.name}: {target.backend} cannot take this model:\n{listed}")
 
 
-def _golden(validation: stages.Validation, embeddings: Embeddings | None) -> bundle.GoldenData:
-    """Choose texts of evenly spread lengths, so that short and long ones are both among the golden."""
-    by_length = sorted(range(len(validation.texts)), key=lambda row: len(validation.tokens.ids[row]))
+def _golden(
+    floats: stages.Floats, validation: stages.Validation, embeddings: Embeddings | None
+) -> bundle.GoldenData | bundle.GoldenImages:
+    """Choose texts of evenly spread lengths, so that short and long ones are both among the golden; or images."""
+    if not isinstance(validation.samples, Tokens):
+        rows = list(spread(range(len(validation.texts)), GOLDEN_IMAGES))
+        return bundle.golden_images(
+            floats.config, validation.samples.chosen(rows), [validation.texts[row] for row in rows],
+            validation.reference[rows], None if embeddings is None else embeddings[rows],
+        )  # fmt: skip
+    tokens = validation.samples
+    by_length = sorted(range(len(validation.texts)), key=lambda row: len(tokens.ids[row]))
     places = np.unique(np.linspace(0, len(by_length) - 1, min(GOLDEN_TEXTS, len(by_length))).round().astype(int))
     rows = [by_length[place] for place in places]
-    chosen = Tokens(tuple(validation.tokens.ids[row] for row in rows), 0, validation.tokens.pad_id)
+    chosen = tokens.chosen(rows)
     (batch,) = batches(chosen, batch_size=len(rows), max_tokens=len(rows) * max(len(ids) for ids in chosen.ids))
     order, feeds = [rows[row] for row in batch.rows], token_feeds(batch.feeds)
     return bundle.GoldenData(
         tuple(validation.texts[row] for row in order), feeds.input_ids, feeds.attention_mask,
-        validation.reference[order], None if embeddings is None else embeddings[order], validation.tokens.pad_id,
+        validation.reference[order], None if embeddings is None else embeddings[order], tokens.pad_id,
     )  # fmt: skip
 
 
@@ -249,6 +286,7 @@ def _command(request: ExportRequest, name: str, target: Target) -> tuple[str, ..
     words = ["edgeq", "export", name, "--target", target.name]
     optional: Mapping[str, object | None] = {
         "--texts": request.texts and request.texts.name, "--column": request.column,
+        "--images": request.images and request.images.name, "--tower": request.tower,
         "--validation": request.validation and request.validation.name,
         "--pooling": request.pooling, "--dim": request.dim,
         "--tokenizer": request.onnx.tokenizer and request.onnx.tokenizer.name,

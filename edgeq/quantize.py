@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from edgeq import affine, ranges, rounding
 from edgeq.affine import Affine
 from edgeq.coded import LOWEST_IR_VERSION
+from edgeq.convolutions import quantize_convolutions
 from edgeq.errors import EdgeqError
 from edgeq.gemm import Site, sites
 from edgeq.observe import Statistics
@@ -27,6 +28,8 @@ def quantize(
     model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme, compensate: bool = True
 ) -> tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]:
     """Put QuantizeLinear and DequantizeLinear around every token-level weight product and the embedding tables.
+
+    Convolutions get them, too: see `edgeq.convolutions`.
 
     A scheme that leaves nothing float has more to do: see `edgeq.quantize_integer` and `edgeq.quantize_htp`; one that
     leaves the codes to a vendor's compiler has none: see `edgeq.vendor_form`.
@@ -68,6 +71,7 @@ def quantize(
         if site.name not in observed:
             raise EdgeqError(f"{site.name}: read by a weight product, but the calibration has no statistics of it")
         integer.extend(_quantize_site(graph, site, observed[site.name], scheme, compensate))
+    integer += quantize_convolutions(graph, observed, scheme)
     for node in list(graph):
         if node.op_type in ("Gather", "Slice"):
             _quantize_table(graph, node, scheme.embedding_bits)

@@ -41,9 +41,9 @@ class Source(Record):
     kind: Literal["sentence-transformers", "transformers", "onnx", "module"]
     sha256: Sha256  # over the names and contents of all files that decide the vectors
     modules: tuple[str, ...]  # e.g. ("Transformer", "Pooling:mean", "Normalize")
-    inputs: tuple[str, ...]  # graph inputs: "input_ids", "attention_mask" [, "token_type_ids"]
+    inputs: tuple[str, ...]  # graph inputs: "input_ids", "attention_mask" [, "token_type_ids"]; or "pixel_values"
     dim: int
-    max_sequence: int  # tokens, special tokens included
+    max_sequence: int  # tokens, special tokens included; 1 for images
     prompts: dict[str, str]
     default_prompt_name: str | None
 
@@ -80,6 +80,16 @@ class TextSet(Record):
     truncated: int  # texts cut at the model's limit
 
 
+class ImageSet(Record):
+    """Describe a set of images by content: no image is held here."""
+
+    origin: str  # the folder that the user named
+    sha256: Sha256  # over the pixels in order, resized and cropped
+    count: int
+    height: int
+    width: int
+
+
 class Migration(Record):
     """Give the strength of the scale migration per kind of tensor, and what the search measured."""
 
@@ -93,7 +103,7 @@ class Calibration(Record):
 
     file: FileRef
     float_model_sha256: Sha256
-    texts: TextSet
+    texts: TextSet | ImageSet
     seed: int
     migration: Migration
 
@@ -296,7 +306,7 @@ class ParityReport(Record):
     measures: Measures | None  # None when not run
     gate: Gate
     failures: tuple[str, ...]
-    texts: TextSet
+    texts: TextSet | ImageSet
     reason: str | None = None  # why it was not run; such a bundle is not fit for a release
     other_settings: tuple[SettingReport, ...] = ()
 

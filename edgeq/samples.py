@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
+import numpy as np
 from numpy.typing import NDArray
+
+from edgeq.errors import ConfigError
+
+PIXELS = "pixel_values"  # the one input of a model that takes images
 
 
 class AnyFeeds(Protocol):
@@ -67,3 +72,29 @@ class Samples(Protocol):
     def unpadded(self, most: int) -> list[Batch]:
         """Batch samples without padding, no batch larger than `most`, as `AnyFeeds.size` counts."""
         ...
+
+
+@dataclass(frozen=True)
+class PixelFeeds:
+    """Hold one batch of images.
+
+    Attributes:
+        pixel_values: float32[batch, 3, height, width], rescaled and normalised.
+    """
+
+    pixel_values: NDArray[np.float32]
+
+    @property
+    def size(self) -> int:
+        """Count the images."""
+        return len(self.pixel_values)
+
+    def named(self, inputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Give the arrays by graph input name.
+
+        Raises:
+            ConfigError: the graph wants something else than images.
+        """
+        if list(inputs) != [PIXELS]:
+            raise ConfigError(f"the model reads {', '.join(inputs)}, and was given images. Give it texts.")
+        return {PIXELS: self.pixel_values}

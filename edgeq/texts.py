@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgeq.errors import ConfigError
 from edgeq.records import TextSet
-from edgeq.samples import AnyFeeds, Batch, Samples
+from edgeq.samples import PIXELS, AnyFeeds, Batch, Samples
 
 SWEEP_TOKENS, SWEEP_LENGTH = 8192, 30
 
@@ -36,7 +36,13 @@ class Feeds:
         return int(self.input_ids.size)
 
     def named(self, inputs: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-        """Give the arrays by graph input name; `token_type_ids` is all zero, as for single texts."""
+        """Give the arrays by graph input name; `token_type_ids` is all zero, as for single texts.
+
+        Raises:
+            ConfigError: the graph wants images.
+        """
+        if PIXELS in inputs:
+            raise ConfigError(f"the model reads {', '.join(inputs)}, and was given texts. Give it images.")
         known = {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
@@ -121,6 +127,17 @@ class Tokens:
         return made
 
 
+def text_tokens(samples: Samples) -> Tokens:
+    """Give samples to what takes texts only.
+
+    Raises:
+        ConfigError: they are no texts.
+    """
+    if not isinstance(samples, Tokens):
+        raise ConfigError("this takes texts, and was given images. Choose a model that embeds texts.")
+    return samples
+
+
 class Tokenizer:
     """Turn texts into token ids."""
 
@@ -142,6 +159,8 @@ class Tokenizer:
         Raises:
             ConfigError: it is not there or not one.
         """
+        if (path.parent / "preprocessor_config.json").is_file() and not path.is_file():
+            raise ConfigError(f"{path.parent}: is of a model that takes images, and this takes texts; choose another")
         if not path.is_file():
             raise ConfigError(f"{path}: not there; a fast tokenizer's tokenizer.json is needed")
         try:

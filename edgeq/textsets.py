@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from edgeq.corpora import deduplicate, default_texts, read_texts, refuse_overlap, sample, split
 from edgeq.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edgeq.images import ImagePlan
+
+ItemT = TypeVar("ItemT")
 
 FEWEST_CALIBRATION = 16
 FEWEST_VALIDATION = 16
@@ -80,13 +86,15 @@ def plan_texts(
     return TextPlan(tuple(chosen), tuple(compared), origin, compared_origin)
 
 
-def spread(texts: Sequence[str], most: int | None) -> tuple[str, ...]:
-    """Give at most so many texts, evenly spread; all when there is no limit."""
+def spread(texts: Sequence[ItemT], most: int | None) -> tuple[ItemT, ...]:
+    """Give at most so many texts or images, evenly spread; all when there is no limit."""
     if most is None or len(texts) <= most:
         return tuple(texts)
     return tuple(texts[int(row)] for row in np.linspace(0, len(texts) - 1, most).round())
 
 
-def spread_validation(plan: TextPlan, most: int | None) -> TextPlan:
-    """Keep at most so many of a plan's validation texts."""
+def spread_validation(plan: TextPlan | ImagePlan, most: int | None) -> TextPlan | ImagePlan:
+    """Keep at most so many of a plan's validation texts or images."""
+    if isinstance(plan, TextPlan):
+        return replace(plan, validation=spread(plan.validation, most))
     return replace(plan, validation=spread(plan.validation, most))

@@ -25,6 +25,7 @@ from edgeq import origins, sentence_modules, source
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.probes import probe_feeds
 from edgeq.records import Source
+from edgeq.samples import PIXELS, AnyFeeds, PixelFeeds
 from edgeq.source import Located
 from edgeq.texts import Feeds
 from edgeq.torch_failures import explain
@@ -58,6 +59,8 @@ def run(located: Located, out_dir: Path, hidden_state: bool) -> Source:
         Unsupported: torch cannot export it.
     """
     model = source.load(located)
+    if located.takes_images:
+        return _run_images(located, model, out_dir, hidden_state)
     record = source.describe(located, model)
     feeds = probe_feeds(len(model.tokenizer), record.max_sequence)
     _require_own_vectors(model, feeds[1], located.name)
@@ -89,6 +92,29 @@ def _require_own_vectors(model: SentenceTransformer, feeds: Feeds, name: str) ->
             f"{name}: the model has no input for an attention mask, and padding moves a text's vector: it would depend "
             "on the other texts of its batch. A model that takes attention_mask is needed."
         )
+
+
+def _run_images(located: Located, model: SentenceTransformer, out_dir: Path, hidden_state: bool) -> Source:
+    """Write the same of an image model: its configuration is its preprocessing."""
+    import torch
+
+    from edgeq import torch_images
+
+    (out_dir / CONFIG).mkdir()
+    with quiet():
+        record = torch_images.describe(located, model)
+        feeds = torch_images.probes(torch_images.prepared_as(model, located.name, out_dir / CONFIG))
+        expected = torch_images.embeddings(model, feeds)
+    named: dict[str, NDArray[Any]] = {}
+    for row, (feed, vectors) in enumerate(zip(feeds, expected, strict=True)):
+        named |= {f"{row}_0": feed.pixel_values, f"{row}_2": vectors}
+    np.savez(out_dir / PROBES, allow_pickle=False, **named)
+    module, example = torch_images.graph(model, hidden_state), torch.from_numpy(feeds[-1].pixel_values)
+    with torch.no_grad():
+        outputs = ("sentence_embedding", "last_hidden_state")[: len(module(example))]
+    save(to_onnx(module, {PIXELS: example}, outputs, located.name), out_dir / RAW)
+    (out_dir / SOURCE).write_text(record.model_dump_json(), encoding="utf-8")
+    return record
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
@@ -132,16 +158,20 @@ def _to_onnx(model: SentenceTransformer, hidden_state: bool, name: str, max_sequ
 
 
 def to_onnx(
-    graph: torch.nn.Module, tensors: Mapping[str, torch.Tensor], outputs: Sequence[str], name: str, max_sequence: int
+    graph: torch.nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    outputs: Sequence[str],
+    name: str,
+    max_sequence: int = 65536,
 ) -> onnx.ModelProto:
     """Export a module of bare tensors; each node keeps one sentence about where it comes from.
 
     Args:
         graph: takes the tensors in their order, as parameters or as one *parameter.
-        tensors: input name -> an example, [batch, sequence]; both axes become free.
+        tensors: input name -> an example, [batch, sequence], whose axes both become free, or images, whose batch does.
         outputs: their names.
         name: for messages.
-        max_sequence: the longest sequence.
+        max_sequence: the longest sequence; of no matter for images.
 
     Raises:
         Unsupported: torch cannot; the message names the line.
@@ -149,7 +179,9 @@ def to_onnx(
     import torch
 
     batch, sequence = torch.export.Dim("batch", min=1, max=65536), torch.export.Dim("sequence", min=2, max=max_sequence)
-    axes: tuple[object, ...] = tuple({0: batch, 1: sequence} for _ in tensors)
+    axes: tuple[object, ...] = tuple(
+        {0: batch, 1: sequence} if tensor.ndim == 2 else {0: batch} for tensor in tensors.values()
+    )
     is_open = any(item.kind is item.VAR_POSITIONAL for item in inspect.signature(graph.forward).parameters.values())
     try:
         with torch.no_grad(), quiet():
@@ -280,9 +312,13 @@ def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def load_probes(path: Path) -> tuple[tuple[Feeds, ...], list[NDArray[np.float32]]]:
+def load_probes(path: Path) -> tuple[tuple[AnyFeeds, ...], list[NDArray[np.float32]]]:
     """Read the probe feeds and torch's embeddings of them, each float32[batch, dim]."""
     with np.load(path, allow_pickle=False) as archive:
+        if "0_1" not in archive:
+            count = len(archive.files) // 2
+            images = tuple(PixelFeeds(archive[f"{row}_0"]) for row in range(count))
+            return images, [archive[f"{row}_2"] for row in range(count)]
         count = len(archive.files) // 3
         feeds = tuple(Feeds(archive[f"{row}_0"], archive[f"{row}_1"]) for row in range(count))
         return feeds, [archive[f"{row}_2"] for row in range(count)]
@@ -298,6 +334,7 @@ def main() -> int:
         request["pooling"],
         request["sha256"],
         dim=request["dim"],
+        tower=request["tower"],
     )
     try:
         run(located, Path(request["out_dir"]), request["hidden_state"])

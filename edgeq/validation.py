@@ -11,18 +11,28 @@ from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.bundle import load_manifest, require_cpu
 from edgeq.corpora import deduplicate, default_texts, read_texts
 from edgeq.embedder import Embedder, load
+from edgeq.errors import ConfigError
 from edgeq.evaluation import Embed
-from edgeq.records import ParityReport
+from edgeq.records import Manifest, ParityReport
 from edgeq.reference import FloatSession
+from edgeq.samples import PIXELS
+from edgeq.sampling import Prepared, prepare
 from edgeq.stages import Validation
-from edgeq.texts import Tokenizer, batches, text_set, token_limit
+from edgeq.texts import Tokenizer, batches, token_limit
 from edgeq.textsets import spread
 
 Report = Callable[[str, int, int], None]
 
 
-def validate(bundle: Path, texts: Path | None, column: str | None, float_model: Path, report: Report) -> ParityReport:
-    """Run texts through FP32 and a bundle's artifact, under every setting that runs here, and judge by the gate.
+def validate(
+    bundle: Path,
+    texts: Path | None,
+    column: str | None,
+    float_model: Path,
+    report: Report,
+    images: Path | None = None,
+) -> ParityReport:
+    """Run texts or images through FP32 and a bundle's artifact, under every setting that runs here, and judge.
 
     Args:
         bundle: OUT/TARGET, as `edgeq export` wrote it; one that missed its gate may be measured, too.
@@ -30,29 +40,46 @@ def validate(bundle: Path, texts: Path | None, column: str | None, float_model: 
         column: which column of `texts` holds the text.
         float_model: the FP32 model that the bundle was made from.
         report: called as `report(stage, done, total)`.
+        images: a folder of images, for a bundle of an image model.
 
     Raises:
-        ConfigError: there is no bundle, or the texts cannot be used.
+        ConfigError: there is no bundle, or the texts or images cannot be used.
         BundleCorrupt: the manifest is not what edgeq writes.
         Unsupported: this CPU lacks flags the target needs.
     """
     manifest = load_manifest(bundle)
     target = manifest.target
     require_cpu(target)
-    most = target.gate.parity_texts if texts is None else None  # the user's own run whole, however long that takes
-    chosen = spread(deduplicate(read_texts(texts or default_texts()[1], column if texts else None)), most)
-    limit = token_limit(target.buckets_tokens, manifest.source.max_sequence)
-    tokens = Tokenizer.from_file(bundle / "tokenizer.json", limit).encode(chosen)
+    given = _given(manifest, bundle, texts, column, images)
     report("float32", 0, 1)
-    reference = embed_batches(FloatSession.of(float_model), batches(tokens), len(chosen))
+    reference = embed_batches(FloatSession.of(float_model), batches(given.samples), len(given.samples))
     report("float32", 1, 1)
-    validation = Validation(chosen, tokens, text_set(texts.name if texts else "default", chosen, tokens), reference)
     backend = backends.find(manifest.artifact.backend, str(bundle))
     found, _ = comparing.compare(
-        backend, manifest.artifact, bundle, target, validation, manifest.source.max_sequence,
-        partial(report, "artifact"),
+        backend, manifest.artifact, bundle, target,
+        Validation(given.names, given.samples, given.record, reference),
+        manifest.source.max_sequence, partial(report, "artifact"),
     )  # fmt: skip
     return found
+
+
+def _given(manifest: Manifest, bundle: Path, texts: Path | None, column: str | None, images: Path | None) -> Prepared:
+    """Prepare what is to be measured on.
+
+    Raises:
+        ConfigError: it is not what the model takes.
+    """
+    takes_images = manifest.float_model.inputs == (PIXELS,)
+    if takes_images != (images is not None):
+        raise ConfigError(f"{bundle}: takes {'images; give a folder with' if takes_images else 'texts; drop'} --images")
+    if images is not None:
+        from edgeq.images import read_folder  # here: texts need no Pillow
+
+        return prepare(read_folder(images), images.name, bundle, manifest.source.max_sequence)
+    most = manifest.target.gate.parity_texts if texts is None else None  # the user's own run whole, however long
+    chosen = spread(deduplicate(read_texts(texts or default_texts()[1], column if texts else None)), most)
+    limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
+    return prepare(chosen, texts.name if texts else "default", bundle, limit)
 
 
 def embedders(bundle: Path, float_model: Path) -> tuple[Embed, Embed]:

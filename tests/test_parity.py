@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 from tiny_bundle import GATE, MEASURES, PLACEMENT, TEXT_SET, make_target
@@ -9,6 +7,7 @@ from tiny_bundle import GATE, MEASURES, PLACEMENT, TEXT_SET, make_target
 from edgeq import parity
 from edgeq.errors import ConfigError, ParityFailed
 from edgeq.targets import list_targets
+from edgeq.texts import Tokens
 
 COUNT, DIM = 200, 64
 
@@ -249,15 +248,8 @@ def test_the_place_is_judged() -> None:
     assert sentence == "it ran on emulator; for export device or host-kernels is needed."
 
 
-@dataclass
-class Tokens:
-    ids: list[list[int]]
-    truncated: int = 0
-    pad_id: int = 0
-
-
 TABLE = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float32)
-SOME = Tokens([list(range(1, 1 + length)) for length in (1, 2, 3, 5, 8, 13, 21, 30, 31, 32)])
+SOME = Tokens(tuple(tuple(range(1, 1 + length)) for length in (1, 2, 3, 5, 8, 13, 21, 30, 31, 32)), 0, 0)
 
 
 def faithful(feeds):  # type: ignore[no-untyped-def]
@@ -318,4 +310,4 @@ def test_vectors_without_a_direction_give_zero(bad: float) -> None:
 
 def test_invariance_needs_a_text() -> None:
     with pytest.raises(ConfigError, match="no texts"):
-        parity.invariance(faithful, Tokens([]), 32)
+        parity.invariance(faithful, Tokens((), 0, 0), 32)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edgeq.environments import Environment
 from edgeq.errors import ConfigError
 from edgeq.records import Artifact, Place, QdqModel, Scheme, Target
-from edgeq.samples import AnyFeeds, Batch
+from edgeq.samples import PIXELS, AnyFeeds, Batch
 from edgeq.texts import fitted, rows_by_bucket, token_feeds
 
 Embeddings = NDArray[np.float32]
@@ -121,6 +121,11 @@ class NeedsDevice(Protocol):
     def obstacle(self, target: Target) -> str | None:
         """Say why this machine cannot run the target's artifacts, or None."""
         ...
+
+
+def reads_tokens(model: QdqModel, target: Target) -> str | None:
+    """The model must read tokens: these files take texts. For images use ONNX Runtime or OpenVINO on a CPU."""
+    return f"the model reads {', '.join(model.inputs)}" if PIXELS in model.inputs else None
 
 
 def obstacle(backend: Backend, target: Target) -> str | None:

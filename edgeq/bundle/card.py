@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -10,6 +11,9 @@ from edgeq.gate import norm_limit
 from edgeq.records import Manifest, ParityReport, Place
 from edgeq.sentence_modules import TABLE, truncated_to
 from edgeq.texts import lengths
+
+if TYPE_CHECKING:
+    from edgeq.preprocessing import Preprocessing
 
 TEMPLATE = "model_card.md.j2"
 CONTEXT_SUFFIX = "_ctx.onnx"  # ONNX around a compiled binary, which only its provider can run
@@ -25,13 +29,16 @@ _PLACES: dict[Place, str] = {
 }
 
 
-def render_card(manifest: Manifest, report: ParityReport, pad_id: int) -> str:
+def render_card(
+    manifest: Manifest, report: ParityReport, pad_id: int, preprocessing: Preprocessing | None = None
+) -> str:
     """Give the text of the model card.
 
     Args:
         manifest: of the bundle.
         report: of the bundle.
         pad_id: the token that pads, for the example.
+        preprocessing: of a model of images.
     """
     # Markdown, not HTML; a name that the template misspells must fail, not print nothing.
     environment = Environment(
@@ -54,6 +61,7 @@ def render_card(manifest: Manifest, report: ParityReport, pad_id: int) -> str:
         limits=_limits(report),
         place=_PLACES[report.ran_on],
         pad_id=pad_id,
+        preprocessing=preprocessing,
         model_path=_runnable(manifest),
         placement=manifest.artifact.placement,
         interpreter=manifest.target.runtime.get("interpreter", "litert"),
@@ -68,6 +76,7 @@ def render_card(manifest: Manifest, report: ParityReport, pad_id: int) -> str:
         token_limit=max(buckets, default=manifest.source.max_sequence),
         opens_in_sentence_transformers=(
             manifest.artifact.files[0].path in SENTENCE_TRANSFORMERS_FILES
+            and preprocessing is None
             and "last_hidden_state" in manifest.qdq_model.outputs
             and manifest.source.modules[0] != TABLE
         ),

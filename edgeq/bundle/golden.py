@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +23,7 @@ TEXTS = "golden.jsonl"
 
 # In the order in which they lie in the file.
 _ARRAYS = {"input_ids": np.int64, "attention_mask": np.int64, "reference": np.float32, "embeddings": np.float32}
-_AGAIN = "Fetch or export the bundle again."
+AGAIN = "Fetch or export the bundle again."
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip file can hold
 
 
@@ -64,9 +66,13 @@ def write_golden(directory: Path, golden: GoldenData) -> None:
         raise EdgeqError(f"golden texts: {problem}. This is a defect of edgeq; please report it.")
     lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in golden.texts]
     (directory / TEXTS).write_text("".join(lines), encoding="utf-8", newline="\n")
-    with zipfile.ZipFile(directory / VECTORS, "w", zipfile.ZIP_STORED) as archive:
-        held = {name: array for name in _ARRAYS if (array := getattr(golden, name)) is not None}
-        arrays = {**held, "pad_id": np.int64(golden.pad_id)}
+    held = {name: array for name in _ARRAYS if (array := getattr(golden, name)) is not None}
+    write_arrays(directory / VECTORS, {**held, "pad_id": np.int64(golden.pad_id)})
+
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any] | np.generic]) -> None:
+    """Write an .npz file without time stamps."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
             entry = zipfile.ZipInfo(f"{name}.npy", _EPOCH)
             entry.create_system = 3  # the zip module writes the system it runs on
@@ -81,30 +87,47 @@ def read_golden(directory: Path) -> GoldenData:
     Raises:
         BundleCorrupt: a file is missing, malformed, or does not belong to the other.
     """
-    texts = _read_texts(directory / TEXTS)
+    texts = read_lines(directory / TEXTS, "text")
     path = directory / VECTORS
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in _ARRAYS if name in archive or name != "embeddings"}
-            pad_id = int(archive["pad_id"])
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise BundleCorrupt(f"{path}: golden vectors cannot be read ({error}). {_AGAIN}") from error
-    golden = GoldenData(texts=texts, pad_id=pad_id, **{"embeddings": None, **arrays})
+    arrays = read_arrays(path, (*_ARRAYS, "pad_id"), optional="embeddings")
+    pad_id = arrays.pop("pad_id")
+    if pad_id.size != 1 or pad_id.dtype.kind not in "iu":
+        raise BundleCorrupt(f"{path}: pad_id is no whole number. {AGAIN}")
+    golden = GoldenData(
+        texts, arrays["input_ids"], arrays["attention_mask"], arrays["reference"], arrays.get("embeddings"), int(pad_id)
+    )
     problem = _problem(golden)
     if problem is not None:
-        raise BundleCorrupt(f"{path}: {problem}. {_AGAIN}")
+        raise BundleCorrupt(f"{path}: {problem}. {AGAIN}")
     return golden
 
 
-def _read_texts(path: Path) -> tuple[str, ...]:
-    """Read `text` from every line."""
+def read_arrays(path: Path, names: Sequence[str], optional: str) -> dict[str, NDArray[Any]]:
+    """Read arrays of an .npz file; nothing is unpickled.
+
+    Raises:
+        BundleCorrupt: the file or an array is missing or malformed.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in names if name in archive or name != optional}
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise BundleCorrupt(f"{path}: golden vectors cannot be read ({error}). {AGAIN}") from error
+
+
+def read_lines(path: Path, key: str) -> tuple[str, ...]:
+    """Read the string under a key from every line.
+
+    Raises:
+        BundleCorrupt: the file is missing or malformed.
+    """
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        texts = tuple(row["text"] for row in rows)
+        texts = tuple(row[key] for row in rows)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise BundleCorrupt(f"{path}: golden texts cannot be read ({error}). {_AGAIN}") from error
+        raise BundleCorrupt(f"{path}: golden texts cannot be read ({error}). {AGAIN}") from error
     if not all(isinstance(text, str) for text in texts):
-        raise BundleCorrupt(f"{path}: a golden text is no string. {_AGAIN}")
+        raise BundleCorrupt(f"{path}: a golden text is no string. {AGAIN}")
     return texts
 
 

@@ -11,14 +11,18 @@ from edgeq import backends, schemes
 from edgeq.backends.contract import embed_batches
 from edgeq.bundle.checksums import bundle_files, check_sums
 from edgeq.bundle.golden import VECTORS, GoldenData, read_golden
+from edgeq.bundle.golden_images import GoldenImages, read_golden_images
 from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle, load_manifest, load_report, require_cpu
 from edgeq.errors import BundleCorrupt, DeviceUnavailable, ParityFailed
 from edgeq.gate import judge, judge_placement, judge_settings
 from edgeq.machine import describe, place
 from edgeq.parity import unit
 from edgeq.records import FileRef, Manifest, ParityReport, Place, Record, Status
+from edgeq.samples import PIXELS, Samples
 from edgeq.storage import file_ref
-from edgeq.texts import Tokenizer, batches, token_limit
+from edgeq.texts import Tokenizer, Tokens, batches, token_limit
+
+AnyGolden = GoldenData | GoldenImages
 
 SAME_PLACE_ERROR_MAX = 1e-3
 SAME_PLACE_COSINE_MIN = 0.9999
@@ -55,8 +59,7 @@ def verify(path: Path) -> Verification:
         DeviceUnavailable: the bundle was measured on a device that is not here.
     """
     manifest, report = read_whole(path)
-    golden = read_golden(path)
-    _check_golden(path, manifest, golden)
+    golden, samples = _golden(path, manifest)
     require_cpu(manifest.target)
     ran_on = place(manifest.target.runs_on)
     verification = Verification(
@@ -72,7 +75,7 @@ def verify(path: Path) -> Verification:
         float32_cosine_min=None,
     )
     try:
-        vectors = _run(path, manifest, golden)
+        vectors = _run(path, manifest, golden, samples)
     except DeviceUnavailable as error:
         if report.measures is not None:
             raise
@@ -97,7 +100,7 @@ def read_whole(path: Path) -> tuple[Manifest, ParityReport]:
     return manifest, report
 
 
-def _errors(golden: GoldenData, vectors: NDArray[np.float32]) -> dict[str, float]:
+def _errors(golden: AnyGolden, vectors: NDArray[np.float32]) -> dict[str, float]:
     """Compare vectors, float32[texts, dim], with FP32's and, where there are any, with the recorded ones."""
     found = {"float32_cosine_min": float(_cosines(golden.reference, vectors).min())}
     if golden.embeddings is not None:
@@ -176,8 +179,34 @@ def _broken_verdict(manifest: Manifest, report: ParityReport) -> list[str]:
     return []
 
 
-def _check_golden(path: Path, manifest: Manifest, golden: GoldenData) -> None:
-    """Compare count and dimension with the manifest, and the token ids with what the bundle's tokenizer gives."""
+def _golden(path: Path, manifest: Manifest) -> tuple[AnyGolden, Samples]:
+    """Read the golden texts or images, and check that this machine prepares them as they were prepared."""
+    if manifest.float_model.inputs == (PIXELS,):
+        pictures = read_golden_images(path)
+        _check_vectors(path, manifest, pictures)
+        return pictures, _same_images(path, pictures)
+    golden = read_golden(path)
+    _check_vectors(path, manifest, golden)
+    return golden, _same_tokens(path, manifest, golden)
+
+
+def _same_images(path: Path, golden: GoldenImages) -> Samples:
+    """Prepare the test card here, and give the golden images if it is the recorded one to one code."""
+    from edgeq import images, preprocessing
+
+    how = preprocessing.read(path / preprocessing.CONFIG)
+    found = how.codes(preprocessing.test_card())
+    same = found.shape == golden.test_card.shape
+    if not same or int(np.abs(found.astype(np.int16) - golden.test_card).max()) > 1:
+        raise BundleCorrupt(
+            f"{path / VECTORS}: the test card became other pixels than {preprocessing.CONFIG} gives here. Install the "
+            "Pillow version that made it, or export again."
+        )
+    return images.Images(golden.codes, how)
+
+
+def _check_vectors(path: Path, manifest: Manifest, golden: AnyGolden) -> None:
+    """Compare count and dimension with the manifest."""
     if (golden.embeddings is None) != (manifest.status == "not-run") and manifest.status != "failed":
         raise BundleCorrupt(
             f"{path / VECTORS}: the artifact's vectors do not fit a bundle recorded as {manifest.status}. "
@@ -188,6 +217,10 @@ def _check_golden(path: Path, manifest: Manifest, golden: GoldenData) -> None:
             f"{path / VECTORS}: {len(golden.texts)} texts of dimension {golden.reference.shape[1]}; the manifest "
             f"says {manifest.golden.count} of {manifest.source.dim}. Export the bundle again."
         )
+
+
+def _same_tokens(path: Path, manifest: Manifest, golden: GoldenData) -> Tokens:
+    """Give the golden texts' token ids if the bundle's tokenizer gives the recorded ones."""
     limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
     tokens = Tokenizer.from_file(path / "tokenizer.json", limit).encode(golden.texts)
     for row, (found, recorded) in enumerate(zip(tokens.ids, golden.token_ids(), strict=True), start=1):
@@ -196,14 +229,13 @@ def _check_golden(path: Path, manifest: Manifest, golden: GoldenData) -> None:
                 f"{path / VECTORS}: text {row} has the token ids {recorded[:8]}...; the bundle's tokenizer.json "
                 f"gives {list(found)[:8]}... Install the tokenizers version that made it, or export again."
             )
+    return tokens
 
 
-def _run(path: Path, manifest: Manifest, golden: GoldenData) -> NDArray[np.float32]:
+def _run(path: Path, manifest: Manifest, golden: AnyGolden, samples: Samples) -> NDArray[np.float32]:
     """Run the golden texts through the artifact, float32[texts, dim]."""
     session = backends.find(manifest.artifact.backend, str(path)).load(manifest.artifact, path, manifest.target)
-    limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
-    tokens = Tokenizer.from_file(path / "tokenizer.json", limit).encode(golden.texts)
-    vectors = embed_batches(session, batches(tokens), len(golden.texts))
+    vectors = embed_batches(session, batches(samples), len(golden.texts))
     if vectors.shape != golden.reference.shape or not np.isfinite(vectors).all():
         raise ParityFailed(
             f"{path}: the golden texts give vectors of shape {vectors.shape}, finite: {np.isfinite(vectors).all()}; "

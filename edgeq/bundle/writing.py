@@ -10,6 +10,7 @@ from typing import TypeVar
 from edgeq.bundle.card import render_card
 from edgeq.bundle.checksums import SUMS, check_sums, write_sums
 from edgeq.bundle.golden import TEXTS, VECTORS, GoldenData, write_golden
+from edgeq.bundle.golden_images import GoldenImages, write_golden_images
 from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.records import (
@@ -53,7 +54,7 @@ def write(
     lineage: Lineage,
     artifact_dir: Path,
     config_dir: Path,
-    golden: GoldenData,
+    golden: GoldenData | GoldenImages,
     report: ParityReport,
     overwrite: bool = False,
 ) -> Manifest:
@@ -111,11 +112,17 @@ def _require_same(bundle_dir: Path, partial: Path) -> None:
 
 
 def _fill(
-    directory: Path, lineage: Lineage, artifact_dir: Path, config_dir: Path, golden: GoldenData, report: ParityReport
+    directory: Path,
+    lineage: Lineage,
+    artifact_dir: Path,
+    config_dir: Path,
+    golden: GoldenData | GoldenImages,
+    report: ParityReport,
 ) -> Manifest:
     """Write every file of a bundle, the sums last."""
-    if not (config_dir / "tokenizer.json").is_file():
-        raise EdgeqError(f"{config_dir}: tokenizer.json is not there; a bundle cannot be used without. Export again.")
+    needed = "tokenizer.json" if isinstance(golden, GoldenData) else "preprocessor_config.json"
+    if not (config_dir / needed).is_file():
+        raise EdgeqError(f"{config_dir}: {needed} is not there; a bundle cannot be used without. Export again.")
     for ref in lineage.artifact.files:
         _copy(artifact_dir / ref.path, directory / ref.path)
         if file_ref(directory / ref.path, directory) != ref:
@@ -123,7 +130,10 @@ def _fill(
     for path in sorted(config_dir.rglob("*")):
         if path.is_file():
             _copy(path, directory / path.relative_to(config_dir))
-    write_golden(directory, golden)
+    if isinstance(golden, GoldenData):
+        write_golden(directory, golden)
+    else:
+        write_golden_images(directory, golden)
     _write_record(directory / PARITY, report)
     manifest = Manifest(
         format=1,
@@ -146,10 +156,18 @@ def _fill(
         tools=dict(sorted(lineage.tools.items())),
     )
     _write_record(directory / MANIFEST, manifest)
-    card = render_card(manifest, report, golden.pad_id)
-    (directory / CARD).write_text(card, encoding="utf-8", newline="\n")
+    (directory / CARD).write_text(_card(directory, manifest, report, golden), encoding="utf-8", newline="\n")
     write_sums(directory)
     return manifest
+
+
+def _card(directory: Path, manifest: Manifest, report: ParityReport, golden: GoldenData | GoldenImages) -> str:
+    """Render the model card."""
+    if isinstance(golden, GoldenData):
+        return render_card(manifest, report, golden.pad_id)
+    from edgeq import preprocessing  # here: texts need no Pillow
+
+    return render_card(manifest, report, 0, preprocessing.read(directory / preprocessing.CONFIG))
 
 
 def _unshipped(record: FiledT) -> FiledT:

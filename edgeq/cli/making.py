@@ -55,8 +55,11 @@ def export(
         Path | None, typer.Option(metavar="FILE", help="Texts to calibrate on: .txt, .jsonl, .csv.")
     ] = None,
     column: Annotated[str | None, typer.Option(help="The column of --texts that holds the text.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Images to calibrate on, for a model of images.")
+    ] = None,
     validation: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Texts to compare on; else 20 % of --texts.")
+        Path | None, typer.Option(metavar="FILE", help="Texts, or a folder of images, to compare on; else 20 %.")
     ] = None,
     evaluation: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Refuse texts that stand here; repeatable.")
@@ -65,6 +68,7 @@ def export(
     dim: Annotated[
         int | None, typer.Option(metavar="N", help="Keep the first N dimensions, of unit length again if the model's.")
     ] = None,
+    tower: Annotated[str | None, typer.Option(help="Which tower of a model of both: text or image.")] = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="Of an ONNX file: its tokenizer.json, or the folder that holds it."),
@@ -115,10 +119,12 @@ def export(
         out=out,
         texts=texts,
         column=column,
+        images=images,
         validation=validation,
         evaluation=tuple(evaluation or ()),
         pooling=pooling,
         dim=dim,
+        tower=tower,
         onnx=OnnxOptions(tokenizer, max_sequence, normalize),
         samples=samples,
         seed=seed,
@@ -146,6 +152,7 @@ def check(
     model: Annotated[str, typer.Argument(help="What `export` takes, or the ONNX file of a float model.")],
     target: Annotated[list[str], typer.Option(help="What to check for; repeatable. `edgeq targets` lists them.")],
     pooling: Annotated[str | None, typer.Option(help="How to pool a model that does not say it.")] = None,
+    tower: Annotated[str | None, typer.Option(help="Which tower of a model of both: text or image.")] = None,
     directory: TargetsDir = None,
     as_json: console.AsJson = False,
     verbose: console.Verbose = 0,
@@ -161,7 +168,7 @@ def check(
     from edgeq.targets import load_target
 
     chosen = tuple(load_target(name, directory) for name in dict.fromkeys(target))
-    found = checking.check(model, chosen, pooling, Cache())
+    found = checking.check(model, chosen, pooling, Cache(), tower)
     if as_json:
         console.put_json({"checks": [item.model_dump(mode="json") for item in found]})
     else:

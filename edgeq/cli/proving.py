@@ -48,12 +48,13 @@ def validate(
     bundle: BundleDir,
     texts: Annotated[Path | None, typer.Option(metavar="FILE", help="Compare on these; else on edgeq's own.")] = None,
     column: Annotated[str | None, typer.Option(help="The column of --texts that holds the text.")] = None,
+    images: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Compare on these, for images.")] = None,
     against: Against = None,
     as_json: console.AsJson = False,
     verbose: console.Verbose = 0,
     quiet: console.Quiet = False,
 ) -> None:
-    """Measure BUNDLE's parity with FP32 on texts, here, and judge it by its target's gate.
+    """Measure BUNDLE's parity with FP32 on texts or images, here, and judge it by its target's gate.
 
     Raises:
         ParityFailed: the vectors miss the gate.
@@ -63,7 +64,7 @@ def validate(
 
     float_file = find_float_model(load_manifest(bundle), against)
     with console.stages() as report:
-        found = validate_bundle(bundle, texts, column, float_file, report)
+        found = validate_bundle(bundle, texts, column, float_file, report, images)
     if as_json:
         console.put_json(found.model_dump(mode="json"))
     else:
@@ -130,6 +131,7 @@ def _figure(name: str, figure: Comparison) -> list[str]:
 def _put_report(report: ParityReport) -> None:
     """Print what was measured beside its limit, and where."""
     from edgeq.gate import norm_limit
+    from edgeq.records import TextSet
 
     measures, gate = report.measures, report.gate
     rows: list[list[str]] = []
@@ -144,9 +146,10 @@ def _put_report(report: ParityReport) -> None:
             ["max abs error", f"{measures.max_abs_error:.4f}", "-"],
         ]
     place = f"ran on {report.ran_on} ({report.machine})"
-    title = f"{report.target}: {report.status}, on {report.texts.count} texts, {place}"
+    kind = "texts" if isinstance(report.texts, TextSet) else "images"
+    title = f"{report.target}: {report.status}, on {report.texts.count} {kind}, {place}"
     console.put_table(("measure", "value", "gate"), rows, title)
     if measures is not None:
         console.put(f"farthest from FP32: {measures.worst_text}")
-    if report.texts.truncated:
+    if isinstance(report.texts, TextSet) and report.texts.truncated:
         console.note(f"{report.texts.truncated} of {report.texts.count} texts were cut at the model's limit")

@@ -23,6 +23,7 @@ from edgeq.passes.constant_segment import constant_segment
 from edgeq.passes.direct_position import direct_position
 from edgeq.passes.drop_expand import drop_expand
 from edgeq.passes.drop_nan_guard import drop_nan_guard
+from edgeq.passes.drop_open_mask import drop_open_mask
 from edgeq.passes.drop_reshape import drop_reshape
 from edgeq.passes.finite_fill import finite_fill
 from edgeq.passes.finite_mask import finite_mask
@@ -36,7 +37,9 @@ from edgeq.passes.mask_last import mask_last
 from edgeq.passes.measured_reshape import measured_reshape
 from edgeq.passes.name_weights import name_weights
 from edgeq.passes.part_products import part_products
+from edgeq.passes.patch_product import patch_product
 from edgeq.passes.pool_by_matmul import pool_by_matmul
+from edgeq.passes.pool_maps import pool_maps
 from edgeq.passes.recover_gelu import recover_gelu
 from edgeq.passes.recover_layer_normalization import recover_layer_normalization
 from edgeq.passes.recover_padding_mask import recover_padding_mask
@@ -65,7 +68,10 @@ FLOAT_PASSES: tuple[Pass, ...] = (
     constant_reshape,  # needs the symbolic shapes that the exporter wrote, so before nodes are added without them
     measured_reshape,  # what inference does not know is measured
     drop_expand,
+    drop_open_mask,
+    patch_product,  # needs the shapes of maps, so before nodes are added without them
     pool_by_matmul,
+    pool_maps,
     finite_fill,
     split_gemm,  # before names are given: a Dense layer is a product like any other
     part_products,  # behind constant_reshape, whose shapes it reads

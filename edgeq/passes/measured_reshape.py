@@ -7,8 +7,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.passes.graph import Rewrites, add_constant, constant, replace_uses
-from edgeq.passes.measuring import outputs_of
-from edgeq.texts import Feeds
+from edgeq.passes.measuring import feeds_of_ones, outputs_of
 
 # Batch and sequence differ from one another, from feed to feed, and from sizes that models have.
 _SIZES = ((3, 5), (7, 11))
@@ -63,9 +62,8 @@ def _measured(model: ir.Model, nodes: list[ir.Node]) -> tuple[list[NDArray[np.in
     values = [value for node in nodes for value in (node.inputs[0], node.outputs[0]) if value is not None]
     session = outputs_of(model, values, shapes=True)
     rows = []
-    for size in _SIZES:
-        ones = np.ones(size, np.int64)
-        rows.append(session.run(None, Feeds(ones, ones)))
+    for batch, sequence in _SIZES:
+        rows.append(session.run(None, feeds_of_ones(model, batch, sequence)))
     stacked = [np.stack(items).astype(np.int64) for items in zip(*rows, strict=True)]
     return stacked[0::2], stacked[1::2]
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir import external_data
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from edgeq.passes.graph import dims
 from edgeq.reference import FloatSession
+from edgeq.samples import PIXELS, AnyFeeds, PixelFeeds
+from edgeq.texts import Feeds
 
 
 def outputs_of(model: ir.Model, values: Sequence[ir.Value], shapes: bool = False) -> FloatSession:
@@ -33,3 +37,13 @@ def outputs_of(model: ir.Model, values: Sequence[ir.Value], shapes: bool = False
         part.graph.outputs.append(node.outputs[0])
     RemoveUnusedNodesPass()(part)
     return FloatSession.of(ir.to_proto(external_data.load_to_model(part)))
+
+
+def feeds_of_ones(model: ir.Model, batch: int, sequence: int) -> AnyFeeds:
+    """Make a batch of texts of so many tokens, or of images of the size that the model takes."""
+    images = next((value for value in model.graph.inputs if value.name == PIXELS), None)
+    if images is not None:
+        sizes = [size for size in dims(images) or () if isinstance(size, int)]
+        return PixelFeeds(np.ones((batch, *sizes), np.float32))
+    ones = np.ones((batch, sequence), np.int64)
+    return Feeds(ones, ones)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from edgeq.passes.graph import Rewrites, add_node, is_read_once, made_by, readers, replace_uses
-from edgeq.passes.measuring import outputs_of
-from edgeq.texts import Feeds
+from edgeq.passes.measuring import feeds_of_ones, outputs_of
 
 
 def unflatten_softmax(model: ir.Model) -> Rewrites:
@@ -43,6 +41,5 @@ def unflatten_softmax(model: ir.Model) -> Rewrites:
 
 
 def _rank(model: ir.Model, value: ir.Value) -> int:
-    ones = np.ones((2, 3), np.int64)
-    (sizes,) = outputs_of(model, [value], shapes=True).run(None, Feeds(ones, ones))
+    (sizes,) = outputs_of(model, [value], shapes=True).run(None, feeds_of_ones(model, 2, 3))
     return len(sizes)

@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from edgeq.backends import tflite
-from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, Session, has_buckets, rejected
+from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, Session, has_buckets, reads_tokens, rejected
 from edgeq.backends.ethos_u import rules
 from edgeq.errors import LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Estimate, HostOperator, Placement, QdqModel, Scheme, Target
@@ -71,7 +71,7 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
     return "; ".join(wrong) or None
 
 
-RULES: tuple[Rule, ...] = (needs_no_wide_operators, has_buckets, has_known_settings)
+RULES: tuple[Rule, ...] = (reads_tokens, needs_no_wide_operators, has_buckets, has_known_settings)
 
 
 def tools() -> Mapping[str, str]:

@@ -27,9 +27,9 @@ from edgeq.storage import file_ref, storage_errors, write_bytes
 MODEL = "onnx/model.onnx"  # the name sentence-transformers and text-embeddings-inference open by themselves
 LARGEST_BYTES = 2_000_000_000
 
-# What ONNX Runtime's optimiser makes of a MatMul or Gemm between DequantizeLinear nodes.
+# What ONNX Runtime's optimiser makes of a MatMul, Gemm or Conv between DequantizeLinear nodes.
 # Source: onnxruntime 1.31, core/optimizer/qdq_transformer/selectors_actions.
-INTEGER_OPERATORS = frozenset({"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm"})
+INTEGER_OPERATORS = frozenset({"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "QLinearConv"})
 
 _LEVELS = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
@@ -96,7 +96,7 @@ def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) ->
     found = []
     for node in model.graph.node:
         is_known = node.domain in ("", "ai.onnx") and node.op_type in OPERATORS
-        is_product = node.op_type == "MatMul" and node.input[1] in stored
+        is_product = node.op_type in ("Conv", "MatMul") and node.input[1] in stored
         why = ("an integer product" if is_product else "stays float") if is_known else "is not in the dialect"
         verdict: Verdict = "supported" if is_known else "refused"
         found.append(OperatorVerdict(node.name or node.output[0], node.op_type, verdict, why, ()))
@@ -153,13 +153,27 @@ def placement(path: Path, model: QdqModel, target: Target) -> Placement:
         _load(path, options)
         graph = onnx.load(optimized).graph
     products = (node for node in graph.node if node.op_type in INTEGER_OPERATORS)
-    integer = {name for node in products for name in node.name.split(JOINT)}
+    convolutions = _convolutions(path)
+    integer = {name for node in products for name in _names(node, convolutions)}
     return Placement(
         integer_matmuls=len(integer),
         float_by_scheme=model.float_matmuls,
         float_fallbacks=tuple(name for name in model.integer_matmuls if name not in integer),
         operators=dict(sorted(Counter(node.op_type for node in graph.node).items())),
     )
+
+
+def _convolutions(path: Path) -> dict[str, str]:
+    """Give the name of the convolution that reads each weight: moving channels to the back renames the node."""
+    graph = onnx.load(path).graph
+    codes = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    return {codes[node.input[1]]: node.name for node in graph.node if node.op_type == "Conv" and node.input[1] in codes}
+
+
+def _names(node: onnx.NodeProto, convolutions: Mapping[str, str]) -> list[str]:
+    """Name the products that one integer node computes."""
+    found = [convolutions[name] for name in node.input if name in convolutions]
+    return found or list(node.name.split(JOINT))
 
 
 def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> Session:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from edgeq.backends.contract import Rejection, Session, Setting
+from edgeq.backends.contract import Rejection, Session, Setting, reads_tokens
 from edgeq.errors import ConfigError, DeviceUnavailable, LoweringFailed, ToolMissing
 from edgeq.machine import place
 from edgeq.openvino_ir import read_ir
@@ -63,6 +63,11 @@ def has_shapes_of_its_device(model: QdqModel, target: Target) -> str | None:
     return None if is_right else f"buckets_tokens is {list(buckets)}"
 
 
+def is_static_for_texts_only(model: QdqModel, target: Target) -> str | None:
+    """A target with buckets takes texts: they are lengths in tokens. For images take a target for a CPU."""
+    return reads_tokens(model, target) if target.buckets_tokens else None
+
+
 def has_names_without_commas(model: QdqModel, target: Target) -> str | None:
     """Names of products hold no comma: OpenVINO lists the names of what it fused between commas."""
     found = [name for name in model.integer_matmuls if "," in name]
@@ -71,7 +76,7 @@ def has_names_without_commas(model: QdqModel, target: Target) -> str | None:
 
 RULES: tuple[Rule, ...] = (
     is_known_device, has_known_settings, quantises_products_only, has_unsigned_activations, has_shapes_of_its_device,
-    has_names_without_commas,
+    is_static_for_texts_only, has_names_without_commas,
 )  # fmt: skip
 
 

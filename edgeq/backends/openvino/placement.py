@@ -8,7 +8,9 @@ from typing import Any
 from edgeq.openvino_ir import Network
 from edgeq.records import Placement, QdqModel
 
-_PRODUCTS = frozenset({"FullyConnected", "FullyConnectedQuantized", "FullyConnectedQuantizedLegacy", "MatMul"})
+_PRODUCTS = frozenset(
+    {"Convolution", "FullyConnected", "FullyConnectedQuantized", "FullyConnectedQuantizedLegacy", "MatMul"}
+)
 _CODES = frozenset({"u8", "i8"})
 _TURNED = "/transpose_b"  # ends the name of a product's weights, as the plugin stores them
 

@@ -12,7 +12,7 @@ from edgeq.backends.contract import Embeddings
 from edgeq.backends.openvino.lowering import refusals
 from edgeq.errors import ConfigError
 from edgeq.records import Target
-from edgeq.samples import AnyFeeds
+from edgeq.samples import PIXELS, AnyFeeds
 from edgeq.texts import Feeds, fitted, rows_by_bucket, token_feeds
 
 OUTPUT = "sentence_embedding"
@@ -47,13 +47,17 @@ def compiled(xml: Path, weights: Path, device: str, told: Mapping[str, str | int
 def _require_ports(xml: Path, model: Any) -> None:
     """Refuse a model with other inputs and outputs than a text encoder's."""
     names = {name for port in model.inputs for name in port.get_names()}
-    unknown = names - {"input_ids", "attention_mask", "token_type_ids"}
     ranks = {port.get_partial_shape().rank.get_length() for port in model.inputs}
+    takes_images = names == {PIXELS} and ranks == {4}
+    unknown = names - {"input_ids", "attention_mask", "token_type_ids"}
     outputs = {name for port in model.outputs for name in port.get_names()}
+    if takes_images and OUTPUT in outputs:
+        return
     if unknown or not {"input_ids", "attention_mask"} <= names or ranks != {2} or OUTPUT not in outputs:
         raise ConfigError(
             f"{xml}: inputs are {', '.join(sorted(names))} of {sorted(ranks)} axes, outputs "
-            f"{', '.join(sorted(outputs))}; input_ids and attention_mask of 2 axes and {OUTPUT} are needed. {_AGAIN}"
+            f"{', '.join(sorted(outputs))}; input_ids and attention_mask of 2 axes, or {PIXELS} of 4, and {OUTPUT} are "
+            f"needed. {_AGAIN}"
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import Embeddings, Rejection, Rule, embed_by_bucket, has_buckets, rejected
+from edgeq.backends.contract import Embeddings, Rejection, Rule, embed_by_bucket, has_buckets, reads_tokens, rejected
 from edgeq.children import Worker, pack, unpack
 from edgeq.errors import BundleCorrupt, LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Placement, QdqModel, Target
@@ -58,7 +58,7 @@ def names_one_soc(model: QdqModel, target: Target) -> str | None:
     return None if arch == known else f"soc_model {soc} has HTP v{known}, htp_arch is {arch}"
 
 
-RULES: tuple[Rule, ...] = (has_htp_form, has_buckets, has_known_settings, names_one_soc)
+RULES: tuple[Rule, ...] = (reads_tokens, has_htp_form, has_buckets, has_known_settings, names_one_soc)
 
 
 def tools() -> Mapping[str, str]:

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import Embeddings, Rejection, Rule, embed_by_bucket, has_buckets, rejected
+from edgeq.backends.contract import Embeddings, Rejection, Rule, embed_by_bucket, has_buckets, reads_tokens, rejected
 from edgeq.backends.rockchip import listing
 from edgeq.cache import log_path
 from edgeq.children import Worker, pack, unpack
@@ -67,7 +67,7 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
     return None if platform in PLATFORMS else f'platform is "{platform}"; known are {", ".join(PLATFORMS)}'
 
 
-RULES: tuple[Rule, ...] = (leaves_codes_to_a_vendor, has_buckets, has_known_settings)
+RULES: tuple[Rule, ...] = (reads_tokens, leaves_codes_to_a_vendor, has_buckets, has_known_settings)
 
 
 def environments() -> tuple[Environment, ...]:

@@ -21,6 +21,7 @@ from edgeq.backends.contract import (
     Rule,
     embed_by_bucket,
     has_buckets,
+    reads_tokens,
     rejected,
 )
 from edgeq.children import Worker, pack, unpack
@@ -65,7 +66,7 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
     return "; ".join(wrong) or None
 
 
-RULES: tuple[Rule, ...] = (leaves_nothing_float, has_buckets, has_known_settings)
+RULES: tuple[Rule, ...] = (reads_tokens, leaves_nothing_float, has_buckets, has_known_settings)
 
 
 def tools() -> Mapping[str, str]:

@@ -1,0 +1,114 @@
+"""Write and read the golden images: what they became when resized and cropped, FP32's vectors and the artifact's.
+
+Beside them lies what the bundle's preprocessing made of a test card that edgeq draws itself, so that another version of
+Pillow, or a changed configuration, is found out without shipping anybody's photographs whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.bundle.golden import AGAIN, TEXTS, VECTORS, read_arrays, read_lines, write_arrays
+from edgeq.errors import BundleCorrupt, EdgeqError
+
+if TYPE_CHECKING:
+    from edgeq.samples import Samples
+
+_ARRAYS: dict[str, tuple[type[np.generic], int]] = {
+    "codes": (np.uint8, 4), "test_card": (np.uint8, 3), "reference": (np.float32, 2), "embeddings": (np.float32, 2),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GoldenImages:
+    """Hold the golden images.
+
+    Attributes:
+        texts: their file names.
+        codes: uint8[images, 3, height, width], resized and cropped, neither rescaled nor normalised.
+        test_card: uint8[3, height, width], the same of the test card.
+        reference: float32[images, dim], FP32's vectors.
+        embeddings: float32[images, dim], the artifact's vectors; None when it was not run.
+    """
+
+    texts: tuple[str, ...]
+    codes: NDArray[np.uint8]
+    test_card: NDArray[np.uint8]
+    reference: NDArray[np.float32]
+    embeddings: NDArray[np.float32] | None
+
+
+def golden_images(
+    config: Path,
+    images: Samples,
+    names: Sequence[str],
+    reference: NDArray[np.float32],
+    embeddings: NDArray[np.float32] | None,
+) -> GoldenImages:
+    """Take prepared images for golden ones, and prepare the test card as they were.
+
+    Raises:
+        EdgeqError: they are no images.
+    """
+    from edgeq import images as pictures
+    from edgeq import preprocessing
+
+    if not isinstance(images, pictures.Images):
+        raise EdgeqError("golden images: given something else. This is a defect of edgeq; please report it.")
+    card = preprocessing.read(config / preprocessing.CONFIG).codes(preprocessing.test_card())
+    return GoldenImages(tuple(names), images.codes, card, reference, embeddings)
+
+
+def write_golden_images(directory: Path, golden: GoldenImages) -> None:
+    """Write `golden.npz` and `golden.jsonl`; the same data gives the same bytes.
+
+    Raises:
+        EdgeqError: the arrays do not belong together.
+    """
+    problem = _problem(golden)
+    if problem is not None:
+        raise EdgeqError(f"golden images: {problem}. This is a defect of edgeq; please report it.")
+    lines = [json.dumps({"image": name}, ensure_ascii=False) + "\n" for name in golden.texts]
+    (directory / TEXTS).write_text("".join(lines), encoding="utf-8", newline="\n")
+    held = {name: array for name in _ARRAYS if (array := getattr(golden, name)) is not None}
+    write_arrays(directory / VECTORS, held)
+
+
+def read_golden_images(directory: Path) -> GoldenImages:
+    """Read the golden images of a bundle; nothing is unpickled.
+
+    Raises:
+        BundleCorrupt: a file is missing, malformed, or does not belong to the other.
+    """
+    names = read_lines(directory / TEXTS, "image")
+    arrays = read_arrays(directory / VECTORS, tuple(_ARRAYS), optional="embeddings")
+    golden = GoldenImages(names, arrays["codes"], arrays["test_card"], arrays["reference"], arrays.get("embeddings"))
+    problem = _problem(golden)
+    if problem is not None:
+        raise BundleCorrupt(f"{directory / VECTORS}: {problem}. {AGAIN}")
+    return golden
+
+
+def _problem(golden: GoldenImages) -> str | None:
+    """Say what keeps the arrays from belonging together."""
+    count = len(golden.texts)
+    if count == 0:
+        return "no images; at least one is needed"
+    for name, (dtype, axes) in _ARRAYS.items():
+        array = getattr(golden, name)
+        if array is None:
+            continue
+        if array.dtype != dtype or array.ndim != axes or (name != "test_card" and len(array) != count):
+            return f"{name} is {array.dtype}{list(array.shape)}; {np.dtype(dtype).name} with {axes} axes is needed"
+    if golden.codes.shape[1:] != golden.test_card.shape:
+        return f"test_card has shape {golden.test_card.shape}, the images {golden.codes.shape[1:]}"
+    if golden.embeddings is not None and golden.reference.shape != golden.embeddings.shape:
+        return f"embeddings have shape {golden.embeddings.shape}, FP32's {golden.reference.shape}"
+    return None
