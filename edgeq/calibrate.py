@@ -15,12 +15,12 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq import equalize
+from edgeq import equalize, side_paths
 from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.gemm import feed_forwards, sites, value_sum
 from edgeq.observe import BINS, Histogram, Statistics, equal_length_batches, observe
-from edgeq.passes.graph import constant
+from edgeq.passes.graph import constant, dims, readers
 from edgeq.primitives import follows, primitives
 from edgeq.quantize import quantize
 from edgeq.records import Migration
@@ -80,7 +80,7 @@ def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Pro
     batches = equal_length_batches(seen, longest)
     graph = ir.from_proto(model)
     wanted = [site.name for site in sites(graph.graph)]
-    hidden = [str(pair.activation.outputs[0].name) for pair in feed_forwards(graph.graph)]
+    hidden = [str(block.hidden.name) for block in feed_forwards(graph.graph)]
     first_names = list(dict.fromkeys([*wanted, *hidden, *equalize.score_tensors(graph.graph)]))
     first = observe(model, first_names, batches, lambda done, total: progress("observe", done, total))
     split = ir.from_proto(model)
@@ -88,7 +88,7 @@ def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Pro
     swept = observe(
         model, list(dict.fromkeys([*wanted, *hidden])), sweep, lambda done, total: progress("sweep", done, total)
     )
-    statistics = equalize.split_neurons(split.graph, first, swept)
+    statistics = side_paths.split_neurons(split.graph, first, swept)
     equalize.size_mask(split.graph, first)
     parted = ir.to_proto(split)
     del graph, split  # each holds the weights once more
@@ -109,9 +109,16 @@ def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Pro
 
 
 def _vocabulary(graph: ir.Graph) -> int:
-    """Give the rows of the largest table that is looked up; 0 where none is."""
-    tables = [constant(node.inputs[0]) for node in graph if node.op_type == "Gather"]
-    return max((len(table) for table in tables if table is not None), default=0)
+    """Give the rows of the table that tokens are looked up in; 0 where there is none."""
+    return max(
+        (
+            len(table)
+            for node in graph
+            if node.op_type == "Gather" and (table := constant(node.inputs[0])) is not None
+            and node.inputs[1] is not None and node.inputs[1].name == "input_ids"
+        ),
+        default=0,
+    )  # fmt: skip
 
 
 def _largest_error(before: onnx.ModelProto, after: onnx.ModelProto, held: Samples, longest: int) -> float:
@@ -137,14 +144,31 @@ def _float_tensors(graph: ir.Graph, read: list[str]) -> list[str]:
     What follows exactly from another tensor is left out, and so is what is made of the mask alone.
     """
     mask = {value for value in graph.inputs if value.name == "attention_mask"}
+    positions: set[ir.Value] = set()
     others = []
     for node in graph:
         variable = [value for value in node.inputs if value is not None and constant(value) is None]
-        if variable and all(value in mask for value in variable):
+        if node.op_type == "Shape" or (variable and all(value in positions for value in variable)):
+            positions.update(node.outputs)
+        elif variable and all(value in mask or value in positions for value in variable):
             mask.update(node.outputs)
-        elif node.op_type in _OBSERVED and not follows(node):
-            others += [str(value.name) for value in node.outputs if value.name not in read]
-    return [*read, *others]
+        else:
+            others += [str(value.name) for value in variable if value in positions and _has_channels(value)]
+            if node.op_type == "Gather" and any(use.op_type != "Add" for use in readers(node.outputs[0])):
+                others += [str(value.name) for value in node.outputs if _is_real(value) and value.name not in read]
+            if node.op_type in _OBSERVED and not follows(node) and _is_real(node.outputs[0]):
+                others += [str(value.name) for value in node.outputs if value.name not in read]
+    return [*read, *dict.fromkeys(others)]
+
+
+def _has_channels(value: ir.Value) -> bool:
+    """Tell whether a tensor of positions has statistics: its last axis does not grow, or it is one of attention."""
+    shape = dims(value)
+    return _is_real(value) and shape is not None and bool(shape) and (len(shape) == 4 or isinstance(shape[-1], int))
+
+
+def _is_real(value: ir.Value) -> bool:
+    return value.dtype in (None, ir.DataType.FLOAT)
 
 
 def _read_by_attention(model: onnx.ModelProto) -> list[str]:

@@ -41,11 +41,13 @@ class Masks:
         """Lift what counts instead of lowering what does not: codes without zero point hold 0 and 1."""
         product = made_by(mask, "Mul")
         shifted = next(made_by(value, "Sub") for value in product.inputs if made_by(value, "Sub"))  # type: ignore[union-attr]
-        known = next((use for use in readers(shifted.inputs[0]) if use.name == "attention_lift"), None)  # type: ignore[union-attr,arg-type]
+        known = next((use for use in readers(shifted.inputs[0]) if str(use.name).startswith("attention_lift")), None)  # type: ignore[union-attr,arg-type]
         if known is not None:
             return known.outputs[0]
         size = next(value for value in product.inputs if constant(value) is not None)  # type: ignore[union-attr]
-        lifted = add_node(product, "Mul", [shifted.inputs[0], size], "attention_lift")  # type: ignore[union-attr,list-item,arg-type]
+        taken = any(value.name == "attention_lift" for value in self.values)
+        name = f"attention_lift_{len(self.values)}" if taken else "attention_lift"
+        lifted = add_node(product, "Mul", [shifted.inputs[0], size], name)  # type: ignore[union-attr,list-item,arg-type]
         self.values.add(lifted)
         return lifted
 
@@ -73,6 +75,11 @@ class LookedUpMasks(Masks):
         """
         key = (mask, bits)
         if key not in self._codes.converted:
+            if made_by(self._kept(mask), "Mul") is not None:
+                raise Unsupported(
+                    "causal or local attention has no form for HTP, whose mask is looked up by tokens alone; "
+                    "use a target of another backend"
+                )
             size, stem = self.size(mask), f"{mask.name}/{bits}bit"  # type: ignore[union-attr]
             (tokens,) = (item for item in self._codes.graph.inputs if item.name == "attention_mask")
             rows = self._look_up(tokens, (-size, 0.0), bits, node, stem)
@@ -81,6 +88,12 @@ class LookedUpMasks(Masks):
             self._codes.store(spread.producer(), spread, rows.affine, bits)  # type: ignore[arg-type]
             self._codes.converted[key] = self._codes.coded[spread]  # type: ignore[index]
         return self._codes.converted[key]  # type: ignore[index]
+
+    def _kept(self, mask: ir.Value | None) -> ir.Value | None:
+        """Give what a mask keeps: the tokens' mask, or its product with where each position may look."""
+        product = made_by(mask, "Mul")
+        shifted = next((each for value in product.inputs if (each := made_by(value, "Sub"))), None) if product else None
+        return shifted.inputs[0] if shifted is not None else None
 
     def share(self, value: ir.Value | None) -> Coded:
         """Give each token's share in the pooling, in 16 bits, coded step by step from the mask on.

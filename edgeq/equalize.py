@@ -2,7 +2,7 @@
 
 Three exact rewrites of the float model, done once and shared by all backends:
 
-- the few FFN neurons that carry massive activations leave for a small product of their own (`split_neurons`);
+- the few FFN neurons that carry massive activations leave for a small product of their own (`edgeq.side_paths`);
 - per-channel scale moves from a tensor into the weights that read it (`migrate`): into the LayerNorm or the value
   weights where nothing else reads them, and behind one `Mul` where the residual stream is in the way;
 - the mask gets a finite size that follows from the range of the scores (`size_mask`).
@@ -16,108 +16,16 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.gemm import SIDE, FeedForward, Site, bias_of, feed_forwards, sites, value_sum
+from edgeq.gemm import Site, bias_of, sites, value_sum
 from edgeq.observe import Statistics
 from edgeq.passes.finite_mask import MASK_SIZE
-from edgeq.passes.graph import add_constant, add_node, constant, is_read_once, made_by, readers
+from edgeq.passes.graph import add_constant, add_node, constant, is_read_once, made_by
+from edgeq.passes.mask_last import is_mask
+from edgeq.passes.norms import root_mean_square
+from edgeq.side_paths import magnitudes, replace_constant
 
 SCALED = "/scaled"
-SIDE_WIDTH = 16  # neurons move in blocks of this many: integer kernels work on such blocks
-SIDE_SHARE = 0.02
-SIDE_RATIO = 4.0  # a path of its own pays where a neuron would otherwise take two of the eight bits from all others
 EXP_UNDERFLOW = 30.0  # exp(-30) is 1e-13: below the rounding of a float32 sum
-
-
-def magnitudes(statistics: Statistics) -> NDArray[np.float64]:
-    """Give the largest absolute value per channel, float64[channels], kept off zero."""
-    largest = np.maximum(np.abs(statistics.minimum), np.abs(statistics.maximum)).astype(np.float64)
-    return np.maximum(largest, 1e-3 * max(float(np.median(largest)), 1e-6))
-
-
-def split_neurons(
-    graph: ir.Graph, observed: Mapping[str, Statistics], swept: Mapping[str, Statistics]
-) -> dict[str, Statistics]:
-    """Move the neurons with the largest possible contribution of each feed-forward pair into a side path.
-
-    Before::
-
-        x ─ MatMul(W1) ─ Add(b1) ─ Gelu ─ MatMul(W2) ─ Add(b2)
-
-    After::
-
-        x ─┬─ MatMul(W1 rest) ─ Add ─ Gelu ─ MatMul(W2 rest) ─ Add(b2) ─┐
-           └─ MatMul(W1 few) ── Add ─ Gelu ─ MatMul(W2 few) ────────────┴─ Add
-
-    A neuron's contribution is bounded by its largest activation times the norm of its row of W2. Two per cent of
-    the neurons move, rounded up to a block of 16, if the largest of them is four times what stays; else none does. The
-    largest activation counts the vocabulary sweep too: some neurons sleep through every calibration text and wake, far
-    past every range, at a rare name.
-
-    Args:
-        graph: edited in place.
-        observed: statistics on the calibration texts.
-        swept: statistics of the same tensors on a sweep through the vocabulary; used for nothing but this choice.
-
-    Returns:
-        The statistics with those of the moved neurons left out.
-    """
-    kept = dict(observed)
-    for pair in list(feed_forwards(graph)):
-        name = str(pair.activation.outputs[0].name)
-        statistics = observed.get(name)
-        weight = constant(pair.second.inputs[1])
-        if statistics is None or weight is None or weight.shape[0] < 4 * SIDE_WIDTH:
-            continue
-        largest = np.maximum(magnitudes(statistics), magnitudes(swept[name]))
-        bound = largest * np.linalg.norm(weight.astype(np.float64), axis=1)
-        width = SIDE_WIDTH * int(np.ceil(SIDE_SHARE * weight.shape[0] / SIDE_WIDTH))
-        order = np.argsort(-bound, kind="stable")
-        if bound[order[0]] < SIDE_RATIO * bound[order[width]]:
-            continue
-        few = np.sort(order[:width])
-        rest = np.setdiff1d(np.arange(weight.shape[0]), few)
-        _split(graph, pair, few, rest)
-        kept[name] = Statistics(statistics.minimum[rest], statistics.maximum[rest])
-    return kept
-
-
-def _split(graph: ir.Graph, pair: FeedForward, few: NDArray[np.int64], rest: NDArray[np.int64]) -> None:
-    first, second = constant(pair.first.inputs[1]), constant(pair.second.inputs[1])
-    bias = bias_of(pair.first_bias)
-    if first is None or second is None or bias is None or pair.first.inputs[0] is None:
-        return
-    position, bias_values = bias
-    stem = str(pair.first.name)
-    end = pair.second_bias
-    after = readers(end.outputs[0])[0]
-    hidden = add_node(
-        after,
-        "MatMul",
-        [pair.first.inputs[0], add_constant(graph, f"{stem}.weight{SIDE}", first[:, few])],
-        f"{stem}{SIDE}",
-    )
-    hidden = add_node(
-        after, "Add", [hidden, add_constant(graph, f"{stem}.bias{SIDE}", bias_values[few])], f"{stem}.sum{SIDE}"
-    )
-    attributes = {
-        name: attribute.value for name, attribute in pair.activation.attributes.items() if attribute.value is not None
-    }
-    hidden = add_node(after, pair.activation.op_type, [hidden], f"{stem}.activation{SIDE}", attributes)
-    product = add_node(
-        after,
-        "MatMul",
-        [hidden, add_constant(graph, f"{pair.second.name}.weight{SIDE}", second[few])],
-        f"{pair.second.name}{SIDE}",
-    )
-    total = add_node(after, "Add", [end.outputs[0], product], f"{pair.second.name}.total{SIDE}")
-    for use in tuple(end.outputs[0].uses()):
-        if use.node is not total.producer():
-            use.node.replace_input_with(use.idx, total)
-    _replace_constant(graph, pair.first, 1, first[:, rest])
-    _replace_constant(graph, pair.first_bias, position, bias_values[rest])
-    _replace_constant(graph, pair.second, 1, second[rest])
-    for value in (pair.first.outputs[0], pair.first_bias.outputs[0], pair.activation.outputs[0]):
-        value.shape = None if value.shape is None else ir.Shape([*list(value.shape)[:-1], len(rest)])
 
 
 def migration_scales(site: Site, statistics: Statistics, swept: Statistics, strength: float) -> NDArray[np.float64]:
@@ -175,7 +83,7 @@ def migrate(
         for node in site.products:
             weight = constant(node.inputs[1])
             if weight is not None:
-                _replace_constant(graph, node, 1, (weight * scales[:, None]).astype(np.float32))
+                replace_constant(graph, node, 1, (weight * scales[:, None]).astype(np.float32))
         name = str(site.products[0].inputs[0].name) if site.products[0].inputs[0] is not None else site.name
         moved[name] = Statistics(
             (statistics.minimum / scales).astype(np.float32), (statistics.maximum / scales).astype(np.float32)
@@ -184,14 +92,19 @@ def migrate(
 
 
 def _into_norm(graph: ir.Graph, site: Site, scales: NDArray[np.float64]) -> bool:
-    """Divide LayerNorm's weight and bias, if nothing but the products reads it."""
+    """Divide a normalisation's gain and bias, if nothing but the products reads it."""
+    mean_square = root_mean_square(site.tensor.producer())
+    if mean_square is not None and _only_products_read(site):
+        gain = (mean_square.gain / scales).astype(np.float32)
+        replace_constant(graph, mean_square.end, mean_square.position, gain)
+        return True
     norm = made_by(site.tensor, "LayerNormalization")
     if norm is None or not _only_products_read(site):
         return False
     for position in (1, 2):
         array = constant(norm.inputs[position]) if len(norm.inputs) > position else None
         if array is not None:
-            _replace_constant(graph, norm, position, (array / scales).astype(np.float32))
+            replace_constant(graph, norm, position, (array / scales).astype(np.float32))
     return True
 
 
@@ -207,8 +120,8 @@ def _into_value(graph: ir.Graph, site: Site, scales: NDArray[np.float64]) -> boo
         return False
     if not (is_read_once(add.outputs[0]) and is_read_once(product.outputs[0])):
         return False
-    _replace_constant(graph, product, 1, (weight / scales).astype(np.float32))
-    _replace_constant(graph, add, bias[0], (bias[1] / scales).astype(np.float32))
+    replace_constant(graph, product, 1, (weight / scales).astype(np.float32))
+    replace_constant(graph, add, bias[0], (bias[1] / scales).astype(np.float32))
     return True
 
 
@@ -232,8 +145,9 @@ def score_tensors(graph: ir.Graph) -> list[str]:
         str(value.name)
         for node in graph
         if node.op_type == "Softmax" and (add := made_by(node.inputs[0], "Add")) is not None
+        if any(map(is_mask, add.inputs))
         for value in add.inputs
-        if value is not None and made_by(value, "MatMul") is not None
+        if value is not None and not is_mask(value)
     ]
 
 
@@ -252,14 +166,3 @@ def size_mask(graph: ir.Graph, observed: Mapping[str, Statistics]) -> float | No
     size = float(np.ceil(1.5 * (high - low) + EXP_UNDERFLOW))
     value.const_value = ir.Tensor(np.array(size, np.float32), name=MASK_SIZE)
     return size
-
-
-def _replace_constant(graph: ir.Graph, node: ir.Node, position: int, array: NDArray[np.floating]) -> None:
-    """Give the node a changed constant; an initializer that nobody else reads keeps its name."""
-    old = node.inputs[position]
-    if old is None:
-        return
-    name = str(old.name)
-    if old.name in graph.initializers and len(old.uses()) == 1:
-        graph.initializers.pop(name)
-    node.replace_input_with(position, add_constant(graph, name, array.astype(np.float32)))

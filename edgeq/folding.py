@@ -51,6 +51,38 @@ def fold_norm_biases(graph: ir.Graph, observed: Observed) -> int:
     return count
 
 
+def serve_gains(graph: ir.Graph, observed: Observed) -> int:
+    """Let scaled copies of a normalisation without bias be made straight from the normalised tensor; give how many.
+
+    Before::
+
+        normalized ─ Mul(gain) ─┬─ Mul(factor) ─ MatMul
+                                └─ residual
+
+    After::
+
+        normalized ─┬─ Mul(gain factor) ─ MatMul
+                    └─ Mul(gain) ─ residual
+    """
+    count = 0
+    for node in list(graph):
+        gain = constant(node.inputs[1]) if node.op_type == "Mul" and str(node.name).endswith(GAINED) else None
+        normalized, output = node.inputs[0], node.outputs[0]
+        if gain is None or normalized is None or str(output.name).endswith(GAINED):
+            continue  # with a bias, which `fold_norm_biases` serves
+        if str(output.name) not in observed:
+            observed[str(output.name)] = _affine(observed[str(normalized.name)], gain, 0.0)
+        for use in tuple(output.uses()):
+            factor = constant(use.node.inputs[1]) if use.node.op_type == "Mul" and use.idx == 0 else None
+            if factor is None or any(each.op_type != "MatMul" for each in readers(use.node.outputs[0])):
+                continue
+            name = f"{use.node.outputs[0].name}/gain"
+            use.node.replace_input_with(0, normalized)
+            use.node.replace_input_with(1, add_constant(graph, name, (gain * factor).astype(np.float32)))
+            count += 1
+    return count
+
+
 def _norm(node: ir.Node) -> _Norm | None:
     if node.op_type != "Add":
         return None

@@ -11,10 +11,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.passes.graph import constant, dims, made_by, readers
+from edgeq.passes.norms import root_mean_square
 
 Kind = Literal["norm", "context", "activation"]
 SIDE = "/side"  # ends the names of what belongs to the float path of massive neurons
-_ACTIVATIONS = ("Gelu", "Relu", "Tanh", "Sigmoid", "Erf")
+_ACTIVATIONS = ("Gelu", "Mish", "Relu", "Tanh", "Sigmoid", "Erf")
+_BY_NEURON = frozenset({*_ACTIVATIONS, "Add", "Div", "Mul", "Neg", "Pow", "Sub"})
 
 
 @dataclass(frozen=True)
@@ -60,48 +62,105 @@ def sites(graph: ir.Graph) -> Iterator[Site]:
 
 
 def _kind(tensor: ir.Value) -> Kind:
-    maker = made_by(tensor, "Reshape", "Transpose", "LayerNormalization", "Mul", *_ACTIVATIONS)
+    maker = made_by(tensor, "Reshape", "Transpose", "LayerNormalization", "Mul", "Add", "MatMul", *_ACTIVATIONS)
     if maker is not None and maker.op_type == "Mul" and maker.name and maker.name.endswith("/scaled"):
         maker = maker.inputs[0].producer() if maker.inputs[0] is not None else None
+    if root_mean_square(maker) is not None:
+        return "norm"
     if maker is not None and maker.op_type in ("Reshape", "Transpose"):
         return "context"
-    return "norm" if maker is not None and maker.op_type == "LayerNormalization" else "activation"
+    if maker is not None and maker.op_type in _ACTIVATIONS:
+        return "activation"
+    # A product whose output other products read is like a norm's: quiet channels in texts are quiet in all texts.
+    is_like_norm = maker is not None and maker.op_type in ("LayerNormalization", "Add", "MatMul")
+    return "norm" if is_like_norm else "activation"
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Hold the nodes of one feed-forward pair: first product and bias, activation, second product and bias."""
+    """Hold the nodes of one feed-forward block: first products, what is done to each neuron by itself, second product.
 
-    first: ir.Node
-    first_bias: ir.Node
-    activation: ir.Node
+    Attributes:
+        firsts: the MatMul nodes whose columns are neurons: one, or value and gate.
+        inside: the nodes between first products and second one, in graph order.
+        second: the MatMul node whose weight has a row for each neuron.
+        end: the second product with its bias.
+    """
+
+    firsts: tuple[ir.Node, ...]
+    inside: tuple[ir.Node, ...]
     second: ir.Node
-    second_bias: ir.Node
+    end: ir.Value
+
+    @property
+    def hidden(self) -> ir.Value:
+        """Give what the second product reads, float32[batch, sequence, neurons]."""
+        hidden = self.second.inputs[0]
+        if hidden is None:
+            raise ValueError(f"{self.second.name}: reads nothing")
+        return hidden
 
 
 def feed_forwards(graph: ir.Graph) -> Iterator[FeedForward]:
-    """Give every MatMul ─ Add ─ activation ─ MatMul ─ Add chain whose values are read once."""
+    """Give every chain of first products, elementwise operators with an activation, and a second product.
+
+    A neuron may be a column of one product (GELU) or of two (a gate times a value), but nothing else may read what lies
+    between: then a neuron can leave its block without a trace.
+    """
     for node in graph:
-        if node.op_type not in _ACTIVATIONS:
+        weight = constant(node.inputs[1]) if node.op_type == "MatMul" and len(node.inputs) == 2 else None
+        if weight is None or weight.ndim != 2 or str(node.name).endswith(SIDE):
             continue
-        add = made_by(node.inputs[0], "Add")
-        first = next((m for v in add.inputs if (m := made_by(v, "MatMul"))), None) if add is not None else None
-        after = readers(node.outputs[0])
-        if (
-            add is None
-            or first is None
-            or len(after) != 1
-            or after[0].op_type != "MatMul"
-            or str(first.name).endswith(SIDE)
-        ):
+        cone = _elementwise_cone(node, weight.shape[0])
+        if cone is None:
             continue
-        ends = readers(after[0].outputs[0])
-        single = all(len(value.uses()) == 1 for value in (first.outputs[0], add.outputs[0]))
-        if not single or len(ends) != 1 or ends[0].op_type != "Add":
+        firsts, inside = cone
+        if not any(step.op_type in _ACTIVATIONS for step in inside):
             continue
-        is_constant = all(constant(item.inputs[1]) is not None for item in (first, after[0]))
-        if is_constant and bias_of(add) is not None and bias_of(ends[0]) is not None:
-            yield FeedForward(first, add, node, after[0], ends[0])
+        end = _biased(node)
+        if readers(end):
+            place = {step: position for position, step in enumerate(graph)}
+            firsts.sort(key=place.__getitem__)
+            inside.sort(key=place.__getitem__)
+            yield FeedForward(tuple(firsts), tuple(inside), node, end)
+
+
+def _elementwise_cone(second: ir.Node, width: int) -> tuple[list[ir.Node], list[ir.Node]] | None:
+    """Collect the weight products that elementwise operators make a value of, and these operators, or give None."""
+    firsts: list[ir.Node] = []
+    inside: list[ir.Node] = []
+    waiting = [second.inputs[0]]
+    while waiting:
+        value = waiting.pop()
+        node = value.producer() if value is not None else None
+        if node is None or value is None or value.is_graph_output():
+            return None
+        if node in firsts or node in inside:
+            continue
+        weight = constant(node.inputs[1]) if node.op_type == "MatMul" else None
+        if weight is not None and weight.shape == (weight.shape[0], width) and not str(node.name).endswith(SIDE):
+            firsts.append(node)
+        elif node.op_type in _BY_NEURON and _are_of_neurons(node, width):
+            inside.append(node)
+            waiting += [item for item in node.inputs if item is not None and constant(item) is None]
+        else:
+            return None
+    known = {second, *inside}
+    return (firsts, inside) if all(set(readers(item.outputs[0])) <= known for item in (*firsts, *inside)) else None
+
+
+def _are_of_neurons(node: ir.Node, width: int) -> bool:
+    """Tell whether a node's constants are numbers, or hold one number for each neuron."""
+    arrays = [array for item in node.inputs if (array := constant(item)) is not None]
+    return all(array.size == 1 or array.shape[-1] == array.size == width for array in arrays)
+
+
+def _biased(product: ir.Node) -> ir.Value:
+    """Give a product with its bias, or as it is without one."""
+    following = readers(product.outputs[0])
+    if len(following) == 1 and following[0].op_type == "Add" and bias_of(following[0]) is not None:
+        return following[0].outputs[0]
+    return product.outputs[0]
 
 
 def bias_of(add: ir.Node) -> tuple[int, NDArray[np.float32]] | None:

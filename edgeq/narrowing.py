@@ -87,7 +87,7 @@ class _Rewriting:
         """Give what was observed of a tensor, of the one that it is in another shape or tokens of, or of a table."""
         source: ir.Value | None = value
         while source is not None and str(source.name) not in self.observed:
-            step = made_by(source, "Slice", "Squeeze", "Unsqueeze")
+            step = made_by(source, "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
             source = step.inputs[0] if step is not None else None
         lookup = made_by(value, "Gather") if source is None else None
         table = constant(lookup.inputs[0]) if lookup is not None else None

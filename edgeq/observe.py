@@ -121,8 +121,8 @@ def observe(
             _add_moment(statistics, rows, max(1, total // MOMENT_ROWS))
 
     shapes = tensor_shapes(model)
-    # The last axis of attention is no channel.
-    positions = [name for name in tensors if len(shapes.get(name, ())) == 4 and name not in with_histogram]
+    # The last axis of attention is no channel, and neither is one that grows with the text.
+    positions = [name for name in tensors if _has_no_channels(shapes.get(name, ())) and name not in with_histogram]
     groups = _groups([name for name in tensors if name not in positions], shapes, _longest(batches))
     runs = len(groups) * len(batches)
     for number, group in enumerate(groups):
@@ -136,6 +136,10 @@ def observe(
                 _widen(kept, name, found[name + LOWEST].reshape(1), found[name + HIGHEST].reshape(1))
             progress(number * len(batches) + done, runs)
     return {name: _mean_moment(kept[name]) for name in tensors}
+
+
+def _has_no_channels(shape: tuple[int | None, ...]) -> bool:
+    return len(shape) == 4 or (len(shape) > 1 and shape[-1] is None)
 
 
 def _widen(kept: dict[str, Statistics], name: str, low: NDArray[np.float32], high: NDArray[np.float32]) -> Statistics:

@@ -5,15 +5,23 @@ The FP32 function stays the same. The tensors inside get names of their own, so 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
+from edgeq.attention_forms import biased, counted_positions, shared_heads, turned_halves
 from edgeq.passes.graph import add_constant, add_node, constant, dims, made_by, readers, replace_uses
+from edgeq.passes.mask_last import is_mask
+from edgeq.passes.norms import root_mean_square
 from edgeq.pooling import cap_padding, last_token
 
 ROW_MAXIMUM = "/row_maximum"  # ends the names of tensors that exist to be observed only
 MEAN, CENTRED, SQUARES, INVERSE = "/mean", "/centred", "/squares", "/inverse"
 NORMALIZED, GAINED = "/normalized", "/gained"
+_FORMS: dict[str, Callable[[ir.Graph, ir.Node], int]] = {
+    "Concat": turned_halves, "Gather": counted_positions, "MatMul": biased, "Reshape": shared_heads,
+}  # fmt: skip
 
 
 def primitives(model: ir.Model) -> int:
@@ -46,6 +54,10 @@ def primitives(model: ir.Model) -> int:
             count += cap_padding(graph, node)
         elif node.op_type == "Softmax":
             _row_maximum(graph, node)
+        elif node.op_type == "Mul":
+            count += _mean_square(graph, node)
+        elif node.op_type in _FORMS:
+            count += _FORMS[node.op_type](graph, node)
     return count
 
 
@@ -55,11 +67,12 @@ def follows(node: ir.Node) -> bool:
         return str(node.name).endswith(GAINED)
     if node.op_type == "Add":
         gained = made_by(node.inputs[0], "Mul")
-        return gained is not None and str(gained.name).endswith(GAINED)
+        is_biased = len(node.inputs) > 1 and constant(node.inputs[1]) is not None
+        return gained is not None and is_biased and str(gained.name).endswith(GAINED)
     following = readers(node.outputs[0])
     if node.op_type != "MatMul" or len(following) != 1 or following[0].op_type != "Add":
         return False
-    is_scores = constant(node.inputs[1]) is None
+    is_scores = constant(node.inputs[1]) is None and any(map(is_mask, following[0].inputs))
     return is_scores or any(constant(value) is not None for value in following[0].inputs)
 
 
@@ -83,6 +96,34 @@ def _norm(graph: ir.Graph, node: ir.Node) -> int:
         result = _like(add_node(node, "Add", [result, bias], f"{name}/primitives"), node)
     _take_place(graph, node, result, name)
     return 1
+
+
+def _mean_square(graph: ir.Graph, node: ir.Node) -> int:
+    """Write a normalisation by the root of the mean square as a layer normalisation without centring."""
+    found = root_mean_square(node)
+    if found is None:
+        return 0
+    name, width = str(node.outputs[0].name), found.gain.size
+    inverse = _inverse_root(graph, node, found.x, name, width * found.epsilon)
+    normalized = _like(add_node(node, "Mul", [found.x, inverse], f"{name}{NORMALIZED}"), node)
+    factor = add_constant(graph, f"{name}/gain", (found.gain * np.sqrt(width)).astype(np.float32))
+    result = _like(add_node(node, "Mul", [normalized, factor], f"{name}{GAINED}"), node)
+    above = list(node.inputs)
+    _take_place(graph, node, result, name)
+    for value in above:
+        _drop_unread(graph, value)
+    return 1
+
+
+def _drop_unread(graph: ir.Graph, value: ir.Value | None) -> None:
+    """Remove what makes a value that nobody reads."""
+    node = value.producer() if value is not None else None
+    if node is None or any(output.uses() or output.is_graph_output() for output in node.outputs):
+        return
+    above = list(node.inputs)
+    graph.remove(node, safe=True)
+    for each in above:
+        _drop_unread(graph, each)
 
 
 def _unit_length(graph: ir.Graph, node: ir.Node) -> int:

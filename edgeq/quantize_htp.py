@@ -104,7 +104,7 @@ class _Coder:
             if node.op_type != "Slice":
                 self._sizes.update(node.outputs)
                 return
-        elif variable and all(value in self._masks.values for value in variable):
+        elif variable and all(value in self._masks.values or value in self._sizes for value in variable):
             self._masks.values.update(node.outputs)
             return
         if node.op_type in _STILL and node.inputs[0] in self._codes.coded:

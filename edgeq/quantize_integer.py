@@ -17,7 +17,8 @@ from edgeq.coded import HEADROOM, INTEGER_DTYPES, Coded, CodedGraph, finished, s
 from edgeq.coded_mask import Masks
 from edgeq.coded_sums import ExactSums
 from edgeq.errors import EdgeqError, Unsupported
-from edgeq.folding import Observed, even_values, fold_norm_biases, widen_outputs
+from edgeq.fine_sides import fine_sides
+from edgeq.folding import Observed, even_values, fold_norm_biases, serve_gains, widen_outputs
 from edgeq.gemm import SIDE, bias_of
 from edgeq.narrowing import CHOICE, ROOT_HEADROOM, Fixed, narrow
 from edgeq.observe import Statistics
@@ -35,6 +36,8 @@ MASKED_BELOW = {
 }
 GELU_FLOOR = -4.0  # GELU(-4) = -1.3e-4: below, nothing is left to tell apart
 SOFTMAX = {8: Affine(1 / 256, -128, -128, 127), 16: Affine(1 / 32768, 0, -32768, 32767)}
+FINE_BITS = 8  # of weights, in every scheme that leaves nothing float
+SIGMOID = Affine(1 / 32768, 0, -32768, 32767)
 SHARE = Affine(1 / 32767, 0, -32768, 32767)  # of a token in the mean
 _STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "ReduceMax"})
 _INT16, _INT32 = np.iinfo(np.int16), np.iinfo(np.int32)
@@ -90,6 +93,7 @@ def integer_form(
     graph = graph_model.graph
     del graph.outputs[1:]
     primitives(graph_model)
+    serve_gains(graph, seen)
     join_positions(graph)
     even_values(graph, seen)
     fold_norm_biases(graph, seen)
@@ -97,6 +101,7 @@ def integer_form(
         widen_outputs(graph, seen, form.widen_quantile)
     if form.sum_bits == 32:
         outer_gains(graph, seen)
+    fine_sides(graph, seen, FINE_BITS)
     RemoveUnusedNodesPass()(graph_model)
     TopologicalSortPass()(graph_model)
     return graph_model, seen
@@ -129,6 +134,7 @@ class _Coder:
         self._raised = frozenset(scheme.raised)
         self._table_bits = scheme.embedding_bits
         self._masks = Masks(self._codes)
+        self._positions: set[ir.Value] = set()  # what follows from the sizes of the inputs alone
         self._shares = ExactShares(self._codes) if form.shares == "exact" else None
         self._sums: ExactSums | None = None
         if form.sum_bits == 32:
@@ -139,7 +145,7 @@ class _Coder:
             "Add": self._add, "Clip": self._rewritten, "Gather": self._lookup, "Gelu": self._pointwise,
             "MatMul": self._matmul, "Min": self._capped, "Mul": self._arithmetic, "ReduceMean": self._arithmetic,
             "ReduceSum": self._rewritten, "ReduceSumSquare": self._arithmetic, "Relu": self._pointwise,
-            "Sigmoid": self._rewritten, "Slice": self._lookup, "Softmax": self._softmax, "Sqrt": self._root,
+            "Sigmoid": self._sigmoid, "Slice": self._lookup, "Softmax": self._softmax, "Sqrt": self._root,
             "Sub": self._arithmetic, "Tanh": self._arithmetic,
         }  # fmt: skip
 
@@ -154,9 +160,13 @@ class _Coder:
             return
         variable = [value for value in node.inputs if value is not None and constant(value) is None]
         table = constant(node.inputs[0]) if node.op_type in ("Gather", "Slice") else None
-        is_table = table is not None and table.dtype == np.float32
-        is_of_mask = variable and all(value in self._masks.values for value in variable)
-        if node.op_type == "Shape" or (is_of_mask and not is_table):
+        is_bias = node.op_type == "Gather" and node.inputs[1] in self._positions  # by distance, not by token
+        is_table = table is not None and table.dtype == np.float32 and not is_bias
+        if node.op_type == "Shape" or (variable and not is_table and all(map(self._positions.__contains__, variable))):
+            self._positions.update(node.outputs)
+            return
+        of_mask = self._masks.values | self._positions
+        if variable and not is_table and all(value in of_mask for value in variable):
             self._masks.values.update(node.outputs)
             return
         if node.op_type in _STILL and variable and variable[0] in self._codes.coded:
@@ -226,9 +236,14 @@ class _Coder:
             node.replace_input_with(position, self._codes.read(value, bits, node).value)
         output = node.outputs[0]
         followers = readers(output)
-        masked = followers[0] if len(followers) == 1 and followers[0].op_type in ("Add", "Softmax") else None
+        masked = followers[0] if len(followers) == 1 and self._ends_scores(followers[0]) else None
         codes = self._scores(masked, bits) if masked is not None else self._codes.range(output, bits)
         self._codes.store(node, output, codes, bits)
+
+    def _ends_scores(self, node: ir.Node) -> bool:
+        """Tell whether a node is the softmax, or adds the mask, before which scores need no more than it reads."""
+        adds_mask = node.op_type == "Add" and any(value in self._masks.values for value in node.inputs)
+        return node.op_type == "Softmax" or adds_mask
 
     def _product(self, node: ir.Node, weight: NDArray[np.float32]) -> None:
         """Code input, weight, bias and output of a weight product."""
@@ -343,18 +358,34 @@ class _Coder:
                 continue
             if value in self._masks.values:
                 node.replace_input_with(position, self._masks.coded(value, SHARE, 16, node).value)
+            elif value in self._positions:
+                node.replace_input_with(position, self._position(value, node).value)
             elif array is not None:
                 node.replace_input_with(position, self._codes.constant(value, array, node))
             else:
                 node.replace_input_with(position, self._codes.read(value, 16, node).value)
         output = node.outputs[0]
-        codes = self._codes.range(output, 16) if self._sums is None else self._sums.range_of_sum(output)
+        fixed = str(output.name) in self._codes.fixed or self._sums is None
+        codes = self._codes.range(output, 16) if fixed or self._sums is None else self._sums.range_of_sum(output)
         self._codes.store(node, output, codes, 16)
+
+    def _position(self, value: ir.Value, node: ir.Node) -> Coded:
+        """Give what follows from positions in 16 bits: lowering computes it for each length, and stores codes."""
+        key = (value, 16)
+        if key not in self._codes.converted:
+            codes = symmetric(self._codes.largest(value), 16)
+            self._codes.converted[key] = self._codes.quantize(node, value, codes, 16, str(value.name))
+        return self._codes.converted[key]
 
     def _rewritten(self, node: ir.Node) -> None:
         """Code what rewriting put there; a model's own has no integer form."""
         if str(node.outputs[0].name) not in self._codes.fixed:
             raise Unsupported(f"{node.name}: {node.op_type} has no integer form; use a scheme that leaves it float")
+        self._arithmetic(node)
+
+    def _sigmoid(self, node: ir.Node) -> None:
+        """Code a gate: the operator has 16 bits, and the only codes that it gives."""
+        self._codes.fixed.setdefault(str(node.outputs[0].name), SIGMOID)
         self._arithmetic(node)
 
     def _root(self, node: ir.Node) -> None:

@@ -10,7 +10,6 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from edgeq.equalize import magnitudes
 from edgeq.errors import Unsupported
 from edgeq.gemm import sites
 from edgeq.observe import Statistics
@@ -18,6 +17,7 @@ from edgeq.passes.graph import add_constant, add_node, checked, constant, made_b
 from edgeq.pooling import last_token
 from edgeq.primitives import first_token
 from edgeq.records import VendorForm
+from edgeq.side_paths import magnitudes
 
 _IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10}  # Source: onnx 1.23, docs/Versioning.md, the table of releases
 

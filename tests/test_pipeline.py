@@ -390,6 +390,7 @@ def test_an_output_folder_with_something_else_is_left_alone(request_: pipeline.E
         (["--target", "x86-64-onnxruntim"], 2, "x86-64-onnxruntime"),
         (["--target", "x86-64-onnxruntime", "--texts", "missing.txt"], 2, "no such file"),
         (["--target", "x86-64-onnxruntime", "--pooling", "average"], 2, "unknown mode"),
+        (["--target", "x86-64-onnxruntime", "--dim", "0"], 2, "--dim is 0; at least 1 is needed"),
     ],
 )
 def test_a_wrong_argument_is_one_message_before_any_work(

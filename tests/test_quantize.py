@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from edgeq import calibrate, equalize, ranges, rounding
+from edgeq import calibrate, equalize, ranges, rounding, side_paths
 from edgeq import observe as observe_module
 from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.calibrate import Observed
@@ -66,7 +66,7 @@ def test_massive_neurons_leave_the_integer_product_where_there_are_any(observed:
     assert all(str(node.name).startswith("layer.0.") for node in side)
     hidden = {s.name[:7]: s.weights()[0].shape for s in sites(graph) if "gelu" in s.name}
     assert hidden == {
-        "layer.0": (encoder.HIDDEN - equalize.SIDE_WIDTH, encoder.DIM), "layer.1": (encoder.HIDDEN, encoder.DIM),
+        "layer.0": (encoder.HIDDEN - side_paths.SIDE_WIDTH, encoder.DIM), "layer.1": (encoder.HIDDEN, encoder.DIM),
     }  # fmt: skip
 
 

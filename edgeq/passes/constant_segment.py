@@ -7,6 +7,10 @@ import onnx_ir as ir
 
 from edgeq.passes.graph import Rewrites, add_constant, constant, made_by, readers, replace_uses
 
+_SPREADING = (
+    "Cast", "ConstantOfShape", "Expand", "Gather", "GatherElements", "Reshape", "Slice", "Squeeze", "Unsqueeze",
+)  # fmt: skip
+
 
 def constant_segment(model: ir.Model) -> Rewrites:
     """Replace a `Gather` whose indices are one constant, expanded, by the row it looks up.
@@ -20,17 +24,17 @@ def constant_segment(model: ir.Model) -> Rewrites:
         token_type_embeddings[0] ─ Add
 
     A single text has segment 0 throughout, so the input `token_type_ids` is not needed either. The index may also be
-    cut out of a buffer that holds one value throughout.
+    cut out of, or looked up in, a buffer that holds one value throughout.
     """
     count, near = 0, []
     for node in list(model.graph):
-        expand = made_by(node.inputs[1], "Expand", "ConstantOfShape") if node.op_type == "Gather" else None
+        expand = made_by(node.inputs[1], *_SPREADING) if node.op_type == "Gather" else None
         if expand is None:
             continue
         table = constant(node.inputs[0])
-        index = _only_value(expand.inputs[0]) if expand.op_type == "Expand" else 0.0
+        index = _only_value(node.inputs[1])
         if table is None or index is None:
-            near.append(f"{node.name}: looks up an expanded index, but table or index is not constant")
+            near.append(f"{node.name}: looks up a chosen index, but table or index is not constant")
             continue
         if not all(reader.op_type == "Add" for reader in readers(node.outputs[0])):
             near.append(f"{node.name}: the row is read by something that may not broadcast it")
@@ -44,9 +48,12 @@ def constant_segment(model: ir.Model) -> Rewrites:
 
 
 def _only_value(value: ir.Value | None) -> float | None:
-    """Give the one number that a constant, or a part of a constant, holds throughout."""
-    part = made_by(value, "Gather", "GatherElements", "Slice")
-    array = constant(part.inputs[0] if part is not None else value)
+    """Give the one number that a value holds throughout, whatever part of a constant it is, and however spread."""
+    while (part := made_by(value, *_SPREADING)) is not None:
+        if part.op_type == "ConstantOfShape":
+            return 0.0 if "value" not in part.attributes else float(part.attributes["value"].as_tensor().numpy()[0])
+        value = part.inputs[0]
+    array = constant(value)
     if array is None or array.size == 0 or not np.all(array == array.reshape(-1)[0]):
         return None
     return float(array.reshape(-1)[0])

@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeq.passes.graph import Rewrites, add_constant, add_node, constant, made_by, readers, replace_uses
+from edgeq.passes.graph import (
+    Rewrites,
+    add_constant,
+    add_node,
+    constant,
+    follows_from_sizes,
+    made_by,
+    readers,
+    replace_uses,
+)
+from edgeq.passes.known_truths import truth
 
 MASK_SIZE = "attention_mask_size"
 INFINITE = 1e30
@@ -24,8 +34,13 @@ def finite_mask(model: ir.Model) -> Rewrites:
 
         attention_mask ─ Cast(float) ─ Unsqueeze[1, 2] ─ Sub 1 ─ Mul size ─ Add(scores) ─ Softmax
 
-    The new mask broadcasts over heads and queries. Only a condition that depends on `attention_mask` matches; a causal
-    or local mask depends on positions too, which shows as moved outputs.
+    The new mask broadcasts over heads and queries. Where each position may look at some others only (causal or local
+    attention), the mask is multiplied by that first, which is computed from positions as before::
+
+        positions ─ LessOrEqual ─ Cast(float) ─┐
+        attention_mask ─ Cast ─ Unsqueeze ─── Mul ─ Sub 1 ─ Mul size ─ Add(scores) ─ Softmax
+
+    A mask that fills scores, `Where(padding, -3.4e38, scores)`, is added to them instead.
     """
     count, near = 0, []
     graph = model.graph
@@ -33,24 +48,74 @@ def finite_mask(model: ir.Model) -> Rewrites:
     if not masks:
         return Rewrites(0, ("the graph has no input attention_mask",))
     for node in list(graph):
-        if node.op_type != "Where" or not _is_mask(node):
+        scores = _filled(node) if node.op_type == "Where" else None
+        if node.op_type != "Where" or (scores is None and not _is_mask(node)):
             continue
-        if not all(reader.op_type == "Add" for reader in readers(node.outputs[0])):
+        if scores is None and not all(reader.op_type == "Add" for reader in readers(node.outputs[0])):
             near.append(f"{node.name}: an infinite mask, but it is read by something else than Add")
             continue
-        if masks[0] not in _inputs_above(node):
+        if masks[0] not in _inputs_above(node.inputs[0]):
             near.append(f"{node.name}: an infinite mask that does not depend on attention_mask")
             continue
-        name = f"attention_bias_{count}" if count else "attention_bias"
-        size = add_constant(graph, MASK_SIZE, np.array(START_SIZE, np.float32))
-        one = add_constant(graph, "one", np.array(1.0, np.float32))
-        axes = add_constant(graph, "mask_axes", np.array([1, 2], np.int64))
-        mask = add_node(node, "Cast", [masks[0]], f"{name}/mask", {"to": int(ir.DataType.FLOAT)})
-        mask = add_node(node, "Unsqueeze", [mask, axes], f"{name}/unsqueezed")
-        mask = add_node(node, "Sub", [mask, one], f"{name}/shifted")
-        replace_uses(node.outputs[0], add_node(node, "Mul", [mask, size], name))
+        bias = _bias(graph, node, masks[0], _limits(node.inputs[0]) if scores is None else [], count)
+        if scores is not None:
+            bias = add_node(node, "Add", [scores, bias], f"{node.name}/masked")
+            bias.shape, bias.dtype = node.outputs[0].shape, ir.DataType.FLOAT
+        replace_uses(node.outputs[0], bias)
         count += 1
     return Rewrites(count, tuple(near))
+
+
+def _bias(graph: ir.Graph, node: ir.Node, mask: ir.Value, limits: list[ir.Value], number: int) -> ir.Value:
+    """Write what is added to scores: 0 where a position may look, -size elsewhere."""
+    name = f"attention_bias_{number}" if number else "attention_bias"
+    known = graph.initializers.get(MASK_SIZE)
+    size = known if known is not None else add_constant(graph, MASK_SIZE, np.array(START_SIZE, np.float32))
+    one = add_constant(graph, "one", np.array(1.0, np.float32))
+    axes = add_constant(graph, "mask_axes", np.array([1, 2], np.int64))
+    kept = add_node(node, "Cast", [mask], f"{name}/mask", {"to": int(ir.DataType.FLOAT)})
+    kept = add_node(node, "Unsqueeze", [kept, axes], f"{name}/unsqueezed")
+    if limits:
+        allowed = limits[0]
+        for place, limit in enumerate(limits[1:]):
+            allowed = add_node(node, "And", [allowed, limit], f"{name}/limits_{place}")
+        allowed = add_node(node, "Cast", [allowed], f"{name}/allowed", {"to": int(ir.DataType.FLOAT)})
+        kept = add_node(node, "Mul", [kept, allowed], f"{name}/limited")
+    shifted = add_node(node, "Sub", [kept, one], f"{name}/shifted")
+    return add_node(node, "Mul", [shifted, size], name)
+
+
+def _limits(condition: ir.Value | None) -> list[ir.Value]:
+    """List the parts of a condition that positions decide, but for those that always hold."""
+    while (reshaped := made_by(condition, "Reshape")) is not None:
+        condition = reshaped.inputs[0]
+    both = made_by(condition, "And")
+    if both is not None:
+        return list(dict.fromkeys(limit for value in both.inputs for limit in _limits(value)))
+    if condition is None or truth(condition) or not follows_from_sizes(condition):
+        return []
+    compared = made_by(condition, "GreaterOrEqual")
+    least = constant(compared.inputs[1]) if compared is not None else None
+    always_holds = least is not None and bool(np.all(least <= 0)) and _is_position(compared.inputs[0])  # type: ignore[union-attr]
+    return [] if always_holds else [condition]
+
+
+def _is_position(value: ir.Value | None) -> bool:
+    """Tell whether a value is 0, 1, 2, … whatever its axes."""
+    while (step := made_by(value, "Unsqueeze", "Cast", "Expand", "Reshape")) is not None:
+        value = step.inputs[0]
+    made = made_by(value, "Range")
+    start = constant(made.inputs[0]) if made is not None else None
+    return start is not None and float(start.reshape(-1)[0]) >= 0
+
+
+def _filled(node: ir.Node) -> ir.Value | None:
+    """Give the scores that a Where fills with an infinite value for softmax, or None."""
+    fill, scores = constant(node.inputs[1]), node.inputs[2]
+    if fill is None or fill.dtype.kind != "f" or fill.size != 1 or constant(scores) is not None:
+        return None
+    is_softmax = all(reader.op_type == "Softmax" for reader in readers(node.outputs[0]))
+    return scores if is_softmax and fill.reshape(-1)[0] <= -INFINITE else None
 
 
 def _is_mask(node: ir.Node) -> bool:
@@ -60,11 +125,11 @@ def _is_mask(node: ir.Node) -> bool:
     return bool(np.all(keep == 0) and np.all(drop <= -INFINITE)) and made_by(node.inputs[0], "Constant") is None
 
 
-def _inputs_above(node: ir.Node) -> set[ir.Value]:
-    """Collect the graph inputs that a node depends on."""
+def _inputs_above(last: ir.Value | None) -> set[ir.Value]:
+    """Collect the graph inputs that a value depends on."""
     found: set[ir.Value] = set()
     seen: set[ir.Value] = set()
-    todo = list(node.inputs)
+    todo = [last]
     while todo:
         value = todo.pop()
         if value is None or value in seen:

@@ -10,6 +10,7 @@ from edgeq.records import Placement, QdqModel
 
 _PRODUCTS = frozenset({"FullyConnected", "FullyConnectedQuantized", "FullyConnectedQuantizedLegacy", "MatMul"})
 _CODES = frozenset({"u8", "i8"})
+_TURNED = "/transpose_b"  # ends the name of a product's weights, as the plugin stores them
 
 
 def executed(compiled: Any, model: QdqModel) -> Placement:
@@ -28,8 +29,14 @@ def executed(compiled: Any, model: QdqModel) -> Placement:
         if facts["layerType"] not in _PRODUCTS or not facts["primitiveType"].lower().endswith("_i8"):
             continue
         if operation.input(0).get_element_type().get_type_name() in _CODES:
-            integer |= set(str(operation.get_rt_info()["originalLayersNames"].value).split(","))
+            weights = operation.input_value(1).get_node()
+            integer |= _names(operation) | {name.removesuffix(_TURNED) for name in _names(weights)}
     return _placement(integer, kinds, model)
+
+
+def _names(operation: Any) -> set[str]:
+    """Name what an operation was made of. A product before a scale loses its name; its weights do not."""
+    return set(str(operation.get_rt_info()["originalLayersNames"].value).split(","))
 
 
 def structural(network: Network, model: QdqModel) -> Placement:

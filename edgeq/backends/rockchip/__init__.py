@@ -191,9 +191,7 @@ def _source(output: Path, bucket: int) -> str:
     return str(output.parent / f"seq_{bucket}.onnx")
 
 
-def _build(
-    child: Worker, inputs: Path, output: Path, bucket: int, target: Target, integer: Sequence[str]
-) -> str:
+def _build(child: Worker, inputs: Path, output: Path, bucket: int, target: Target, integer: Sequence[str]) -> str:
     """Build one bucket from the model and the feeds in a folder, and give the compiler's log.
 
     Raises:

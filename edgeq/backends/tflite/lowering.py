@@ -10,6 +10,7 @@ from edgeq.backends.tflite import functions, masks, moves, pooling, products, sh
 from edgeq.backends.tflite.emitter import Emitter, Settings
 from edgeq.backends.tflite.writer import ModelWriter
 from edgeq.errors import LoweringFailed
+from edgeq.passes.graph import made_of_sizes
 
 SIGNATURE = "seq_{}"
 
@@ -65,8 +66,10 @@ def lower_model(graph_model: ir.Model, buckets: Sequence[int], settings: Setting
 
 
 def _lower_graph(graph: ir.Graph, emit: Emitter) -> None:
-    left_out = shares.left_out(graph, emit.length)
+    left_out, of_sizes = shares.left_out(graph, emit.length), made_of_sizes(graph)
     for node in graph:
+        if node.outputs[0] in of_sizes:
+            continue  # stored where it is read
         if node in left_out:
             shares.unchanged(emit, node)
         elif shares.takes(node):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
+from numpy.typing import NDArray
 
 from edgeq.backends.tflite import pooling
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
 from edgeq.backends.tflite.sums import raw
 from edgeq.backends.tflite.writer import Codes, Tensor
 from edgeq.errors import LoweringFailed
-from edgeq.passes.graph import made_by
+from edgeq.passes.graph import constant, follows_from_sizes, made_by
 
 _EXACT_STEP, _WIDE_CODES = 128, 2**15
 
@@ -52,10 +53,17 @@ def _mask_codes(emit: Emitter, node: ir.Node) -> None:
     if pooling.is_cap(node):
         pooling.cap(emit, node)
         return
+    if follows_from_sizes(value):
+        _positions(emit, node)
+        return
     if maker.op_type != "Mul":
         raise LoweringFailed(f"{node.name}: {maker.op_type} is no form of the attention mask")
     codes = emit.codes(node)
     name = str(node.outputs[0].name).removesuffix("/quantized")
+    allowed = _allowed(maker)
+    if allowed is not None:
+        _limited(emit, node, codes, pooling.of_inputs(allowed, np.ones((1, emit.length), np.int64)))
+        return
     if codes.zero_points[0] > 0 and emit.settings.upcast == "quantize":
         _bias(emit, node, codes)
         return
@@ -71,6 +79,42 @@ def _mask_codes(emit: Emitter, node: ir.Node) -> None:
     shaped = emit.reshaped(flat, (1, 1, 1, emit.length), f"{name}/shaped")
     result = emit.result(node, (1, 1, 1, emit.length))
     emit.requantized(shaped, result)
+
+
+def _positions(emit: Emitter, node: ir.Node) -> None:
+    """Store what follows from positions alone, computed for this signature's length."""
+    codes = emit.codes(node)
+    zero_point = constant(node.inputs[2])
+    if zero_point is None or node.inputs[0] is None:
+        raise LoweringFailed(f"{node.name}: has no zero point, so no dtype")
+    limits = np.iinfo(zero_point.dtype)
+    values = pooling.of_inputs(node.inputs[0], np.ones((1, emit.length), np.int64))
+    stored = np.rint(values.astype(np.float64) / codes.scales[0]) + codes.zero_points[0]
+    name = str(node.outputs[0].name).removesuffix("/quantized")
+    array = np.clip(stored, limits.min, limits.max).astype(zero_point.dtype)
+    emit.tensors[node.outputs[0]] = emit.out.constant(name, array, codes)
+
+
+def _allowed(maker: ir.Node) -> ir.Value | None:
+    """Find where each position may look, in a mask of the form (mask * allowed - 1) * size or mask * allowed * size."""
+    for value in maker.inputs:
+        shifted = made_by(value, "Sub")
+        product = made_by(shifted.inputs[0] if shifted is not None else value, "Mul")
+        if product is not None:
+            return next((item for item in product.inputs if follows_from_sizes(item)), None)
+    return None
+
+
+def _limited(emit: Emitter, node: ir.Node, codes: Codes, allowed: NDArray[np.float32]) -> None:
+    """Multiply the mask by where each position may look: [1, 1, sequence, sequence] codes."""
+    name = str(node.outputs[0].name).removesuffix("/quantized")
+    size = codes.zero_points[0] if codes.zero_points[0] > 0 else 32767
+    dtype = "int8" if codes.zero_points[0] > 0 else "int16"
+    stored = emit.out.constant(f"{name}/allowed", np.rint(allowed * size).astype(np.int32))
+    product = raw(emit, "MUL", emit.mask, stored)
+    result = emit.out.tensor(name, product.shape, dtype, codes)
+    emit.cast(product, result)
+    emit.tensors[node.outputs[0]] = result
 
 
 def _bias(emit: Emitter, node: ir.Node, codes: Codes) -> None:

@@ -12,7 +12,10 @@ from edgeq.passes.graph import constant, made_by, readers
 
 
 def gather(emit: Emitter, node: ir.Node) -> None:
-    """Write the lookup of tokens in their table."""
+    """Write the lookup of tokens in their table, or what takes places of an axis in another order."""
+    if made_by(node.inputs[0], "DequantizeLinear") is not None:
+        _reordered(emit, node)
+        return
     table = constant(node.inputs[0])
     dequantizer = next((use for use in readers(node.outputs[0]) if use.op_type == "DequantizeLinear"), None)
     if table is None or table.dtype == np.int64 or dequantizer is None or emit.ids is None:
@@ -23,6 +26,20 @@ def gather(emit: Emitter, node: ir.Node) -> None:
     options = schema.GatherOptionsT()
     emit.out.operator(OPERATOR.GATHER, 2, [stored, emit.ids], result, (OPTIONS.GatherOptions, options))
     emit.tensors[node.outputs[0]] = result
+
+
+def _reordered(emit: Emitter, node: ir.Node) -> None:
+    """Take the places of one axis in a stored order."""
+    order = constant(node.inputs[1])
+    if order is None:
+        raise LoweringFailed(f"{node.name}: the order of its places is no constant")
+    source = emit.read(node.inputs[0])
+    axis = node.attributes["axis"].as_int() % len(source.shape) if "axis" in node.attributes else 0
+    index = emit.out.constant(str(node.inputs[1].name), order.astype(np.int32))  # type: ignore[union-attr]
+    options = schema.GatherOptionsT()
+    options.axis = axis
+    shape = (*source.shape[:axis], *order.shape, *source.shape[axis + 1 :])
+    emit.write(node.outputs[0], shape, OPERATOR.GATHER, 2, [source, index], (OPTIONS.GatherOptions, options))
 
 
 def slice_(emit: Emitter, node: ir.Node) -> None:

@@ -5,19 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
-from onnx import helper
-from onnx.reference import ReferenceEvaluator
 
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
 from edgeq.backends.tflite.writer import Codes, Tensor
+from edgeq.computed import computed
 from edgeq.errors import LoweringFailed
 from edgeq.passes.graph import constant, made_by, readers
-
-_OPSET = 21  # of QDQ models
 
 
 def is_share(quantizer: ir.Node) -> bool:
@@ -80,36 +76,13 @@ def _shares_by_count(value: ir.Value | None, length: int) -> NDArray[np.float32]
     """
     counts = np.arange(1, length + 1)
     mask = (np.arange(length) < counts[:, None]).astype(np.int64)
-    found = _of_mask(value, mask).reshape(length, length)
+    found = of_inputs(value, mask).reshape(length, length)
     return np.concatenate([found[:1], found])
 
 
-def _of_mask(value: ir.Value | None, mask: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Compute a tensor that follows from the mask alone, for int64[texts, tokens]."""
-    nodes: list[ir.Node] = []
-    stored: dict[str, onnx.TensorProto] = {}
-    inputs: set[str] = set()
-    seen: set[ir.Value] = set()
-    waiting = [value]
-    while waiting:
-        each = waiting.pop()
-        if each is None or each in seen:
-            continue
-        seen.add(each)
-        array, node = constant(each), each.producer()
-        if array is not None:
-            stored[str(each.name)] = onnx.numpy_helper.from_array(array, str(each.name))
-        elif node is None:
-            inputs.add(str(each.name))
-        elif node not in nodes:
-            nodes.append(node)
-            waiting += node.inputs
-    ports = [helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None) for name in inputs]
-    output = helper.make_tensor_value_info(str(value.name), onnx.TensorProto.FLOAT, None)  # type: ignore[union-attr]
-    ordered = [ir.to_proto(node) for node in nodes[0].graph if node in nodes]  # type: ignore[union-attr]
-    graph = helper.make_graph(ordered, "of_mask", ports, [output], list(stored.values()))
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)])
-    return np.asarray(next(iter(ReferenceEvaluator(model).run(None, dict.fromkeys(inputs, mask)))), np.float32)
+def of_inputs(value: ir.Value | None, mask: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Compute a tensor that follows from the mask, or from the sizes of the inputs, for int64[texts, tokens]."""
+    return computed(value, dict.fromkeys(("input_ids", "attention_mask"), mask)).astype(np.float32)
 
 
 def cap(emit: Emitter, node: ir.Node) -> None:

@@ -1,0 +1,61 @@
+"""Compute what depends on no input."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from edgeq.passes.graph import Rewrites, add_constant, constant, replace_uses
+
+_OPSET = 21
+_LARGEST_ELEMENTS = 1 << 26  # a larger constant is left to the runtime: it may be a table over pairs of positions
+_RANDOM = frozenset({"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli"})
+
+
+def fold_constants(model: ir.Model) -> Rewrites:
+    """Replace a node whose inputs are all constant by its result, where that is no larger than what it reads.
+
+    Before::
+
+        weight ─ Add(1) ─ Mul(x)
+
+    After::
+
+        weight + 1 ─ Mul(x)
+
+    Only floating-point results count: the arithmetic of shapes is left to the passes that know what it means.
+    """
+    count, near = 0, []
+    for node in list(model.graph):
+        arrays = [constant(value) for value in node.inputs if value is not None]
+        is_whole = arrays and len(arrays) == len(node.inputs) and all(array is not None for array in arrays)
+        if not is_whole or node.op_type in _RANDOM or len(node.outputs) != 1 or node.domain not in ("", "ai.onnx"):
+            continue
+        pairs = zip(node.inputs, arrays, strict=True)
+        known = {str(value.name): array for value, array in pairs if value is not None and array is not None}
+        if not any(array is not None and array.dtype.kind == "f" for array in arrays):
+            continue
+        if sum(array.size for array in arrays if array is not None) > _LARGEST_ELEMENTS:
+            near.append(f"{node.name}: reads constants of more than {_LARGEST_ELEMENTS} elements")
+            continue
+        result = _computed(node, known)
+        if result.dtype != np.float32 or result.size > max(array.size for array in arrays if array is not None):
+            near.append(f"{node.name}: its result is larger than what it reads, or not float32")
+            continue
+        replace_uses(node.outputs[0], add_constant(model.graph, f"{node.outputs[0].name}/folded", result))
+        count += 1
+    return Rewrites(count, tuple(near))
+
+
+def _computed(node: ir.Node, known: dict[str, np.ndarray]) -> np.ndarray:
+    """Run one node on constants."""
+    output = str(node.outputs[0].name)
+    stored = [numpy_helper.from_array(np.asarray(array), name) for name, array in known.items()]
+    ports = [helper.make_tensor_value_info(output, onnx.TensorProto.UNDEFINED, None)]
+    graph = helper.make_graph([ir.to_proto(node)], "constant", [], ports, stored)
+    whole = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)])
+    (result,) = ReferenceEvaluator(whole).run(None, {})
+    return np.asarray(result)

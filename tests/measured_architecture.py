@@ -1,0 +1,150 @@
+"""Take one small model of an architecture through the whole pipeline in this process, and measure what came out."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import architectures
+import numpy as np
+import onnx
+import tiny_source
+
+from edgeq import backends, calibrate, dialect, passes, quantize, schemes, source, targets, torch_export
+from edgeq.backends.contract import Embeddings, embed_batches
+from edgeq.errors import EdgeqError
+from edgeq.records import QdqModel, Source
+from edgeq.reference import FloatSession
+from edgeq.storage import file_ref
+from edgeq.texts import Tokenizer, Tokens, batches
+
+CALIBRATION, VALIDATION = 96, 128  # texts
+LENGTHS = (16, 32, 64)  # of static artifacts, in tokens
+CENTRED_MIN, OVERLAP_MIN, NEIGHBOURS = 0.98, 0.9, 10
+
+# Column of the table -> the target whose backend and scheme stand for it.
+TARGETS = {
+    "ONNX Runtime": "x86-64-onnxruntime", "OpenVINO": "intel-openvino-cpu", "LiteRT": "integer-only-w8a16",
+    "Ethos-U": "ethos-u85-256", "Qualcomm HTP": "snapdragon-8-gen-3",
+}  # fmt: skip
+SCHEMES = {"LiteRT": "w8a8-int"}
+COMPILED = frozenset({"Ethos-U", "Qualcomm HTP"})  # for a device: compiled here, not run
+
+
+class Exported(NamedTuple):
+    """A float model, proved against torch, with texts, and what calibrating it gave."""
+
+    name: str
+    record: Source
+    model: onnx.ModelProto
+    error: float
+    calibration: Tokens
+    validation: Tokens
+    reference: Embeddings
+    observed: calibrate.Observed
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report to nobody."""
+
+
+def export(name: str, folder: Path) -> Exported:
+    """Build, export, rewrite and calibrate; the graph is in the dialect and gives torch's vectors."""
+    located = source.locate(str(architectures.write(name, folder / name)))
+    out = folder / f"{name}-raw"
+    out.mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, while it exports
+        record = torch_export.run(located, out, hidden_state=True)
+    feeds, expected = torch_export.load_probes(out / torch_export.PROBES)
+    model, _ = passes.apply(onnx.load(out / torch_export.RAW), feeds)
+    dialect.verify(model, name)
+    session = FloatSession.of(model)
+    error = max(float(np.abs(vectors - session(feed)).max()) for feed, vectors in zip(feeds, expected, strict=True))
+    tokenizer = Tokenizer.from_file(out / torch_export.CONFIG / "tokenizer.json", record.max_sequence)
+    texts = [tokenizer.encode(tiny_source.texts(count, seed)) for count, seed in ((CALIBRATION, 1), (VALIDATION, 2))]
+    reference = embed_batches(session, batches(texts[1]), VALIDATION)
+    observed = calibrate.calibrate(model, texts[0], 0, silent)
+    return Exported(name, record, model, error, texts[0], texts[1], reference, observed)
+
+
+def centred(reference: Embeddings, vectors: Embeddings) -> tuple[float, float]:
+    """Give the mean cosine of vectors without their mean, and the overlap of nearest neighbours.
+
+    Plain cosine says nothing of random weights: vectors of different texts share 0.9 and more.
+    """
+    first, second = (array.astype(np.float64) - array.astype(np.float64).mean(0) for array in (reference, vectors))
+    cosines = (first * second).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
+    nearest = []
+    for array in (first, second):
+        alike = array @ array.T / np.outer(*(2 * [np.linalg.norm(array, axis=1)]))
+        np.fill_diagonal(alike, -np.inf)
+        nearest.append(np.argsort(-alike, axis=1)[:, :NEIGHBOURS])
+    overlap = [len(set(a) & set(b)) / NEIGHBOURS for a, b in zip(*map(np.ndarray.tolist, nearest), strict=True)]
+    return float(cosines.mean()), float(np.mean(overlap))
+
+
+def lowered(made: Exported, column: str, folder: Path) -> dict[str, Any]:
+    """Quantise and lower for a column of the table; run it where this machine can, and say why not where it refuses."""
+    name = TARGETS[column]
+    target = targets.load_target(name)
+    if target.buckets_tokens:
+        target = target.model_copy(update={"buckets_tokens": LENGTHS if column == "LiteRT" else LENGTHS[:1]})
+    target = target.model_copy(update={"scheme": SCHEMES.get(column, target.scheme)})
+    scheme, backend = schemes.find(target.scheme, name), backends.find(target.backend, name)
+    out = folder / f"{made.name}-{name}"
+    out.mkdir()
+    try:
+        proto, integer, floats = quantize.quantize(made.observed.model, made.observed.statistics, scheme)
+        onnx.save(proto, out / "qdq.onnx")
+        model = QdqModel(
+            file=file_ref(out / "qdq.onnx"), float_model_sha256="0" * 64, calibration_sha256="0" * 64, scheme=scheme,
+            inputs=("input_ids", "attention_mask"), outputs=tuple(item.name for item in proto.graph.output),
+            dim=made.record.dim, max_sequence=made.record.max_sequence, integer_matmuls=integer, float_matmuls=floats,
+        )  # fmt: skip
+        artifact = backend.lower(model, target, out)
+        result: dict[str, Any] = {"form": "integer" if scheme.leaves_nothing_float else "mixed"}
+        floating = artifact.placement.float_fallbacks
+        if floating:
+            return {"form": "refused", "reason": f"products run in float: {', '.join(floating)}"}
+        if column in COMPILED:
+            return result | {"on_host": len(getattr(artifact.placement, "host_operators", ()))}
+        session = backend.load(artifact, out, target)
+        vectors = embed_batches(session, batches(made.validation), VALIDATION)
+    except EdgeqError as error:
+        return {"form": "refused", "reason": str(error).splitlines()[0]}
+    cosine, overlap = centred(made.reference, vectors)
+    return result | {"centred": cosine, "overlap": overlap}
+
+
+def ort_static(made: Exported, folder: Path) -> dict[str, Any]:
+    """Quantise the same float model as ONNX Runtime's own tool does without options, on the same texts."""
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._rows = iter(made.calibration.ids)
+
+        def get_next(self) -> dict[str, Any] | None:
+            ids = next(self._rows, None)
+            if ids is None:
+                return None
+            return {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
+
+    plain, out = folder / f"{made.name}-plain.onnx", folder / f"{made.name}-static.onnx"
+    onnx.save(made.model, plain)
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)
+    try:
+        quantize_static(plain, out, Reader())
+        vectors = embed_batches(FloatSession.of(out), batches(made.validation), VALIDATION)
+    except Exception as error:  # foreign code, which may raise anything; the table says that it did
+        return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+    finally:
+        logging.getLogger().setLevel(level)
+    if not np.isfinite(vectors).all():
+        return {"failed": "gives NaN"}
+    cosine, overlap = centred(made.reference, vectors)
+    return {"centred": cosine, "overlap": overlap}
