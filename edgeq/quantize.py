@@ -53,7 +53,7 @@ def quantize(
         EdgeqError: a tensor has no statistics.
     """
     if scheme.vendor is not None:
-        return vendor_form(model, scheme.vendor, scheme.raised)
+        return vendor_form(model, observed, scheme.vendor, scheme.raised)
     if scheme.htp is not None:
         return quantize_htp(model, observed, scheme)
     if scheme.integer is not None:

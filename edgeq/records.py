@@ -125,7 +125,8 @@ class VendorForm(Record):
 
     opset: int  # the newest that it reads
     dtype: Literal["float16", "int8"]  # of weight products
-    feeds: int  # how many calibration texts it is given, the longest first; 0: it asks for none
+    feeds: int  # how many calibration texts it is given, of evenly spread lengths; 0: it asks for none
+    output_ratio_max: float  # a product stays float whose largest output channel is more times the median one than this
 
 
 class Scheme(Record):

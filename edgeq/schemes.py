@@ -111,7 +111,7 @@ SCHEMES: dict[str, Scheme] = {
             activations_signed=True,
             embedding_bits=8,
             range_method="minmax",
-            vendor=VendorForm(opset=19, dtype="int8", feeds=64),
+            vendor=VendorForm(opset=19, dtype="int8", feeds=64, output_ratio_max=10.0),
         ),
         Scheme(
             name="rockchip-float16",
@@ -120,7 +120,7 @@ SCHEMES: dict[str, Scheme] = {
             activations_signed=True,
             embedding_bits=16,
             range_method="minmax",
-            vendor=VendorForm(opset=19, dtype="float16", feeds=0),
+            vendor=VendorForm(opset=19, dtype="float16", feeds=0, output_ratio_max=10.0),
         ),
     )
 }

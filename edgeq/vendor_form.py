@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx
@@ -12,16 +12,18 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from edgeq.errors import Unsupported
 from edgeq.gemm import sites
-from edgeq.passes.graph import add_constant, add_node, checked, constant, made_by, replace_uses
+from edgeq.observe import Statistics
+from edgeq.passes.graph import add_constant, add_node, checked, constant, made_by, readers, replace_uses
 from edgeq.pooling import last_token
 from edgeq.primitives import first_token
 from edgeq.records import VendorForm
+from edgeq.side_paths import magnitudes
 
 _IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10}  # Source: onnx 1.23, docs/Versioning.md, the table of releases
 
 
 def vendor_form(
-    model: onnx.ModelProto, form: VendorForm, raised: Collection[str] = ()
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], form: VendorForm, raised: Collection[str] = ()
 ) -> tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]:
     """Rewrite a model, exactly in FP32: one output, poolings that pick tokens made simple, an older opset.
 
@@ -29,6 +31,7 @@ def vendor_form(
 
     Args:
         model: equalised FP32 ONNX; not changed.
+        observed: statistics of the sums behind products.
         form: what the vendor's compiler reads.
         raised: products that stay float whatever the form says.
 
@@ -41,7 +44,7 @@ def vendor_form(
     """
     graph_model = ir.from_proto(checked(ir.from_proto(model)))  # with the shapes of what equalising added
     graph = graph_model.graph
-    read = {str(node.name) for site in sites(graph) for node in site.products} if form.dtype == "int8" else set()
+    read = _integer(graph, observed, form) - set(raised)
     while len(graph.outputs) > 1:
         graph.outputs.pop()
     for node in list(graph):
@@ -60,8 +63,27 @@ def vendor_form(
     graph_model.graph.opset_imports[""] = form.opset
     graph_model.ir_version = _IR_VERSIONS[form.opset]
     weighted = [str(node.name) for node in graph if node.op_type == "MatMul" and constant(node.inputs[1]) is not None]
-    integer = tuple(name for name in weighted if name in read and name not in raised)
-    return checked(graph_model), integer, tuple(name for name in weighted if name not in integer)
+    floats = tuple(name for name in weighted if name not in read)
+    return checked(graph_model), tuple(name for name in weighted if name in read), floats
+
+
+def _integer(graph: ir.Graph, observed: Mapping[str, Statistics], form: VendorForm) -> set[str]:
+    """Name the products that 8 bits suit.
+
+    A product's output has one range for all channels: where one of them is far larger than the rest, theirs would be
+    left with few codes. The side path of massive neurons is no token-level product, and stays float, too.
+    """
+    if form.dtype != "int8":
+        return set()
+    found = set()
+    for node in (node for site in sites(graph) for node in site.products):
+        following = readers(node.outputs[0])
+        is_biased = len(following) == 1 and following[0].op_type == "Add"
+        seen = observed.get(str((following[0] if is_biased else node).outputs[0].name))
+        largest = magnitudes(seen) if seen is not None else np.ones(1)
+        if largest.max() <= form.output_ratio_max * np.median(largest):
+            found.add(str(node.name))
+    return found
 
 
 def _gelu(graph: ir.Graph, node: ir.Node) -> None:

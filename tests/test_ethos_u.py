@@ -109,7 +109,7 @@ def test_the_finished_file_names_its_npu_and_holds_every_operator(
 ) -> None:
     for name, (artifact, folder) in artifacts.items():
         rows = str(target(name).runtime["rows"])
-        source = tflite.integer_file(model, name, (48,), emitter.Settings(32, "quantize", "none", rows), "litert")
+        source = tflite.integer_file(model, name, (48,), emitter.Settings(32, "quantize", "none", rows), "litert")[0]
         inside = finished.read((folder / artifact.files[0].path).read_bytes(), source, name)
         assert inside.accelerator == target(name).runtime["accelerator"]
         count = sum(1 for _ in tflite_operators(source))
@@ -120,7 +120,7 @@ def test_the_finished_file_names_its_npu_and_holds_every_operator(
 def tflite_operators(data: bytes) -> list[object]:
     from edgeq.backends.tflite import kernels
 
-    return list(kernels.operators(data))
+    return list(kernels.read(data).operators)
 
 
 def test_the_estimate_says_what_it_assumes(artifacts: dict[str, tuple[Artifact, Path]]) -> None:
@@ -244,7 +244,7 @@ def test_a_compiler_that_does_not_end_is_a_message(model: QdqModel) -> None:
 
 
 def test_single_operators_are_whole_files(model: QdqModel) -> None:
-    source = tflite.integer_file(model, "t", (16,), WRITTEN, "litert")
+    source = tflite.integer_file(model, "t", (16,), WRITTEN, "litert")[0]
     described = dict(culprit.singles(source))
     assert len(described) < len(tflite_operators(source))
     fully_connected = next(data for name, data in described.items() if name.startswith("FULLY_CONNECTED"))
@@ -255,14 +255,14 @@ def test_single_operators_are_whole_files(model: QdqModel) -> None:
 
 
 def test_a_file_that_was_never_compiled_is_refused(model: QdqModel) -> None:
-    source = tflite.integer_file(model, "t", (16,), WRITTEN, "litert")
+    source = tflite.integer_file(model, "t", (16,), WRITTEN, "litert")[0]
     with pytest.raises(LoweringFailed, match="holds commands for no NPU at all"):
         finished.read(source, source, "t")
 
 
 def test_a_file_for_other_inputs_is_refused(model: QdqModel, artifacts: dict[str, tuple[Artifact, Path]]) -> None:
     artifact, folder = artifacts["ethos-u85-256"]
-    other = tflite.integer_file(model, "t", (16,), WRITTEN, "litert")
+    other = tflite.integer_file(model, "t", (16,), WRITTEN, "litert")[0]
     with pytest.raises(LoweringFailed, match="inputs and output are"):
         finished.read((folder / artifact.files[0].path).read_bytes(), other, "t")
 

@@ -263,3 +263,25 @@ def test_no_torch_is_needed(given: Path, body: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1e-5
+
+
+def test_bfloat16_weights_become_float32_of_the_same_values(given: Path, body: Path, tmp_path: Path) -> None:
+    import ml_dtypes
+
+    model, rounded = onnx.load(given), onnx.load(given)
+    for number, (item, other) in enumerate(zip(model.graph.initializer, rounded.graph.initializer, strict=True)):
+        array = numpy_helper.to_array(item)
+        if array.dtype != np.float32 or array.ndim != 2:
+            continue
+        halved, name = array.astype(ml_dtypes.bfloat16), item.name
+        other.CopyFrom(numpy_helper.from_array(halved.astype(np.float32), name))
+        item.CopyFrom(helper.make_tensor(f"{name}.half", TensorProto.BFLOAT16, array.shape, halved.tobytes(), raw=True))
+        widened = helper.make_node("Cast", [f"{name}.half"], [name], name=f"widen_{number}", to=TensorProto.FLOAT)
+        model.graph.node.insert(0, widened)
+    onnx.save(model, tmp_path / "half.onnx")
+    onnx.save(rounded, tmp_path / "rounded.onnx")
+    exported(tmp_path / "half.onnx", body, tmp_path / "out", normalize=True)
+    feeds = feeds_of(body)
+    found = FloatSession.of(tmp_path / "out" / MODEL)(feeds)
+    assert np.abs(found - mean_of_given(tmp_path / "rounded.onnx", feeds)).max() < 1e-5
+    assert counts(tmp_path / "out")["MatMul"] == 17 and counts(tmp_path / "out")["Cast"] <= 2

@@ -85,9 +85,7 @@ def embed(artifact: Artifact, folder: Path, wanted: Target) -> Embeddings:
 
 @pytest.mark.rockchip
 @pytest.mark.parametrize(("name", "mean", "low"), [("rk3588", 0.98, 0.93), ("rk3588-float16", 0.9999, 0.9999)])
-def test_the_built_files_bytes_come_again_and_give_fp32s_vectors(
-    lowered: Lowered, name: str, mean: float, low: float
-) -> None:
+def test_built_again_they_give_fp32s_vectors(lowered: Lowered, name: str, mean: float, low: float) -> None:
     artifact, folder, model = lowered[name]
     assert machine.place(make_target(name).runs_on) == "simulator"
     cosines = centred_cosines(reference(), embed(artifact, folder, make_target(name)))

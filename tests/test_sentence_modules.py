@@ -90,9 +90,10 @@ def chains() -> dict[str, Chain]:
         "truncated by itself": (
             (modules.Pooling(DIM, pooling_mode="cls"), modules.Normalize()), {"truncate_dim": 20}, None,
         ),
-        "last token, lower case": (
+        "lower case": (
             (modules.Pooling(DIM, pooling_mode="lasttoken"),), {"transformer": {"do_lower_case": True}}, None,
         ),
+        "decoder, padded left": ((modules.Pooling(DIM, pooling_mode="lasttoken"), modules.Normalize()), {}, None),
     }  # fmt: skip
 
 
@@ -120,8 +121,10 @@ def exported(work: Path, model: Path, *targets: str, dim: int | None = None) -> 
 @pytest.fixture(scope="module")
 def bundles(work: Path, encoder: Path) -> dict[str, Path]:
     found = {}
+    decoder = tiny_modules.decoder(work / "decoder-body")
     for name, (following, options, dim) in chains().items():
-        model = tiny_modules.save(work / name.replace(" ", "-"), *following, encoder=encoder, **options)
+        body = decoder if name.startswith("decoder") else encoder
+        model = tiny_modules.save(work / name.replace(" ", "-"), *following, encoder=body, **options)
         (found[name],) = exported(work, model, ORT, dim=dim)
     return found
 

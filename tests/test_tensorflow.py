@@ -102,7 +102,7 @@ def packed(model: schema.ModelT) -> bytes:
 
 def test_its_analyser_finds_every_operator_and_signature(lowered: Lowered, reading: Reading) -> None:
     wanted: dict[str, list[str]] = {}
-    for operator in kernels.operators(lowered.path.read_bytes()):
+    for operator in kernels.read(lowered.path.read_bytes()).operators:
         wanted.setdefault(operator.signature, []).append(operator.name)
     assert reading.operators == wanted
     assert re.findall(r"^Signature#\d+ key: '(\w+)'$", reading.analysis, re.MULTILINE) == ["seq_48", "seq_16", "seq_8"]

@@ -76,7 +76,7 @@ def test_every_scale_and_zero_point_is_the_qdq_models(model: QdqModel) -> None:
 @pytest.mark.parametrize("settings", [PLAIN, OLDER], ids=["plain", "older"])
 def test_nothing_is_float_and_every_kernel_is_known(model: QdqModel, settings: Settings) -> None:
     runtime = "litert" if settings is PLAIN else "tflite-runtime"
-    found = kernels.violations(lowered(model, settings), runtime)
+    found = kernels.violations(kernels.read(lowered(model, settings)), runtime)
     if settings is OLDER and model.scheme.name == "w8a8-int-npu":  # its 16-bit copies have a step of their own
         assert found
         assert all("QUANTIZE version 1 from int8 to int16" in violation for violation in found)
@@ -86,7 +86,7 @@ def test_nothing_is_float_and_every_kernel_is_known(model: QdqModel, settings: S
 
 def test_the_npu_scheme_leaves_out_what_npus_lack(model: QdqModel) -> None:
     data = lower_model(ir.load(model.file.path), BUCKETS[-1:], PLAIN)
-    found = {item.name for item in kernels.operators(data) if item.dtypes[-1] == "int16"}
+    found = {item.name for item in kernels.read(data).operators if item.dtypes[-1] == "int16"}
     lacking = {"BATCH_MATMUL", "GATHER", "GELU"} & found
     assert lacking == set() if model.scheme.name == "w8a8-int-npu" else lacking >= {"BATCH_MATMUL", "GELU"}
 

@@ -14,6 +14,7 @@ from onnx import helper
 from edgeq import quantize, stages
 from edgeq.backends.contract import embed_batches
 from edgeq.errors import Unsupported
+from edgeq.observe import Statistics
 from edgeq.records import QdqModel, Scheme, VendorForm
 from edgeq.reference import FloatSession
 from edgeq.schemes import SCHEMES, raising
@@ -21,7 +22,9 @@ from edgeq.texts import Tokens, batches
 from edgeq.vendor_form import vendor_form
 
 TOKENS = Tokens(encoder.tokens(3, 12), 0, 0)
-INT8 = VendorForm(opset=19, dtype="int8", feeds=8)
+INT8 = VendorForm(opset=19, dtype="int8", feeds=8, output_ratio_max=10.0)
+
+SEEN = tiny_integer.calibrated().statistics
 
 
 def embed(model: onnx.ModelProto) -> np.ndarray:
@@ -40,7 +43,7 @@ def scaled_norms(model: onnx.ModelProto) -> list[str]:
 
 def test_the_function_stays_and_every_operator_can_be_read() -> None:
     equalized = tiny_integer.calibrated().model
-    made, integer, floats = vendor_form(equalized, INT8)
+    made, integer, floats = vendor_form(equalized, SEEN, INT8)
     assert made.opset_import[0].version == 19 and made.ir_version == 9
     assert [output.name for output in made.graph.output] == ["sentence_embedding"]
     assert kinds(made)["Erf"] == kinds(equalized)["Gelu"] and "Gelu" not in kinds(made)
@@ -51,12 +54,12 @@ def test_the_function_stays_and_every_operator_can_be_read() -> None:
 def test_scaled_tensors_come_from_a_norm_of_their_own() -> None:
     equalized = tiny_integer.calibrated().model
     before = scaled_norms(equalized)
-    made = vendor_form(equalized, INT8)[0]
+    made = vendor_form(equalized, SEEN, INT8)[0]
     assert before and not scaled_norms(made)
     assert kinds(made)["LayerNormalization"] == kinds(equalized)["LayerNormalization"] + len(before)
     norms = [node for node in made.graph.node if node.op_type == "LayerNormalization"]
     assert all({"axis", "epsilon"} <= {attribute.name for attribute in node.attribute} for node in norms)
-    whole = vendor_form(equalized, INT8.model_copy(update={"dtype": "float16"}))
+    whole = vendor_form(equalized, SEEN, INT8.model_copy(update={"dtype": "float16"}))
     assert scaled_norms(whole[0]) == before and whole[1] == ()
 
 
@@ -67,7 +70,7 @@ def test_a_factor_of_another_shape_is_no_gain() -> None:
     (node,) = (item for item in near.graph.node if item.name == name)
     factor = next(tensor for tensor in near.graph.initializer if tensor.name in node.input)
     factor.CopyFrom(onnx.numpy_helper.from_array(np.float32([2.0]), factor.name))
-    assert scaled_norms(vendor_form(near, INT8)[0]) == [name]
+    assert scaled_norms(vendor_form(near, SEEN, INT8)[0]) == [name]
 
 
 def test_an_approximated_gelu_is_refused() -> None:
@@ -76,7 +79,17 @@ def test_an_approximated_gelu_is_refused() -> None:
     gelu = next(node for node in model.graph.node if node.op_type == "Gelu")
     gelu.attribute.append(helper.make_attribute("approximate", "tanh"))
     with pytest.raises(Unsupported, match="Gelu by tanh has no form before opset 20"):
-        vendor_form(model, INT8)
+        vendor_form(model, SEEN, INT8)
+
+
+def test_a_product_with_one_huge_channel_stays_float() -> None:
+    seen = SEEN["layer.1.ffn_out.out"]
+    huge = np.where(np.arange(encoder.DIM) == 5, np.float32(50.0) * np.abs(seen.maximum).max(), seen.maximum)
+    wide = {**SEEN, "layer.1.ffn_out.out": Statistics(seen.minimum, huge)}
+    model = tiny_integer.calibrated().model
+    assert set(vendor_form(model, SEEN, INT8)[1]) - set(vendor_form(model, wide, INT8)[1]) == {"layer.1.ffn_out"}
+    lenient = INT8.model_copy(update={"output_ratio_max": 1e6})
+    assert "layer.1.ffn_out" in vendor_form(model, wide, lenient)[1]
 
 
 def test_raised_products_stay_float() -> None:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from edgeq.errors import ConfigError
 from edgeq.passes.finite_mask import MASK_SIZE, START_SIZE
-from edgeq.passes.graph import Rewrites, add_constant, add_node, is_read_once, readers, replace_uses, scalar
+from edgeq.passes.graph import Rewrites, add_constant, add_node, constant, is_read_once, readers, replace_uses, scalar
 from edgeq.passes.measuring import outputs_of
 from edgeq.texts import Feeds
 
@@ -59,7 +59,9 @@ def _shut(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     if node.op_type == "Add":
         first, second = node.inputs
         for value, scores in ((first, second), (second, first)):
-            if value is not None and scores is not None and _is_of_mask(value) and not _is_written_here(value):
+            if value is None or scores is None or constant(scores) is not None:
+                continue
+            if _is_of_mask(value) and not _is_written_here(value):
                 return value, scores
         return None
     condition, yes, no = node.inputs

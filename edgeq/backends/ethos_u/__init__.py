@@ -41,6 +41,7 @@ _ROWS = ("mul", "depthwise")
 
 _log = logging.getLogger(__name__)
 
+
 def needs_no_wide_operators(model: QdqModel, target: Target) -> str | None:
     """The scheme must do without 16-bit products of two tensors, 16-bit GELU and tables, which Ethos-U lacks."""
     form = model.scheme.integer
@@ -135,9 +136,10 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     made = []
     for bucket in buckets:
         # One signature in a file: Vela stores the weights again for each.
-        source = tflite.integer_file(model, target.name, (bucket,), written, RUNTIME)
+        source, _ = tflite.integer_file(model, target.name, (bucket,), written, RUNTIME)
         made.append(_compiled(source, f"{target.name}: bucket {bucket}", COMPILED.format(bucket), chosen, out_dir))
-    whole = _write(out_dir / INTEGER_MODEL, tflite.integer_file(model, target.name, buckets, written, RUNTIME))
+    data, _ = tflite.integer_file(model, target.name, buckets, written, RUNTIME)
+    whole = _write(out_dir / INTEGER_MODEL, data)
     return Artifact(
         backend=target.backend,
         target=target.name,
@@ -216,7 +218,7 @@ def _surprises(source: bytes, on_host: Sequence[tuple[str, str]], accelerator: s
     from edgeq.backends.tflite import kernels
 
     product = rules.product_of(accelerator)
-    written = {item.output: item for item in kernels.operators(source)}
+    written = {item.output: item for item in kernels.read(source).operators}
     expected = {o for o, item in written.items() if rules.on_host(item.name, item.dtypes[-1], product) is not None}
     real = {output for _, output in on_host}
     found = [f"{name}: {written[o].name} ({o}) was expected on the host; Vela took it" for o in sorted(expected - real)]

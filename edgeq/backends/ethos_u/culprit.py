@@ -26,7 +26,7 @@ def singles(data: bytes) -> Iterator[tuple[str, bytes]]:
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(data, 0))
     graph = model.subgraphs[0]
     seen = set()
-    for operator, described in zip(graph.operators, kernels.operators(data), strict=False):
+    for operator, described in zip(graph.operators, kernels.read(data).operators, strict=False):
         read = [graph.tensors[index] for index in operator.inputs]
         shapes = tuple(tuple(np.atleast_1d(tensor.shape).tolist()) for tensor in read)
         kind = described.name, described.version, described.dtypes, shapes

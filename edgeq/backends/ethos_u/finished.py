@@ -57,7 +57,7 @@ def read(data: bytes, source: bytes, name: str) -> Finished:
     if len(accelerators) != 1:
         raise LoweringFailed(f"{name}: the compiled file holds commands for {sorted(accelerators) or 'no NPU at all'}")
     outputs = {output for _, output in on_host}
-    counts = Counter(item.name for item in kernels.operators(source) if item.output not in outputs)
+    counts = Counter(item.name for item in kernels.read(source).operators if item.output not in outputs)
     return Finished(accelerators.pop(), tuple(on_host), dict(sorted(counts.items())))
 
 

@@ -31,6 +31,7 @@ _SETTINGS = {"soc_model", "htp_arch", "vtcm_mb", "optimization_mode", "io"}
 _LOWEST_GLIBC = (2, 35)  # Source: onnxruntime-qnn 2.7.0, the wheel's tag manylinux_2_35_x86_64
 _RUN_LIMIT_S = 3600.0  # the emulator takes seconds for a text
 
+
 def has_htp_form(model: QdqModel, target: Target) -> str | None:
     """The scheme must be one for HTP: unsigned codes on every tensor, nothing float."""
     return f"scheme {model.scheme.name} has another form" if model.scheme.htp is None else None

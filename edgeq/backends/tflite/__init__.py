@@ -33,6 +33,7 @@ from edgeq.texts import fitted, lengths, rows_by_bucket, token_feeds
 
 if TYPE_CHECKING:
     from edgeq.backends.tflite.emitter import Settings
+    from edgeq.backends.tflite.kernels import Contents
 
 MODEL = "tflite/model.tflite"
 SIGNATURE = "seq_{}"
@@ -48,6 +49,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "lookup": ("none", "roots", "all"),
 }
 _CHILD = Path(__file__).with_name("child.py")
+
 
 def leaves_nothing_float(model: QdqModel, target: Target) -> str | None:
     """The scheme must be integer-only: TFLite has no kernels that mix integer products with float around them."""
@@ -125,19 +127,18 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
         StorageFailed: the file cannot be written.
     """
     tools()
-    from edgeq.backends.tflite import kernels
     from edgeq.backends.tflite.emitter import Settings
 
     runtime = target.runtime
     settings = Settings(int(runtime["bias_bits"]), str(runtime["upcast"]), str(runtime["lookup"]))
     buckets = lengths(target.buckets_tokens, model.max_sequence)
-    data = integer_file(model, target.name, buckets, settings, str(runtime["interpreter"]))
+    data, contents = integer_file(model, target.name, buckets, settings, str(runtime["interpreter"]))
     path = out_dir / MODEL
     with storage_errors(f"writing {MODEL}"):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, data)
     largest = SIGNATURE.format(max(buckets))
-    counts = Counter(item.name for item in kernels.operators(data) if item.signature == largest)
+    counts = Counter(item.name for item in contents.operators if item.signature == largest)
     return Artifact(
         backend=target.backend,
         target=target.name,
@@ -155,8 +156,8 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
 
 def integer_file(
     model: QdqModel, name: str, buckets: Sequence[int], settings: Settings, interpreter_name: str
-) -> bytes:
-    """Give a .tflite file in which nothing is float and every kernel is known to be right.
+) -> tuple[bytes, Contents]:
+    """Give a .tflite file in which nothing is float and every kernel is known to be right, and what it holds.
 
     Args:
         model: the integer-only QDQ model.
@@ -172,19 +173,20 @@ def integer_file(
     from edgeq.backends.tflite.lowering import lower_model
 
     data = lower_model(ir.load(model.file.path), buckets, settings)
-    problems = kernels.violations(data, interpreter_name)
+    contents = kernels.read(data)
+    problems = kernels.violations(contents, interpreter_name)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise LoweringFailed(f"{name}: the file holds what was not shown to be right:\n{listed}")
     largest, weights = SIGNATURE.format(max(buckets)), {f"{item}/weight/codes" for item in model.integer_matmuls}
-    written = [item for item in kernels.operators(data) if item.signature == largest]
+    written = [item for item in contents.operators if item.signature == largest]
     products = sum(item.name == "FULLY_CONNECTED" and not weights.isdisjoint(item.operands) for item in written)
     if products != len(model.integer_matmuls):
         raise LoweringFailed(
             f"{name}: {products} products were written, the scheme has {len(model.integer_matmuls)}; "
             "please report the model"
         )
-    return data
+    return data, contents
 
 
 def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> TfliteSession:

@@ -12,7 +12,6 @@ Source: one-operator models over the whole range of codes, run in ai-edge-litert
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ai_edge_litert import schema_py_generated as schema
@@ -33,6 +32,14 @@ class Operator:
     dtypes: Dtypes
     operands: tuple[str, ...]  # names of the inputs that are no shapes or axes
     output: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Hold what a finished file is made of: operators, and tensors that are neither integers nor truth values."""
+
+    operators: tuple[Operator, ...]
+    float_tensors: tuple[str, ...]
 
 
 _I8, _I16 = ("int8", "int8"), ("int16", "int16")
@@ -102,36 +109,34 @@ def operator_name(code: schema.OperatorCodeT) -> str:
     return str(code.customCode.decode()) if name == "CUSTOM" and code.customCode else name
 
 
-def operators(data: bytes) -> Iterator[Operator]:
-    """Give every operator of a .tflite file."""
+def read(data: bytes) -> Contents:
+    """Read every operator and float tensor of a .tflite file."""
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(data, 0))
-    for graph in model.subgraphs:
-        for operator in graph.operators:
-            code = model.operatorCodes[operator.opcodeIndex]
-            name = operator_name(code)
-            read = list(operator.inputs)[: _SHAPES.get(name, len(operator.inputs))]
-            tensors = [graph.tensors[index] for index in [*read, *operator.outputs]]
-            dtypes = tuple(_DTYPES[tensor.type] for tensor in tensors)
-            *operands, output = (tensor.name.decode() for tensor in tensors)
-            yield Operator(graph.name.decode(), name, code.version, dtypes, tuple(operands), output)
-
-
-def float_tensors(data: bytes) -> list[str]:
-    """Name every tensor that is neither of an integer dtype nor of truth values."""
-    model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(data, 0))
-    return [
+    found = tuple(_described(model, graph, item) for graph in model.subgraphs for item in graph.operators)
+    floats = tuple(
         f"{graph.name.decode()}: {tensor.name.decode()} ({_DTYPES[tensor.type]})"
         for graph in model.subgraphs
         for tensor in graph.tensors
         if not _DTYPES[tensor.type].startswith(("int", "uint", "bool"))
-    ]
+    )
+    return Contents(found, floats)
 
 
-def violations(data: bytes, runtime: str) -> list[str]:
+def _described(model: schema.ModelT, graph: schema.SubGraphT, operator: schema.OperatorT) -> Operator:
+    code = model.operatorCodes[operator.opcodeIndex]
+    name = operator_name(code)
+    operands = list(operator.inputs)[: _SHAPES.get(name, len(operator.inputs))]
+    tensors = [graph.tensors[index] for index in [*operands, *operator.outputs]]
+    dtypes = tuple(_DTYPES[tensor.type] for tensor in tensors)
+    *names, output = (tensor.name.decode() for tensor in tensors)
+    return Operator(graph.name.decode(), name, code.version, dtypes, tuple(names), output)
+
+
+def violations(contents: Contents, runtime: str) -> list[str]:
     """List float tensors, and operators that are not known to be right in the runtime; empty for a good file."""
     table = KERNELS[runtime]
-    found = [f"{name}: a float tensor" for name in float_tensors(data)]
-    for operator in operators(data):
+    found = [f"{name}: a float tensor" for name in contents.float_tensors]
+    for operator in contents.operators:
         if operator.dtypes not in table.get(operator.name, {}).get(operator.version, frozenset()):
             kinds = " ".join(operator.dtypes[:-1])
             found.append(

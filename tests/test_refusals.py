@@ -1,0 +1,177 @@
+"""What cannot be exported is refused in words: the line, the reason, the way out, and never a traceback of torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+
+from edgeq import dialect, origins, stages, torch_failures
+from edgeq.errors import ConfigError, Unsupported
+
+TRACE = """File "/home/someone/work/my_encoder.py", line 88, in forward
+    x = torch.atan(x)
+File "/usr/lib/python3/site-packages/torch/nn/functional.py", line 7, in atan
+    return go()"""
+
+
+def noted() -> onnx.ModelProto:
+    import encoder
+
+    model = encoder.encoder()
+    node = next(node for node in model.graph.node if node.op_type == "Gelu")
+    node.op_type = "Atan"
+    node.metadata_props.add(key="pkg.torch.onnx.stack_trace", value=TRACE)
+    node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value="['', 'model', 'model.layer.0.mlp', 'atan']")
+    model.graph.input[0].doc_string = "/home/someone"
+    return model
+
+
+def test_an_operator_outside_the_dialect_names_module_and_line_without_folders() -> None:
+    model = noted()
+    origins.keep(model)
+    assert b"/home" not in model.SerializeToString()
+    with pytest.raises(dialect.OutsideDialect) as found:
+        dialect.verify(model, "model")
+    assert "(module layer.0.mlp, my_encoder.py line 88 `x = torch.atan(x)`): op Atan" in str(found.value)
+    assert found.value.operators == ("Atan",)
+    dialect.verify(model, "model", float_ops=["Atan"])
+    origins.strip(model)
+    assert not any(node.metadata_props for node in model.graph.node)
+
+
+def test_the_ways_out_name_the_targets_that_keep_floats() -> None:
+    said = stages._ways_out(["Atan"])
+    assert "x86-64-onnxruntime" in said and "--float-op Atan" in said and "exclude" in said
+    assert "litert" not in said and "ethos" not in said
+    assert "opset 21" in stages._ways_out([])
+
+
+def test_a_failure_of_torch_becomes_reason_line_and_way_out() -> None:
+    try:
+        try:
+            raise RuntimeError("Could not guard on data-dependent expression Eq(u0, 1)\nmore of it")
+        except RuntimeError as inner:
+            raise ValueError("Failed to export the model. Step 1/3\nsee /tmp/report.md") from inner
+    except ValueError as error:
+        said = torch_failures.explain(error)
+    assert said.startswith(
+        "RuntimeError: Could not guard on data-dependent expression Eq(u0, 1) (at test_refusals.py line "
+    )
+    assert "torch.where" in said and "\n" not in said and "/tmp" not in said
+
+
+torch = pytest.importorskip("torch", reason="needs the extra `export`")
+
+import tiny_source  # noqa: E402
+
+import edgeq  # noqa: E402
+from edgeq.cache import Cache  # noqa: E402
+
+
+class Tokens(torch.nn.Module):
+    """Look tokens up and treat each alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = torch.nn.Embedding(600, 64)
+        self.up, self.down = torch.nn.Linear(64, 128), torch.nn.Linear(128, 64)
+        self.norm = torch.nn.LayerNorm(64)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        x = self.words(input_ids)
+        return self.norm(x + self.down(self.act(self.up(x))))
+
+    def act(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(x)
+
+
+class Island(Tokens):
+    def act(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.atan(x)
+
+
+class Branch(Tokens):
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        x = super().forward(input_ids, attention_mask)
+        if x.mean() > 100:
+            return x * 2
+        return x
+
+
+class Bessel(Tokens):
+    def act(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j0(x)
+
+
+class Broken(Tokens):
+    def act(self, x: torch.Tensor) -> torch.Tensor:
+        return {}["no such key"]
+
+
+class Shorter(Tokens):
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids, attention_mask)[:, 1:]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("sentence_transformers", reason="needs the extra `export`")
+    return tiny_source.body(tmp_path_factory.mktemp("tokenizer") / "body")
+
+
+def export(module: torch.nn.Module, tokenizer: Path, tmp_path: Path, **options: object) -> tuple[edgeq.Exported, ...]:
+    options = {"targets": ["x86-64-avx2-onnxruntime"], "pooling": "mean", "normalize": True} | options
+    return edgeq.export(
+        module, out=tmp_path / "out", texts=tiny_source.texts(120), tokenizer=tokenizer, cache=Cache(tmp_path / "c"),
+        keep_failed=True, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.export
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Branch, r"data-dependent.*\(at test_refusals\.py line \d+ `if x\.mean\(\) > 100:`\).*torch\.where"),
+        (Bessel, r"bessel_j0.*Write that line with operators that ONNX has"),
+        (Broken, r"running it on the example inputs failed: KeyError: .*test_refusals\.py line \d+"),
+        (Shorter, r"a vector for each token, padding included, is needed"),
+        (Island, r"test_refusals\.py line \d+(.|\n)*op Atan\n.*--float-op Atan"),
+    ],
+)
+def test_a_module_that_cannot_be_exported_says_why(
+    kind: type[torch.nn.Module], said: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Unsupported, match=said) as found:
+        export(kind(), tokenizer, tmp_path)
+    assert "Traceback" not in str(found.value) and "site-packages" not in str(found.value)
+
+
+@pytest.mark.export
+def test_a_float_island_is_taken_by_targets_that_keep_floats(tokenizer: Path, tmp_path: Path) -> None:
+    module = Island().train()
+    (made,) = export(module, tokenizer, tmp_path, float_ops=["Atan"])
+    assert made.parity is not None and made.parity.cosine_mean > 0.999 and module.training
+    manifest = (Path(made.path) / "manifest.json").read_text(encoding="utf-8")
+    assert '"kind": "module"' in manifest and str(tmp_path) not in manifest and '"integer_matmuls": 2' in manifest
+    with pytest.raises(Unsupported, match="leaves nothing float, so Atan cannot stay"):
+        export(module, tokenizer, tmp_path, float_ops=["Atan"], targets=["android-litert"])
+
+
+@pytest.mark.export
+def test_what_does_not_fit_a_module_is_said(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="texts need its tokenizer; give tokenizer="):
+        edgeq.export(Tokens(), ["x86-64-avx2-onnxruntime"], tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"a list is needed\. Write targets="):
+        edgeq.export("model", "x86-64-avx2-onnxruntime", tmp_path / "out")
+    with pytest.raises(ConfigError, match="a path, a name or a torch.nn.Module is needed"):
+        edgeq.export(3, ["x86-64-avx2-onnxruntime"], tmp_path / "out")  # type: ignore[arg-type]
+    for inputs, said in (
+        ([torch.zeros(2, 4)], "input_ids is no tensor of whole numbers"),
+        ({"input_ids": torch.ones(1, 4, dtype=torch.int64)}, "at least 2 texts of 3 tokens"),
+        ([torch.ones(2, 4, dtype=torch.int64)] * 3, "3 example inputs for forward"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            export(Tokens(), tokenizer, tmp_path, example_inputs=inputs)
