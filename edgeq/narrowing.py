@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgeq.affine import Affine
 from edgeq.coded import HEADROOM, symmetric
-from edgeq.errors import EdgeqError
+from edgeq.errors import EdgeqError, Unsupported
 from edgeq.folding import Observed
 from edgeq.gemm import SIDE
 from edgeq.observe import Statistics
@@ -281,5 +281,8 @@ def _largest(seen: Statistics) -> NDArray[np.float64]:
 def _width(value: ir.Value) -> int:
     size = value.shape[-1] if value.shape is not None else None
     if not isinstance(size, int):
-        raise ValueError(f"{value.name}: its last axis has no size")
+        raise Unsupported(
+            f"{value.name}: the size of its last axis is not known, which the form for NPUs needs; "
+            "use a scheme without it, such as w8a8-int"
+        )
     return size
