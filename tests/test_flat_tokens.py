@@ -22,7 +22,7 @@ from edgeq.reference import FloatSession
 from edgeq.schemes import SCHEMES
 from edgeq.texts import Feeds, Tokens, batches
 
-LAYERS, INTEGER_PRODUCTS, SIDE_PRODUCTS = 2, 12, 4
+LAYERS, INTEGER_PRODUCTS, SIDE_PRODUCTS = 2, 12, 2
 
 
 def silent(stage: str, done: int, total: int) -> None:
