@@ -53,8 +53,9 @@ def test_every_scheme_shows_the_same_stream_with_small_errors(calibrated: calibr
         assert 0.0 <= tensor.relative_error < 0.2, tensor
         assert tensor.cosine_min <= tensor.cosine_mean <= 1.0
     for tensor in found.stream:
-        is_float = tensor.after == "words" and SCHEMES[scheme].vendor is not None  # its compiler rounds the table
-        assert (0.0 if is_float else 1e-9) <= tensor.relative_error < 0.15, tensor
+        # A vendor's compiler rounds for itself: the model that it is given is float.
+        low, high = (-1.0, 1e-5) if SCHEMES[scheme].vendor is not None else (0.0, 0.15)
+        assert low < tensor.relative_error < high, tensor
 
 
 def test_more_bits_err_less(calibrated: calibrate.Observed) -> None:
