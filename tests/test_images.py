@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from PIL import Image
 
 pytestmark = pytest.mark.export
 pytest.importorskip("sentence_transformers", reason="needs the extra `export`")
+pytest.importorskip("PIL", reason="needs the extra `images`")
 
 import tiny_vision  # noqa: E402
+from PIL import Image  # noqa: E402
 
 import edgeq  # noqa: E402
 from edgeq import (  # noqa: E402

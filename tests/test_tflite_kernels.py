@@ -26,7 +26,7 @@ pytest.importorskip("ai_edge_litert", reason="needs the extra `tflite`")
 from ai_edge_litert import schema_py_generated as schema
 
 from edgeq.backends.tflite import child
-from edgeq.backends.tflite.kernels import KERNELS, LITERT, operators, violations
+from edgeq.backends.tflite.kernels import KERNELS, LITERT, read, violations
 from edgeq.backends.tflite.writer import DTYPES, Codes, ModelWriter
 
 pytestmark = pytest.mark.tflite
@@ -489,14 +489,14 @@ def test_a_wrong_result_would_be_noticed(case: Case) -> None:
 def test_what_is_silently_wrong_is_refused(case: Case, worker: Worker, tmp_path: Path) -> None:
     kernel = f"{case.builtin} version {case.version} from {case.operands[0].codes.dtype} .*to {case.dtype}"
     for runtime in KERNELS:
-        (violation,) = violations(case.to_bytes(), runtime)
+        (violation,) = violations(read(case.to_bytes()), runtime)
         assert re.search(f"^only: result: {kernel} is not known to be right in {runtime}$", violation)
     differences = case.differences(run(case, worker, tmp_path))
     assert np.mean(differences > 10) > 0.5, f"{differences.max()} codes away at most"
 
 
 def test_the_table_holds_what_was_shown_to_be_right_and_nothing_else() -> None:
-    shown = {(each.name, each.version, each.dtypes) for case in CASES for each in operators(case.to_bytes())}
+    shown = {(each.name, each.version, each.dtypes) for case in CASES for each in read(case.to_bytes()).operators}
     held = {
         (name, version, dtypes)
         for name, versions in LITERT.items()
@@ -509,17 +509,17 @@ def test_the_table_holds_what_was_shown_to_be_right_and_nothing_else() -> None:
 @pytest.mark.parametrize("runtime", KERNELS)
 def test_another_version_is_refused(runtime: str) -> None:
     for case in CASES:
-        assert "version 9 from" in violations(replace(case, version=9).to_bytes(), runtime)[0]
+        assert "version 9 from" in violations(read(replace(case, version=9).to_bytes()), runtime)[0]
 
 
 def test_a_float_tensor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DTYPES, "float32", schema.TensorType.FLOAT32)
     case = replace(BY_NAME["RELU-int8"], dtype="float32", parameters=None)
     for runtime in KERNELS:
-        assert violations(case.to_bytes(), runtime)[0] == "only: result (float32): a float tensor"
+        assert violations(read(case.to_bytes()), runtime)[0] == "only: result (float32): a float tensor"
 
 
 def test_tflite_runtime_is_refused_what_it_lacks_or_gets_wrong() -> None:
-    refused = {str(case) for case in CASES if violations(case.to_bytes(), "tflite-runtime")}
+    refused = {str(case) for case in CASES if violations(read(case.to_bytes()), "tflite-runtime")}
     lacking = ("GELU-int16-", "RSQRT-int16-", "QUANTIZE-int8-int16", "FULLY_CONNECTED-int16-int8-int64-")
     assert refused == {name for name in BY_NAME if name.startswith(lacking)}
