@@ -61,10 +61,10 @@ def silent(stage: str, done: int, total: int) -> None:
     """Report to nobody."""
 
 
-def float_model(request: pipeline.ExportRequest) -> Path:
-    """Find the one FP32 model that the exports of this module made."""
-    (path,) = request.cache.root.glob("float-model/*/model.onnx")
-    return path
+def float_model(made: pipeline.Exported, cache: Cache) -> Path:
+    """Find the FP32 model that a bundle was made from."""
+    sha256 = load_manifest(Path(made.path)).float_model.file.sha256
+    return next(path for path in cache.root.glob("float-model/*/model.onnx") if storage.sha256_file(path) == sha256)
 
 
 def failing(request: pipeline.ExportRequest) -> pipeline.ExportRequest:
@@ -210,7 +210,7 @@ def test_an_openvino_bundle_is_measured_in_both_precisions_and_opens_without_edg
     (setting,) = load_report(Path(made.path)).other_settings
     assert setting.name == "inference_precision_hint=bf16"
     assert (setting.measures is None) == (setting.reason is not None)
-    anew = validate(Path(made.path), request_.texts, None, float_model(request_), silent)
+    anew = validate(Path(made.path), request_.texts, None, float_model(made, request_.cache), silent)
     assert [item.name for item in anew.other_settings] == [setting.name]
     assert (anew.other_settings[0].measures is None) == (setting.measures is None)
     names = run_the_cards_example(Path(made.path), monkeypatch)
@@ -244,7 +244,7 @@ def test_without_an_npu_the_bundle_is_written_and_says_that_it_was_never_run(
     assert "was never run" in (Path(made.path) / "README.md").read_text(encoding="utf-8")
     assert cli.run(["verify", made.path]) == 0
     assert "not run" in capsys.readouterr().out
-    anew = validate(Path(made.path), request_.texts, None, float_model(request_), silent)
+    anew = validate(Path(made.path), request_.texts, None, float_model(made, request_.cache), silent)
     assert (anew.status, anew.ran_on) == ("not-run", "not-run") and anew.other_settings[0].measures is not None
     assert cli.run(["embed", made.path, "--out", str(request_.out / "v.npy"), "--texts", str(request_.texts)]) == 9
     exact = ("settings = {", 'settings = {"INFERENCE_PRECISION_HINT": "f32",')
