@@ -53,8 +53,9 @@ def load_target(name: str, targets_dir: Path | None = None) -> Target:
     folder = targets_dir or data_dir("targets")
     names = sorted(path.stem for path in folder.glob("*.toml"))
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
-        raise ConfigError(f'target "{name}" is not there; did you mean {" or ".join(near)}? `edgeq targets` lists all.')
+        near = " or ".join(difflib.get_close_matches(name, names, n=3, cutoff=0.4))
+        guess = f"; did you mean {near}?" if near else "."
+        raise ConfigError(f'target "{name}" is not there{guess} `edgeq targets` lists all.')
     return _read(folder / f"{name}.toml")
 
 
