@@ -44,6 +44,9 @@ def unpack(packed: Mapping[str, Any]) -> Any:
     return np.frombuffer(base64.b64decode(packed["data"]), packed["dtype"]).reshape(packed["shape"])
 
 
+_LINE_BUFFERED = 1  # glibc's _IOLBF
+
+
 class Child:
     """Answer requests about .rknn files."""
 
@@ -192,6 +195,9 @@ def main() -> int:
     """Keep stdout for replies alone: what the libraries print goes to stderr."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
         os.dup2(2, 1)
+        # The toolkit's Python and C write to one log. C fills a block first, which would end in the middle of a line.
+        library = ctypes.CDLL(None)
+        library.setvbuf(ctypes.c_void_p.in_dll(library, "stdout"), None, _LINE_BUFFERED, 0)
         serve(sys.stdin.buffer, replies)
     return 0
 
