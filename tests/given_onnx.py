@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def fused(given: Path, out: Path, half: bool) -> Path:
         warnings.simplefilter("ignore")
         from onnxruntime.transformers import optimizer
 
-        model = optimizer.optimize_model(str(given), model_type="bert", num_heads=4, hidden_size=64)
+        with contextlib.chdir(given.parent):  # it leaves check0_base_optimize.onnx and others where it stands
+            model = optimizer.optimize_model(given.name, model_type="bert", num_heads=4, hidden_size=64)
         if half:
             model.convert_float_to_float16()
         model.save_model_to_file(str(out))
