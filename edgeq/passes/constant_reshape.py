@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
-from edgeq.passes.graph import Rewrites, add_constant, constant, dims
+from edgeq.passes.graph import Rewrites, constant, dims, fix_shape
 
 
 def constant_reshape(model: ir.Model) -> Rewrites:
@@ -28,10 +27,7 @@ def constant_reshape(model: ir.Model) -> Rewrites:
         if shape is None:
             near.append(f"{node.name}: the shape {after} does not follow from {before}")
             continue
-        name = f"shape_{'_'.join(str(number) for number in shape)}"
-        known = model.graph.initializers.get(name)
-        node.replace_input_with(1, known or add_constant(model.graph, name, np.array(shape, np.int64)))
-        node.attributes.pop("allowzero", None)
+        fix_shape(model.graph, node, shape)
         count += 1
     return Rewrites(count, tuple(near))
 

@@ -133,6 +133,14 @@ def checked(model: ir.Model) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
 
 
+def fix_shape(graph: ir.Graph, node: ir.Node, shape: list[int]) -> None:
+    """Give a Reshape a constant shape, in which 0 copies the input's dimension; equal shapes are one initializer."""
+    name = f"shape_{'_'.join(str(number) for number in shape)}"
+    known = graph.initializers.get(name)
+    node.replace_input_with(1, known or add_constant(graph, name, np.array(shape, np.int64)))
+    node.attributes.pop("allowzero", None)
+
+
 def replace_uses(old: ir.Value, new: ir.Value) -> None:
     """Let every reader of `old` read `new`; a graph output keeps its name."""
     for use in tuple(old.uses()):

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.passes.graph import Rewrites, add_constant, constant, replace_uses
+from edgeq.passes.graph import Rewrites, constant, fix_shape, replace_uses
 from edgeq.passes.measuring import feeds_of_ones, outputs_of
 
 # Batch and sequence differ from one another, from feed to feed, and from sizes that models have.
@@ -43,10 +43,7 @@ def measured_reshape(model: ir.Model) -> Rewrites:
         if shape is None:
             near.append(f"{node.name}: gives {after.tolist()} from {before.tolist()}, which no constant shape does")
             continue
-        name = f"shape_{'_'.join(str(number) for number in shape)}"
-        known = model.graph.initializers.get(name)
-        node.replace_input_with(1, known or add_constant(model.graph, name, np.array(shape, np.int64)))
-        node.attributes.pop("allowzero", None)
+        fix_shape(model.graph, node, shape)
         count += 1
     return Rewrites(count, tuple(near))
 
