@@ -2,7 +2,7 @@
 
 LayerNorm and the unit length stay whole, because the unit has operators for them. Which tensors have 8 bits follows
 from one rule, not from names: what weight products and attention read and give has the scheme's bits; sums (residual,
-positions), LayerNorm, pooling, the side path of large neurons and what is one row a text have 16.
+positions, values over tokens), LayerNorm, pooling, the side path of large neurons and what is one row a text have 16.
 """
 
 from __future__ import annotations
@@ -232,9 +232,10 @@ class _Coder:
         for position, value in enumerate(node.inputs):
             node.replace_input_with(position, self._codes.read(value, bits, node).value)
         followers = readers(node.outputs[0])
-        is_score = len(followers) == 1 and followers[0].op_type in ("Add", "Softmax")
-        codes = self._scores(followers[0], bits) if is_score else self._codes.range(node.outputs[0], bits)
-        self._store(node, codes, bits)
+        if len(followers) == 1 and followers[0].op_type in ("Add", "Softmax"):
+            self._store(node, self._scores(followers[0], bits), bits)
+        else:  # of the values: an 8-bit result is rounded otherwise over more tokens, padding or not
+            self._store(node, self._codes.range(node.outputs[0], 16), 16)
 
     def _pooling(self, node: ir.Node) -> None:
         for position, value in enumerate(node.inputs):
