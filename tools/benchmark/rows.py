@@ -65,8 +65,7 @@ LITERT_FLOAT, AEQ = "litert-torch float .tflite", "ai-edge-quantizer w8a8"
 HTP16, HTP16_V68 = "edgeq w8a16-htp, Snapdragon 8 Gen 3", "edgeq w8a16-htp, HTP v68"
 HTP8 = "edgeq w8a8-htp, Snapdragon 8 Gen 3"
 U55, U65, U85, U85_BIG = (f"edgeq w8a8-int-npu, Ethos-{name}" for name in ("U55-256", "U65-512", "U85-256", "U85-1024"))
-RK3588, RK3576, RK3568 = (f"edgeq rockchip-int8, {name}" for name in ("RK3588", "RK3576", "RK3568"))
-RK3588_FLOAT = "edgeq rockchip-float16, RK3588"
+RK3588 = "edgeq rockchip-int8, RK3588"
 RK_PLAIN, RK_PLAIN_HYBRID = "FP32 export, Rockchip's int8, RK3588", "FP32 export, Rockchip's auto_hybrid, RK3588"
 RK_EVEN, RK_EVEN_HYBRID = "equalised model, Rockchip's int8, RK3588", "equalised model, Rockchip's auto_hybrid, RK3588"
 
@@ -96,9 +95,6 @@ NPU = (
     Row(U85, "edgeq", target="ethos-u85-256", threads=1),
     Row(U85_BIG, "edgeq", target="ethos-u85-1024", threads=1),
     Row(RK3588, "edgeq", target="rk3588"),
-    Row(RK3576, "edgeq", target="rk3576"),
-    Row(RK3568, "edgeq", target="rk3568"),
-    Row(RK3588_FLOAT, "edgeq", target="rk3588-float16"),
 )
 
 
