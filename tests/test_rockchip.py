@@ -179,14 +179,18 @@ def quantised(path: Path) -> None:
 
 
 @pytest.mark.rockchip
-def test_the_compiler_dies_of_a_qdq_model_and_that_is_a_message(toolkit: Path, tmp_path: Path) -> None:
+def test_the_compiler_dies_of_a_qdq_model_and_that_is_a_message(
+    toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model("rockchip-float16", tmp_path)
     quantised(Path(model.file.path))
-    (tmp_path / "out").mkdir()
+    for name in ("out", "stand"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "stand")  # dying, the compiler leaves files of its own where it stands
     deadly = model.model_copy(update={"file": file_ref(Path(model.file.path))})
     with pytest.raises(LoweringFailed, match=r"died of SIGSEGV while compiling seq_16\.onnx") as error:
         rockchip.lower(deadly, make_target("rk3588-float16"), tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [*(tmp_path / "out").iterdir(), *(tmp_path / "stand").iterdir()] == []
     log = Path(str(error.value).rsplit("lies in ", 1)[1].rstrip("."))
     assert "RKNNSubgraphManager" in log.read_text(encoding="utf-8", errors="replace")
 
