@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeq import weights
 from edgeq.errors import ConfigError, EdgeqError, Unsupported
 from edgeq.onnx_source.interface import EMBEDDING, HIDDEN, IDS, MASK, SEGMENTS
-from edgeq.torch_export import save, to_onnx
+from edgeq.torch_export import to_onnx
 from edgeq.torch_failures import explain
 
 if TYPE_CHECKING:
@@ -69,9 +70,9 @@ def write_onnx(
                 "are needed. Wrap it in a module that gives one of them."
             )
         output = EMBEDDING if expected.ndim == 2 else HIDDEN
-        proto = to_onnx(Graph().eval(), tensors, (output,), name, max_sequence)
-    path = folder / f"{name}.onnx"
-    save(proto, path)
+        path = folder / f"{name}.onnx"
+        with weights.outside(folder / "weights"):
+            weights.save(to_onnx(Graph().eval(), tensors, (output,), name, max_sequence), path)
     _prove(path, tensors, expected, name)
     return path
 

@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeq import origins, sentence_modules, source
+from edgeq import origins, sentence_modules, source, weights
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.probes import probe_feeds
 from edgeq.records import Source
@@ -35,14 +35,13 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 OPSET = 21
-EXTERNAL_DATA_BYTES = 2_000_000_000  # protobuf refuses messages of 2 GiB
 _FLAGS = {  # mode -> what its flag is called
     "cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken",
     "mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "weightedmean": "weightedmean_tokens",
 }  # fmt: skip
 # The order in which sentence-transformers concatenates what flags ask for.
 _FLAG_ORDER = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
-RAW, PROBES, SOURCE, CONFIG = "raw.onnx", "probes.npz", "source.json", "config"
+RAW, PROBES, SOURCE, CONFIG, _OUTSIDE = "raw.onnx", "probes.npz", "source.json", "config", "weights"
 
 
 def run(located: Located, out_dir: Path, hidden_state: bool) -> Source:
@@ -71,8 +70,8 @@ def run(located: Located, out_dir: Path, hidden_state: bool) -> Source:
         named |= {f"{row}_0": ids, f"{row}_1": mask, f"{row}_2": vectors}
     np.savez(out_dir / PROBES, allow_pickle=False, **named)
     _save_config(model, out_dir / CONFIG)
-    proto = _to_onnx(model, hidden_state, located.name, record.max_sequence)
-    save(proto, out_dir / RAW)
+    with weights.outside(out_dir / _OUTSIDE):
+        weights.save(_to_onnx(model, hidden_state, located.name, record.max_sequence), out_dir / RAW)
     (out_dir / SOURCE).write_text(record.model_dump_json(), encoding="utf-8")
     return record
 
@@ -112,18 +111,10 @@ def _run_images(located: Located, model: SentenceTransformer, out_dir: Path, hid
     module, example = torch_images.graph(model, hidden_state), torch.from_numpy(feeds[-1].pixel_values)
     with torch.no_grad():
         outputs = ("sentence_embedding", "last_hidden_state")[: len(module(example))]
-    save(to_onnx(module, {PIXELS: example}, outputs, located.name), out_dir / RAW)
+    with weights.outside(out_dir / _OUTSIDE):
+        weights.save(to_onnx(module, {PIXELS: example}, outputs, located.name), out_dir / RAW)
     (out_dir / SOURCE).write_text(record.model_dump_json(), encoding="utf-8")
     return record
-
-
-def save(model: onnx.ModelProto, path: Path) -> None:
-    """Write one self-contained file below 2 GB, and weights in a file beside it above."""
-    is_large = model.ByteSize() > EXTERNAL_DATA_BYTES
-    if is_large:
-        onnx.save(model, path, save_as_external_data=True, location=path.name + ".data", size_threshold=1024)
-        return
-    path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def _graph_module(model: SentenceTransformer, hidden_state: bool) -> torch.nn.Module:
@@ -173,6 +164,9 @@ def to_onnx(
         name: for messages.
         max_sequence: the longest sequence; of no matter for images.
 
+    Returns:
+        The graph; the weights of a large one lie where `weights.outside` puts them.
+
     Raises:
         Unsupported: torch cannot; the message names the line.
     """
@@ -204,7 +198,7 @@ def to_onnx(
         raise Unsupported(f"{name}: torch cannot export this model: {explain(error, line)}") from error
     if program is None:
         raise Unsupported(f"{name}: torch.onnx.export gave no program")
-    proto = program.model_proto
+    proto = weights.serialized(program.model)
     proto.producer_name, proto.producer_version = "edgeq", ""
     origins.keep(proto)
     return proto

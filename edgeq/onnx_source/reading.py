@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
@@ -20,6 +21,7 @@ from onnx_ir.passes.common import (
     RemoveUnusedOpsetsPass,
 )
 
+from edgeq import weights
 from edgeq.dialect import OPSET
 from edgeq.errors import ConfigError, ToolMissing, Unsupported
 
@@ -71,7 +73,7 @@ def read(path: Path) -> ir.Model:
         if not (path.parent / name).is_file():
             raise ConfigError(f"{path}: its weights lie in {name}, which is not beside it; put the file there")
     _refuse_quantised(proto, path)
-    onnx.load_external_data_for_model(proto, str(path.parent))
+    proto = weights.load(path)
     version = opset(proto)
     if version < OLDEST_OPSET:
         raise Unsupported(
@@ -122,7 +124,7 @@ def widen(model: ir.Model) -> None:
     """Write FP16, BF16 and FP64 weights and arithmetic in FP32, the weights' values kept."""
     for value in _values(model):
         if value.const_value is not None and value.const_value.dtype in NARROW:
-            value.const_value = ir.tensor(value.const_value.numpy().astype("float32"), name=value.name)
+            value.const_value = weights.tensor_of(value.const_value.numpy().astype(np.float32), str(value.name))
         if value.dtype in NARROW:
             value.dtype = ir.DataType.FLOAT
     for node in model.graph:
