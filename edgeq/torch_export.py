@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeq import origins, sentence_modules, source
+from edgeq import origins, sentence_modules, source, text_towers
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.probes import probe_feeds
 from edgeq.records import Source
@@ -142,8 +142,8 @@ def _graph_module(model: SentenceTransformer, hidden_state: bool) -> torch.nn.Mo
                 features["token_type_ids"] = torch.zeros_like(input_ids)  # a single text is segment 0 throughout
             for module in self.model:
                 features = module(features)
-            embedding = features["sentence_embedding"]
-            return (embedding, features["token_embeddings"]) if hidden_state else (embedding,)
+            embedding, hidden = features["sentence_embedding"], features.get("token_embeddings")
+            return (embedding, hidden) if hidden_state and hidden is not None else (embedding,)
 
     return Graph().eval()
 
@@ -153,8 +153,10 @@ def _to_onnx(model: SentenceTransformer, hidden_state: bool, name: str, max_sequ
 
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 0, 0, 0]])
     tensors = {"input_ids": ids, "attention_mask": (ids > 0).to(torch.int64)}
-    outputs = ("sentence_embedding", "last_hidden_state")[: 2 if hidden_state else 1]
-    return to_onnx(_graph_module(model, hidden_state), tensors, outputs, name, max_sequence)
+    graph = _graph_module(model, hidden_state)
+    with torch.no_grad():
+        outputs = ("sentence_embedding", "last_hidden_state")[: len(graph(*tensors.values()))]
+    return to_onnx(graph, tensors, outputs, name, max_sequence)
 
 
 def to_onnx(
@@ -284,6 +286,7 @@ def _save_config(model: SentenceTransformer, folder: Path) -> None:
         text_tokenizer.enable_truncation(model.max_seq_length, direction="left")
         _write_json(folder / "tokenizer.json", json.loads(text_tokenizer.to_str()))
     _write_json(folder / "sentence_bert_config.json", {"max_seq_length": model.max_seq_length, "do_lower_case": False})
+    text_towers.save(model[0], folder)
 
 
 def _mend_tokenizer_config(path: Path) -> None:
