@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeq import origins, sentence_modules, source, text_towers
+from edgeq import origins, sentence_modules, source, text_towers, tokenizer_config
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.probes import probe_feeds
 from edgeq.records import Source
@@ -280,26 +280,13 @@ def _save_config(model: SentenceTransformer, folder: Path) -> None:
         if kind == "Pooling":
             _write_json(folder / entry["path"] / "config.json", _pooling_config(module))
     _write_json(folder / "modules.json", modules)
-    _mend_tokenizer_config(folder / "tokenizer_config.json")
+    tokenizer_config.mend(folder / tokenizer_config.FILE)
     if model.tokenizer.truncation_side == "left":  # tokenizer.json alone would not say so
         text_tokenizer = model.tokenizer.backend_tokenizer
         text_tokenizer.enable_truncation(model.max_seq_length, direction="left")
         _write_json(folder / "tokenizer.json", json.loads(text_tokenizer.to_str()))
     _write_json(folder / "sentence_bert_config.json", {"max_seq_length": model.max_seq_length, "do_lower_case": False})
     text_towers.save(model[0], folder)
-
-
-def _mend_tokenizer_config(path: Path) -> None:
-    """Name the tokenizer's class as every version of transformers does, and let it always give a mask."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    changes: dict[str, object] = {}
-    if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, which 4 does not know
-        changes["tokenizer_class"] = "PreTrainedTokenizerFast"
-    inputs = config.get("model_input_names", ["attention_mask"])
-    if "attention_mask" not in inputs:
-        changes["model_input_names"] = [*inputs, "attention_mask"]
-    if changes:
-        _write_json(path, config | changes)
 
 
 def _pooling_config(module: torch.nn.Module) -> dict[str, object]:
