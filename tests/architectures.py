@@ -142,10 +142,13 @@ ARCHITECTURES: dict[str, Architecture] = {
 }  # fmt: skip
 
 
-def write(name: str, folder: Path, longest: int = LONGEST, outliers: bool = True) -> Path:
+def write(
+    name: str, folder: Path, longest: int = LONGEST, outliers: bool = True, changed: Mapping[str, Any] | None = None
+) -> Path:
     """Write a sentence-transformers directory of one architecture, its vectors of unit length.
 
-    A model of two towers is a plain directory, as its origin gives it.
+    A model of two towers is a plain directory, as its origin gives it. `changed` replaces arguments of the
+    configuration.
     """
     import torch
     import transformers
@@ -156,7 +159,7 @@ def write(name: str, folder: Path, longest: int = LONGEST, outliers: bool = True
     body = folder.with_name(f"{folder.name}-body")
     size = _tokenizer(body, made, longest)
     ids = {"vocab_size": size, "pad_token_id": made.pad_id, "bos_token_id": 2, "eos_token_id": 3}
-    arguments = {**made.arguments, **made.fixed}
+    arguments = {**made.arguments, **made.fixed, **(changed or {})}
     if made.tower is None:
         arguments |= ids
     else:
