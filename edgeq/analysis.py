@@ -23,7 +23,7 @@ from edgeq import (
     storage,
     weights,
 )
-from edgeq.errors import ParityFailed, Unsupported
+from edgeq.errors import ConfigError, ParityFailed, Unsupported
 from edgeq.pipeline import ExportRequest
 from edgeq.records import Measures, Record, Scheme, Status, Target
 from edgeq.sensitivity import Product, Sensitivity
@@ -111,7 +111,12 @@ def analyze(request: AnalysisRequest, report: Report) -> Analysis:
 
 
 def _sensitivity(request: ExportRequest, target: Target, report: Report) -> Sensitivity:
-    located = source.locate(request.model, request.pooling, request.onnx)
+    located = source.locate(request.model, request.pooling, request.onnx, tower=request.tower)
+    if located.takes_images:
+        raise ConfigError(
+            f"{request.model}: takes images, and products are ranked on texts. Export the model with --images, and "
+            "measure its bundle with `edgeq validate BUNDLE --images FOLDER`."
+        )
     texts = plan_texts(
         request.texts, request.column, request.validation, request.evaluation, request.samples, request.seed
     )

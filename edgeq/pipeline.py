@@ -122,7 +122,8 @@ def _plan(request: ExportRequest, located: source.Located) -> Plan:
             request.texts, request.column, request.validation, request.evaluation, request.samples, request.seed
         )
     if not located.takes_images:
-        raise ConfigError(f"{request.model}: takes texts; drop --images {request.images}, or give --tower image")
+        way_out = "drop --images" if located.tower is None else "drop --images, or give --tower image"
+        raise ConfigError(f"{request.model}: takes texts, and was given images ({request.images}); {way_out}")
     if request.texts is not None or request.column is not None or request.evaluation:
         raise ConfigError("--images stands alone: drop --texts, --column and --evaluation")
     from edgeq.images import plan_images  # here: texts need no Pillow

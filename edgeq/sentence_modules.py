@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq import text_towers
 from edgeq.errors import ConfigError, Unsupported
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def names(model: SentenceTransformer) -> tuple[str, ...]:
         name = type(module).__name__
         if hasattr(module, "pooling_mode"):
             name = f"{name}:{'+'.join(modes(module))}"
+        name = text_towers.named(module) or name
         found.append(f"{TRUNCATE}{module.out_features} of {module.in_features}" if name == "Truncate" else name)
     return tuple(found)
 
@@ -269,6 +271,9 @@ def _usable_tokens(model: SentenceTransformer) -> int:
     encoder = getattr(model[0], "auto_model", None)
     if encoder is None:
         return int(limit)
+    tower = text_towers.longest(encoder)
+    if tower is not None:
+        return min(int(limit), tower)
     rows = getattr(encoder.config, "max_position_embeddings", None)
     words = encoder.get_input_embeddings()
     for table in encoder.modules():

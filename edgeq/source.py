@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeq import onnx_source, sentence_modules
-from edgeq.errors import ConfigError, ToolMissing, Unsupported
+from edgeq import onnx_source, sentence_modules, text_towers
+from edgeq.errors import ConfigError, EdgeqError, ToolMissing, Unsupported
 from edgeq.onnx_source import OnnxFile, OnnxOptions
 from edgeq.records import Source
 from edgeq.storage import sha256_file
@@ -279,12 +279,14 @@ def load(located: Located) -> SentenceTransformer:
 
                 model = SentenceTransformer(modules=torch_images.assembled(body, located.pooling), device="cpu")
             elif located.tower is not None and body.module_output_name == "sentence_embedding":
-                model = SentenceTransformer(modules=[body], device="cpu")
+                model = SentenceTransformer(modules=text_towers.unfolded(body, located.name), device="cpu")
             else:
                 pooling = modules.Pooling(
                     body.get_embedding_dimension(), pooling_mode=(located.pooling or "").split("+")
                 )
                 model = SentenceTransformer(modules=[body, pooling], device="cpu")
+    except EdgeqError:
+        raise
     except Exception as error:  # the boundary to foreign loaders, which may raise anything
         raise ConfigError(f"{where}: sentence-transformers cannot load this model: {_first_line(error)}") from error
     if not located.takes_images:

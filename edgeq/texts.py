@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,12 +142,16 @@ def text_tokens(samples: Samples) -> Tokens:
 class Tokenizer:
     """Turn texts into token ids."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, max_sequence: int) -> None:
-        """Take a tokenizer; texts are cut at `max_sequence` tokens."""
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, max_sequence: int, padded_to: int = 0, pad_token: str | None = None
+    ) -> None:
+        """Take a tokenizer; texts are cut at `max_sequence` tokens, and padded with tokens up to `padded_to`."""
         self._tokenizer = tokenizer
         self._limit = max_sequence
+        self._padded_to = padded_to
         padding = tokenizer.padding or {}
-        self.pad_id = int(padding.get("pad_id", _pad_id(tokenizer)))
+        stated = tokenizer.token_to_id(pad_token) if padded_to and pad_token else None
+        self.pad_id = int(padding.get("pad_id", _pad_id(tokenizer)) if stated is None else stated)
         tokenizer.no_padding()
         # The side at which a text is cut is the model's; the limit is not.
         tokenizer.enable_truncation(max_sequence, direction=(tokenizer.truncation or {}).get("direction", "right"))
@@ -167,13 +172,32 @@ class Tokenizer:
             tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the boundary to the tokenizers library, which raises bare Exception
             raise ConfigError(f"{path}: not a tokenizer: {error}") from error
-        return cls(tokenizer, max_sequence)
+        padded_to, pad_token = _padding_as_text(path.with_name("tokenizer_config.json"))
+        if max_sequence < padded_to:
+            raise ConfigError(
+                f"{path.parent}: the model reads texts padded to {padded_to} tokens, and {max_sequence} are asked for. "
+                f"Choose a target that takes {padded_to}."
+            )
+        return cls(tokenizer, max_sequence, padded_to, pad_token)
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         """Give the token ids of the texts, and count those that were cut."""
         encoded = self._tokenizer.encode_batch(list(texts))
-        ids = tuple(tuple(item.ids) for item in encoded)
+        filler = (self.pad_id,) * self._padded_to
+        ids = tuple((*item.ids, *filler[len(item.ids) :]) for item in encoded)
         return Tokens(ids, sum(1 for item in encoded if item.overflowing), self.pad_id)
+
+
+def _padding_as_text(path: Path) -> tuple[int, str | None]:
+    """Read how long texts are made with tokens that pad, and with which: 0 where padding is none of the model's."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error}); restore it from the model's origin") from error
+    if config.get("padding") != "max_length" or "attention_mask" in config.get("model_input_names", ["attention_mask"]):
+        return 0, None
+    token = config.get("pad_token")
+    return int(config["max_length"]), token["content"] if isinstance(token, dict) else token
 
 
 def _pad_id(tokenizer: tokenizers.Tokenizer) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeq import origins, sentence_modules, source, weights
+from edgeq import origins, sentence_modules, source, text_towers, tokenizer_config, weights
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.probes import probe_feeds
 from edgeq.records import Source
@@ -133,8 +133,8 @@ def _graph_module(model: SentenceTransformer, hidden_state: bool) -> torch.nn.Mo
                 features["token_type_ids"] = torch.zeros_like(input_ids)  # a single text is segment 0 throughout
             for module in self.model:
                 features = module(features)
-            embedding = features["sentence_embedding"]
-            return (embedding, features["token_embeddings"]) if hidden_state else (embedding,)
+            embedding, hidden = features["sentence_embedding"], features.get("token_embeddings")
+            return (embedding, hidden) if hidden_state and hidden is not None else (embedding,)
 
     return Graph().eval()
 
@@ -144,8 +144,10 @@ def _to_onnx(model: SentenceTransformer, hidden_state: bool, name: str, max_sequ
 
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 0, 0, 0]])
     tensors = {"input_ids": ids, "attention_mask": (ids > 0).to(torch.int64)}
-    outputs = ("sentence_embedding", "last_hidden_state")[: 2 if hidden_state else 1]
-    return to_onnx(_graph_module(model, hidden_state), tensors, outputs, name, max_sequence)
+    graph = _graph_module(model, hidden_state)
+    with torch.no_grad():
+        outputs = ("sentence_embedding", "last_hidden_state")[: len(graph(*tensors.values()))]
+    return to_onnx(graph, tensors, outputs, name, max_sequence)
 
 
 def to_onnx(
@@ -272,25 +274,13 @@ def _save_config(model: SentenceTransformer, folder: Path) -> None:
         if kind == "Pooling":
             _write_json(folder / entry["path"] / "config.json", _pooling_config(module))
     _write_json(folder / "modules.json", modules)
-    _mend_tokenizer_config(folder / "tokenizer_config.json")
+    tokenizer_config.mend(folder / tokenizer_config.FILE)
     if model.tokenizer.truncation_side == "left":  # tokenizer.json alone would not say so
         text_tokenizer = model.tokenizer.backend_tokenizer
         text_tokenizer.enable_truncation(model.max_seq_length, direction="left")
         _write_json(folder / "tokenizer.json", json.loads(text_tokenizer.to_str()))
     _write_json(folder / "sentence_bert_config.json", {"max_seq_length": model.max_seq_length, "do_lower_case": False})
-
-
-def _mend_tokenizer_config(path: Path) -> None:
-    """Name the tokenizer's class as every version of transformers does, and let it always give a mask."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    changes: dict[str, object] = {}
-    if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, which 4 does not know
-        changes["tokenizer_class"] = "PreTrainedTokenizerFast"
-    inputs = config.get("model_input_names", ["attention_mask"])
-    if "attention_mask" not in inputs:
-        changes["model_input_names"] = [*inputs, "attention_mask"]
-    if changes:
-        _write_json(path, config | changes)
+    text_towers.save(model[0], folder)
 
 
 def _pooling_config(module: torch.nn.Module) -> dict[str, object]:

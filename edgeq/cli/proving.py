@@ -60,9 +60,12 @@ def validate(
         ParityFailed: the vectors miss the gate.
     """
     from edgeq.bundle import load_manifest
+    from edgeq.validation import require_kind
     from edgeq.validation import validate as validate_bundle
 
-    float_file = find_float_model(load_manifest(bundle), against)
+    manifest = load_manifest(bundle)
+    require_kind(manifest, bundle, texts, images)
+    float_file = find_float_model(manifest, against)
     with console.stages() as report:
         found = validate_bundle(bundle, texts, column, float_file, report, images)
     if as_json:
@@ -91,12 +94,14 @@ def evaluate(
         raise ConfigError("evaluate: no data is named; give --sts FILE, --retrieval BEIR_DIR, or both.")
     from edgeq import evaluation
     from edgeq.bundle import load_manifest
+    from edgeq.samples import require_texts
     from edgeq.validation import embedders
 
     # Data before models: a typo in a path should not cost a minute.
     pairs = None if sts is None else evaluation.load_sts(sts)
     data = None if retrieval is None else evaluation.load_beir(retrieval)
     manifest = load_manifest(bundle)
+    require_texts(manifest.float_model.inputs, bundle, "Measure images with `edgeq validate BUNDLE --images FOLDER`.")
     sides = embedders(bundle, find_float_model(manifest, against))
     rows: list[list[str]] = []
     document: dict[str, object] = {}
