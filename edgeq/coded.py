@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from edgeq import affine
+from edgeq import affine, htp_refusals
 from edgeq.affine import Affine
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.folding import Observed
@@ -86,7 +86,7 @@ class CodedGraph:
     def read(self, value: ir.Value | None, bits: int, node: ir.Node) -> Coded:
         """Give a tensor in the bits an operator reads, converted once for all its readers."""
         if value not in self.coded:
-            raise Unsupported(f"{node.name}: reads {value.name if value else None}, which has no integer form")
+            raise Unsupported(self.refusal(node, f"reads {value.name if value else None}, which has no integer form"))
         home = self.coded[value]
         if home.bits == bits:
             return home
@@ -100,6 +100,10 @@ class CodedGraph:
                 codes = self.cover(float(seen.minimum.min()), float(seen.maximum.max()), bits)
             self.converted[key] = self.requantize(home, codes, bits, f"{name}/{bits}bit")
         return self.converted[key]
+
+    def refusal(self, node: ir.Node, found: str) -> str:
+        """Write why a node cannot be coded."""
+        return f"{node.name}: {found}"
 
     def name_of(self, coded: Coded) -> str:
         """Give the name that a tensor had before it was coded."""
@@ -164,9 +168,13 @@ class CodedGraph:
 
 
 class UnsignedGraph(CodedGraph):
-    """The same with unsigned codes, whose zero point is wherever the range puts it, in 16 bits too."""
+    """The same with unsigned codes, whose zero point is wherever the range puts it, in 16 bits too: HTP's."""
 
     dtypes = UNSIGNED_DTYPES
+
+    def refusal(self, node: ir.Node, found: str) -> str:
+        """Write why a node cannot be coded: the part of the model, its module, and the way out."""
+        return htp_refusals.refusal(node, found)
 
     def cover(self, low: float, high: float, bits: int) -> Affine:
         """Give codes for a range."""

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from edgeq.affine import Affine
 from edgeq.coded import Coded, CodedGraph
 from edgeq.errors import Unsupported
+from edgeq.htp_refusals import refusal
 from edgeq.passes.graph import add_constant, add_node, constant, made_by, readers
 
 LONGEST = 512  # tokens that can be counted where no table of positions says how many there can be
@@ -76,10 +77,8 @@ class LookedUpMasks(Masks):
         key = (mask, bits)
         if key not in self._codes.converted:
             if made_by(self._kept(mask), "Mul") is not None:
-                raise Unsupported(
-                    "causal or local attention has no form for HTP, whose mask is looked up by tokens alone; "
-                    "use a target of another backend"
-                )
+                found = "causal or local attention has no form for HTP, whose mask is looked up by tokens alone"
+                raise Unsupported(refusal(node, found))
             size, stem = self.size(mask), f"{mask.name}/{bits}bit"  # type: ignore[union-attr]
             (tokens,) = (item for item in self._codes.graph.inputs if item.name == "attention_mask")
             rows = self._look_up(tokens, (-size, 0.0), bits, node, stem)
@@ -126,7 +125,7 @@ class LookedUpMasks(Masks):
         elif node.op_type in ("Unsqueeze", "Transpose", "Squeeze", "Reshape"):
             codes = operands[0].affine
         else:
-            raise Unsupported(f"{node.name}: {node.op_type} of the attention mask has no integer form")
+            raise Unsupported(refusal(node, f"{node.op_type} of the attention mask has no form for HTP"))
         self._codes.store(node, value, codes, 16)
         return self._codes.coded[value]
 

@@ -2,7 +2,7 @@
 
 LayerNorm and the unit length stay whole, because the unit has operators for them. Which tensors have 8 bits follows
 from one rule, not from names: what weight products and attention read and give has the scheme's bits; sums (residual,
-positions), LayerNorm, pooling, the side path of large neurons and what is one row a text have 16.
+positions, values over tokens), LayerNorm, pooling, the side path of large neurons and what is one row a text have 16.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from edgeq.errors import EdgeqError, Unsupported
 from edgeq.folding import Observed
 from edgeq.gemm import SIDE
 from edgeq.htp_form import htp_form
+from edgeq.htp_refusals import refusal
 from edgeq.observe import Statistics
 from edgeq.passes.graph import add_constant, add_node, add_node_after, constant, readers
 from edgeq.primitives import ROW_MAXIMUM
@@ -32,10 +33,6 @@ GAIN_BITS = 8  # LayerNorm's gain: the unit takes no other beside an int32 bias,
 _STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather"})
 _SUFFIXES = ("/gemm", "/flat", "/axes")  # of what `flat_tokens` renames or adds
 _INT32 = np.iinfo(np.int32)
-_WHY = {  # what is said of an operator that one would expect to be taken
-    "Where": " (max pooling chooses by the mask for each token and channel, and here the mask is looked up for whole "
-    "tokens; mean, weighted mean, first- and last-token pooling are taken)",
-}
 
 
 def quantize_htp(
@@ -114,10 +111,7 @@ class _Coder:
             self._keep_statistics(node, source)
             return
         if node.op_type not in self._visitors:
-            raise Unsupported(
-                f"{node.name}: {node.op_type} has no form for HTP{_WHY.get(node.op_type, '')}; use a scheme that "
-                "leaves it float, or one for another runtime"
-            )
+            raise Unsupported(refusal(node))
         self._visitors[node.op_type](node)
 
     def finish(self) -> None:
@@ -141,7 +135,7 @@ class _Coder:
         """Look up rows of a table; the operator's codes are the table's."""
         table = constant(node.inputs[0])
         if table is None:
-            raise Unsupported(f"{node.name}: Gather of something that is neither a table nor coded")
+            raise Unsupported(refusal(node, "Gather of something that is neither a table nor coded"))
         stored = self._codes.table(str(node.inputs[0].name), table, self._scheme.embedding_bits, node)  # type: ignore[union-attr]
         node.replace_input_with(0, stored.value)
         self._store(node, stored.affine, stored.bits)
@@ -150,7 +144,7 @@ class _Coder:
         """Take rows of the table of positions: constant as soon as the length is."""
         table = constant(node.inputs[0])
         if table is None:
-            raise Unsupported(f"{node.name}: Slice of something that is neither a table nor coded")
+            raise Unsupported(refusal(node, "Slice of something that is neither a table nor coded"))
         self._masks.longest = table.shape[-2]
         name = str(node.inputs[0].name)  # type: ignore[union-attr]
         codes = self._codes.cover(float(table.min()), float(table.max()), 16)
@@ -166,7 +160,7 @@ class _Coder:
         """Code input, weight, bias and output of a weight product."""
         weight, source = constant(node.inputs[1]), node.inputs[0]
         if weight is None or source is None:
-            raise Unsupported(f"{node.name}: a Gemm of two variable tensors has no form for HTP")
+            raise Unsupported(refusal(node, "a Gemm of two variable tensors has no form for HTP"))
         bits = 16 if self._is_wide(node) else self._form.gemm_bits
         read = self._codes.read(source, bits, node)
         seen = self._codes.observed.get(self._codes.name_of(self._codes.coded[source]))
@@ -212,7 +206,7 @@ class _Coder:
     def _norm(self, node: ir.Node) -> None:
         gain = constant(node.inputs[1])
         if gain is None:
-            raise Unsupported(f"{node.name}: LayerNormalization with a computed gain has no form for HTP")
+            raise Unsupported(refusal(node, "LayerNormalization with a computed gain has no form for HTP"))
         read = self._codes.read(node.inputs[0], 16, node)
         bias = constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros_like(gain)
         stored = self._codes.table(f"{node.name}/gain", gain, GAIN_BITS, node)
@@ -232,9 +226,10 @@ class _Coder:
         for position, value in enumerate(node.inputs):
             node.replace_input_with(position, self._codes.read(value, bits, node).value)
         followers = readers(node.outputs[0])
-        is_score = len(followers) == 1 and followers[0].op_type in ("Add", "Softmax")
-        codes = self._scores(followers[0], bits) if is_score else self._codes.range(node.outputs[0], bits)
-        self._store(node, codes, bits)
+        if len(followers) == 1 and followers[0].op_type in ("Add", "Softmax"):
+            self._store(node, self._scores(followers[0], bits), bits)
+        else:  # of the values: an 8-bit result is rounded otherwise over more tokens, padding or not
+            self._store(node, self._codes.range(node.outputs[0], 16), 16)
 
     def _pooling(self, node: ir.Node) -> None:
         for position, value in enumerate(node.inputs):

@@ -17,8 +17,8 @@ pytest.importorskip("psutil", reason="needs the extra `dev`")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 from benchmark import __main__ as bench  # noqa: E402
-from benchmark import clock, making, processes, quality, report, rows, runner, samples  # noqa: E402
-from benchmark.figures import Blank, at, plain  # noqa: E402
+from benchmark import clock, making, merging, npu, processes, quality, report, rows, runner, samples  # noqa: E402
+from benchmark.figures import Blank, at, plain, restored  # noqa: E402
 
 
 def whole(count: int = 40) -> samples.Sample:
@@ -101,11 +101,11 @@ def test_a_figure_behind_a_blank_is_that_blank() -> None:
     assert at(figures, "latency", "16") == Blank("not measured")
 
 
-def test_blanks_stay_blanks_in_json() -> None:
+def test_blanks_stay_blanks_in_json_and_come_back() -> None:
     figures = {"a": Blank("why"), "b": [1.0, Blank("how")], 16: ("x", 2)}
-    assert json.loads(json.dumps(plain(figures))) == {
-        "a": {"blank": "why"}, "b": [1.0, {"blank": "how"}], "16": ["x", 2],
-    }  # fmt: skip
+    read = json.loads(json.dumps(plain(figures)))
+    assert read == {"a": {"blank": "why"}, "b": [1.0, {"blank": "how"}], "16": ["x", 2]}
+    assert restored(read) == {"a": Blank("why"), "b": [1.0, Blank("how")], "16": ["x", 2]}
 
 
 def results() -> dict[str, Any]:
@@ -130,6 +130,79 @@ def results() -> dict[str, Any]:
         },
         "throughput": {"models": {rows.GEMM: 321.4, rows.INT: static}, "ratios": {"ort_of_float32": 2.6}},
     }  # fmt: skip
+
+
+def npu_results() -> dict[str, Any]:
+    vectors = {"texts": 200, "cosine_mean": 0.99941, "cosine_min": 0.9983, "top10_overlap": 0.95, "invariance": 0.9999}
+    compiled = {"seconds": 3.21, "partitions": 1, "cpu_nodes": 0, "size_mb": 23.2}
+    estimate = {
+        "estimated_ms": 16.65, "clock_mhz": 1000.0, "cycles": 16650000, "system_config": "Mid",
+        "memory_mode": "Dedicated", "arena_kib": 384.0, "sram_kib": 384.0, "dram_or_flash_kib": 22898.0,
+        "host_operators": 1, "on_host": "GATHER",
+    }  # fmt: skip
+    return {
+        "tools": {"QAIRT": "v2"},
+        "quality": {
+            rows.HTP16: {"size_mb": 23.2, "ran_on": "emulator", **vectors},
+            rows.RK_PLAIN: {"size_mb": Blank("no toolkit"), "ran_on": "", "texts": Blank("no toolkit")},
+        },
+        "compiling": {rows.HTP16: {"32": compiled, "128": compiled}},
+        "estimates": {rows.U85: {"128": estimate}},
+    }
+
+
+def alone(date: str = "2026-02-03") -> dict[str, Any]:
+    return {"machine": "another machine", "date": date, "versions": {"tool": "1.3"}, "npu": npu_results()}
+
+
+def test_what_stands_for_an_npu_is_shown_as_emulated_or_estimated() -> None:
+    text = report.markdown(results() | {"npu": npu_results()})
+    assert f"| {rows.HTP16} | emulator | 200 | 0.99941 | 0.9983 |" in text
+    assert f"| {rows.U85} | 128 | 16.65 | 1000 | Mid | Dedicated |" in text and "Vela *estimates*" in text
+    assert f"| {rows.RK_PLAIN} |  | (" in text and ") no toolkit" in text
+    blocks = [block for block in text.split("\n\n") if block.startswith("|")]
+    assert len(blocks) == 11
+    for block in blocks:
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def test_a_part_measured_later_stands_beside_the_others_with_its_own_date_and_machine(tmp_path: Path) -> None:
+    report.write(results(), tmp_path)
+    merged = merging.merged(report.read(tmp_path), alone())
+    assert merged["npu"] == npu_results() and merged["quality"] == restored(plain(results()["quality"]))
+    assert (merged["date"], merged["machine"]) == ("2026-01-02", "a machine")
+    text = report.markdown(merged)
+    assert "in a run of its own on 2026-02-03, on another machine" in text
+    before = report.markdown(results())
+    assert text.startswith(before.split("## Goals")[0]) and "## Throughput" in text
+    again = merging.merged(merged, alone("2026-03-04"))
+    assert again["parts"]["npu"]["date"] == "2026-03-04" and again["date"] == "2026-01-02"
+
+
+@pytest.mark.parametrize("words", [["--only", "quality"], [], ["--only", "npu", "--only", "latency"]])
+def test_parts_that_share_models_are_not_merged(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.options_of(["--data", "d", "--out", "o", "--merge", *words])
+    assert "--only export or npu" in capsys.readouterr().err
+    assert bench.options_of(["--data", "d", "--out", "o", "--merge", "--only", "npu"]).merge
+
+
+def test_texts_are_taken_evenly() -> None:
+    assert npu.spread([str(n) for n in range(100)], 4) == ["0", "33", "66", "99"]
+    assert npu.spread(["a", "b"], 4) == ["a", "b"]
+
+
+def test_each_text_runs_in_the_smallest_length_that_it_fits() -> None:
+    class Echo(runner.InBuckets):
+        buckets = [4, 8]
+
+        def run(self, bucket: int, ids: Any, mask: Any) -> Any:
+            assert ids.shape == mask.shape == (1, bucket)
+            return np.array([[bucket, ids.sum(), mask.sum()]], np.float32)
+
+    ids = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
+    assert Echo()(ids, ids).tolist() == [[4, 3, 3], [8, 5, 5]]
+    assert Echo()(ids[:1], ids[:1]).tolist() == [[8, 3, 3]]  # alone: at the length that it is given in
 
 
 def test_a_blank_cell_shows_its_reason_below_and_once() -> None:
@@ -176,13 +249,14 @@ def test_rows_are_chosen_by_a_part_of_their_name_with_what_they_follow() -> None
 
 
 def test_rows_name_what_exists() -> None:
-    for row in (*rows.OWN, *rows.MIRRORS, *rows.PEERS):
+    every = (*rows.OWN, *rows.MIRRORS, *rows.PEERS, *rows.NPU, *rows.NPU_PEERS)
+    for row in every:
         assert row.runtime in runner.RUNTIMES
         if row.maker:
             assert (making.MAKERS / f"{row.maker}.py").is_file()
         if row.environment:
             assert rows.private(row.environment).requirements
-    names = [row.name for row in (*rows.OWN, *rows.MIRRORS, *rows.PEERS)]
+    names = [row.name for row in every]
     assert len(set(names)) == len(names)
 
 

@@ -53,9 +53,12 @@ def test_a_model_that_is_blank_as_a_whole_leaves_its_goals_unmet() -> None:
 
 def test_every_goal_names_what_the_tables_hold() -> None:
     models = {row.name for row in (*rows.OWN, *rows.PEERS, *rows.MIRRORS)}
+    compiled = {row.name for row in rows.NPU}
     for goal in goals.GOALS:
         if goal.path[0] in ("quality", "making"):
             assert goal.path[1] in models
+        if goal.path[0] == "npu":
+            assert goal.path[1] in ("quality", "compiling", "estimates") and goal.path[2] in compiled
         if goal.path[:2] == ("latency", "ratios"):
             assert int(goal.path[2]) in clock.SEQUENCES and goal.path[3] in clock.RATIOS
     assert {name for pair in clock.RATIOS.values() for name in pair} <= models | {rows.FLOAT}

@@ -134,9 +134,9 @@ def test_lowering_twice_gives_the_same_bytes(models: dict[str, QdqModel], tmp_pa
     assert made[0] == made[1]
 
 
-def test_a_text_has_one_vector_in_every_bucket(models: dict[str, QdqModel], tmp_path: Path) -> None:
-    wanted = target("w8a16-htp")
-    session = qnn.load(qnn.lower(models["w8a16-htp"], wanted, tmp_path), tmp_path, wanted)
+def test_a_text_has_one_vector_in_every_bucket(model: QdqModel, tmp_path: Path) -> None:
+    wanted = target(model.scheme.name)
+    session = qnn.load(qnn.lower(model, wanted, tmp_path), tmp_path, wanted)
     assert parity.invariance(session, TOKENS, encoder.LONGEST, BUCKETS, 24) > 0.9999
     assert not isinstance(session, TimesItself)  # an emulator's time is nobody's latency
     ids = np.ones((1, BUCKETS[-1] + 1), np.int64)

@@ -14,15 +14,17 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmark import clock, cost, integer_only, quality, report, samples
+from benchmark import clock, cost, integer_only, merging, npu, quality, report, samples
 from benchmark.figures import Figures
 from benchmark.goals import judged
 from benchmark.making import Made, Workshop, mirror, note, reference
-from benchmark.rows import INT, MIRRORS, OWN, PEERS, Row, private
+from benchmark.rows import INT, MIRRORS, OWN, PEERS, chosen, private
 from edgeq.bundle import load_manifest
 from edgeq.machine import describe, place
 
-PARTS = ("export", "latency", "throughput", "tflite", "calibration", "quality")
+PARTS = ("export", "latency", "throughput", "tflite", "calibration", "quality", "npu")
+Part = Callable[[str, Callable[[], Figures]], None]
+ALONE = frozenset({"export", "npu"})  # parts that share no models with the others
 _OWN_TOOLS = ("edgeq", "onnxruntime", "ai-edge-litert")
 _PEER_TOOLS = (
     "openvino", "nncf", "litert-torch", "ai-edge-quantizer", "sentence-transformers", "optimum-intel", "optimum-onnx",
@@ -38,7 +40,14 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--row", action="append", help="take models whose name holds this only; repeatable")
     parser.add_argument("--limit", type=int, help="compare quality on so many texts only, without STS and retrieval")
     parser.add_argument("--work", type=Path, help="make models in this folder, and use again what lies there")
-    return parser.parse_args(words)
+    parser.add_argument(
+        "--merge", action="store_true",
+        help="put the parts of --only (export, npu) into the report in --out, beside what other runs measured",
+    )  # fmt: skip
+    options = parser.parse_args(words)
+    if options.merge and not set(options.only or PARTS) <= ALONE:
+        parser.error(f"--merge takes parts that share no models with others: --only {' or '.join(sorted(ALONE))}")
+    return options
 
 
 def main() -> int:
@@ -46,6 +55,8 @@ def main() -> int:
     options = options_of()
     with tempfile.TemporaryDirectory() as name:
         results = measured(options, Workshop((options.work or Path(name)).resolve()))
+    if options.merge:
+        results = merging.merged(report.read(options.out), results)
     report.write(results, options.out)
     sys.stdout.write(report.markdown(results))
     return int(any(row[3] == "MISSED" for row in judged(results)))
@@ -54,16 +65,23 @@ def main() -> int:
 def measured(options: argparse.Namespace, workshop: Workshop) -> Figures:
     """Make the models and measure every part."""
     results: Figures = {"machine": describe(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
-    began = time.perf_counter()
+    began, parts = time.perf_counter(), options.only or PARTS
 
     def part(name: str, how: Callable[[], Figures]) -> None:
-        if name in (options.only or PARTS):
+        if name in parts:
             note(f"== {name}, after {time.perf_counter() - began:.0f} s")
             results[name] = how()
 
     part("export", lambda: cost.export(workshop))
-    if options.only == ["export"]:
-        return results
+    if set(parts) - ALONE:
+        compare_models(options, workshop, results, part)
+    part("npu", lambda: npu.measure(workshop, options.data, options.row))
+    note(f"== done, after {time.perf_counter() - began:.0f} s")
+    return results
+
+
+def compare_models(options: argparse.Namespace, workshop: Workshop, results: Figures, part: Part) -> None:
+    """Measure the parts that compare the same models: edgeq's and the peers'."""
     # The first is always made: tokenizer and FP32 come from it. What is compared is what a user gets who asks for
     # nothing special.
     own = workshop.own([OWN[0], *chosen(OWN[1:], options.row)])
@@ -86,15 +104,6 @@ def measured(options: argparse.Namespace, workshop: Workshop) -> Figures:
         part("tflite", lambda: integer_only.costs(own[INT], workshop))
     part("calibration", lambda: cost.calibration(workshop, options.data))
     part("quality", compare)
-    note(f"== done, after {time.perf_counter() - began:.0f} s")
-    return results
-
-
-def chosen(rows: Sequence[Row], wanted: Sequence[str] | None) -> list[Row]:
-    """Give the rows asked for by a part of their name, and what those are made from; all, if none is asked for."""
-    names = {row.name for row in rows if wanted is None or any(text in row.name for text in wanted)}
-    names |= {row.follows for row in rows if row.name in names}
-    return [row for row in rows if row.name in names]
 
 
 def schemes(own: dict[str, Made]) -> dict[str, str]:

@@ -25,6 +25,15 @@ def plain(figures: Any) -> Any:
     return [plain(value) for value in figures] if isinstance(figures, list | tuple) else figures
 
 
+def restored(figures: Any) -> Any:
+    """Turn what `plain` made, read from JSON, into figures again."""
+    if isinstance(figures, Mapping):
+        if set(figures) == {"blank"}:
+            return Blank(figures["blank"])
+        return {key: restored(value) for key, value in figures.items()}
+    return [restored(value) for value in figures] if isinstance(figures, list) else figures
+
+
 def at(figures: Figures, *path: str) -> Any:
     """Give the figure at a path; a blank if a part of the path is one, or was not measured."""
     found: Any = figures

@@ -5,9 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmark.figures import Blank, Figures, at
-from benchmark.rows import GEMM, GEMM_OPENVINO, INT, INT16, INT_NPU, INT_OLD, LITERT_FLOAT, OPENVINO_FLOAT, SEVEN_BIT
+from benchmark.rows import (
+    GEMM,
+    GEMM_OPENVINO,
+    HTP8,
+    HTP16,
+    HTP16_V68,
+    INT,
+    INT16,
+    INT_NPU,
+    INT_OLD,
+    LITERT_FLOAT,
+    OPENVINO_FLOAT,
+    RK3588,
+    SEVEN_BIT,
+    U55,
+    U85,
+)  # fmt: skip
 
 NOT_MEASURED = "not measured"
+_U55, _U85 = (("npu", "estimates", row) for row in (U55, U85))
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,17 @@ class Goal:
         value = float(found)
         is_met = (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
         return value, is_met
+
+
+def _compiled(name: str, row: str, size_mb: float) -> tuple[Goal, ...]:
+    """Give the goals of what HTP's compiler makes for 128 tokens."""
+    path = ("npu", "compiling", row, "128")
+    return (
+        Goal(f"{name}: partitions", (*path, "partitions"), at_most=1.0),
+        Goal(f"{name}: nodes on the CPU", (*path, "cpu_nodes"), at_most=0.0),
+        Goal(f"{name}: context binary, MB", (*path, "size_mb"), at_most=size_mb),
+        Goal(f"{name}: compiling, s", (*path, "seconds"), at_most=30.0),
+    )
 
 
 GOALS = (
@@ -79,6 +107,21 @@ GOALS = (
     Goal("export of 512 texts, peak GB", ("export", "first_peak_gb"), at_most=1.5),
     Goal("second target of the same scheme, s", ("export", "second_s"), at_most=10.0),
     Goal("calibration memory, 2,048 texts over 128", ("calibration", "ratio"), at_most=1.05),
+    Goal("w8a16-htp, HTP v75: cosine mean", ("npu", "quality", HTP16, "cosine_mean"), at_least=0.9992),
+    Goal("w8a16-htp, HTP v75: cosine min", ("npu", "quality", HTP16, "cosine_min"), at_least=0.998),
+    *_compiled("w8a16-htp, HTP v75", HTP16, 36.0),
+    Goal("w8a16-htp, HTP v68: cosine mean", ("npu", "quality", HTP16_V68, "cosine_mean"), at_least=0.997),
+    *_compiled("w8a16-htp, HTP v68", HTP16_V68, 36.0),
+    Goal("w8a8-htp, HTP v75: cosine mean", ("npu", "quality", HTP8, "cosine_mean"), at_least=0.9975),
+    *_compiled("w8a8-htp, HTP v75", HTP8, 24.0),
+    Goal("Ethos-U85-256: cosine mean of the integer file", ("npu", "quality", U85, "cosine_mean"), at_least=0.997),
+    Goal("Ethos-U85-256 [1,128]: operators on the host", (*_U85, "128", "host_operators"), at_most=0.0),
+    Goal("Ethos-U85-256 [1,128]: Vela's estimate, ms", (*_U85, "128", "estimated_ms"), at_most=19.0),
+    Goal("Ethos-U85-256 [1,32]: Vela's estimate, ms", (*_U85, "32", "estimated_ms"), at_most=4.5),
+    Goal("Ethos-U55-256: cosine mean of the integer file", ("npu", "quality", U55, "cosine_mean"), at_least=0.997),
+    Goal("Ethos-U55-256 [1,128]: operators on the host", (*_U55, "128", "host_operators"), at_most=4.0),
+    Goal("Ethos-U55-256 [1,128]: Vela's estimate, ms", (*_U55, "128", "estimated_ms"), at_most=160.0),
+    Goal("rockchip-int8, RK3588: cosine mean", ("npu", "quality", RK3588, "cosine_mean"), at_least=0.985),
 )
 
 

@@ -67,27 +67,40 @@ def embedded(runner: Runner, tokenizer: Tokenizer, texts: Sequence[str]) -> Vect
 
 
 def _compared(made: Made, expected: Vectors, whole: Sample, tokenizer: Tokenizer, limit: int | None) -> Compared:
-    if made.path is None:
-        return Compared({"texts": Blank(made.reason)}, {})
     sample = samples.thinned(whole, made.row.every)
     texts = sample.texts if limit is None else [text for text in sample.texts if text in expected]
-    note(f"quality: {made.row.name} ({len(texts)} texts)")
-    try:
-        with Runner(made, made.row.threads) as runner:
-            longest = max(runner.buckets, default=MAX_SEQUENCE)
-            texts = fitting(tokenizer, texts, longest)
-            found = embedded(runner, tokenizer, texts)
-            tokens = tokenizer.encode(texts[:: max(1, len(texts) // _INVARIANCE_TEXTS)])
-            smallest = parity.invariance(runner, tokens, MAX_SEQUENCE, runner.buckets)
-        figures = _figures(texts, expected, found, smallest)
-    except EdgeqError as error:
-        return Compared({"texts": Blank(first_line(error))}, {})
+    compared, longest = against(made, expected, texts, tokenizer)
+    figures, found = compared.figures, compared.vectors
+    if not found:
+        return compared
     if limit is not None:
         return Compared(figures | dict.fromkeys(TASKS, Blank("--limit leaves out STS and retrieval")), found)
     if longest < MAX_SEQUENCE:
         short = Blank(f"it takes at most {longest} tokens: longer texts are left out, and with them STS and retrieval")
         return Compared(figures | dict.fromkeys(TASKS, short), found)
     return Compared(figures | _tasks(sample, expected, found), found)
+
+
+def against(made: Made, expected: Vectors, texts: Sequence[str], tokenizer: Tokenizer) -> tuple[Compared, int]:
+    """Embed texts with a model and hold its vectors against FP32's.
+
+    Returns:
+        The figures and the vectors (none where the model is not there or fails) of the texts that it takes whole, and
+        how many tokens it takes.
+    """
+    if made.path is None:
+        return Compared({"texts": Blank(made.reason)}, {}), 0
+    note(f"quality: {made.row.name} ({len(texts)} texts)")
+    try:
+        with Runner(made, made.row.threads) as runner:
+            longest = max(runner.buckets, default=MAX_SEQUENCE)
+            whole = fitting(tokenizer, texts, longest)
+            found = embedded(runner, tokenizer, whole)
+            tokens = tokenizer.encode(whole[:: max(1, len(whole) // _INVARIANCE_TEXTS)])
+            smallest = parity.invariance(runner, tokens, MAX_SEQUENCE, runner.buckets)
+        return Compared(_figures(whole, expected, found, smallest), found), longest
+    except EdgeqError as error:
+        return Compared({"texts": Blank(first_line(error))}, {}), 0
 
 
 def _figures(texts: Sequence[str], expected: Vectors, found: Vectors, smallest: float) -> Figures:

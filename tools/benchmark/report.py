@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.clock import BATCH, BATCH_SEQUENCE, RATIOS
-from benchmark.figures import Blank, Figures, plain
+from benchmark.figures import Blank, Figures, plain, restored
 from benchmark.goals import judged
+from benchmark.merging import PARTS
 from edgeq.storage import write_bytes
 
 _QUALITY = ("texts", "cosine_mean", "cosine_min", "sts_percent", "ndcg_percent", "top10_overlap", "invariance")
+_COMPILING = {"seconds": "seconds", "size_mb": "MB", "partitions": "partitions", "cpu_nodes": "nodes on the CPU"}
+_ESTIMATES = {
+    "estimated_ms": "estimate, ms", "clock_mhz": "MHz", "system_config": "system configuration",
+    "memory_mode": "memory mode", "cycles": "cycles", "sram_kib": "SRAM, KiB",
+    "dram_or_flash_kib": "DRAM or flash, KiB", "host_operators": "on the host", "on_host": "which",
+}  # fmt: skip
 _MAKING = ("seconds", "peak_gb", "size_mb")
 
 
@@ -43,6 +50,12 @@ def write(results: Figures, folder: Path) -> None:
     write_bytes(folder / "bench.json", (json.dumps(plain(results), indent=2) + "\n").encode())
 
 
+def read(folder: Path) -> Figures:
+    """Read what an earlier run wrote."""
+    found: Figures = restored(json.loads((folder / "bench.json").read_text(encoding="utf-8")))
+    return found
+
+
 def markdown(results: Figures) -> str:
     """Write every part that was measured as a table."""
     notes = Notes()
@@ -53,13 +66,14 @@ def markdown(results: Figures) -> str:
         ("Between edgeq's runtimes", "pairs", _pairs),
         ("Speed", "latency", _latency),
         ("Throughput", "throughput", _throughput),
+        ("NPUs", "npu", _npu),
     ):
         if name in results:
-            parts += [f"## {title}", *write_part(results[name], results, notes)]
+            parts += [f"## {title}", *_run(results, name), *write_part(results[name], results, notes)]
     for title, name in (("w8a8-int in LiteRT", "tflite"), ("Export", "export"), ("Calibration", "calibration")):
         if name in results:
             rows = [(key, notes.cell(value, 3)) for key, value in results[name].items()]
-            parts += [f"## {title}", table(("figure", "value"), rows)]
+            parts += [f"## {title}", *_run(results, name), table(("figure", "value"), rows)]
     if notes.lines():
         parts += ["## Blank cells", "\n".join(f"{line}  " for line in notes.lines())]
     return "\n\n".join(parts) + "\n"
@@ -72,6 +86,12 @@ def _heading(results: Figures) -> str:
         f"Written by `tools/bench` on {results['date']}: one run on {results['machine']}.\n\n{versions}.\n\n"
         "A cell in brackets is blank, for the reason of that number below."
     )
+
+
+def _run(results: Figures, name: str) -> list[str]:
+    """Say where a part comes from, if not from the run in the heading."""
+    run = results.get(PARTS, {}).get(name)
+    return [] if run is None else [f"Measured in a run of its own on {run['date']}, on {run['machine']}."]
 
 
 def _making(figures: Figures, results: Figures, notes: Notes) -> list[str]:
@@ -131,6 +151,40 @@ def _throughput(figures: Figures, results: Figures, notes: Notes) -> list[str]:
     shown = [(" / ".join(RATIOS[key]), notes.cell(value, 3)) for key, value in figures["ratios"].items()]
     explained = "Throughput of the first over that of the second in the same round, median of the rounds:"
     return [text, table(("model", "texts a second"), rows), explained, table(("pair", "ratio"), shown)]
+
+
+def _npu(figures: Figures, results: Figures, notes: Notes) -> list[str]:
+    tools = ", ".join(f"{name} {version}" for name, version in figures["tools"].items())
+    text = (
+        f"Compiled by {tools}. None of these devices was at hand, and an emulator's time is no latency. HTP: the "
+        "shipped context binaries in QAIRT's emulator; Rockchip: its simulator, which does not round as the NPU does; "
+        "Ethos-U: the integer file that Vela compiled, on this CPU's kernels. All rows on the same texts, each in the "
+        "smallest length of 32 and 128 that it fits. MB: the file for 128 tokens."
+    )
+    keys = ("ran_on", "texts", "cosine_mean", "cosine_min", "top10_overlap", "invariance", "size_mb")
+    vectors = [
+        (row, *(notes.cell(found.get(key, found["texts"])) for key in keys))
+        for row, found in figures["quality"].items()
+    ]
+    columns = ("model", "ran on", "texts", "cosine mean", "min", "top-10 overlap", "invariance", "MB")
+    return [
+        text,
+        table(columns, vectors),
+        "HTP's compiler, by the clock of the whole process:",
+        _lengths(figures["compiling"], _COMPILING, notes),
+        "What Vela *estimates* of the NPU alone, with the clock and memories that it assumes; nothing was measured:",
+        _lengths(figures["estimates"], _ESTIMATES, notes),
+    ]
+
+
+def _lengths(figures: Figures, columns: Mapping[str, str], notes: Notes) -> str:
+    """Write what was found for each model and length."""
+    rows = [
+        (row, length, *(notes.cell(found[key], 4) for key in columns))
+        for row, lengths in figures.items()
+        for length, found in lengths.items()
+    ]
+    return table(("model", "tokens", *columns.values()), rows)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

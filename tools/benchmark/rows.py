@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgeq.backends.rockchip import TOOLKIT
 from edgeq.environments import Environment
 
 THREADS = 2
@@ -33,6 +35,8 @@ class Row:
 
 def private(name: str) -> Environment:
     """Describe the environment of a peer by its pins; it is made once, and kept in edgeq's cache."""
+    if name == TOOLKIT.name:
+        return TOOLKIT
     return Environment(name, pins(TOOLS / f"constraints-{name}.txt"), ("3.11",))
 
 
@@ -40,6 +44,13 @@ def pins(path: Path) -> tuple[str, ...]:
     """Read a constraints file."""
     lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
     return tuple(line for line in lines if line)
+
+
+def chosen(rows: Sequence[Row], wanted: Sequence[str] | None) -> list[Row]:
+    """Give the rows asked for by a part of their name, and what those are made from; all, if none is asked for."""
+    names = {row.name for row in rows if wanted is None or any(text in row.name for text in wanted)}
+    names |= {row.follows for row in rows if row.name in names}
+    return [row for row in rows if row.name in names]
 
 
 FLOAT = "FP32, ONNX Runtime"
@@ -51,6 +62,12 @@ ORT_DYNAMIC, ORT_STATIC = "ONNX Runtime dynamic int8", "ONNX Runtime quantize_st
 NNCF, OPENVINO_FLOAT = "NNCF transformer int8, OpenVINO", "float model, OpenVINO"
 ST_ONNX, ST_OPENVINO = "sentence-transformers dynamic int8, ONNX", "sentence-transformers static int8, OpenVINO"
 LITERT_FLOAT, AEQ = "litert-torch float .tflite", "ai-edge-quantizer w8a8"
+HTP16, HTP16_V68 = "edgeq w8a16-htp, Snapdragon 8 Gen 3", "edgeq w8a16-htp, HTP v68"
+HTP8 = "edgeq w8a8-htp, Snapdragon 8 Gen 3"
+U55, U65, U85, U85_BIG = (f"edgeq w8a8-int-npu, Ethos-{name}" for name in ("U55-256", "U65-512", "U85-256", "U85-1024"))
+RK3588 = "edgeq rockchip-int8, RK3588"
+RK_PLAIN, RK_PLAIN_HYBRID = "FP32 export, Rockchip's int8, RK3588", "FP32 export, Rockchip's auto_hybrid, RK3588"
+RK_EVEN, RK_EVEN_HYBRID = "equalised model, Rockchip's int8, RK3588", "equalised model, Rockchip's auto_hybrid, RK3588"
 
 # The first is the whole export; each that follows adds to the same calibration, in this order.
 OWN = (
@@ -66,6 +83,31 @@ OWN = (
 MIRRORS = (
     Row(f"{INT}'s QDQ model in ONNX Runtime", "onnxruntime-mirror", mirrors=INT, every=8),
     Row(f"{INT16}'s QDQ model in ONNX Runtime", "onnxruntime-mirror", mirrors=INT16, every=8),
+)
+
+# Compiled for NPUs: none of them runs on its device here, and none is timed.
+NPU = (
+    Row(HTP16, "edgeq", target="snapdragon-8-gen-3"),
+    Row(HTP16_V68, "edgeq", target="qualcomm-v68"),
+    Row(HTP8, "edgeq", target="snapdragon-8-gen-3-w8a8"),
+    Row(U55, "edgeq", target="ethos-u55-256", threads=1),
+    Row(U65, "edgeq", target="ethos-u65-512", threads=1),
+    Row(U85, "edgeq", target="ethos-u85-256", threads=1),
+    Row(U85_BIG, "edgeq", target="ethos-u85-1024", threads=1),
+    Row(RK3588, "edgeq", target="rk3588"),
+)
+
+
+def _rockchip(name: str, form: str) -> Row:
+    return Row(name, "rockchip", form=form, follows=RK3588, environment=TOOLKIT.name)
+
+
+# What Rockchip's compiler makes of a float model and of the same calibration feeds, when nobody tells it more.
+NPU_PEERS = (
+    _rockchip(RK_PLAIN, "plain-int8"),
+    _rockchip(RK_PLAIN_HYBRID, "plain-hybrid"),
+    _rockchip(RK_EVEN, "equalised-int8"),
+    _rockchip(RK_EVEN_HYBRID, "equalised-hybrid"),
 )
 
 

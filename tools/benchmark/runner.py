@@ -85,8 +85,28 @@ class OpenVino:
         return self._request.infer({"input_ids": ids, "attention_mask": mask})[0]
 
 
-class LiteRt:
-    """A .tflite file with a signature for each length, batch 1: each text runs in the smallest that it fits."""
+class InBuckets(ABC):
+    """A model of some lengths, batch 1: each text runs in the smallest that it fits; alone, at the length it has."""
+
+    buckets: list[int]
+
+    def __call__(self, ids: Array, mask: Array) -> Array:
+        """Embed one batch, one text after the other."""
+        sizes = [ids.shape[1]] if len(ids) == 1 else mask.sum(axis=1).tolist()
+        return np.concatenate([self._one(i, m, size) for i, m, size in zip(ids, mask, sizes, strict=True)])
+
+    def _one(self, ids: Array, mask: Array, size: int) -> Array:
+        bucket = next(bucket for bucket in self.buckets if bucket >= size)
+        rows = (np.pad(row[:bucket], (0, max(0, bucket - len(row))))[None] for row in (ids, mask))
+        return self.run(bucket, *rows)
+
+    @abstractmethod
+    def run(self, bucket: int, ids: Array, mask: Array) -> Array:
+        """Give float32[1, dim] of int64[1, bucket] twice."""
+
+
+class LiteRt(InBuckets):
+    """A .tflite file with a signature for each length."""
 
     def __init__(self, path: str, threads: int) -> None:
         """Load the file."""
@@ -97,20 +117,43 @@ class LiteRt:
         self._runners = {length: self._interpreter.get_signature_runner(lengths[length]) for length in sorted(lengths)}
         self.buckets = list(self._runners)
 
-    def __call__(self, ids: Array, mask: Array) -> Array:
-        """Embed one batch, one text after the other. Alone, a text runs at the length it is given in."""
-        sizes = [ids.shape[1]] if len(ids) == 1 else mask.sum(axis=1).tolist()
-        return np.concatenate([self._one(i, m, size) for i, m, size in zip(ids, mask, sizes, strict=True)])
-
-    def _one(self, ids: Array, mask: Array, size: int) -> Array:
-        bucket = next(bucket for bucket in self.buckets if bucket >= size)
+    def run(self, bucket: int, ids: Array, mask: Array) -> Array:
+        """Run a signature."""
         runner = self._runners[bucket]
-        given = zip(("input_ids", "attention_mask"), (ids, mask), strict=True)
-        rows = {name: np.pad(row[:bucket], (0, max(0, bucket - len(row)))).astype(np.int32) for name, row in given}
-        (found,) = runner(**{name: row[None] for name, row in rows.items()}).values()
+        (found,) = runner(input_ids=ids.astype(np.int32), attention_mask=mask.astype(np.int32)).values()
         (detail,) = runner.get_output_details().values()
         scale, zero_point = detail["quantization"]
         return found if scale == 0 else (found.astype(np.float32) - zero_point) * np.float32(scale)
+
+
+class Rockchip(InBuckets):
+    """A folder of float ONNX files, one for each length, that rknn-toolkit2 quantises as it likes and simulates."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        """Build: the simulator runs only what it has built in the same process."""
+        folder = Path(path)
+        asked = json.loads((folder / "asked.json").read_text(encoding="utf-8"))
+        self._built = {length: self._build(folder, length, asked) for length in sorted(asked["buckets"])}
+        self.buckets = list(self._built)
+
+    def _build(self, folder: Path, length: int, asked: dict[str, Any]) -> Any:
+        from rknn.api import RKNN
+
+        compiler, dataset = RKNN(verbose=False), str(folder / f"seq_{length}.txt")
+        steps: list[Callable[[], int]] = [
+            lambda: compiler.config(target_platform=asked["platform"]),  # its defaults: w8a8, minima and maxima
+            lambda: compiler.load_onnx(model=str(folder / f"seq_{length}.onnx")),
+            lambda: compiler.build(do_quantization=True, dataset=dataset, auto_hybrid=asked["auto_hybrid"]),
+            lambda: compiler.export_rknn(str(folder / f"model_seq_{length}.rknn")),
+            compiler.init_runtime,
+        ]
+        if any(step() for step in steps):  # stops at the first that fails
+            raise ValueError(f"rknn-toolkit2 does not build {length} tokens")
+        return compiler
+
+    def run(self, bucket: int, ids: Array, mask: Array) -> Array:
+        """Run the simulator."""
+        return self._built[bucket].inference(inputs=[ids, mask])[0].reshape(1, -1)
 
 
 class SentenceTransformers(ABC):
@@ -192,6 +235,7 @@ RUNTIMES: dict[str, Callable[[str, int], Loaded]] = {
     "onnxruntime-mirror": MirrorInOnnxRuntime,
     "openvino": OpenVino,
     "litert": LiteRt,
+    "rockchip": Rockchip,
     "sentence-transformers-onnx": SentenceTransformersOnnx,
     "sentence-transformers-openvino": SentenceTransformersOpenVino,
 }
