@@ -99,7 +99,8 @@ def _tensors(
         if PIXELS in parameters:
             raise ConfigError(
                 f"{type(module).__name__}: forward({', '.join(parameters)}) takes images; "
-                "modules come in for texts only. Save the model and its image processor with save_pretrained, and give the directory and images="
+                "modules come in for texts only. Save the model and its image processor with save_pretrained, and give "
+                "the directory and images="
             )
         if IDS not in named:
             raise ConfigError(
