@@ -88,6 +88,11 @@ def export(request: ExportRequest, report: Report) -> tuple[Exported, ...]:
     Raises:
         EdgeqError: any stage; see `edgeq.errors`.
     """
+    if request.images is not None and request.model.endswith(".onnx"):
+        raise ConfigError(
+            f"{request.model}: is an ONNX file, which comes in for texts only, and --images {request.images} is given. "
+            "Give the directory that it was exported from, with its preprocessor_config.json."
+        )
     located = source.locate(request.model, request.pooling, request.onnx, request.dim, tower=request.tower)
     plan = _plan(request, located)
     for target in request.targets:

@@ -50,6 +50,7 @@ def prepare(model: SentenceTransformer, directory: Path, name: str, dim: int | N
         ConfigError: `dim` does not fit the model.
     """
     _require_supported(model, directory, name)
+    _refuse_decoder(model, name)
     _unfold_table(model)
     own, model.truncate_dim = model.truncate_dim, None
     if dim is not None:
@@ -141,6 +142,22 @@ def _require_supported(model: SentenceTransformer, directory: Path, name: str) -
         )
     for path in sorted(directory.glob("*/config.json")):
         _require_torch_activation(path)
+
+
+def _refuse_decoder(model: SentenceTransformer, name: str) -> None:
+    """Refuse an encoder with a decoder behind it, whose tokens' vectors are those of the text that it would write.
+
+    Raises:
+        Unsupported: it is so.
+    """
+    encoder = getattr(model[0], "auto_model", None)
+    parts = [getattr(encoder, part, None) for part in ("encoder", "decoder")]
+    if all(part is not None for part in parts):
+        raise Unsupported(
+            f"{name}: {type(encoder).__name__} has a decoder behind its encoder, which writes texts and embeds none, "
+            "for no backend. Export its encoder as a module: edgeq.export(AutoModel.from_pretrained(DIRECTORY)"
+            '.get_encoder(), targets=[...], tokenizer=DIRECTORY, pooling="mean", out=OUT).'
+        )
 
 
 def _require_torch_activation(path: Path) -> None:

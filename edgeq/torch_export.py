@@ -226,7 +226,7 @@ def quiet() -> Iterator[None]:
     """Keep the exporter's prints, log lines and deprecation warnings off the user's terminal."""
     root = logging.getLogger("torch")
     level = root.level
-    root.setLevel(logging.ERROR)
+    root.setLevel(logging.CRITICAL)
     try:
         with (
             warnings.catch_warnings(),

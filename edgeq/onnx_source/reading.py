@@ -77,7 +77,8 @@ def read(path: Path) -> ir.Model:
     version = opset(proto)
     if version < OLDEST_OPSET:
         raise Unsupported(
-            f"{path}: opset {version}; {OLDEST_OPSET} or newer is needed. Export the model again with a newer opset."
+            f"{path}: opset {version}; {OLDEST_OPSET} or newer is needed, for every backend. "
+            f"Export the model again with opset 17 to {OPSET}: torch.onnx.export(..., opset_version=17)."
         )
     model = ir.from_proto(proto)
     for rewrite in (
