@@ -8,7 +8,7 @@ import onnx_ir as ir
 from edgeq.affine import Affine
 from edgeq.coded import Coded, CodedGraph
 from edgeq.errors import Unsupported
-from edgeq.htp_refusals import refusal
+from edgeq.htp_refusals import known_part, refusal
 from edgeq.passes.graph import add_constant, add_node, constant, made_by, readers
 
 LONGEST = 512  # tokens that can be counted where no table of positions says how many there can be
@@ -76,9 +76,8 @@ class LookedUpMasks(Masks):
         """
         key = (mask, bits)
         if key not in self._codes.converted:
-            if made_by(self._kept(mask), "Mul") is not None:
-                found = "causal or local attention has no form for HTP, whose mask is looked up by tokens alone"
-                raise Unsupported(refusal(node, found))
+            if known_part(node):  # more is masked than padding
+                raise Unsupported(refusal(node))
             size, stem = self.size(mask), f"{mask.name}/{bits}bit"  # type: ignore[union-attr]
             (tokens,) = (item for item in self._codes.graph.inputs if item.name == "attention_mask")
             rows = self._look_up(tokens, (-size, 0.0), bits, node, stem)
@@ -87,12 +86,6 @@ class LookedUpMasks(Masks):
             self._codes.store(spread.producer(), spread, rows.affine, bits)  # type: ignore[arg-type]
             self._codes.converted[key] = self._codes.coded[spread]  # type: ignore[index]
         return self._codes.converted[key]  # type: ignore[index]
-
-    def _kept(self, mask: ir.Value | None) -> ir.Value | None:
-        """Give what a mask keeps: the tokens' mask, or its product with where each position may look."""
-        product = made_by(mask, "Mul")
-        shifted = next((each for value in product.inputs if (each := made_by(value, "Sub"))), None) if product else None
-        return shifted.inputs[0] if shifted is not None else None
 
     def share(self, value: ir.Value | None) -> Coded:
         """Give each token's share in the pooling, in 16 bits, coded step by step from the mask on.

@@ -20,9 +20,14 @@ def refusal(node: ir.Node, found: str = "") -> str:
         node: the operator that cannot be coded.
         found: what is said where the part is none of the known ones; nothing names the operator.
     """
-    part = next((said for is_part, said in _PARTS if is_part(node)), found or f"{node.op_type} has no form for HTP")
+    why = known_part(node) or found or f"{node.op_type} has no form for HTP"
     module = next(_modules(node), "")
-    return f"{node.name} ({node.op_type}{f', near {module}' if module else ''}): {part}. {WAY_OUT}."
+    return f"{node.name} ({node.op_type}{f', near {module}' if module else ''}): {why}. {WAY_OUT}."
+
+
+def known_part(node: ir.Node) -> str:
+    """Give the sentence of the part of a model without form that a node is of, or nothing."""
+    return next((said for is_part, said in _PARTS if is_part(node)), "")
 
 
 def _rotates(node: ir.Node) -> bool:
@@ -56,6 +61,21 @@ def _masks_tokens(node: ir.Node) -> bool:
     return False
 
 
+def _limits_attention(node: ir.Node) -> bool:
+    """Tell whether a node adds a mask to scores that keeps more apart than tokens from padding.
+
+    What all backends share is (kept - 1) * size; here `kept` is itself a product with where each position may look.
+    """
+    for value in node.inputs if node.op_type == "Add" else ():
+        scaled = made_by(value, "Mul")
+        shifted = (
+            next((made_by(each, "Sub") for each in scaled.inputs if made_by(each, "Sub")), None) if scaled else None
+        )
+        if shifted is not None and made_by(shifted.inputs[0], "Mul") is not None:
+            return True
+    return False
+
+
 _PARTS: tuple[tuple[Callable[[ir.Node], bool], str], ...] = (
     (
         _rotates,
@@ -76,6 +96,10 @@ _PARTS: tuple[tuple[Callable[[ir.Node], bool], str], ...] = (
         _masks_tokens,
         "tokens multiplied by the attention mask inside the model have no form for HTP; attention's scores and "
         "poolings take the mask",
+    ),
+    (
+        _limits_attention,
+        "causal or local attention has no form for HTP, whose mask is looked up by tokens alone",
     ),
     (
         lambda node: node.op_type == "Where",

@@ -82,12 +82,6 @@ class _Coder:
         self._masks = LookedUpMasks(self._codes)
         self._sizes: set[ir.Value] = set()
         self._products: list[str] = []
-        self._visitors: dict[str, Callable[[ir.Node], None]] = {
-            "Add": self._add, "Gather": self._lookup, "Gelu": self._pointwise, "Gemm": self._product,
-            "LayerNormalization": self._norm, "LpNormalization": self._fixed, "MatMul": self._matmul,
-            "Mul": self._arithmetic, "Relu": self._pointwise, "Sigmoid": self._fixed, "Slice": self._rows,
-            "Softmax": self._softmax, "Sub": self._arithmetic, "Tanh": self._fixed,
-        }  # fmt: skip
 
     @property
     def products(self) -> tuple[str, ...]:
@@ -110,9 +104,9 @@ class _Coder:
             self._store(node, source.affine, source.bits)
             self._keep_statistics(node, source)
             return
-        if node.op_type not in self._visitors:
+        if node.op_type not in _VISITORS:
             raise Unsupported(refusal(node))
-        self._visitors[node.op_type](node)
+        _VISITORS[node.op_type](self, node)
 
     def finish(self) -> None:
         """Let the graph's output be the dequantised codes."""
@@ -286,3 +280,12 @@ class _Coder:
             else:
                 node.replace_input_with(position, self._codes.read(value, 16, node).value)
         self._store(node, self._codes.range(node.outputs[0], 16), 16)
+
+
+_VISITORS: Mapping[str, Callable[[_Coder, ir.Node], None]] = {
+    "Add": _Coder._add, "Gather": _Coder._lookup, "Gelu": _Coder._pointwise, "Gemm": _Coder._product,
+    "LayerNormalization": _Coder._norm, "LpNormalization": _Coder._fixed, "MatMul": _Coder._matmul,
+    "Mul": _Coder._arithmetic, "Relu": _Coder._pointwise, "Sigmoid": _Coder._fixed, "Slice": _Coder._rows,
+    "Softmax": _Coder._softmax, "Sub": _Coder._arithmetic, "Tanh": _Coder._fixed,
+}  # fmt: skip
+OPERATORS = frozenset(_VISITORS) | _STILL

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import encoder
+import numpy as np
 import onnx
 import pytest
 
@@ -95,6 +96,33 @@ def test_the_verb_exits_with_what_it_found(
     out, err = capsys.readouterr()
     assert "LayerNormalization" in out
     assert ("is not in the dialect" in err) == (code == 4)
+
+
+HTP = "snapdragon-8-gen-3"
+
+
+def test_htp_takes_the_encoder_and_names_what_it_does_not(path: Path, tmp_path: Path) -> None:
+    found = check(path, targets.load_target(HTP), tmp_path)
+    assert set(by_verdict(found)) == {"supported"} and found.problems == ()
+    assert {"becomes Gemm", "becomes a part of LpNormalization"} <= {item.why for item in found.operators}
+    model = onnx.load(path)
+    (gelu, *_) = (node for node in model.graph.node if node.op_type == "Gelu")
+    gelu.op_type = "Erf"
+    onnx.save(model, path)
+    refused = check(path, targets.load_target(HTP), tmp_path)
+    assert refused.problems == (f"Erf ({gelu.name}): Erf has no form for HTP.",)
+
+
+def test_htp_refuses_attention_that_looks_back_only(path: Path, tmp_path: Path) -> None:
+    model = onnx.load(path)
+    (shifted,) = (node for node in model.graph.node if node.op_type == "Sub" and node.input[0] != "input_ids")
+    limit = onnx.helper.make_node("Mul", [shifted.input[0], "looks_back"], ["kept"], name="kept")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((1, 1, 1, 1), np.float32), "looks_back"))
+    model.graph.node.insert(list(model.graph.node).index(shifted), limit)
+    shifted.input[0] = "kept"
+    onnx.save(model, path)
+    found = check(path, targets.load_target(HTP), tmp_path)
+    assert len(found.problems) == 2 and all("causal or local attention" in problem for problem in found.problems)
 
 
 @pytest.mark.tflite

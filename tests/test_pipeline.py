@@ -15,7 +15,7 @@ pytest.importorskip("sentence_transformers", reason="needs the extra `export`")
 
 import tiny_source  # noqa: E402
 
-from edgeq import calibrate, cli, pipeline, schemes, storage  # noqa: E402
+from edgeq import calibrate, checking, cli, pipeline, schemes, storage  # noqa: E402
 from edgeq.backends import openvino  # noqa: E402
 from edgeq.bundle import load_manifest, load_report, read_golden, verify  # noqa: E402
 from edgeq.bundle.checksums import write_sums  # noqa: E402
@@ -174,6 +174,8 @@ def test_an_htp_bundle_holds_dense_and_pooling_and_says_how_many_texts_ran(
     report = json.loads((Path(made.path) / "parity.json").read_text(encoding="utf-8"))
     assert report["texts"]["count"] == report["measures"]["texts"] == gate.parity_texts == 24
     assert verify(Path(made.path)).max_abs_error == 0.0
+    (checked,) = checking.check(str(float_model(made, request_.cache)), (target,), None, request_.cache)
+    assert checked.problems == () and {item.verdict for item in checked.operators} <= {"supported", "unknown"}
     embedder = load(made.path)
     assert embedder.max_sequence == 64
     card = (Path(made.path) / "README.md").read_text(encoding="utf-8")

@@ -158,6 +158,43 @@ def test_a_compiler_that_crashes_is_a_message_with_its_log(tmp_path: Path, monke
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def quantised(path: Path) -> None:
+    """Write the encoder up to its pooling as ONNX Runtime's own QDQ model, in the operators that the compiler reads."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._rows = iter(encoder.tokens(1, 8))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            ids = next(self._rows, None)
+            return (
+                None if ids is None else {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), int)}
+            )
+
+    model = onnx.load(path)
+    (pooled,) = (node.output[0] for node in model.graph.node if node.op_type == "MatMul" and "pool" in node.name)
+    onnx.utils.extract_model(path, path, ["input_ids", "attention_mask"], [pooled], check_model=False)
+    quantize_static(path, path, Reader(), per_channel=True, weight_type=QuantType.QInt8)
+
+
+@pytest.mark.rockchip
+def test_the_compiler_dies_of_a_qdq_model_and_that_is_a_message(
+    toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("rockchip-float16", tmp_path)
+    quantised(Path(model.file.path))
+    for name in ("out", "stand"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "stand")  # dying, the compiler leaves files of its own where it stands
+    deadly = model.model_copy(update={"file": file_ref(Path(model.file.path))})
+    with pytest.raises(LoweringFailed, match=r"died of SIGSEGV while compiling seq_16\.onnx") as error:
+        rockchip.lower(deadly, make_target("rk3588-float16"), tmp_path / "out")
+    assert [*(tmp_path / "out").iterdir(), *(tmp_path / "stand").iterdir()] == []
+    log = Path(str(error.value).rsplit("lies in ", 1)[1].rstrip("."))
+    assert "RKNNSubgraphManager" in log.read_text(encoding="utf-8", errors="replace")
+
+
 def test_a_missing_toolkit_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEQ_CACHE_DIR", str(tmp_path))
     with pytest.raises(ToolMissing, match="edgeq doctor --install rknn-toolkit2"):

@@ -9,13 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import Embeddings, Rejection, Rule, embed_by_bucket, has_buckets, reads_tokens, rejected
+from edgeq.backends.contract import (
+    Embeddings,
+    OperatorVerdict,
+    Rejection,
+    Rule,
+    embed_by_bucket,
+    has_buckets,
+    reads_tokens,
+    rejected,
+)
 from edgeq.children import Worker, pack, unpack
 from edgeq.errors import BundleCorrupt, LoweringFailed, ToolMissing
-from edgeq.records import Artifact, Placement, QdqModel, Target
+from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
 from edgeq.samples import AnyFeeds
 from edgeq.storage import file_ref, replacing_dir
 from edgeq.texts import lengths
@@ -85,6 +95,13 @@ def tools() -> Mapping[str, str]:
 def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
     """List every rule that the model or the target does not meet."""
     return rejected(RULES, model, target)
+
+
+def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
+    """Say of each operator of a float model whether HTP's form takes it; nothing may stay on the host."""
+    from edgeq.backends.qnn.verdicts import verdicts
+
+    return verdicts(ir.from_proto(model)) if scheme.htp is not None else ()
 
 
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:

@@ -18,8 +18,8 @@ import base64
 import ctypes
 import json
 import os
+import shutil
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -75,7 +75,9 @@ class Child:
         with Path(log).open("wb") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        name = Path(model).name
+        name, folder = Path(model).name, Path(f"{output}.work")  # who asked clears away what a death leaves of it
+        folder.mkdir()
+        os.chdir(folder)  # the compiler writes where it stands, and more of it when it fails
         self._announce(f"reading {name}")
         compiler = _compiler(platform)
         _require(compiler.load_onnx(model=model), "load_onnx")
@@ -83,29 +85,28 @@ class Child:
             self._announce(f"compiling {name}")
             _require(compiler.build(do_quantization=False), "build")
         else:
-            compiler = self._quantised(compiler, name, platform, feeds, set(integer))
+            compiler = self._quantised(compiler, folder, name, platform, feeds, set(integer))
         _require(compiler.export_rknn(output), "export_rknn")
+        os.chdir("/")
+        shutil.rmtree(folder)
         self._announce(f"starting the simulator for {name}")
         _require(compiler.init_runtime(), "init_runtime")
         self._built[model] = compiler
         return {}
 
     def _quantised(
-        self, first: Any, name: str, platform: str, feeds: list[list[dict[str, Any]]], integer: set[str]
+        self, first: Any, folder: Path, name: str, platform: str, feeds: list[list[dict[str, Any]]], integer: set[str]
     ) -> Any:
         """Calibrate and compile in the toolkit's two steps, between which everybody may say what stays float."""
-        with tempfile.TemporaryDirectory() as folder:
-            os.chdir(folder)  # the first step writes where it stands
-            self._announce(f"calibrating {name}")
-            _require(first.hybrid_quantization_step1(dataset=_write_feeds(feeds, Path(folder))), "step 1")
-            first.release()
-            stem = Path(folder) / Path(name).stem
-            graph, data, settings = (f"{stem}.{ending}" for ending in ("model", "data", "quantization.cfg"))
-            _keep_float(Path(graph), Path(settings), integer)
-            self._announce(f"compiling {name}")
-            second = _compiler(platform)
-            _require(second.hybrid_quantization_step2(graph, data, settings), "step 2")
-            os.chdir("/")
+        self._announce(f"calibrating {name}")
+        _require(first.hybrid_quantization_step1(dataset=_write_feeds(feeds, folder)), "step 1")
+        first.release()
+        stem = folder / Path(name).stem
+        graph, data, settings = (f"{stem}.{ending}" for ending in ("model", "data", "quantization.cfg"))
+        _keep_float(Path(graph), Path(settings), integer)
+        self._announce(f"compiling {name}")
+        second = _compiler(platform)
+        _require(second.hybrid_quantization_step2(graph, data, settings), "step 2")
         return second
 
     def _run_many(self, model: str, inputs: list[dict[str, Any]]) -> dict[str, Any]:
