@@ -22,12 +22,30 @@ Against = Annotated[
 
 
 def verify(
-    bundle: BundleDir, as_json: console.AsJson = False, verbose: console.Verbose = 0, quiet: console.Quiet = False
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="OUT/TARGET, as `edgeq export` wrote it, or a release's archive.")
+    ],
+    public_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Check an archive's signature with it (PEM or minisign).")
+    ] = None,
+    as_json: console.AsJson = False,
+    verbose: console.Verbose = 0,
+    quiet: console.Quiet = False,
 ) -> None:
-    """Hash every file of BUNDLE, walk its chain of records, and run its golden texts here."""
-    from edgeq.bundle import verify as verify_bundle
+    """Hash every file of BUNDLE, walk its chain of records, and run its golden texts here.
 
-    found = verify_bundle(bundle)
+    Raises:
+        ConfigError: a public key is given for what is no archive.
+    """
+    from edgeq.bundle import verify as verify_bundle
+    from edgeq.release import verify_archive
+
+    if bundle.is_file():
+        found = verify_archive(bundle, public_key)
+    elif public_key is not None:
+        raise ConfigError(f"{bundle}: is no archive, and only archives are signed. Leave --public-key out.")
+    else:
+        found = verify_bundle(bundle)
     if as_json:
         console.put_json(found.model_dump(mode="json"))
         return
@@ -38,8 +56,9 @@ def verify(
     else:
         told = "no vectors, because they were not run"
         console.note(f"not run: {found.reason}")
+    whole = f"{found.files} files are whole" if public_key is None else f"signed, {found.files} files are whole"
     console.put(
-        f"{found.path}: {found.files} files are whole, the chain holds, and {found.golden_texts} golden texts give "
+        f"{found.path}: {whole}, the chain holds, and {found.golden_texts} golden texts give "
         f"{told}. The bundle for {found.target} is recorded as {found.status}."
     )
 
