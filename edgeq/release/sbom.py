@@ -149,6 +149,6 @@ def _component(
 
 def _licence(said: str) -> Any:
     """Take an SPDX identifier or expression, or any other words as they are."""
-    from cyclonedx.factory.license import LicenseFactory
+    from cyclonedx.contrib.license.factories import LicenseFactory
 
     return LicenseFactory().make_from_string(said)

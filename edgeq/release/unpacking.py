@@ -133,11 +133,16 @@ def _unpack_tar(file: IO[bytes], target: _Target) -> None:
         zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES).stream_reader(file, closefd=False), _CHUNK
     )
     try:
+        blocks = 1
         for entry in _headers(reader, target):
             target.write(entry.name, entry.size, reader)
             padding = -entry.size % _BLOCK
             if reader.read(padding) != bytes(padding):
                 raise target.problem(f"what fills {entry.name} up is not zero")
+            blocks += 1 + (entry.size + padding) // _BLOCK
+        rest = -blocks * _BLOCK % tarfile.RECORDSIZE or tarfile.RECORDSIZE
+        if reader.read(rest + 1) != bytes(rest):  # at least one more block of zeros, and no byte behind the last record
+            raise target.problem("its end is cut off, or there is more behind it")
     except zstandard.ZstdError as error:
         raise target.problem(f"cannot be decompressed ({error})") from error
 
