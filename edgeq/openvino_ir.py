@@ -13,12 +13,14 @@ from pathlib import Path
 from xml.parsers import expat
 
 from edgeq.errors import ConfigError
+from edgeq.foreign import oversize
 
 _DTYPES = {
     "fp64": "float64", "fp32": "float32", "f32": "float32", "fp16": "float16", "f16": "float16", "bf16": "bfloat16",
     "i64": "int64", "i32": "int32", "i16": "int16", "i8": "int8", "i4": "int4",
     "u64": "uint64", "u32": "uint32", "u16": "uint16", "u8": "uint8", "u4": "uint4", "boolean": "bool",
 }  # fmt: skip
+_MOST_BYTES = 256 << 20
 _ADVICE = "Export it again, or check that the download is complete."
 
 # What stands between a product and the 8-bit codes that it reads.
@@ -172,6 +174,9 @@ def read_ir(path: Path) -> Network:
     def refuse(*_: object) -> None:
         raise ConfigError(f"{path}: has a document type, which no IR needs and which can hide entities. {_ADVICE}")
 
+    reason = oversize(path, _MOST_BYTES)
+    if reason is not None:
+        raise ConfigError(f"{path}: {reason}; an IR's .xml is needed. {_ADVICE}")
     reader, parser = _Reader(), expat.ParserCreate()
     parser.StartDoctypeDeclHandler = refuse
     parser.StartElementHandler, parser.EndElementHandler = reader.start, reader.end

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgeq.errors import BundleCorrupt, EdgeqError
+from edgeq.foreign import oversize
 from edgeq.storage import sha256_file
 
 SUMS = "SHA256SUMS"
 _AGAIN = "Fetch or export the bundle again."
+_MOST_BYTES = 16 << 20
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\\\n\r]+)")
 # One changed byte of SHA256SUMS changes one digit of a sum; one changed byte of a file changes about 60 of the 64.
 _DIGITS_OF_A_DAMAGED_LINE = 8
@@ -87,6 +89,9 @@ def _difference(name: str, path: Path, listed: str) -> str | None:
 
 def _read_sums(path: Path) -> dict[str, str]:
     """Read the sums by file name."""
+    reason = oversize(path, _MOST_BYTES)
+    if reason is not None:
+        raise BundleCorrupt(f"{path}: {reason}. {_AGAIN}")
     try:
         content = path.read_bytes().decode("utf-8")
     except FileNotFoundError as error:

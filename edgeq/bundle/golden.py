@@ -6,6 +6,8 @@ An artifact that was not run has no vectors: then `golden.npz` holds no `embeddi
 from __future__ import annotations
 
 import json
+import math
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.errors import BundleCorrupt, EdgeqError
+from edgeq.foreign import oversize, parse_json
 
 VECTORS = "golden.npz"
 TEXTS = "golden.jsonl"
@@ -24,6 +27,13 @@ TEXTS = "golden.jsonl"
 # In the order in which they lie in the file.
 _ARRAYS = {"input_ids": np.int64, "attention_mask": np.int64, "reference": np.float32, "embeddings": np.float32}
 AGAIN = "Fetch or export the bundle again."
+MOST_BYTES = 1 << 30
+_HEADER_BYTES = 1000
+# What the readers of zip files and of numpy's headers raise on damaged ones.
+_DAMAGE = (
+    OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError, RuntimeError, NotImplementedError, MemoryError,
+    OverflowError, struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip file can hold
 
 
@@ -108,11 +118,33 @@ def read_arrays(path: Path, names: Sequence[str], optional: str) -> dict[str, ND
     Raises:
         BundleCorrupt: the file or an array is missing or malformed.
     """
+    reason = oversize(path, MOST_BYTES)
+    if reason is not None:
+        raise BundleCorrupt(f"{path}: {reason}. {AGAIN}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in names if name in archive or name != optional}
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise BundleCorrupt(f"{path}: golden vectors cannot be read ({error}). {AGAIN}") from error
+        with zipfile.ZipFile(path) as archive:
+            held = {entry.filename: entry for entry in archive.infolist()}
+            wanted = [name for name in names if f"{name}.npy" in held or name != optional]
+            return {name: _array(archive, held[f"{name}.npy"]) for name in wanted}
+    except _DAMAGE as error:
+        raise BundleCorrupt(f"{path}: golden vectors cannot be read ({error or type(error).__name__}). {AGAIN}") from error
+
+
+def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> NDArray[Any]:
+    """Read one array. Its header is held against the bytes that are there before memory is taken for it."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > MOST_BYTES:
+        raise ValueError(f"{entry.filename} is compressed or too large; edgeq stores arrays as they are")
+    with archive.open(entry) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{entry.filename} is of another version than 1.0")
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file, max_header_size=_HEADER_BYTES)
+        if dtype.hasobject or is_fortran or any(size < 0 for size in shape):
+            raise ValueError(f"{entry.filename} holds no plain array")
+        needed = math.prod(shape) * dtype.itemsize
+        content = file.read(needed + 1) if needed <= entry.file_size else b""
+    if len(content) != needed:
+        raise ValueError(f"{entry.filename} has {len(content)} bytes; shape {shape} of {dtype} needs {needed}")
+    return np.frombuffer(content, dtype).reshape(shape)
 
 
 def read_lines(path: Path, key: str) -> tuple[str, ...]:
@@ -121,8 +153,11 @@ def read_lines(path: Path, key: str) -> tuple[str, ...]:
     Raises:
         BundleCorrupt: the file is missing or malformed.
     """
+    reason = oversize(path, MOST_BYTES)
+    if reason is not None:
+        raise BundleCorrupt(f"{path}: {reason}. {AGAIN}")
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        rows = [parse_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         texts = tuple(row[key] for row in rows)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise BundleCorrupt(f"{path}: golden texts cannot be read ({error}). {AGAIN}") from error

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from edgeq.errors import BundleCorrupt
+from edgeq.foreign import unsafe_name
 from edgeq.release.packing import import_zstandard
 from edgeq.storage import storage_errors
 
@@ -26,7 +27,6 @@ MOST_FILES = 10_000
 MOST_BYTES = 16 << 30
 # Integer weights hardly shrink, and a small archive holds nothing but small files: what grows more is made to.
 MOST_GROWTH, GROWTH_FREE_BYTES = 200, 64 << 20
-_LONGEST_NAME, _LONGEST_PART = 1024, 255
 _WINDOW_BYTES = 1 << 27
 _CHUNK = 1 << 20
 _BLOCK = tarfile.BLOCKSIZE
@@ -88,7 +88,7 @@ class _Target:
                 left -= len(chunk)
 
     def _admit(self, name: str, size: int) -> None:
-        reason = _unsafe(name)
+        reason = unsafe_name(name)
         if reason is not None:
             raise self.problem(f"it holds a file {name[:100]!r}, {reason}")
         if len(self._names) >= MOST_FILES:
@@ -110,20 +110,6 @@ class _Target:
         if len(self._tops) != 1 or not (self._place / next(iter(self._tops))).is_dir():
             raise self.problem(f"it holds {len(self._tops)} things at its top; one folder is needed")
         return self._place / next(iter(self._tops))
-
-
-def _unsafe(name: str) -> str | None:
-    """Say why a name cannot be taken."""
-    if not name or len(name.encode("utf-8", "replace")) > _LONGEST_NAME:
-        return f"whose name has not 1 to {_LONGEST_NAME} bytes"
-    if not name.isprintable() or "\\" in name or ":" in name:
-        return "whose name holds a backslash, a colon or what cannot be printed"
-    parts = name.split("/")
-    if name.startswith("/") or any(part in ("", ".", "..") for part in parts):
-        return "which could lie outside of it: absolute, `.` or `..`"
-    if any(len(part.encode()) > _LONGEST_PART for part in parts):
-        return f"whose name has a part of more than {_LONGEST_PART} bytes"
-    return None
 
 
 def _unpack_tar(file: IO[bytes], target: _Target) -> None:
