@@ -15,8 +15,18 @@ from test_release_signing import pem
 from tiny_bundle import MEASURES, TinyBackend, make_bundle, make_report, make_target
 
 from edgeq import backends, cli
+from edgeq.device_report import (
+    Agreement,
+    Conditions,
+    DeviceCell,
+    DeviceMachine,
+    DeviceReport,
+    Percentiles,
+    keep_report,
+)
 from edgeq.errors import BundleCorrupt, ConfigError, ReleaseRefused
 from edgeq.release import archives, making, release, signing, verify_archive
+from edgeq.storage import sha256_file
 
 pytestmark = pytest.mark.release
 
@@ -39,6 +49,82 @@ def two(out: Path) -> Path:
     make_bundle(out)
     make_bundle(out, name="other", target=make_target(name="other"), seed=1)
     return out
+
+
+def device_report(path: Path, **changes: object) -> DeviceReport:
+    """Make a report from a board on which this bundle passed."""
+    none = Conditions(temperatures_c={}, frequencies_mhz={})
+    report = DeviceReport(
+        format=1,
+        target="tiny-target",
+        manifest_sha256=sha256_file(path / "manifest.json"),
+        place="ssh",
+        ran_on="device",
+        status="passed",
+        failures=(),
+        measures=MEASURES.model_copy(update={"texts": 32}),
+        host=Agreement(cosine_mean=1.0, cosine_min=1.0, max_abs_error=0.0),
+        machine=DeviceMachine(
+            machine="aarch64", accelerator=None, cpu="Cortex-A76", cores=4, cpu_flags=(), system="Linux",
+            memory_bytes=None, lacks=(),
+        ),
+        tools={"onnxruntime": "1.31.1"},
+        threads=1,
+        load_ms=10.0,
+        peak_memory_bytes=100,
+        cells=(
+            DeviceCell(
+                batch=1, sequence=16, runs=10, warmup_runs=1, latency=Percentiles(p50_ms=2.5, p90_ms=3.0, p99_ms=4.0)
+            ),
+        ),
+        before=none,
+        after=none,
+    )  # fmt: skip
+    return report.model_copy(update=changes)
+
+
+def test_a_device_report_makes_a_bundle_fit_and_travels_with_it(tmp_path: Path) -> None:
+    target = make_target()
+    path, _ = make_bundle(tmp_path / "out", report=make_report(target, ran_on="host-kernels"))
+    with pytest.raises(ReleaseRefused, match="was run on host-kernels only"):
+        release([path], "1.0.0", tmp_path / "one")
+    keep_report(path, "board", device_report(path))
+    release([path], "1.0.0", tmp_path / "one")
+    notes = (tmp_path / "one" / "RELEASE_NOTES.md").read_text(encoding="utf-8")
+    assert "- device (Cortex-A76), on its 32 golden samples" in notes
+    assert "| Cortex-A76, batch 1, 16 tokens: median, ms | 2.50 |" in notes
+    assert (tmp_path / "one" / "tiny-1.0.0-tiny-target.board.device-report.json").is_file()
+    slower = device_report(path).cells[0].model_copy(update={"latency": Percentiles(p50_ms=3, p90_ms=3, p99_ms=4)})
+    keep_report(path, "board", device_report(path, cells=(slower,)))
+    release([path], "1.1.0", tmp_path / "two", previous=tmp_path / "one")
+    notes = (tmp_path / "two" / "RELEASE_NOTES.md").read_text(encoding="utf-8")
+    assert "| Cortex-A76, batch 1, 16 tokens: median, ms | 2.50 | 3.00 | +0.50 |" in notes
+
+
+def test_device_reports_that_failed_lie_or_are_of_another_bundle_do_not_help(tmp_path: Path) -> None:
+    target = make_target()
+    path, _ = make_bundle(tmp_path / "out", report=make_report(target, ran_on="host-kernels"))
+    poor = MEASURES.model_copy(update={"texts": 32, "cosine_min": 0.5})
+    for changes, said in (
+        ({"manifest_sha256": "0" * 64}, "was run on host-kernels only"),
+        ({"ran_on": "emulator", "cells": (), "load_ms": None}, "was run on host-kernels, emulator only"),
+        ({"measures": poor}, "says passed, but its measures say"),
+        ({"measures": poor, "status": "failed", "failures": ("cosine min",)}, "was run on host-kernels, device only"),
+    ):
+        keep_report(path, "board", device_report(path, **changes))
+        with pytest.raises(ReleaseRefused, match=said):
+            release([path], "1.0.0", tmp_path / "rel")
+
+
+def test_a_bundle_that_missed_its_gate_is_not_saved_by_a_device(tmp_path: Path) -> None:
+    failed = make_report(
+        make_target(), status="failed", measures=MEASURES.model_copy(update={"cosine_min": 0.5}),
+        failures=("cosine min is 0.500000; at least 0.993 is needed.",),
+    )  # fmt: skip
+    path, _ = make_bundle(tmp_path / "out", report=failed)
+    keep_report(path, "board", device_report(path))
+    with pytest.raises(ReleaseRefused, match="missed the gate"):
+        release([path], "1.0.0", tmp_path / "rel")
 
 
 def test_a_release_holds_what_it_must(tmp_path: Path) -> None:
@@ -101,7 +187,7 @@ def test_an_archive_verifies_and_a_changed_one_does_not(tmp_path: Path, form: st
     release([path], "1.0.0", tmp_path / "rel", form=form, key=secret)
     archive = tmp_path / "rel" / f"tiny-1.0.0-tiny-target.{form}"
     found = verify_archive(archive, public)
-    assert (found.path, found.files, found.golden_texts) == (str(archive), 9, 32)
+    assert (found.path, found.files, found.golden_texts) == (str(archive), 10, 32)
     data = archive.read_bytes()
     for position in range(7, len(data), len(data) // 12):
         archive.write_bytes(data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :])
@@ -345,7 +431,7 @@ def test_the_verbs_release_and_verify(tmp_path: Path, capsys: pytest.CaptureFixt
     archive = rel / made["archives"][0]["path"]
     assert made["is_signed"]
     assert cli.run(["verify", str(archive), "--public-key", str(public)]) == 0
-    assert "signed, 9 files are whole" in capsys.readouterr().out
+    assert "signed, 10 files are whole" in capsys.readouterr().out
     assert cli.run(["verify", str(path), "--public-key", str(public)]) == 2
     assert "is no archive" in capsys.readouterr().err
     archive.write_bytes(archive.read_bytes()[:-1])

@@ -127,7 +127,8 @@ def read_arrays(path: Path, names: Sequence[str], optional: str) -> dict[str, ND
             wanted = [name for name in names if f"{name}.npy" in held or name != optional]
             return {name: _array(archive, held[f"{name}.npy"]) for name in wanted}
     except _DAMAGE as error:
-        raise BundleCorrupt(f"{path}: golden vectors cannot be read ({error or type(error).__name__}). {AGAIN}") from error
+        said = str(error) or type(error).__name__
+        raise BundleCorrupt(f"{path}: golden vectors cannot be read ({said}). {AGAIN}") from error
 
 
 def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> NDArray[Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edgeq import bundle
 from edgeq.bundle.verifying import Verification, read_whole
+from edgeq.device_report import REPORT, read_report
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.release import signing
 from edgeq.release.judging import Candidate
@@ -35,14 +36,19 @@ def verify_archive(archive: Path, public_key: Path | None) -> Verification:
 
 
 def read_archive(archive: Path) -> Packed:
-    """Read the records of the bundle in an archive, walked but not run.
+    """Read the records of the bundle in an archive, walked but not run, and the device reports beside the archive.
 
     Raises:
         BundleCorrupt: the archive or the bundle is damaged.
     """
     with _unpacked(archive) as folder:
         manifest, report = read_whole(folder)
-        return Packed(Candidate(archive, manifest, report), file_ref(archive, archive.parent))
+        start = f"{folder.name}."
+        devices = {
+            path.name.removeprefix(start): read_report(path, folder)
+            for path in sorted(archive.parent.glob(f"*{REPORT}")) if path.name.startswith(start)
+        }  # fmt: skip
+        return Packed(Candidate(archive, manifest, report, devices), file_ref(archive, archive.parent))
 
 
 @contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgeq.bundle.manifest import load_manifest, load_report
 from edgeq.bundle.verifying import read_whole
+from edgeq.device_report import DeviceReport, reports_of
 from edgeq.errors import BundleCorrupt, ConfigError, EdgeqError
 from edgeq.gate import judge
 from edgeq.records import Manifest, ParityReport, Place
@@ -21,11 +22,13 @@ class Candidate:
         path: OUT/TARGET.
         manifest: of the bundle.
         report: its parity report.
+        devices: what device reports about it say, by the file's name.
     """
 
     path: Path
     manifest: Manifest
     report: ParityReport
+    devices: Mapping[str, DeviceReport] = field(default_factory=dict)
 
 
 def find_bundles(given: Sequence[Path]) -> tuple[Path, ...]:
@@ -61,11 +64,17 @@ def examine(path: Path) -> tuple[Candidate | None, tuple[str, ...]]:
     except (BundleCorrupt, ConfigError) as error:
         reasons.append(str(error))
     try:
-        candidate = Candidate(path, load_manifest(path), load_report(path))
+        candidate = Candidate(path, load_manifest(path), load_report(path), _devices(path))
     except EdgeqError as error:
         return None, tuple(dict.fromkeys((*reasons, str(error))))
     reasons += _against(candidate)
     return candidate, tuple(reasons)
+
+
+def _devices(path: Path) -> dict[str, DeviceReport]:
+    """Give the device reports beside a bundle, by the name that each gave its place."""
+    start = f"{path.resolve().name}."
+    return {file.name.removeprefix(start): report for file, report in reports_of(path).items()}
 
 
 def _against(candidate: Candidate) -> list[str]:
@@ -77,17 +86,21 @@ def _against(candidate: Candidate) -> list[str]:
         reasons.append(f"{name}: missed the gate of {manifest.target.name}: {missed} Mend the model, and export again.")
     accepted = manifest.target.gate.release_places
     if not any(place in accepted for place in places(candidate)):
-        where = f"was run on {report.ran_on} only" if report.status != "not-run" else f"was never run ({report.reason})"
+        ran_on = dict.fromkeys((report.ran_on, *(device.ran_on for device in candidate.devices.values())))
+        where = f"was run on {', '.join(place for place in ran_on if place != 'not-run')} only"
+        if set(ran_on) == {"not-run"}:
+            where = f"was never run ({report.reason})"
         reasons.append(
             f"{name}: {where}; for a release of {manifest.target.name} a passed validation on "
-            f"{' or '.join(accepted)} is needed. Validate it there."
+            f"{' or '.join(accepted)} is needed. Validate it there: edgeq validate --on, or its own validate.py."
         )
     return reasons
 
 
 def places(candidate: Candidate) -> tuple[Place, ...]:
-    """Give where the bundle passed its gate: by its own measures, not by what its report says of itself."""
+    """Give where the bundle passed its gate: by measures, not by what a report says of itself."""
     report, placement = candidate.report, candidate.manifest.artifact.placement
-    if report.status != "passed" or report.measures is None:
-        return ()
-    return () if judge(report.measures, placement, report.gate, report.ran_on) else (report.ran_on,)
+    found = [device.ran_on for device in candidate.devices.values() if device.status == "passed"]
+    if report.status == "passed" and report.measures is not None:
+        found += [] if judge(report.measures, placement, report.gate, report.ran_on) else [report.ran_on]
+    return tuple(dict.fromkeys(found))

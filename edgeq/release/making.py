@@ -142,9 +142,11 @@ def _describe(
     packer: dict[str, str],
     model_licence: str | None,
 ) -> None:
-    """Write the bill of materials and the provenance of each archive."""
+    """Write the bill of materials, the provenance and the device reports of each archive."""
     for each in packed:
         stem = each.archive.path.removesuffix(f".{form}")
+        for name, device in each.candidate.devices.items():
+            (folder / f"{stem}.{name}").write_bytes((device.model_dump_json(indent=2) + "\n").encode())
         bill = sbom.sbom(each.candidate, version, each.archive, model_licence)
         (folder / f"{stem}{sbom.SUFFIX}").write_bytes(bill)
         said = provenance.provenance(each.candidate, version, each.archive, packer, edgeq.__version__)

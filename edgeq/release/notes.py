@@ -63,12 +63,24 @@ def _section(now: Packed, then: Packed | None, has_previous: bool) -> dict[str, 
         "summary": manifest.target.summary,
         "archive": now.archive,
         "report": report,
+        "proofs": _proofs(now.candidate),
         "rows": list(_rows(now, then)),
         "is_new": has_previous and then is None,
         "caveat": None if then is None else _caveat(report, then.candidate.report),
         "changes": [] if then is None else list(_changes(manifest, then.candidate.manifest)),
         "is_compared": then is not None,
     }
+
+
+def _proofs(candidate: Candidate) -> list[str]:
+    """Say where it passed, and on what."""
+    report, found = candidate.report, []
+    if report.status == "passed":
+        found.append(f"{report.ran_on} ({report.machine}), on {report.texts.count} samples of {report.texts.origin}")
+    for device in candidate.devices.values():
+        if device.status == "passed" and device.measures is not None:
+            found.append(f"{device.ran_on} ({device.machine.cpu}), on its {device.measures.texts} golden samples")
+    return found
 
 
 def _rows(now: Packed, then: Packed | None) -> Iterator[tuple[str, str, str, str]]:
@@ -93,9 +105,18 @@ def _figures(packed: Packed) -> dict[str, tuple[float, str]]:
             "Spearman of pairwise similarities": (measures.spearman, ".5f"),
             "largest absolute error": (measures.max_abs_error, ".4f"),
         }
+    figures |= _latencies(packed)
     figures["size of the artifact, MB"] = sum(file.size_bytes for file in manifest.artifact.files) / 1e6, ".2f"
     figures["size of the archive, MB"] = packed.archive.size_bytes / 1e6, ".2f"
     return figures
+
+
+def _latencies(packed: Packed) -> dict[str, tuple[float, str]]:
+    """Give the median times on devices, named by the machine: only the same one can be compared with."""
+    return {
+        f"{device.machine.cpu}, batch {cell.batch}, {cell.sequence} tokens: median, ms": (cell.latency.p50_ms, ".2f")
+        for device in packed.candidate.devices.values() if device.ran_on == "device" for cell in device.cells
+    }  # fmt: skip
 
 
 def _caveat(now: ParityReport, then: ParityReport) -> str | None:
