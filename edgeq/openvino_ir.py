@@ -23,6 +23,8 @@ _DTYPES = {
 _MOST_BYTES = 256 << 20
 _ADVICE = "Export it again, or check that the download is complete."
 
+_SINKS = ("Result", "Assign")  # what need give nothing
+
 # What stands between a product and the 8-bit codes that it reads.
 _DEQUANTISING = frozenset({"Subtract", "Multiply", "Reshape", "Transpose", "Convert"})
 EIGHT_BITS = frozenset({"int8", "uint8"})
@@ -68,7 +70,7 @@ class Network:
         """Count operations by the dtypes they compute on: inputs of the output's dtype, seen through dequantising."""
         counts: dict[str, Counter[str]] = {}
         for layer in self.layers.values():
-            if layer.operation in ("Const", "Parameter", "Result"):
+            if layer.operation in ("Const", "Parameter", "Result") or not layer.outputs:
                 continue
             result = layer.outputs[0].dtype
             alike = [source for source in layer.inputs if self.port(source).dtype == result]
@@ -82,7 +84,9 @@ class Network:
         """Give the dtype of what an input reads, seen through its dequantisation to the codes behind."""
         layer, place = self.layers[source[0]], source[1]
         seen = layer
-        while seen.operation in _DEQUANTISING and seen.inputs:
+        for _ in self.layers:  # no chain is longer, but one that bites its tail, which no honest file has
+            if seen.operation not in _DEQUANTISING or not seen.inputs:
+                break
             origin, port = seen.inputs[0]
             dtype = self.layers[origin].outputs[port].dtype
             if seen.operation == "Convert":
@@ -188,6 +192,9 @@ def read_ir(path: Path) -> Network:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); an IR's .xml is needed. {_ADVICE}") from error
     except (expat.ExpatError, KeyError, ValueError, IndexError) as error:
         raise ConfigError(f"{path}: not a readable OpenVINO IR ({_reason(error)}). {_ADVICE}") from error
+    bare = [layer.name for layer in network.layers.values() if not layer.outputs and layer.operation not in _SINKS]
+    if bare:
+        raise ConfigError(f"{path}: {bare[0]} gives nothing; an output is needed. {_ADVICE}")
     if not network.version or not network.layers:
         raise ConfigError(f"{path}: no <net> with layers, which an OpenVINO IR has. {_ADVICE}")
     return network

@@ -100,7 +100,7 @@ def read(path: Path) -> Preprocessing:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); restore it from the model's origin") from error
     if not isinstance(config, dict):
-        raise ConfigError(f"{path}: a JSON {type(config).__name__} where an object is needed; restore it from the origin")
+        raise ConfigError(f"{path}: a JSON {type(config).__name__} where an object is needed; restore it")
     unknown = sorted(name for name, value in config.items() if name.startswith("do_") and value and name not in _STEPS)
     unknown += [name for name in ("crop_pct", "rescale_offset", "include_top") if config.get(name)]
     if unknown:

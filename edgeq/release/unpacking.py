@@ -7,6 +7,7 @@ read or written.
 
 from __future__ import annotations
 
+import errno
 import io
 import stat
 import struct
@@ -189,3 +190,7 @@ def _zip_errors(target: _Target) -> Iterator[None]:
         zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, struct.error, ValueError, RuntimeError
     ) as error:  # fmt: skip
         raise target.problem(f"the zip file is damaged ({error})") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a place before the file's beginning; anything else is the disk's
+            raise
+        raise target.problem("the zip file is damaged: it points before its own beginning") from error
