@@ -179,12 +179,12 @@ def serve():
         lay_out(store, folder / "bundle", request["files"])
         shutil.copyfile(str(store / request["script"]), str(folder / "validate.py"))
         status, report = run(folder, request["options"])
-        put({"exit": status, "report": report})
-    finally:
+    finally:  # first, because who reads the report may hang up
         shutil.rmtree(str(folder), ignore_errors=True)
         if not request["keep"]:
             shutil.rmtree(str(root), ignore_errors=True)
         lock.close()
+    put({"exit": status, "report": report})
 
 
 def main():
