@@ -201,7 +201,7 @@ class Adb:
         try:
             subprocess.run(self._command("shell", shlex.join(["rm", "-rf", folder])), stdin=subprocess.DEVNULL,
                            capture_output=True, check=False, timeout=30.0)  # fmt: skip
-        except (subprocess.TimeoutExpired, FileNotFoundError):
+        except (subprocess.TimeoutExpired, FileNotFoundError, PermissionError):
             _log.warning("%s: %s may still lie on the phone", self.name, folder)
 
     @staticmethod
@@ -223,7 +223,7 @@ class Adb:
                 self._command(*words), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
                 check=False, timeout=max(0.1, self._end - time.monotonic()),
             )  # fmt: skip
-        except FileNotFoundError as error:
+        except (FileNotFoundError, PermissionError) as error:
             raise ToolMissing("adb is not on PATH; apt-get install adb, or Android's platform-tools") from error
         except subprocess.TimeoutExpired as error:
             raise timed_out(self.name, self._limit_s) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -60,7 +61,7 @@ def watched(process: subprocess.Popen[bytes], limit_s: float) -> Iterator[_Watch
 
     def end() -> None:
         watch.is_over = True
-        process.kill()
+        kill(process)
 
     timer = threading.Timer(max(0.0, limit_s), end)
     timer.daemon = True
@@ -69,13 +70,18 @@ def watched(process: subprocess.Popen[bytes], limit_s: float) -> Iterator[_Watch
         yield watch
     finally:
         timer.cancel()
-        if process.poll() is None:
-            process.kill()
+        kill(process)
         process.wait()
         for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it started: it leads a session of its own."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def lines_of(stream: IO[bytes], take: Callable[[str], None]) -> None:
@@ -93,9 +99,13 @@ def follow(command: Sequence[str | Path], log: Log, limit_s: float, what: str) -
     """
     try:
         process = subprocess.Popen(
-            [str(word) for word in command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            [str(word) for word in command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
-    except FileNotFoundError as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise ToolMissing(f"{what}: {command[0]} is not there. Install it, and run again.") from error
     with watched(process, limit_s) as watch:
         if process.stderr is not None:

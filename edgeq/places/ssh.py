@@ -23,7 +23,7 @@ from edgeq.device_script import device_agent
 from edgeq.errors import BundleCorrupt, ConfigError, DeviceUnavailable, EdgeqError, StorageFailed, ToolMissing
 from edgeq.places.blobs import Blobs
 from edgeq.places.contract import Job
-from edgeq.places.running import Log, require_report, timed_out, watched
+from edgeq.places.running import Log, kill, require_report, timed_out, watched
 from edgeq.storage import storage_errors
 
 DEFAULT_PORT, DEFAULT_ROOT, DEFAULT_PYTHON = 22, "~/.cache", "python3"
@@ -113,10 +113,9 @@ class Ssh:
             _Dropped: it ended after it was made and before the report was here.
         """
         try:
-            client = subprocess.Popen(
-                self.command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
-        except FileNotFoundError as error:
+            pipe = subprocess.PIPE
+            client = subprocess.Popen(self.command(), stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+        except (FileNotFoundError, PermissionError) as error:
             raise ToolMissing(
                 "ssh is not on PATH, and ssh:// goes through OpenSSH's client; apt-get install openssh-client"
             ) from error
@@ -169,7 +168,7 @@ def _ended(client: subprocess.Popen[bytes]) -> int:
     try:
         return client.wait(_LAST_WORDS_S)
     except subprocess.TimeoutExpired:
-        client.kill()
+        kill(client)
         return client.wait()
 
 
