@@ -8,6 +8,8 @@ from edgeq.targets import data_dir
 
 SCRIPT = "validate.py"  # by this name it lies in each bundle
 
+_FOLDER, _AGENT = "tools/device", "agent.py"
+
 
 def device_script() -> Path:
     """Give edgeq's own device script: in a checkout's tools/device, or in the wheel.
@@ -18,4 +20,13 @@ def device_script() -> Path:
     Raises:
         ConfigError: the installation is damaged.
     """
-    return data_dir("tools/device") / SCRIPT
+    return data_dir(_FOLDER) / SCRIPT
+
+
+def device_agent() -> Path:
+    """Give the far end of ssh: what holds a bundle on a device and runs the device script there.
+
+    Raises:
+        ConfigError: the installation is damaged.
+    """
+    return data_dir(_FOLDER) / _AGENT

@@ -158,6 +158,7 @@ def test_models_that_read_outside_are_refused(name: str) -> None:
     refused(lambda: foreign.require_confined(HOSTILE / "models" / name), ConfigError, MODELS[name])
 
 
+@pytest.mark.release
 def test_a_model_may_not_read_outside_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"1234")
     (tmp_path / "model").mkdir()

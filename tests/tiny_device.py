@@ -49,7 +49,7 @@ def ort_bundle(out: Path, **changes: Any) -> Path:
     return make_bundle(out, target=make_target(**given))[0]
 
 
-def tflite_bundle(out: Path, lengths: tuple[int, ...] = (16, 32), **changes: Any) -> Path:
+def tflite_bundle(out: Path, lengths: tuple[int, ...] = (16, 32), texts: int = 32, **changes: Any) -> Path:
     """Write a bundle for LiteRT with a signature for each length; FP32's vectors are the artifact's and some noise."""
     from tiny_tflite import VOCABULARY, make_tflite
 
@@ -63,15 +63,20 @@ def tflite_bundle(out: Path, lengths: tuple[int, ...] = (16, 32), **changes: Any
     lineage = make_lineage(artifact, target)
     (artifact / "model.tflite").write_bytes(make_tflite(lengths))
     files = (file_ref(artifact / "model.tflite", artifact),)
-    source = lineage.source.model_copy(update={"dim": 24, "max_sequence": max(lengths)})
-    lineage = dataclasses.replace(lineage, artifact=lineage.artifact.model_copy(update={"files": files}), source=source)
+    sized = {"dim": 24, "max_sequence": max(lengths)}
+    lineage = dataclasses.replace(
+        lineage,
+        artifact=lineage.artifact.model_copy(update={"files": files}),
+        **{name: getattr(lineage, name).model_copy(update=sized)
+           for name in ("source", "float_model", "equalized_model", "qdq_model")},
+    )  # fmt: skip
     random = np.random.default_rng(0)
-    sizes = random.integers(1, max(lengths) + 1, len(TEXTS))
+    sizes = random.integers(1, max(lengths) + 1, texts)
     mask = (np.arange(max(lengths)) < sizes[:, None]).astype(np.int64)
     ids = np.where(mask == 1, random.integers(1, VOCABULARY, mask.shape), PAD_ID)
     vectors = _tflite_vectors(artifact / "model.tflite", ids, mask)
     noise = random.standard_normal(vectors.shape).astype(np.float32) * vectors.std() * np.float32(0.05)
-    golden = bundle.GoldenData(TEXTS, ids, mask, vectors + noise, vectors, PAD_ID)
+    golden = bundle.GoldenData(TEXTS[:texts], ids, mask, vectors + noise, vectors, PAD_ID)
     bundle.write(out / target.name, lineage, artifact, config, golden, make_report(target))
     return out / target.name
 
