@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -459,3 +460,11 @@ def test_a_zip_archive_needs_nothing_but_the_base_package(tmp_path: Path) -> Non
     done = subprocess.run([sys.executable, "-c", code, str(archive)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert archives.read_archive(archive).name == ("tiny", "tiny-target")
+
+
+def test_words_of_strangers_are_only_words_in_the_notes(tmp_path: Path) -> None:
+    report = make_report(make_target(), machine="evil | `cpu` <script>\n# Heading [x](http://example.org)")
+    path, _ = make_bundle(tmp_path / "out", report=report)
+    release([path], "1.0.0", tmp_path / "rel")
+    notes = (tmp_path / "rel" / "RELEASE_NOTES.md").read_text(encoding="utf-8")
+    assert "- device (evil cpu script # Heading x (http://example.org)), on 64 samples" in re.sub(" +", " ", notes)

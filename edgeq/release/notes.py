@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -45,7 +46,7 @@ def release_notes(
     before = {each.name: each for each in previous or ()}
     environment = Environment(
         loader=PackageLoader("edgeq"), undefined=StrictUndefined, autoescape=False,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_plain,
     )  # fmt: skip
     return environment.get_template(TEMPLATE).render(
         version=version,
@@ -53,6 +54,11 @@ def release_notes(
         gone=[f"{model} for {target}" for model, target in before if (model, target) not in {p.name for p in packed}],
         public_key=public_key,
     )
+
+
+def _plain(value: object) -> object:
+    """Take from words of records, which may be a stranger's, what Markdown would obey."""
+    return re.sub(r"[|`<>\[\]\x00-\x1f\x7f-\x9f\ud800-\udfff]+", " ", value) if isinstance(value, str) else value
 
 
 def _section(now: Packed, then: Packed | None, has_previous: bool) -> dict[str, object]:
