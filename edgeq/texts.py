@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import tokenizers
 from numpy.typing import NDArray
 
 from edgeq.errors import ConfigError
+from edgeq.foreign import oversize
 from edgeq.records import TextSet
 from edgeq.samples import PIXELS, AnyFeeds, Batch, Samples
 
+_MOST_BYTES = 1 << 30
 SWEEP_TOKENS, SWEEP_LENGTH = 8192, 30
 
 
@@ -163,17 +166,33 @@ class Tokenizer:
             raise ConfigError(f"{path.parent}: is of a model that takes images, and this takes texts; choose another")
         if not path.is_file():
             raise ConfigError(f"{path}: not there; a fast tokenizer's tokenizer.json is needed")
-        try:
-            tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the boundary to the tokenizers library, which raises bare Exception
-            raise ConfigError(f"{path}: not a tokenizer: {error}") from error
-        return cls(tokenizer, max_sequence)
+        reason = oversize(path, _MOST_BYTES)
+        if reason is not None:
+            raise ConfigError(f"{path}: {reason}; a fast tokenizer's tokenizer.json is needed")
+        with _tokenizer_errors(str(path)):
+            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")), max_sequence)
 
     def encode(self, texts: Sequence[str]) -> Tokens:
-        """Give the token ids of the texts, and count those that were cut."""
-        encoded = self._tokenizer.encode_batch(list(texts))
+        """Give the token ids of the texts, and count those that were cut.
+
+        Raises:
+            ConfigError: the tokenizer cannot be used: it was damaged, or made to do harm.
+        """
+        with _tokenizer_errors("tokenizer.json"):
+            encoded = self._tokenizer.encode_batch(list(texts))
         ids = tuple(tuple(item.ids) for item in encoded)
         return Tokens(ids, sum(1 for item in encoded if item.overflowing), self.pad_id)
+
+
+@contextmanager
+def _tokenizer_errors(where: str) -> Iterator[None]:
+    """Be the boundary to the tokenizers library, which raises bare Exception, and panics, which are no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError, ConfigError):
+        raise
+    except BaseException as error:
+        raise ConfigError(f"{where}: no tokenizer that works ({error}); restore it from the model's origin") from error
 
 
 def _pad_id(tokenizer: tokenizers.Tokenizer) -> int:

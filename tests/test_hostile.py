@@ -23,6 +23,7 @@ from edgeq.errors import BundleCorrupt, ConfigError, EdgeqError
 from edgeq.openvino_ir import read_ir
 from edgeq.release.unpacking import unpack
 from edgeq.targets import load_target
+from edgeq.texts import Tokenizer
 
 HOSTILE = Path(__file__).resolve().parent / "hostile"
 LONGEST_S, MOST_BYTES = 5.0, 64 << 20
@@ -191,6 +192,12 @@ def test_hostile_networks_are_refused(name: str) -> None:
 def test_hostile_targets_are_refused(name: str) -> None:
     stem = name.removesuffix(".toml")
     refused(lambda: load_target(stem, HOSTILE / "targets"), ConfigError, re.escape(name))
+
+
+@pytest.mark.parametrize("name", sorted(listed("tokenizers")))
+def test_hostile_tokenizers_are_refused(name: str) -> None:
+    file = HOSTILE / "tokenizers" / name
+    refused(lambda: Tokenizer.from_file(file, 16).encode(["a b", "c"]), ConfigError, "no tokenizer that works")
 
 
 @pytest.mark.parametrize("place", ["../outside", "/etc/passwd", "onnx/../../outside", "a\\b", "a\nb", "C:model", ""])

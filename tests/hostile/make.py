@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import struct
 import sys
@@ -144,6 +145,15 @@ def onnx_file(location: str | None, *, where: str = "initializer") -> bytes:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10).SerializeToString(deterministic=True)
 
 
+def tokenizer(vocabulary: dict[str, int], processor: dict[str, object] | None) -> bytes:
+    """Give a tokenizer of whole words."""
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"}
+    return json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": processor, "decoder": None, "model": model,
+    }).encode()  # fmt: skip
+
+
 LAUGHS = '<?xml version="1.0"?>\n<!DOCTYPE net [\n<!ENTITY a0 "ha">\n' + "".join(
     f'<!ENTITY a{n} "{f"&a{n - 1};" * 10}">\n' for n in range(1, 10)
 ) + ']>\n<net name="&a9;" version="11"><layers/></net>\n'  # fmt: skip
@@ -211,6 +221,14 @@ FILES: dict[str, Callable[[], bytes]] = {
     "models/laughs.xml": lambda: LAUGHS.encode(),
     "models/outside.xml": lambda: OUTSIDE.encode(),
     "models/numbers.xml": lambda: b'<net version="' + b"9" * 5_000 + b'"><layers><layer id="0"/></layers></net>',
+    "tokenizers/panic.json": lambda: tokenizer(
+        {"[PAD]": 0, "a": 1},
+        {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+         "special_tokens": {"[SEP]": {"id": "[CLS]", "ids": [0], "tokens": ["[CLS]"]}}},
+    ),
+    "tokenizers/no-vocabulary.json": lambda: tokenizer({}, None),
+    "tokenizers/nested.json": lambda: b'{"model":' * 5_000,
     "targets/nested.toml": lambda: b"name = " + b"[" * 20_000,
     "targets/not-a-number.toml": lambda: b'name = "not-a-number"\n[gate]\ncosine_mean_min = nan\ncosine_min_min = inf\n',
     "targets/bytes.toml": lambda: b"\xff\xfe\x00",
