@@ -79,7 +79,7 @@ def _json_lines(path: Path, content: str, column: str | None) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}:{number}: not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get(name), str):
             found = ", ".join(row) if isinstance(row, dict) else type(row).__name__

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from edgeq.errors import ConfigError, EdgeqError, TimedOut
+from edgeq.errors import ConfigError, EdgeqError, TimedOut, error_of
 from edgeq.records import Manifest, Place, Record
 
 if TYPE_CHECKING:
@@ -209,9 +209,9 @@ def in_process(job: Job) -> Sample:
 
 def _error_of(exit_code: int, log: str, job: Job) -> EdgeqError:
     """Turn a child's failure into the error that it met."""
-    for kind in EdgeqError.__subclasses__():
-        if kind.exit_code == exit_code:
-            return kind(log)
+    kind = error_of(exit_code)
+    if kind is not None and kind is not EdgeqError:
+        return kind(log)
     return EdgeqError(
         f"{job.model}: measuring batch {job.batch} x {job.sequence} tokens died with status {exit_code}: {log[-2000:]}"
     )

@@ -32,7 +32,7 @@ from edgeq.textsets import plan_texts, spread, spread_validation
 if TYPE_CHECKING:
     from edgeq.sampling import Plan
 
-GOLDEN_TEXTS, GOLDEN_IMAGES = 32, 16
+GOLDEN_TEXTS, GOLDEN_IMAGES = 64, 16
 
 
 @dataclass(frozen=True)

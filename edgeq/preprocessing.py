@@ -101,8 +101,10 @@ def read(path: Path, told_as: str = "") -> Preprocessing:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: not there; a model that takes images says in it how they are prepared") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); restore it from the model's origin") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: a JSON {type(config).__name__} where an object is needed; restore it")
     unknown = sorted(name for name, value in config.items() if name.startswith("do_") and value and name not in _STEPS)
     unknown += [name for name in ("crop_pct", "rescale_offset", "include_top") if config.get(name)]
     if unknown:

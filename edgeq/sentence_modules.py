@@ -164,7 +164,7 @@ def _require_torch_activation(path: Path) -> None:
     """Refuse an activation that sentence-transformers does not load: it takes Tanh instead, with a mere warning."""
     try:
         wanted = json.loads(path.read_text(encoding="utf-8")).get("activation_function", "torch.")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
         raise ConfigError(f"{path}: no JSON object ({error}); restore it from the model's origin") from error
     if not str(wanted).startswith("torch."):
         raise Unsupported(

@@ -183,7 +183,7 @@ def _require_config(directory: Path) -> None:
             continue
         try:
             json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file}: not valid JSON ({error}); restore it from the model's origin") from error
 
 
@@ -229,7 +229,7 @@ def _require_whole(path: Path) -> None:
         length = int.from_bytes(file.read(8), "little")
         try:
             header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (ValueError, RecursionError):
             header = None
     if not isinstance(header, dict):
         raise ConfigError(f"{path}: not a safetensors file, or cut off in its header; fetch it again")

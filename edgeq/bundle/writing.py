@@ -12,6 +12,7 @@ from edgeq.bundle.checksums import SUMS, check_sums, write_sums
 from edgeq.bundle.golden import TEXTS, VECTORS, GoldenData, write_golden
 from edgeq.bundle.golden_images import GoldenImages, write_golden_images
 from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle
+from edgeq.device_script import SCRIPT, device_script
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.records import (
     Artifact,
@@ -130,6 +131,7 @@ def _fill(
     for path in sorted(config_dir.rglob("*")):
         if path.is_file():
             _copy(path, directory / path.relative_to(config_dir))
+    _copy(device_script(), directory / SCRIPT)
     if isinstance(golden, GoldenData):
         write_golden(directory, golden)
     else:

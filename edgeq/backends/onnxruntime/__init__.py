@@ -18,6 +18,7 @@ from edgeq.backends.onnxruntime.joined_heads import JOINT, joined_heads
 from edgeq.dialect import OPERATORS
 from edgeq.errors import ConfigError, LoweringFailed
 from edgeq.flat_tokens import flat_tokens
+from edgeq.foreign import require_confined
 from edgeq.machine import meets
 from edgeq.passes.graph import checked
 from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
@@ -175,13 +176,15 @@ def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> 
         threads: intra-op threads; 0 takes the target's.
 
     Raises:
-        ConfigError: ONNX Runtime cannot load the file.
+        ConfigError: ONNX Runtime cannot load the file, or it asks for files outside of its folder.
     """
+    path = bundle / artifact.files[0].path
+    require_confined(path)
     options = _options(target)
     if threads:
         options.intra_op_num_threads = threads
     try:
-        return OrtSession(_load(bundle / artifact.files[0].path, options))
+        return OrtSession(_load(path, options))
     except LoweringFailed as error:
         raise ConfigError(str(error)) from error
 
