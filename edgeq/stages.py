@@ -54,6 +54,10 @@ class Floats:
         """Give the folder with the model's tokenizer or preprocessing."""
         return self.folder / exporting.CONFIG
 
+    def at(self, folder: Path) -> Floats:
+        """Give the same float model in another cache entry."""
+        return Floats(self.source, _moved(self.model, folder / _FLOAT), folder)
+
     @property
     def takes_images(self) -> bool:
         """Tell whether the model reads pixels, not tokens."""
@@ -67,6 +71,12 @@ class Calibrated:
     equalized: FloatModel
     calibration: Calibration
     folder: Path
+
+    def at(self, folder: Path) -> Calibrated:
+        """Give the same in another cache entry."""
+        return Calibrated(
+            _moved(self.equalized, folder / _EQUALIZED), _moved(self.calibration, folder / _STATISTICS), folder
+        )
 
 
 @dataclass(frozen=True)
@@ -286,4 +296,8 @@ def _read(kind: type[FiledT], path: Path, file: Path) -> FiledT:
     record = kind.model_validate_json(path.read_bytes())
     if not file.is_file():
         raise ConfigError(f"{file}: gone from the cache; run edgeq cache purge and try again")
+    return _moved(record, file)
+
+
+def _moved(record: FiledT, file: Path) -> FiledT:
     return record.model_copy(update={"file": record.file.model_copy(update={"path": str(file)})})

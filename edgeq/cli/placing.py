@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeq.cli import console
-from edgeq.errors import ParityFailed
+from edgeq.errors import EdgeqError, ParityFailed
 
 if TYPE_CHECKING:
     from edgeq.device_report import DeviceReport
+    from edgeq.lab import LabResult
     from edgeq.places import Place
     from edgeq.records import Gate
 
@@ -62,3 +63,39 @@ def put_report(report: DeviceReport, gate: Gate, path: Path) -> None:
     title = f"{report.target}: {report.status}, ran on {report.ran_on} ({report.place}: {report.machine.cpu})"
     console.put_table(("measure", "value", "gate"), rows, title)
     console.put(f"report: {path}")
+
+
+def validate_lab(
+    bundles: list[Path], devices: Path, runs: int, ray: str | None, html: Path | None, as_json: bool
+) -> None:
+    """Validate every bundle on every device that takes it, and show one table.
+
+    Raises:
+        EdgeqError: a pair did not pass: of the kind of the first one that did not.
+    """
+    from edgeq.lab import Plan, page, read_devices, validate_all
+
+    if html is not None:
+        page.require(html)
+    known = read_devices(devices)
+    with console.stages() as told:
+        results = validate_all(bundles, known, Plan(runs=runs, ray=ray), told)
+    if html is not None:
+        page.write(results, html)
+    if as_json:
+        console.put_json({"results": [item.model_dump(mode="json") for item in results]})
+    else:
+        _put_lab(results)
+    wrong = [item for item in results if item.exit_code]
+    if wrong:
+        listed = "\n".join(f"  - {item.bundle} on {item.device}: {item.message}" for item in wrong)
+        kinds = {kind.exit_code: kind for kind in EdgeqError.__subclasses__()}
+        kind = kinds.get(wrong[0].exit_code, EdgeqError)
+        raise kind(f"{len(wrong)} of {len(results)} did not pass:\n{listed}")
+
+
+def _put_lab(results: tuple[LabResult, ...]) -> None:
+    from edgeq.lab.page import cells
+
+    columns = "bundle,device,result,ran on,cosine mean,cosine min,p50 at tokens,peak memory,CPU".split(",")
+    console.put_table(columns, [[item.bundle, *cells(item)] for item in results])

@@ -64,7 +64,9 @@ def verify(
 
 
 def validate(
-    bundle: BundleDir,
+    bundles: Annotated[
+        list[Path], typer.Argument(metavar="BUNDLE...", help="OUT/TARGET of `edgeq export`; several for --lab.")
+    ],
     texts: Annotated[Path | None, typer.Option(metavar="FILE", help="Compare on these; else on edgeq's own.")] = None,
     column: Annotated[str | None, typer.Option(help="The column of --texts that holds the text.")] = None,
     images: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Compare on these, for images.")] = None,
@@ -83,17 +85,33 @@ def validate(
     time_limit: Annotated[float, typer.Option(min=1.0, help="Seconds for all of it.")] = 900.0,
     runs: Annotated[int, typer.Option(min=1, max=1_000_000, help="Timed runs of each length on a device.")] = 50,
     threads: Annotated[int, typer.Option(min=0, max=4096, help="0 leaves it to the target.")] = 0,
+    lab: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Run on each device of a TOML file that takes the target.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="With --lab: write one page of results.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="With --lab: the Ray cluster to use; else this machine.")
+    ] = None,
     as_json: console.AsJson = False,
     verbose: console.Verbose = 0,
     quiet: console.Quiet = False,
 ) -> None:
     """Measure BUNDLE's parity with FP32 on texts or images, here, and judge it by its target's gate.
 
-    With --on the device script runs the golden inputs in that place instead, and its report is kept beside BUNDLE.
+    With --on the device script runs the golden inputs in that place instead, and its report is kept beside BUNDLE;
+    with --lab it does so on each device of a list, one bundle at a time on a device, devices side by side.
 
     Raises:
         ParityFailed: the vectors miss the gate.
     """
+    if lab is not None:
+        _refuse_beside_on(texts=texts, column=column, images=images, against=against, on=on, native=native)
+        from edgeq.cli import placing
+
+        return placing.validate_lab(bundles, lab, runs, ray, html, as_json)
+    if html is not None or ray is not None or len(bundles) > 1:
+        raise ConfigError("validate: several bundles, --html and --ray are for --lab FILE. Name one bundle.")
+    (bundle,) = bundles
     if on is not None:
         _refuse_beside_on(texts=texts, column=column, images=images, against=against)
         from edgeq.cli.placing import conclude
@@ -125,7 +143,7 @@ def _refuse_beside_on(**given: object) -> None:
     """Refuse options that say what to compare on: in another place the golden inputs are compared."""
     found = [f"--{name}" for name, value in given.items() if value is not None]
     if found:
-        raise ConfigError(f"--on runs the golden inputs of the bundle; drop {' and '.join(found)}.")
+        raise ConfigError(f"--on and --lab run the golden inputs of the bundle; drop {' and '.join(found)}.")
 
 
 def evaluate(
