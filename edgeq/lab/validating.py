@@ -78,11 +78,14 @@ def validate_all(
     pairs = [(bundle, device) for bundle in targets for device in devices if device.takes(targets[bundle])]
     found: dict[tuple[Path, str], LabResult] = {}
 
-    def each(pair: tuple[Path, LabDevice], result: Any) -> None:
-        bundle, device = pair
-        found[bundle, device.name] = _kept(bundle, targets[bundle], device, result)
-
     with cluster(plan.ray) as ray:
+
+        def each(pair: tuple[Path, LabDevice], result: Any) -> None:
+            bundle, device = pair
+            found[bundle, device.name] = _kept(bundle, targets[bundle], device, result)
+            if not any(other is device for _, other in waiting.values()):
+                ray.kill(workers.pop(device.name))  # its CPU is another's: a lost machine's devices wait for one
+
         contents = {bundle: ray.put(packed([bundle])) for bundle in targets}
         workers = {device.name: _worker(ray, device, plan) for device in devices}
         waiting = {
@@ -109,7 +112,8 @@ def require_tenacity() -> None:
 def _worker(ray: Any, device: LabDevice, plan: Plan) -> Any:
     """Start the one worker of a device: a device does one thing at a time, or its times mean nothing."""
     remote = ray.remote(Worker).options(
-        num_cpus=1 if device.where in _OWN_CPU else 0, max_restarts=RESTARTS, max_task_retries=RESTARTS,
+        num_cpus=1 if device.where in _OWN_CPU else 0, max_restarts=RESTARTS,
+        max_task_retries=-1,  # each failed connection while it restarts counts as one; its restarts are bounded
         max_concurrency=1, scheduling_strategy="SPREAD",
     )  # fmt: skip
     return remote.remote(device.model_dump_json(), plan.runs, plan.attempts, plan.pause_s)
