@@ -83,3 +83,17 @@ def quantize(values: ArrayLike, affine: Affine) -> NDArray[np.int32]:
 def dequantize(codes: ArrayLike, affine: Affine) -> NDArray[np.float32]:
     """Give float32 values of codes."""
     return ((np.asarray(codes, np.int64) - affine.zero_point) * np.float32(affine.scale)).astype(np.float32)
+
+
+def significant(values: NDArray[np.floating], bits: int) -> NDArray[np.float64]:
+    """Round each value to so many significant bits, half to even.
+
+    Args:
+        values: any shape, finite.
+        bits: of the significand, its leading one counted.
+
+    Returns:
+        float64 of the same shape.
+    """
+    fraction, exponent = np.frexp(np.asarray(values, np.float64))
+    return np.ldexp(np.rint(fraction * 2.0**bits) / 2.0**bits, exponent)

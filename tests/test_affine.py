@@ -41,3 +41,12 @@ def test_refuses_what_is_no_range(low: float, high: float) -> None:
 def test_symmetric_scale_of_an_empty_channel_is_one() -> None:
     assert affine.symmetric_scales([0.0, 127.0], 8).tolist() == [1.0, 1.0]
     assert affine.symmetric_scales([63.0], 7).tolist() == [1.0]
+
+
+def test_significant_bits_are_kept_and_the_others_rounded() -> None:
+    values = np.array([1.0, -0.75, 1025.0, 1027.0, 3e-7, 0.0])
+    found = affine.significant(values, 10)
+    assert found[:4].tolist() == [1.0, -0.75, 1024.0, 1028.0] and found[5] == 0.0
+    assert np.abs(found[4] / values[4] - 1).max() <= 2.0**-10
+    assert (affine.significant(found, 10) == found).all()
+    assert affine.significant(np.array([2047.5]), 11).tolist() == [2048.0]

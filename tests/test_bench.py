@@ -172,11 +172,23 @@ def test_a_part_measured_later_stands_beside_the_others_with_its_own_date_and_ma
     assert merged["npu"] == npu_results() and merged["quality"] == restored(plain(results()["quality"]))
     assert (merged["date"], merged["machine"]) == ("2026-01-02", "a machine")
     text = report.markdown(merged)
-    assert "in a run of its own on 2026-02-03, on another machine" in text
+    assert "apart from the rest on 2026-02-03, on another machine" in text
     before = report.markdown(results())
     assert text.startswith(before.split("## Goals")[0]) and "## Throughput" in text
     again = merging.merged(merged, alone("2026-03-04"))
     assert again["parts"]["npu"]["date"] == "2026-03-04" and again["date"] == "2026-01-02"
+
+
+def test_rows_measured_again_stand_beside_the_others_of_the_same_day_and_machine() -> None:
+    merged = merging.merged(results(), alone())
+    again = alone()
+    again["npu"] = {"tools": {}, "quality": {rows.HTP16: {"texts": 3}}, "compiling": {}, "estimates": {}}
+    found = merging.merged(merged, again, are_rows=True)["npu"]
+    assert found["quality"] == npu_results()["quality"] | {rows.HTP16: {"texts": 3}}
+    assert found["estimates"] == npu_results()["estimates"]
+    for other in (alone("2026-02-04"), alone() | {"machine": "a third machine"}):
+        with pytest.raises(SystemExit, match="measure all of it"):
+            merging.merged(merged, other, are_rows=True)
 
 
 @pytest.mark.parametrize("words", [["--only", "quality"], [], ["--only", "npu", "--only", "latency"]])
@@ -185,6 +197,8 @@ def test_parts_that_share_models_are_not_merged(words: list[str], capsys: pytest
         bench.options_of(["--data", "d", "--out", "o", "--merge", *words])
     assert "--only export or npu" in capsys.readouterr().err
     assert bench.options_of(["--data", "d", "--out", "o", "--merge", "--only", "npu"]).merge
+    with pytest.raises(SystemExit):
+        bench.options_of(["--data", "d", "--out", "o", "--merge", "--only", "export", "--row", "GEMM"])
 
 
 def test_texts_are_taken_evenly() -> None:

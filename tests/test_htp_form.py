@@ -121,6 +121,26 @@ def test_a_wrong_scale_shows(models: dict[str, onnx.ModelProto], calibrated: cal
     assert centred_cosines(embed(calibrated.model), embed(wrong)).mean() < FLOORS["w8a16-htp"]
 
 
+def test_multipliers_of_16_bit_products_are_as_short_as_the_oldest_unit_keeps_them(
+    models: dict[str, onnx.ModelProto],
+) -> None:
+    def scale_of(value: ir.Value | None) -> np.ndarray:
+        node = made_by(value, "DequantizeLinear", "QuantizeLinear")
+        assert node is not None
+        stored = constant(node.inputs[1])
+        assert stored is not None
+        return stored.astype(np.float64)
+
+    products = [node for node in ir.from_proto(models["w8a16-htp"]).graph if node.op_type == "Gemm"]
+    assert len(products) == PRODUCTS
+    for node in products:
+        (reader,) = readers(node.outputs[0])
+        source, weight, bias = map(scale_of, node.inputs)
+        fraction = np.frexp(source * weight / scale_of(reader.outputs[0]))[0] * 2.0**11
+        assert np.abs(fraction - np.rint(fraction)).max() < 1e-3, node.name
+        np.testing.assert_allclose(bias, source * weight, rtol=1e-6)
+
+
 def test_a_masked_token_leaves_nothing(models: dict[str, onnx.ModelProto]) -> None:
     session = FloatSession.of(models["w8a16-htp"], optimize=False)
     short = Tokens(TOKENS.ids[:4], 0, 0)

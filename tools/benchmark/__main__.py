@@ -47,6 +47,8 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(words)
     if options.merge and not set(options.only or PARTS) <= ALONE:
         parser.error(f"--merge takes parts that share no models with others: --only {' or '.join(sorted(ALONE))}")
+    if options.merge and options.row and options.only != ["npu"]:
+        parser.error("--merge takes single rows of the part npu alone: --only npu")
     return options
 
 
@@ -56,7 +58,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         results = measured(options, Workshop((options.work or Path(name)).resolve()))
     if options.merge:
-        results = merging.merged(report.read(options.out), results)
+        results = merging.merged(report.read(options.out), results, bool(options.row))
     report.write(results, options.out)
     sys.stdout.write(report.markdown(results))
     return int(any(row[3] == "MISSED" for row in judged(results)))

@@ -96,7 +96,7 @@ def _heading(results: Figures) -> str:
 def _run(results: Figures, name: str) -> list[str]:
     """Say where a part comes from, if not from the run in the heading."""
     run = results.get(PARTS, {}).get(name)
-    return [] if run is None else [f"Measured in a run of its own on {run['date']}, on {run['machine']}."]
+    return [] if run is None else [f"Measured apart from the rest on {run['date']}, on {run['machine']}."]
 
 
 def _making(figures: Figures, results: Figures, notes: Notes) -> list[str]:
