@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 from edgeq.bundle import load_manifest
@@ -37,7 +38,8 @@ class Arm64:
         _set_up(recipe)
         job.progress("set up the emulation", 1, 1)
         older = ["--tflite-runtime"] if _OLDER_NUMPY in target.runtime.values() else []
-        options = [*job.options(self.kind), "--emulated"]
+        single = replace(job, threads=job.threads or 1)  # threads that wait by spinning starve an emulator
+        options = [*single.options(self.kind), "--emulated"]
         return validate_as([recipe, "run", *older, device_script()], job, options, self.name)
 
 

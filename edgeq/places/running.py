@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import subprocess
@@ -13,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+import psutil
 
 from edgeq.device_report import DeviceReport, read_report
 from edgeq.errors import EdgeqError, LoweringFailed, ParityFailed, TimedOut, ToolMissing, error_of
@@ -79,9 +80,14 @@ def watched(process: subprocess.Popen[bytes], limit_s: float) -> Iterator[_Watch
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started: it leads a session of its own."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """End a process and all that it started."""
+    if process.poll() is not None:
+        return
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+    process.kill()
 
 
 def lines_of(stream: IO[bytes], take: Callable[[str], None]) -> None:
@@ -103,7 +109,6 @@ def follow(command: Sequence[str | Path], log: Log, limit_s: float, what: str) -
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            start_new_session=True,
         )
     except (FileNotFoundError, PermissionError) as error:
         raise ToolMissing(f"{what}: {command[0]} is not there. Install it, and run again.") from error

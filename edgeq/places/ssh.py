@@ -114,7 +114,7 @@ class Ssh:
         """
         try:
             pipe = subprocess.PIPE
-            client = subprocess.Popen(self.command(), stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+            client = subprocess.Popen(self.command(), stdin=pipe, stdout=pipe, stderr=pipe)
         except (FileNotFoundError, PermissionError) as error:
             raise ToolMissing(
                 "ssh is not on PATH, and ssh:// goes through OpenSSH's client; apt-get install openssh-client"

@@ -14,15 +14,15 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmark import clock, cost, integer_only, quality, report, samples
+from benchmark import clock, cost, device, integer_only, quality, report, samples
 from benchmark.figures import Figures
 from benchmark.goals import judged
 from benchmark.making import Made, Workshop, mirror, note, reference
-from benchmark.rows import INT, MIRRORS, OWN, PEERS, Row, private
+from benchmark.rows import GEMM, INT, MIRRORS, OWN, PEERS, Row, private
 from edgeq.bundle import load_manifest
 from edgeq.machine import describe, place
 
-PARTS = ("export", "latency", "throughput", "tflite", "calibration", "quality")
+PARTS = ("export", "device", "latency", "throughput", "tflite", "calibration", "quality")
 _OWN_TOOLS = ("edgeq", "onnxruntime", "ai-edge-litert")
 _PEER_TOOLS = (
     "openvino", "nncf", "litert-torch", "ai-edge-quantizer", "sentence-transformers", "optimum-intel", "optimum-onnx",
@@ -63,6 +63,10 @@ def measured(options: argparse.Namespace, workshop: Workshop) -> Figures:
 
     part("export", lambda: cost.export(workshop))
     if options.only == ["export"]:
+        return results
+    whole = workshop.own([row for row in OWN if row.name == GEMM])[GEMM]
+    part("device", lambda: device.validation(whole))
+    if options.only == ["device"]:
         return results
     # The first is always made: tokenizer and FP32 come from it. What is compared is what a user gets who asks for
     # nothing special.

@@ -78,6 +78,9 @@ GOALS = (
     Goal("export of 512 texts, s", ("export", "first_s"), at_most=45.0),
     Goal("export of 512 texts, peak GB", ("export", "first_peak_gb"), at_most=1.5),
     Goal("second target of the same scheme, s", ("export", "second_s"), at_most=10.0),
+    Goal("device script: golden texts", ("device", "texts"), at_least=64),
+    Goal("device script: seconds", ("device", "seconds"), at_most=10),
+    Goal("device script: peak memory, MB", ("device", "peak_mb"), at_most=300),
     Goal("calibration memory, 2,048 texts over 128", ("calibration", "ratio"), at_most=1.05),
 )
 
