@@ -173,6 +173,13 @@ def test_a_model_may_not_read_outside_through_a_link(tmp_path: Path) -> None:
     refused(lambda: foreign.require_confined(model), ConfigError, "a link to outside")
 
 
+@pytest.mark.parametrize("name", ["parent.onnx", "absolute.onnx", "branch.onnx"])
+def test_a_model_that_is_given_may_not_read_outside_either(name: str) -> None:
+    from edgeq.onnx_source import reading
+
+    refused(lambda: reading.read(HOSTILE / "models" / name), ConfigError, "could lie outside")
+
+
 def test_a_runtime_is_not_given_a_model_that_reads_outside(tmp_path: Path) -> None:
     from edgeq.backends import onnxruntime
     from edgeq.records import FileRef
