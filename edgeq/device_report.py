@@ -126,6 +126,8 @@ def parse_report(content: bytes, where: str, bundle: Path) -> DeviceReport:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "JSON"
         raise BundleCorrupt(f"{where}: {key}: {first['msg']}. The device script writes no such report.") from error
+    if not _is_printable(report.model_dump()):
+        raise BundleCorrupt(f"{where}: holds control characters, which the device script never writes. Validate again.")
     problem = _problem(report, load_manifest(bundle), sha256_file(bundle / MANIFEST))
     if problem is not None:
         raise BundleCorrupt(f"{where}: {problem}. Validate {bundle} again.")
@@ -148,6 +150,15 @@ def _problem(report: DeviceReport, manifest: Manifest, sha256: str) -> str | Non
     if (report.status == "passed") != (not failures):
         return f"says {report.status}, but its measures say: {' '.join(failures) or 'passed'}"
     return None
+
+
+def _is_printable(value: object) -> bool:
+    """Say whether every string can be shown on a terminal as it is."""
+    if isinstance(value, Mapping):
+        return all(_is_printable(item) for pair in value.items() for item in pair)
+    if isinstance(value, list | tuple):
+        return all(_is_printable(item) for item in value)
+    return not isinstance(value, str) or value.isprintable()
 
 
 def judged(report: DeviceReport, manifest: Manifest) -> tuple[str, ...]:

@@ -101,6 +101,11 @@ def test_nothing_is_timed_where_it_is_not_the_device(tmp_path: Path, capsys: pyt
     assert (report(path)["ran_on"], report(path)["peak_memory_bytes"]) == ("emulator", None)
 
 
+def test_a_report_holds_no_control_characters() -> None:
+    found = SCRIPT.printable({"a\x1b": ["x\ny", ("ü\x07",), 1, None]})
+    assert found == {"a ": ["x y", ["ü "], 1, None]}
+
+
 def damaged(path: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
     with np.load(path / "golden.npz") as archive:
         arrays = dict(archive)

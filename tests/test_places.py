@@ -14,7 +14,7 @@ from tiny_device import edit_manifest, ort_bundle
 from edgeq import bundle, cli
 from edgeq.device_report import DeviceReport, keep_report, parse_report, read_report, report_path, reports_of
 from edgeq.errors import BundleCorrupt, ConfigError, LoweringFailed, TimedOut, ToolMissing, error_of
-from edgeq.places import Job, place_of
+from edgeq.places import Access, Job, place_of
 from edgeq.places.running import Log, follow, require_report
 from edgeq.records import RunsOn
 
@@ -71,6 +71,8 @@ def measured(**changes: float) -> Callable[[dict[str, Any]], object]:
         (lambda report: report.update(extra=1), "extra: Extra inputs"),
         (lambda report: report.pop("cells"), "cells: Field required"),
         (measured(spearman=float("nan")), "finite"),
+        (lambda report: report["machine"].update(cpu="x\x1b[2J"), "control characters"),
+        (lambda report: report["tools"].update({"a\rb": "1"}), "control characters"),
     ],
 )
 def test_dishonest_reports_are_refused(
@@ -124,6 +126,12 @@ def test_progress_passes_through_and_a_time_limit_ends_all_of_it(tmp_path: Path)
 def test_what_is_no_place_is_refused(where: str) -> None:
     with pytest.raises(ConfigError, match="is no place"):
         place_of(where)
+
+
+def test_a_python_is_named_for_other_machines_only() -> None:
+    for where in ("local", "arm64"):
+        with pytest.raises(ConfigError, match="has a Python of its own"):
+            place_of(where, Access(python="/other/python"))
 
 
 def run(*words: object) -> int:

@@ -100,6 +100,10 @@ def test_a_device_report_makes_a_bundle_fit_and_travels_with_it(tmp_path: Path) 
     release([path], "1.1.0", tmp_path / "two", previous=tmp_path / "one")
     notes = (tmp_path / "two" / "RELEASE_NOTES.md").read_text(encoding="utf-8")
     assert "| Cortex-A76, batch 1, 16 tokens: median, ms | 2.50 | 3.00 | +0.50 |" in notes
+    keep_report(path, "board", device_report(path, cells=()))
+    release([path], "1.2.0", tmp_path / "three", previous=tmp_path / "two")
+    notes = (tmp_path / "three" / "RELEASE_NOTES.md").read_text(encoding="utf-8")
+    assert "| Cortex-A76, batch 1, 16 tokens: median, ms | 3.00 | - | - |" in notes
 
 
 def test_device_reports_that_failed_lie_or_are_of_another_bundle_do_not_help(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from onnx_ir.passes.common import (
 from edgeq import weights
 from edgeq.dialect import OPSET
 from edgeq.errors import ConfigError, ToolMissing, Unsupported
+from edgeq.foreign import require_confined
 
 OLDEST_OPSET = 11
 CONTRIB = "com.microsoft"  # the domain of operators that only ONNX Runtime has
@@ -38,9 +39,10 @@ def external_files(path: Path) -> tuple[str, ...]:
     """Name the files beside an ONNX file that hold its weights.
 
     Raises:
-        ConfigError: it is no ONNX file.
+        ConfigError: it is no ONNX file, or asks for files outside of its folder.
     """
     graph = _parsed(path).graph
+    require_confined(path)
     places = {
         entry.value
         for tensor in graph.initializer
@@ -65,7 +67,7 @@ def read(path: Path) -> ir.Model:
     """Read a file with its external data, functions inlined and constants as initializers.
 
     Raises:
-        ConfigError: it is no ONNX file, or its external data is not there.
+        ConfigError: it is no ONNX file, or its external data is not there, or not beside it.
         Unsupported: it is quantised already, or of an opset that cannot be converted.
     """
     proto = _parsed(path)

@@ -44,6 +44,10 @@ def place_of(where: str, access: Access | None = None) -> Place:
     access = access or Access()
     if access.native is not None and not where.startswith("adb:"):
         raise ConfigError(f"--native {access.native}: is for adb:SERIAL; {where!r} runs Python. Leave it out.")
+    if access.python != DEFAULT_PYTHON and where in ("local", "arm64"):
+        raise ConfigError(
+            f"--device-python {access.python}: is for ssh and adb; {where} has a Python of its own. Drop it."
+        )
     if where == "local":
         return Local()
     if where == "arm64":

@@ -19,7 +19,7 @@ from edgeq.device_report import DeviceReport, PlaceKind, read_report
 from edgeq.errors import ConfigError, DeviceUnavailable, LoweringFailed, StorageFailed, ToolMissing
 from edgeq.places.blobs import Blobs
 from edgeq.places.contract import Job
-from edgeq.places.running import Log, follow, require_report, timed_out
+from edgeq.places.running import Log, follow, printable, require_report, timed_out
 from edgeq.storage import work_dir
 
 ROOT = "/data/local/tmp/edgeq-device"
@@ -219,7 +219,7 @@ class Adb:
             TimedOut: the job's time is over.
         """
         try:
-            return subprocess.run(
+            done = subprocess.run(
                 self._command(*words), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
                 check=False, timeout=max(0.1, self._end - time.monotonic()),
             )  # fmt: skip
@@ -227,3 +227,5 @@ class Adb:
             raise ToolMissing("adb is not on PATH; apt-get install adb, or Android's platform-tools") from error
         except subprocess.TimeoutExpired as error:
             raise timed_out(self.name, self._limit_s) from error
+        done.stdout, done.stderr = printable(done.stdout), printable(done.stderr)
+        return done

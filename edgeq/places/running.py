@@ -34,7 +34,7 @@ class Log:
 
     def __call__(self, line: str) -> None:
         """Take one line of its stderr."""
-        line = "".join(sign for sign in line.rstrip() if sign.isprintable())
+        line = printable(line.rstrip())
         match = _STAGE.fullmatch(line)
         if match is not None:
             self._progress(match[1], int(match[2]), int(match[3]))
@@ -46,6 +46,11 @@ class Log:
         """Give the script's own last word, or the last lines of whatever died before it."""
         own = [line for line in self.lines if line.startswith("validate.py: ")]
         return own[-1].removeprefix("validate.py: ") if own else " | ".join(self.lines[-3:]) or "it said nothing"
+
+
+def printable(text: str) -> str:
+    """Keep what a terminal shows as it is, and line breaks: another machine may say anything."""
+    return "".join(sign for sign in text if sign.isprintable() or sign == "\n")
 
 
 @dataclass

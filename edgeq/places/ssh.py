@@ -23,7 +23,7 @@ from edgeq.device_script import device_agent
 from edgeq.errors import BundleCorrupt, ConfigError, DeviceUnavailable, EdgeqError, StorageFailed, ToolMissing
 from edgeq.places.blobs import Blobs
 from edgeq.places.contract import Job
-from edgeq.places.running import Log, kill, require_report, timed_out, watched
+from edgeq.places.running import Log, kill, printable, require_report, timed_out, watched
 from edgeq.storage import storage_errors
 
 DEFAULT_PORT, DEFAULT_ROOT, DEFAULT_PYTHON = 22, "~/.cache", "python3"
@@ -142,9 +142,8 @@ class Ssh:
 
     def _explained(self, status: int, said: str, greeting: str) -> EdgeqError:
         """Say why no agent answered."""
-        last = (
-            " | ".join(line.strip() for line in said.splitlines()[-3:] if line.strip()) or greeting or "it said nothing"
-        )
+        lines = [line.strip() for line in said.splitlines()[-3:] if line.strip()]
+        last = printable(" | ".join(lines) or greeting) or "it said nothing"
         if status != _NO_CONNECTION:
             return ToolMissing(
                 f"{self.name}: {self._python} did not run there (status {status}: {last}). Install Python 3.8 or newer "
@@ -238,7 +237,7 @@ class _Talk:
 
     def _refused(self, message: Mapping[str, Any]) -> Exception:
         """Turn the agent's refusal into the error that it stands for."""
-        kind, text = str(message.get("error")), str(message.get("message"))[:500]
+        kind, text = str(message.get("error")), printable(str(message.get("message"))[:500])
         if kind == "dropped":
             return _Dropped(text)
         if kind == "storage":

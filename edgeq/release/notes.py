@@ -92,11 +92,14 @@ def _proofs(candidate: Candidate) -> list[str]:
 def _rows(now: Packed, then: Packed | None) -> Iterator[tuple[str, str, str, str]]:
     """Give each figure: its name, before, now, and the difference."""
     figures, before = _figures(now), {} if then is None else _figures(then)
-    for name, (value, form) in figures.items():
-        old = before.get(name)
-        told = _NONE if old is None else format(old[0], form)
-        change = _NONE if old is None else format(value - old[0], f"+{form}")
-        yield name, told, format(value, form), change
+    for name in dict.fromkeys((*figures, *before)):  # what was measured then and is not now is shown, too
+        new, old = figures.get(name), before.get(name)
+        change = _NONE if new is None or old is None else format(new[0] - old[0], f"+{new[1]}")
+        yield name, _spelled(old), _spelled(new), change
+
+
+def _spelled(figure: tuple[float, str] | None) -> str:
+    return _NONE if figure is None else format(*figure)
 
 
 def _figures(packed: Packed) -> dict[str, tuple[float, str]]:

@@ -913,6 +913,15 @@ def validate(bundle, options, progress):
 # --- the command --------------------------------------------------------------------------------------------------
 
 
+def printable(value):
+    """Replace what is no printable sign in every string: a report is shown on terminals."""
+    if isinstance(value, str):
+        return "".join(sign if sign.isprintable() else " " for sign in value)
+    if isinstance(value, dict):
+        return {printable(key): printable(item) for key, item in value.items()}
+    return [printable(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def write_report(path, report):
     """Write the report whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -1004,7 +1013,7 @@ def main(words=None):
     try:
         bundle = bundle_of(options.bundle)
         path = report_of(options.report, bundle)
-        report = validate(bundle, options, Progress())
+        report = printable(validate(bundle, options, Progress()))
         write_report(path, report)
     except Stop as stop:
         print(f"validate.py: {stop}", file=sys.stderr, flush=True)
