@@ -9,10 +9,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 
-from edgeq import backends, calibrate, latency, layer_errors, pipeline, schemes, sensitivity, source, stages, storage
-from edgeq.errors import ParityFailed, Unsupported
+from edgeq import (
+    backends,
+    calibration_file,
+    latency,
+    layer_errors,
+    pipeline,
+    schemes,
+    sensitivity,
+    source,
+    stages,
+    storage,
+    weights,
+)
+from edgeq.errors import ConfigError, ParityFailed, Unsupported
 from edgeq.pipeline import ExportRequest
 from edgeq.records import Measures, Record, Scheme, Status, Target
 from edgeq.sensitivity import Product, Sensitivity
@@ -100,7 +111,12 @@ def analyze(request: AnalysisRequest, report: Report) -> Analysis:
 
 
 def _sensitivity(request: ExportRequest, target: Target, report: Report) -> Sensitivity:
-    located = source.locate(request.model, request.pooling, request.onnx)
+    located = source.locate(request.model, request.pooling, request.onnx, tower=request.tower)
+    if located.takes_images:
+        raise ConfigError(
+            f"{request.model}: takes images, and products are ranked on texts. Export the model with --images, and "
+            "measure its bundle with `edgeq validate BUNDLE --images FOLDER`."
+        )
     texts = plan_texts(
         request.texts, request.column, request.validation, request.evaluation, request.samples, request.seed
     )
@@ -110,15 +126,15 @@ def _sensitivity(request: ExportRequest, target: Target, report: Report) -> Sens
     report("export", 1, 1)
     calibrated = stages.calibrated(floats, texts, request.seed, request.cache, report)
     model = stages.quantized(target, calibrated, request.cache)
-    equalized = onnx.load(calibrated.equalized.file.path)
-    statistics = calibrate.load(Path(calibrated.calibration.file.path))
+    equalized = weights.load(Path(calibrated.equalized.file.path))
+    statistics = calibration_file.load(Path(calibrated.calibration.file.path))
     counterpart = layer_errors.counterpart(equalized, statistics, model.scheme)
     limit = token_limit(target.buckets_tokens, model.max_sequence)
     tokens = text_tokens(stages.validation(floats, texts, request.cache, limit).samples)
     by_length = sorted(range(len(tokens.ids)), key=lambda row: len(tokens.ids[row]))
     rows = np.linspace(0, len(by_length) - 1, min(MOST_TEXTS, len(by_length))).round().astype(int)
     few = Tokens(tuple(tokens.ids[by_length[row]] for row in rows), 0, tokens.pad_id)
-    qdq = onnx.load(model.file.path)
+    qdq = weights.load(Path(model.file.path))
     return sensitivity.measure(counterpart, qdq, model.scheme, model.integer_matmuls, few, report)
 
 

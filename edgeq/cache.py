@@ -68,6 +68,11 @@ class Cache:
         cache._temporary = folder
         return cache
 
+    @property
+    def is_temporary(self) -> bool:
+        """Tell whether it is gone when it is closed."""
+        return self._temporary is not None
+
     def close(self) -> None:
         """Remove a temporary cache; keep any other."""
         if self._temporary is not None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import itertools
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -15,12 +11,12 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq import equalize, side_paths
+from edgeq import equalize, side_paths, weights
 from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.convolutions import map_tensors
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.gemm import feed_forwards, sites, value_sum
-from edgeq.observe import BINS, Histogram, Statistics, equal_length_batches, observe
+from edgeq.observe import Statistics, equal_length_batches, observe
 from edgeq.passes.graph import constant, dims, readers
 from edgeq.primitives import follows, primitives
 from edgeq.quantize import quantize
@@ -28,7 +24,6 @@ from edgeq.records import Migration
 from edgeq.reference import FloatSession
 from edgeq.samples import Batch, Samples
 from edgeq.schemes import SCHEMES
-from edgeq.storage import replacing
 from edgeq.textsets import FEWEST_CALIBRATION
 
 Progress = Callable[[str, int, int], None]
@@ -205,10 +200,12 @@ def _search(
     best = {kind: choices[0] for kind, choices in STRENGTHS.items()}
     kinds = {site.kind for site in sites(ir.from_proto(split).graph)}
     plan = [(kind, choice) for kind in STRENGTHS if kind in kinds for choice in STRENGTHS[kind][1:]]
-    best_score, best_mean = _score(split, statistics, swept, best, batches, reference)
+    with weights.passing():
+        best_score, best_mean = _score(split, statistics, swept, best, batches, reference)
     for done, (kind, choice) in enumerate(plan, start=1):
         candidate = {**best, kind: choice}
-        score, mean = _score(split, statistics, swept, candidate, batches, reference)
+        with weights.passing():
+            score, mean = _score(split, statistics, swept, candidate, batches, reference)
         if score > best_score:
             best, best_score, best_mean = candidate, score, mean
         progress("equalize", done, len(plan))
@@ -237,48 +234,3 @@ def _cosines(first: Embeddings, second: Embeddings) -> NDArray[np.float64]:
     a, b = first.astype(np.float64), second.astype(np.float64)
     cosines: NDArray[np.float64] = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
     return cosines
-
-
-def save(statistics: Mapping[str, Statistics], path: Path) -> None:
-    """Write the statistics as .npz without time stamps, so that equal statistics give equal bytes."""
-    arrays: dict[str, NDArray[np.generic]] = {}
-    for name, item in statistics.items():
-        arrays[f"{name}|minimum"], arrays[f"{name}|maximum"] = item.minimum, item.maximum
-        if item.histogram is not None:
-            arrays[f"{name}|limit"] = np.array(item.histogram.limit)
-            arrays[f"{name}|counts"] = item.histogram.counts
-        if item.mean is not None:
-            arrays[f"{name}|mean"] = item.mean
-        if item.moment is not None:
-            arrays[f"{name}|moment"] = item.moment
-    with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-        for name in sorted(arrays):
-            buffer = io.BytesIO()
-            np.save(buffer, arrays[name], allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), buffer.getvalue())
-
-
-def load(path: Path) -> dict[str, Statistics]:
-    """Read what `save` wrote.
-
-    Raises:
-        ConfigError: not such a file.
-    """
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{path}: not a calibration file ({error}); calibrate again") from error
-    kept = {}
-    for name, _ in itertools.groupby(sorted(arrays), key=lambda key: key.rsplit("|", 1)[0]):
-        histogram = None
-        if f"{name}|counts" in arrays:
-            counts = arrays[f"{name}|counts"]
-            if counts.shape != (2 * BINS,):
-                raise ConfigError(f"{path}: {name} has a histogram of shape {counts.shape}; ({2 * BINS},) is needed")
-            histogram = Histogram(float(arrays[f"{name}|limit"]), counts)
-        kept[name] = Statistics(
-            arrays[f"{name}|minimum"], arrays[f"{name}|maximum"], histogram,
-            arrays.get(f"{name}|moment"), arrays.get(f"{name}|mean"),
-        )  # fmt: skip
-    return kept

@@ -8,7 +8,7 @@ from typing import Literal
 
 import onnx
 
-from edgeq import backends, schemes, source, stages
+from edgeq import backends, schemes, source, stages, weights
 from edgeq.anatomy import read_onnx
 from edgeq.backends.contract import JudgesOperators, OperatorVerdict
 from edgeq.cache import Cache
@@ -60,7 +60,7 @@ def check(
         graph, file = read_onnx(path), file_ref(path)
     else:
         floats = stages.float_model(source.locate(model, pooling, tower=tower), True, cache)
-        graph, file = onnx.load(floats.model.file.path), floats.model.file
+        graph, file = weights.load(Path(floats.model.file.path)), floats.model.file
     return tuple(_check(graph, file, target) for target in targets)
 
 

@@ -33,6 +33,10 @@ def read_texts(path: Path, column: str | None = None) -> list[str]:
     Raises:
         ConfigError: missing, empty, of another kind, not UTF-8, broken, or without that column.
     """
+    if path.is_dir():
+        raise ConfigError(
+            f"{path}: is a folder; texts come as a file, .txt, .jsonl or .csv. Name one, or give images with --images."
+        )
     content = _read(path)
     readers = {".txt": _lines, ".jsonl": _json_lines, ".csv": _csv_rows}
     reader = readers.get(path.suffix.lower())
@@ -75,7 +79,7 @@ def _json_lines(path: Path, content: str, column: str | None) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}:{number}: not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get(name), str):
             found = ", ".join(row) if isinstance(row, dict) else type(row).__name__

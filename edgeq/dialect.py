@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
+from edgeq import weights
 from edgeq.errors import Unsupported
 from edgeq.origins import origin
 from edgeq.samples import PIXELS
@@ -143,9 +144,9 @@ def _constant_problems(model: onnx.ModelProto) -> list[str]:
     for tensor in model.graph.initializer:
         if tensor.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE):
             problems.append(f"{tensor.name}: {TensorProto.DataType.Name(tensor.data_type)}; FLOAT is needed")
-        elif tensor.data_type == TensorProto.FLOAT and tensor.data_location != TensorProto.EXTERNAL:
-            array = numpy_helper.to_array(tensor)
-            if array.size and not float(np.abs(array).max()) < LARGEST_CONSTANT:
+        elif tensor.data_type == TensorProto.FLOAT:
+            array = weights.array(tensor)
+            if array.size and not max(float(array.max()), -float(array.min())) < LARGEST_CONSTANT:
                 problems.append(f"{tensor.name}: holds {array.flat[np.abs(array).argmax()]:g}; finite masks are needed")
     return problems
 

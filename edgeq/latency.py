@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from edgeq.errors import ConfigError, EdgeqError, TimedOut
-from edgeq.records import Place, Record
+from edgeq.errors import ConfigError, EdgeqError, TimedOut, error_of
+from edgeq.records import Manifest, Place, Record
 
 if TYPE_CHECKING:
     from edgeq.backends.contract import Embeddings, Session
@@ -36,6 +36,7 @@ class Job(Record):
     batch: int
     sequence: int
     vocabulary: int
+    pixels: tuple[int, int] | None = None  # height and width of images, which have no tokens
     num_runs: int
     warmup_runs: int
 
@@ -102,23 +103,22 @@ def measure(bundle: Path, shapes: Shapes, against: Path | None, report: Report) 
         ConfigError: a shape the model cannot take, or no float model where one is named.
         EdgeqError: whatever loading the bundle raises in the child process, with the same exit code.
     """
-    from tokenizers import Tokenizer
-
     from edgeq.bundle import load_manifest
     from edgeq.machine import describe, place
     from edgeq.texts import token_limit
 
     manifest = load_manifest(bundle)
     limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
-    _check(shapes, manifest.artifact.target, limit, against)
-    vocabulary = Tokenizer.from_file(str(bundle / "tokenizer.json")).get_vocab_size()
+    pixels = _pixels(manifest, bundle)
+    _check(shapes, manifest.artifact.target, limit, against, pixels is not None)
+    vocabulary = 1 if pixels is not None else _vocabulary(bundle)
     ran_on = place(manifest.target.runs_on)
     grid = [(t, b, s) for t in shapes.threads for b in shapes.batches for s in shapes.sequences]
     cells: list[Cell] = []
     for done, (threads, batch, sequence) in enumerate(grid):
         report("measure", done, len(grid))
         jobs = [
-            Job(model=str(model), threads=threads, batch=batch, sequence=sequence, vocabulary=vocabulary,
+            Job(model=str(model), threads=threads, batch=batch, sequence=sequence, vocabulary=vocabulary, pixels=pixels,
                 num_runs=shapes.num_runs, warmup_runs=shapes.warmup_runs)
             for model in (bundle, against) if model is not None
         ]  # fmt: skip
@@ -134,15 +134,35 @@ def measure(bundle: Path, shapes: Shapes, against: Path | None, report: Report) 
     )
 
 
+def _pixels(manifest: Manifest, bundle: Path) -> tuple[int, int] | None:
+    """Give height and width of the images that a bundle takes; None where it takes texts."""
+    from edgeq.samples import PIXELS
+
+    if manifest.float_model.inputs != (PIXELS,):
+        return None
+    from edgeq import preprocessing
+
+    how = preprocessing.read(bundle / preprocessing.CONFIG)
+    return how.height, how.width
+
+
+def _vocabulary(bundle: Path) -> int:
+    from tokenizers import Tokenizer
+
+    return int(Tokenizer.from_file(str(bundle / "tokenizer.json")).get_vocab_size())
+
+
 def percentiles(latencies_ms: tuple[float, ...]) -> Latency:
     """Give the percentiles shown to the user; the higher ones never interpolate below a measured run."""
     p50, p90, p99 = (float(np.percentile(latencies_ms, q, method="higher")) for q in (50, 90, 99))
     return Latency(p50_ms=p50, p90_ms=p90, p99_ms=p99)
 
 
-def _check(shapes: Shapes, target: str, max_sequence: int, against: Path | None) -> None:
+def _check(shapes: Shapes, target: str, max_sequence: int, against: Path | None, takes_images: bool) -> None:
     """Refuse shapes the model cannot take and a float model that is not there."""
     longest = max(shapes.sequences)
+    if longest > max_sequence and takes_images:
+        raise ConfigError(f"--sequence: {longest} tokens, but the model of {target} takes images. Leave it out.")
     if longest > max_sequence:
         raise ConfigError(
             f"--sequence: {longest} tokens, but the model of {target} takes at most {max_sequence}. "
@@ -189,9 +209,9 @@ def in_process(job: Job) -> Sample:
 
 def _error_of(exit_code: int, log: str, job: Job) -> EdgeqError:
     """Turn a child's failure into the error that it met."""
-    for kind in EdgeqError.__subclasses__():
-        if kind.exit_code == exit_code:
-            return kind(log)
+    kind = error_of(exit_code)
+    if kind is not None and kind is not EdgeqError:
+        return kind(log)
     return EdgeqError(
         f"{job.model}: measuring batch {job.batch} x {job.sequence} tokens died with status {exit_code}: {log[-2000:]}"
     )
@@ -235,13 +255,23 @@ def _float_session(job: Job) -> Session:
     return embed
 
 
+def _feeds(job: Job) -> AnyFeeds:
+    """Make a batch of any tokens, or of any pixels."""
+    from edgeq.samples import PixelFeeds
+    from edgeq.texts import Feeds
+
+    rng = np.random.default_rng(0)
+    if job.pixels is not None:
+        return PixelFeeds(rng.standard_normal((job.batch, 3, *job.pixels), np.float32))
+    ids = rng.integers(0, job.vocabulary, (job.batch, job.sequence), np.int64)
+    return Feeds(input_ids=ids, attention_mask=np.ones_like(ids))
+
+
 def _run(job: Job) -> Sample:
     """Load, warm up, and time every run."""
     from edgeq.backends.contract import TimesItself
-    from edgeq.texts import Feeds
 
-    ids = np.random.default_rng(0).integers(0, job.vocabulary, (job.batch, job.sequence), np.int64)
-    feeds = Feeds(input_ids=ids, attention_mask=np.ones_like(ids))
+    feeds = _feeds(job)
     session = _session(job)
     if isinstance(session, TimesItself):
         latencies_ms = tuple(session.milliseconds(feeds, job.num_runs, job.warmup_runs))

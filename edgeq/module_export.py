@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeq import weights
 from edgeq.errors import ConfigError, EdgeqError, Unsupported
 from edgeq.onnx_source.interface import EMBEDDING, HIDDEN, IDS, MASK, SEGMENTS
-from edgeq.torch_export import save, to_onnx
+from edgeq.samples import PIXELS
+from edgeq.torch_export import to_onnx
 from edgeq.torch_failures import explain
 
 if TYPE_CHECKING:
@@ -69,9 +71,9 @@ def write_onnx(
                 "are needed. Wrap it in a module that gives one of them."
             )
         output = EMBEDDING if expected.ndim == 2 else HIDDEN
-        proto = to_onnx(Graph().eval(), tensors, (output,), name, max_sequence)
-    path = folder / f"{name}.onnx"
-    save(proto, path)
+        path = folder / f"{name}.onnx"
+        with weights.outside(folder / "weights"):
+            weights.save(to_onnx(Graph().eval(), tensors, (output,), name, max_sequence), path)
     _prove(path, tensors, expected, name)
     return path
 
@@ -95,6 +97,12 @@ def _tensors(
         ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 0, 0, 0]])
         made = {IDS: ids, MASK: (ids > 0).to(torch.int64), SEGMENTS: torch.zeros_like(ids)}
         named = {key: value for key, value in made.items() if key in parameters}
+        if PIXELS in parameters:
+            raise ConfigError(
+                f"{type(module).__name__}: forward({', '.join(parameters)}) takes images; "
+                "modules come in for texts only. Save the model and its image processor with save_pretrained, and give "
+                "the directory and images="
+            )
         if IDS not in named:
             raise ConfigError(
                 f"{type(module).__name__}: forward({', '.join(parameters)}) has no parameter {IDS}; give example_inputs"

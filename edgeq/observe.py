@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from edgeq import weights
 from edgeq.errors import EdgeqError
 from edgeq.reference import FloatSession
 from edgeq.samples import Batch, Samples
@@ -125,7 +126,7 @@ def observe(
     shapes = tensor_shapes(model)
     # The last axis of attention is no channel, and neither is one that grows with the text.
     positions = [name for name in made if _has_no_channels(shapes.get(name, ())) and name not in with_histogram]
-    groups = _groups([name for name in made if name not in positions], shapes, _longest(batches))
+    groups = _groups([name for name in made if name not in positions], shapes, _longest(batches), with_moment)
     runs = len(groups) * len(batches)
     for number, group in enumerate(groups):
         ends = [] if number else [end for name in positions for end in (name + LOWEST, name + HIGHEST)]
@@ -140,7 +141,10 @@ def observe(
             for name in () if number else positions:
                 _widen(kept, name, found[name + LOWEST].reshape(1), found[name + HIGHEST].reshape(1))
             progress(number * len(batches) + done, runs)
-    return {name: _mean_moment(kept[name]) for name in tensors}
+        del session
+        for name in (*group, *(inputs if not number else ())):
+            _finish_moment(kept[name])
+    return {name: kept[name] for name in tensors}
 
 
 def _has_no_channels(shape: tuple[int | None, ...]) -> bool:
@@ -172,11 +176,12 @@ def tensor_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
 def peak_bytes(model: onnx.ModelProto, longest: int) -> int:
     """Bound what observing takes above the bare process, for texts of up to `longest` tokens.
 
-    The weights twice (ONNX Runtime packs them anew), one layer's attention, and one group of observed tensors.
+    The weights twice (ONNX Runtime packs them anew; it does not where they are large), one layer's attention, and one
+    group of observed tensors.
     """
-    weights = sum(int(np.prod(tensor.dims, dtype=np.int64)) for tensor in model.graph.initializer) * _FLOAT_BYTES
+    copies = 1 if weights.is_large(model) else 2
     attention = max((_size(shape, longest) for shape in tensor_shapes(model).values() if len(shape) == 4), default=0)
-    return 2 * weights + _ATTENTION_COPIES * attention + GROUP_BYTES
+    return copies * weights.size_bytes(model) + _ATTENTION_COPIES * attention + GROUP_BYTES
 
 
 def _longest(batches: Sequence[Batch]) -> int:
@@ -188,12 +193,15 @@ def _size(shape: tuple[int | None, ...], longest: int) -> int:
     return int(np.prod([longest if axis is None else axis for axis in shape[1:]], dtype=np.int64)) * _FLOAT_BYTES
 
 
-def _groups(tensors: Sequence[str], shapes: dict[str, tuple[int | None, ...]], longest: int) -> list[list[str]]:
-    """Part tensors so that those of one run stay below GROUP_BYTES; each group costs a run of the model."""
+def _groups(
+    tensors: Sequence[str], shapes: dict[str, tuple[int | None, ...]], longest: int, moments: set[str]
+) -> list[list[str]]:
+    """Part tensors so that those of one run stay below GROUP_BYTES with their moments; each group costs a run."""
     groups: list[list[str]] = [[]]
     left = GROUP_BYTES
     for name in tensors:
-        size = _size(shapes.get(name, (None, None, 1)), longest)
+        shape = shapes.get(name, (None, None, 1))
+        size = _size(shape, longest) + ((shape[-1] or 0) ** 2 * _FLOAT_BYTES if name in moments else 0)
         if size > left and groups[-1]:
             groups.append([])
             left = GROUP_BYTES
@@ -251,9 +259,10 @@ def _flush_moment(statistics: Statistics) -> None:
     statistics.rows += len(block)
 
 
-def _mean_moment(statistics: Statistics) -> Statistics:
+def _finish_moment(statistics: Statistics) -> None:
+    """Turn sums into means; a large moment of a large model waits in a file."""
     _flush_moment(statistics)
     if statistics.moment is not None and statistics.mean is not None:
         statistics.moment /= statistics.rows
         statistics.mean /= statistics.rows
-    return statistics
+        statistics.moment = weights.mapped(statistics.moment)

@@ -29,8 +29,7 @@ from edgeq.onnx_source.interface import (
     take_tokens,
 )
 from edgeq.onnx_source.reference import GivenSession
-from edgeq.passes import infer_shapes
-from edgeq.passes.graph import dims
+from edgeq.passes.graph import dims, infer_shapes
 from edgeq.probes import probe_feeds
 from edgeq.records import Source
 from edgeq.samples import AnyFeeds

@@ -13,13 +13,17 @@ from pathlib import Path
 from xml.parsers import expat
 
 from edgeq.errors import ConfigError
+from edgeq.foreign import oversize
 
 _DTYPES = {
     "fp64": "float64", "fp32": "float32", "f32": "float32", "fp16": "float16", "f16": "float16", "bf16": "bfloat16",
     "i64": "int64", "i32": "int32", "i16": "int16", "i8": "int8", "i4": "int4",
     "u64": "uint64", "u32": "uint32", "u16": "uint16", "u8": "uint8", "u4": "uint4", "boolean": "bool",
 }  # fmt: skip
+_MOST_BYTES = 256 << 20
 _ADVICE = "Export it again, or check that the download is complete."
+
+_SINKS = ("Result", "Assign")  # what need give nothing
 
 # What stands between a product and the 8-bit codes that it reads.
 _DEQUANTISING = frozenset({"Subtract", "Multiply", "Reshape", "Transpose", "Convert"})
@@ -66,7 +70,7 @@ class Network:
         """Count operations by the dtypes they compute on: inputs of the output's dtype, seen through dequantising."""
         counts: dict[str, Counter[str]] = {}
         for layer in self.layers.values():
-            if layer.operation in ("Const", "Parameter", "Result"):
+            if layer.operation in ("Const", "Parameter", "Result") or not layer.outputs:
                 continue
             result = layer.outputs[0].dtype
             alike = [source for source in layer.inputs if self.port(source).dtype == result]
@@ -80,7 +84,9 @@ class Network:
         """Give the dtype of what an input reads, seen through its dequantisation to the codes behind."""
         layer, place = self.layers[source[0]], source[1]
         seen = layer
-        while seen.operation in _DEQUANTISING and seen.inputs:
+        for _ in self.layers:  # no chain is longer, but one that bites its tail, which no honest file has
+            if seen.operation not in _DEQUANTISING or not seen.inputs:
+                break
             origin, port = seen.inputs[0]
             dtype = self.layers[origin].outputs[port].dtype
             if seen.operation == "Convert":
@@ -172,6 +178,9 @@ def read_ir(path: Path) -> Network:
     def refuse(*_: object) -> None:
         raise ConfigError(f"{path}: has a document type, which no IR needs and which can hide entities. {_ADVICE}")
 
+    reason = oversize(path, _MOST_BYTES)
+    if reason is not None:
+        raise ConfigError(f"{path}: {reason}; an IR's .xml is needed. {_ADVICE}")
     reader, parser = _Reader(), expat.ParserCreate()
     parser.StartDoctypeDeclHandler = refuse
     parser.StartElementHandler, parser.EndElementHandler = reader.start, reader.end
@@ -183,6 +192,9 @@ def read_ir(path: Path) -> Network:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); an IR's .xml is needed. {_ADVICE}") from error
     except (expat.ExpatError, KeyError, ValueError, IndexError) as error:
         raise ConfigError(f"{path}: not a readable OpenVINO IR ({_reason(error)}). {_ADVICE}") from error
+    bare = [layer.name for layer in network.layers.values() if not layer.outputs and layer.operation not in _SINKS]
+    if bare:
+        raise ConfigError(f"{path}: {bare[0]} gives nothing; an output is needed. {_ADVICE}")
     if not network.version or not network.layers:
         raise ConfigError(f"{path}: no <net> with layers, which an OpenVINO IR has. {_ADVICE}")
     return network

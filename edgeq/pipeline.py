@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from edgeq.textsets import plan_texts, spread, spread_validation
 if TYPE_CHECKING:
     from edgeq.sampling import Plan
 
-GOLDEN_TEXTS, GOLDEN_IMAGES = 32, 16
+GOLDEN_TEXTS, GOLDEN_IMAGES = 64, 16
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,42 @@ class Exported(Record):
     failures: tuple[str, ...]
 
 
-def export(request: ExportRequest, report: Report) -> tuple[Exported, ...]:
+@dataclass(frozen=True)
+class Shared:
+    """Hold what the targets of one export share."""
+
+    floats: stages.Floats
+    calibrated: stages.Calibrated
+    plan: Plan
+
+    def at(self, cache: Cache, folder: Path) -> Shared:
+        """Give the same from another machine's cache, whose entries are copied from a folder where they lack."""
+
+        def entry(place: Path) -> Path:
+            return cache.entry(
+                place.parent.name, place.name, lambda empty: _copied(folder / place.name, empty)
+            )
+
+        return Shared(
+            self.floats.at(entry(self.floats.folder)), self.calibrated.at(entry(self.calibrated.folder)), self.plan
+        )
+
+
+Spread = Callable[[Shared, ExportRequest, Report], tuple[Exported, ...]]
+
+
+def one_by_one(shared: Shared, request: ExportRequest, report: Report) -> tuple[Exported, ...]:
+    """Make the bundles here, one after the other."""
+    return tuple(bundled(target, shared, request, report) for target in request.targets)
+
+
+def export(request: ExportRequest, report: Report, spread: Spread = one_by_one) -> tuple[Exported, ...]:
     """Export, calibrate, quantise, lower, compare, and write a bundle for each target.
 
     Args:
         request: what is wanted.
         report: called with (stage, done, total).
+        spread: makes the bundles of all targets out of what they share.
 
     Returns:
         One result for each target, in order; a failed one has no bundle unless `keep_failed` is set.
@@ -88,6 +119,11 @@ def export(request: ExportRequest, report: Report) -> tuple[Exported, ...]:
     Raises:
         EdgeqError: any stage; see `edgeq.errors`.
     """
+    if request.images is not None and request.model.endswith(".onnx"):
+        raise ConfigError(
+            f"{request.model}: is an ONNX file, which comes in for texts only, and --images {request.images} is given. "
+            "Give the directory that it was exported from, with its preprocessor_config.json."
+        )
     located = source.locate(request.model, request.pooling, request.onnx, request.dim, tower=request.tower)
     plan = _plan(request, located)
     for target in request.targets:
@@ -106,7 +142,12 @@ def export(request: ExportRequest, report: Report) -> tuple[Exported, ...]:
         as_given = checking.unquantised(floats.model.file, floats.model.inputs, _scheme(request, target))
         _refuse(backends.find(target.backend, target.name), as_given, target)
     calibrated = stages.calibrated(floats, plan, request.seed, request.cache, report)
-    return tuple(_bundle(target, floats, calibrated, plan, request, report) for target in request.targets)
+    return spread(Shared(floats, calibrated, plan), request, report)
+
+
+def _copied(folder: Path, empty: Path) -> None:
+    """Fill a cache entry; its index is written anew."""
+    shutil.copytree(folder, empty, dirs_exist_ok=True)
 
 
 def _plan(request: ExportRequest, located: source.Located) -> Plan:
@@ -122,7 +163,8 @@ def _plan(request: ExportRequest, located: source.Located) -> Plan:
             request.texts, request.column, request.validation, request.evaluation, request.samples, request.seed
         )
     if not located.takes_images:
-        raise ConfigError(f"{request.model}: takes texts; drop --images {request.images}, or give --tower image")
+        way_out = "drop --images" if located.tower is None else "drop --images, or give --tower image"
+        raise ConfigError(f"{request.model}: takes texts, and was given images ({request.images}); {way_out}")
     if request.texts is not None or request.column is not None or request.evaluation:
         raise ConfigError("--images stands alone: drop --texts, --column and --evaluation")
     from edgeq.images import plan_images  # here: texts need no Pillow
@@ -130,15 +172,13 @@ def _plan(request: ExportRequest, located: source.Located) -> Plan:
     return plan_images(request.images, request.validation, request.samples, request.seed)
 
 
-def _bundle(
-    target: Target,
-    floats: stages.Floats,
-    calibrated: stages.Calibrated,
-    plan: Plan,
-    request: ExportRequest,
-    report: Report,
-) -> Exported:
-    """Quantise, lower, compare and write one target's bundle."""
+def bundled(target: Target, shared: Shared, request: ExportRequest, report: Report) -> Exported:
+    """Quantise, lower, compare and write one target's bundle.
+
+    Raises:
+        EdgeqError: any of these stages; a missed gate is none.
+    """
+    floats, calibrated, plan = shared.floats, shared.calibrated, shared.plan
     stage = f"{target.name}: "
     backend = backends.find(target.backend, target.name)
     report(f"{stage}quantize", 0, 1)

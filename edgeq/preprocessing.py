@@ -86,8 +86,12 @@ def _middle(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def read(path: Path) -> Preprocessing:
+def read(path: Path, told_as: str = "") -> Preprocessing:
     """Read a model's `preprocessor_config.json`.
+
+    Args:
+        path: of the file.
+        told_as: what messages call it, where it is a copy.
 
     Raises:
         ConfigError: it is not there, or no JSON.
@@ -97,19 +101,21 @@ def read(path: Path) -> Preprocessing:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: not there; a model that takes images says in it how they are prepared") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); restore it from the model's origin") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: a JSON {type(config).__name__} where an object is needed; restore it")
     unknown = sorted(name for name, value in config.items() if name.startswith("do_") and value and name not in _STEPS)
     unknown += [name for name in ("crop_pct", "rescale_offset", "include_top") if config.get(name)]
     if unknown:
         raise Unsupported(
-            f"{path}: asks for {', '.join(unknown)}; edgeq resizes, crops, rescales and normalises only. Turn it off "
-            "in the file if the model does without, or report the model."
+            f"{told_as or path}: asks for {', '.join(unknown)}; edgeq resizes, crops, rescales and normalises only. "
+            "Turn it off in the file if the model does without, or report the model."
         )
-    return _parsed(path, config)
+    return _parsed(told_as or str(path), config)
 
 
-def _parsed(path: Path, config: dict[str, Any]) -> Preprocessing:
+def _parsed(where: str, config: dict[str, Any]) -> Preprocessing:
     size = config.get("size") if config.get("do_resize") else None
     size = {"shortest_edge": size} if isinstance(size, int) else size or {}
     crop = config.get("crop_size") if config.get("do_center_crop") else None
@@ -118,7 +124,7 @@ def _parsed(path: Path, config: dict[str, Any]) -> Preprocessing:
     fits = set(size) in ({"shortest_edge"}, {"height", "width"}, set()) and set(crop) in ({"height", "width"}, set())
     if not fits or not (crop or "height" in size):
         raise Unsupported(
-            f"{path}: size is {size}, crop_size {crop}: images of different shapes reach the model so. A height and "
+            f"{where}: size is {size}, crop_size {crop}: images of different shapes reach the model so. A height and "
             'a width, or "shortest_edge" with a crop_size, is needed: set them in the file.'
         )
     is_normalized = bool(config.get("do_normalize"))

@@ -281,7 +281,7 @@ class _Coder:
 
     def _biased(self, product: ir.Node) -> ir.Node:
         """Give the Add of a constant behind a product, or the product itself."""
-        reader = readers(product.outputs[0])[0]
+        reader = next(iter(readers(product.outputs[0])), product)  # the vector itself has no reader
         is_bias = reader.op_type == "Add" and bias_of(reader) is not None and len(product.outputs[0].uses()) == 1
         return reader if is_bias else product
 

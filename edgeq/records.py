@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Positive = Annotated[int, Field(ge=1, le=1 << 31)]  # dimensions and lengths: runtimes and tokenizers take no others
 Place = Literal["device", "host-kernels", "emulator", "simulator", "not-run"]
 Status = Literal["passed", "failed", "not-run"]
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
@@ -42,8 +43,8 @@ class Source(Record):
     sha256: Sha256  # over the names and contents of all files that decide the vectors
     modules: tuple[str, ...]  # e.g. ("Transformer", "Pooling:mean", "Normalize")
     inputs: tuple[str, ...]  # graph inputs: "input_ids", "attention_mask" [, "token_type_ids"]; or "pixel_values"
-    dim: int
-    max_sequence: int  # tokens, special tokens included; 1 for images
+    dim: Positive
+    max_sequence: Positive  # tokens, special tokens included; 1 for images
     prompts: dict[str, str]
     default_prompt_name: str | None
 
@@ -64,8 +65,8 @@ class FloatModel(Record):
     source_sha256: Sha256
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]  # "sentence_embedding" [, "last_hidden_state"]
-    dim: int
-    max_sequence: int
+    dim: Positive
+    max_sequence: Positive
     max_abs_error: float  # against torch, or the ONNX file that was given; against its parent for an equalised one
     passes: tuple[PassReport, ...]
 
@@ -172,8 +173,8 @@ class QdqModel(Record):
     scheme: Scheme
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    dim: int
-    max_sequence: int
+    dim: Positive
+    max_sequence: Positive
     integer_matmuls: tuple[str, ...]
     float_matmuls: tuple[str, ...]  # weight MatMuls that the scheme leaves in float, by name
     feeds: FileRef | None = Field(default=None, exclude_if=lambda file: file is None)  # for a vendor's own calibration
@@ -213,7 +214,7 @@ class Target(Record):
     source: str
     backend: str
     scheme: str
-    buckets_tokens: tuple[int, ...]  # empty: dynamic shapes
+    buckets_tokens: tuple[Positive, ...]  # empty: dynamic shapes
     runtime: dict[str, str | int | bool]
     runs_on: RunsOn
     gate: Gate
@@ -262,7 +263,7 @@ class Artifact(Record):
 
     backend: str
     target: str
-    files: tuple[FileRef, ...]
+    files: Annotated[tuple[FileRef, ...], Field(min_length=1)]
     qdq_sha256: Sha256
     placement: Placement
     tools: dict[str, str]

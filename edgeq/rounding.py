@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from edgeq import affine
 
 BLOCK = 128
+COLUMNS = 1 << 14
 DAMPING = 1e-4
 
 
@@ -21,9 +22,13 @@ def nearest(weight: NDArray[np.float32], bits: int) -> tuple[NDArray[np.int8], N
     Returns:
         codes int8[channels, out] and scales float32[out].
     """
-    scales = affine.symmetric_scales(np.abs(weight).max(axis=0), bits)
+    scales = affine.symmetric_scales(np.maximum(weight.max(axis=0), -weight.min(axis=0)), bits)
     limit = 2 ** (bits - 1) - 1
-    return np.clip(np.rint(weight / scales), -limit, limit).astype(np.int8), scales
+    codes = np.empty(weight.shape, np.int8)
+    for start in range(0, weight.shape[1], COLUMNS):  # a table of tokens has gigabytes: no copy of it as a whole
+        part = slice(start, start + COLUMNS)
+        codes[:, part] = np.clip(np.rint(weight[:, part] / scales[part]), -limit, limit)
+    return codes, scales
 
 
 def compensated(

@@ -14,6 +14,21 @@ from edgeq.errors import ConfigError
 PIXELS = "pixel_values"  # the one input of a model that takes images
 
 
+def require_texts(inputs: Sequence[str], where: object, way_out: str) -> None:
+    """Refuse a model of images where only texts will do.
+
+    Args:
+        inputs: of its graph.
+        where: the bundle, for the message.
+        way_out: what to do instead: a sentence.
+
+    Raises:
+        ConfigError: the model takes images.
+    """
+    if tuple(inputs) == (PIXELS,):
+        raise ConfigError(f"{where}: embeds images, and this takes a model that embeds texts. {way_out}")
+
+
 class AnyFeeds(Protocol):
     """Hold one batch of a model's inputs."""
 

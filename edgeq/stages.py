@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import psutil
 
-from edgeq import calibrate, dialect, exporting, observe, quantize, schemes, storage
+from edgeq import calibrate, calibration_file, dialect, exporting, observe, quantize, schemes, storage, weights
 from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.cache import Cache, key
 from edgeq.dialect import OutsideDialect
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 EXPORT_TOOLS = ("torch", "transformers", "sentence-transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
 _MUCH_MEMORY_BYTES = 4_000_000_000
 _FLOAT, _EQUALIZED, _STATISTICS, _QDQ = "model.onnx", "equalized.onnx", "calibration.npz", "qdq.onnx"
-_TOKENS, _FEEDS = "tokens.json", "feeds.json"
+_TOKENS, _FEEDS, _WEIGHTS = "tokens.json", "feeds.json", "weights"
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class Floats:
         """Give the folder with the model's tokenizer or preprocessing."""
         return self.folder / exporting.CONFIG
 
+    def at(self, folder: Path) -> Floats:
+        """Give the same float model in another cache entry."""
+        return Floats(self.source, _moved(self.model, folder / _FLOAT), folder)
+
     @property
     def takes_images(self) -> bool:
         """Tell whether the model reads pixels, not tokens."""
@@ -67,6 +71,12 @@ class Calibrated:
     equalized: FloatModel
     calibration: Calibration
     folder: Path
+
+    def at(self, folder: Path) -> Calibrated:
+        """Give the same in another cache entry."""
+        return Calibrated(
+            _moved(self.equalized, folder / _EQUALIZED), _moved(self.calibration, folder / _STATISTICS), folder
+        )
 
 
 @dataclass(frozen=True)
@@ -132,11 +142,12 @@ def calibrated(floats: Floats, plan: Plan, seed: int, cache: Cache, report: Repo
                 "%d of %d calibration texts were cut at the model's limit of %d tokens",
                 given.record.truncated, given.record.count, floats.source.max_sequence,
             )  # fmt: skip
-        model = onnx.load(floats.model.file.path)
+        model = weights.load(Path(floats.model.file.path))
         _announce_memory(model, given.samples.longest)
-        observed = calibrate.calibrate(model, given.samples, seed, report)
-        storage.write_bytes(folder / _EQUALIZED, observed.model.SerializeToString(deterministic=True))
-        calibrate.save(observed.statistics, folder / _STATISTICS)
+        with weights.outside_if_large(model, folder / _WEIGHTS):
+            observed = calibrate.calibrate(model, given.samples, seed, report)
+            weights.save(observed.model, folder / _EQUALIZED)
+            calibration_file.save(observed.statistics, folder / _STATISTICS)
         if isinstance(given.samples, Tokens):  # for vendors whose compilers calibrate themselves
             storage.write_bytes(folder / _TOKENS, json.dumps(given.samples.ids).encode())
         equalized = floats.model.model_copy(
@@ -183,15 +194,17 @@ def quantized(target: Target, calibrated: Calibrated, cache: Cache, given: Schem
     scheme = given or schemes.find(target.scheme, target.name)
 
     def make(folder: Path) -> None:
-        statistics = calibrate.load(Path(calibrated.calibration.file.path))
-        model, integer, floats = quantize.quantize(onnx.load(calibrated.equalized.file.path), statistics, scheme)
+        statistics = calibration_file.load(Path(calibrated.calibration.file.path))
+        equalized = weights.load(Path(calibrated.equalized.file.path))
+        with weights.outside_if_large(equalized, folder / _WEIGHTS):
+            model, integer, floats = quantize.quantize(equalized, statistics, scheme)
+            weights.save(model, folder / _QDQ)
         unknown = sorted(set(scheme.raised) - {node.name for node in model.graph.node})
         if unknown:
             raise ConfigError(
                 f"the scheme {scheme.name} raises {', '.join(unknown)}, which this model does not have. "
                 "Run edgeq analyze --auto for this model."
             )
-        storage.write_bytes(folder / _QDQ, model.SerializeToString(deterministic=True))
         if scheme.vendor is not None and scheme.vendor.feeds:
             tokens = json.loads((calibrated.folder / _TOKENS).read_bytes())
             storage.write_bytes(folder / _FEEDS, json.dumps(spread(tokens, scheme.vendor.feeds)).encode())
@@ -283,4 +296,8 @@ def _read(kind: type[FiledT], path: Path, file: Path) -> FiledT:
     record = kind.model_validate_json(path.read_bytes())
     if not file.is_file():
         raise ConfigError(f"{file}: gone from the cache; run edgeq cache purge and try again")
+    return _moved(record, file)
+
+
+def _moved(record: FiledT, file: Path) -> FiledT:
     return record.model_copy(update={"file": record.file.model_copy(update={"path": str(file)})})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -82,29 +84,81 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_dir(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder; let it take the place of `path` at the end, or remove it.
 
-    A folder that stood at `path` steps aside first and is removed last, so that one of the two is always whole.
+    A folder that stood at `path` steps aside first and is removed last, so that one of the two is always whole. What a
+    killed process left here is removed, or put back where it stepped aside; of two at once the last one stays.
 
     Raises:
         StorageFailed: the disk refuses.
     """
-    partial: Path | None = None
-    aside: Path | None = None
-    try:
-        with storage_errors(f"writing {path}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-            partial.chmod(0o755)
-            yield partial
+    with storage_errors(f"writing {path}"), contextlib.ExitStack() as stack:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path.parent):
+            _sweep(path)
+            partial = stack.enter_context(_held_sibling(path, ".partial"))
+        partial.chmod(0o755)
+        yield partial
+        with _alone(path.parent):
             if path.exists():
-                aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".replaced", dir=path.parent))
+                aside = stack.enter_context(_held_sibling(path, ".replaced"))
                 path.rename(aside / path.name)
+                stack.callback(_put_back, aside, path)
             partial.rename(path)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock: of all processes that change names in it through this module, one at a time."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle, fcntl.LOCK_EX)
+        yield
     finally:
-        if aside is not None and not path.exists() and (aside / path.name).exists():
-            (aside / path.name).rename(path)
-        for folder in (partial, aside):
-            if folder is not None:
+        _lock(handle, fcntl.LOCK_UN)  # not by closing alone: a forked child may have it, too
+        os.close(handle)
+
+
+def _lock(handle: int, operation: int) -> bool:
+    """Change the lock of an open folder; False where somebody else has it, or the file system has no locks."""
+    try:
+        fcntl.flock(handle, operation)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _held_sibling(path: Path, suffix: str) -> Iterator[Path]:
+    """Make a folder beside `path` and hold its lock, which ends with the process however it ends; remove it at last."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=suffix, dir=path.parent))
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        os.close(handle)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove the siblings of `path` that nobody holds; what stepped aside and was not replaced goes back."""
+    for folder in sorted(path.parent.glob(f".{glob.escape(path.name)}.*")):
+        if folder.suffix not in (".partial", ".replaced") or not folder.is_dir():
+            continue
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            if _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):  # else its process lives
+                _put_back(folder, path)
                 shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
+def _put_back(aside: Path, path: Path) -> None:
+    """Put what stepped aside back, if nothing has taken its place."""
+    if aside.suffix == ".replaced" and not path.exists() and (aside / path.name).exists():
+        (aside / path.name).rename(path)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -10,8 +10,10 @@ from pydantic import ValidationError
 
 from edgeq import machine
 from edgeq.errors import ConfigError
+from edgeq.foreign import oversize
 from edgeq.records import Target
 
+_MOST_BYTES = 1 << 20
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -66,9 +68,12 @@ def availability(target: Target) -> tuple[bool, str]:
 
 
 def _read(path: Path) -> Target:
+    reason = oversize(path, _MOST_BYTES)
+    if reason is not None:
+        raise ConfigError(f"{path}: {reason}; a target file is needed")
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # tomllib's own error and UnicodeDecodeError are ValueErrors
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error

@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeq import origins, sentence_modules, source
+from edgeq import origins, sentence_modules, source, text_towers, tokenizer_config, weights
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.probes import probe_feeds
 from edgeq.records import Source
@@ -35,14 +35,13 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 OPSET = 21
-EXTERNAL_DATA_BYTES = 2_000_000_000  # protobuf refuses messages of 2 GiB
 _FLAGS = {  # mode -> what its flag is called
     "cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken",
     "mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "weightedmean": "weightedmean_tokens",
 }  # fmt: skip
 # The order in which sentence-transformers concatenates what flags ask for.
 _FLAG_ORDER = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
-RAW, PROBES, SOURCE, CONFIG = "raw.onnx", "probes.npz", "source.json", "config"
+RAW, PROBES, SOURCE, CONFIG, _OUTSIDE = "raw.onnx", "probes.npz", "source.json", "config", "weights"
 
 
 def run(located: Located, out_dir: Path, hidden_state: bool) -> Source:
@@ -71,8 +70,8 @@ def run(located: Located, out_dir: Path, hidden_state: bool) -> Source:
         named |= {f"{row}_0": ids, f"{row}_1": mask, f"{row}_2": vectors}
     np.savez(out_dir / PROBES, allow_pickle=False, **named)
     _save_config(model, out_dir / CONFIG)
-    proto = _to_onnx(model, hidden_state, located.name, record.max_sequence)
-    save(proto, out_dir / RAW)
+    with weights.outside(out_dir / _OUTSIDE):
+        weights.save(_to_onnx(model, hidden_state, located.name, record.max_sequence), out_dir / RAW)
     (out_dir / SOURCE).write_text(record.model_dump_json(), encoding="utf-8")
     return record
 
@@ -112,18 +111,10 @@ def _run_images(located: Located, model: SentenceTransformer, out_dir: Path, hid
     module, example = torch_images.graph(model, hidden_state), torch.from_numpy(feeds[-1].pixel_values)
     with torch.no_grad():
         outputs = ("sentence_embedding", "last_hidden_state")[: len(module(example))]
-    save(to_onnx(module, {PIXELS: example}, outputs, located.name), out_dir / RAW)
+    with weights.outside(out_dir / _OUTSIDE):
+        weights.save(to_onnx(module, {PIXELS: example}, outputs, located.name), out_dir / RAW)
     (out_dir / SOURCE).write_text(record.model_dump_json(), encoding="utf-8")
     return record
-
-
-def save(model: onnx.ModelProto, path: Path) -> None:
-    """Write one self-contained file below 2 GB, and weights in a file beside it above."""
-    is_large = model.ByteSize() > EXTERNAL_DATA_BYTES
-    if is_large:
-        onnx.save(model, path, save_as_external_data=True, location=path.name + ".data", size_threshold=1024)
-        return
-    path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def _graph_module(model: SentenceTransformer, hidden_state: bool) -> torch.nn.Module:
@@ -142,8 +133,8 @@ def _graph_module(model: SentenceTransformer, hidden_state: bool) -> torch.nn.Mo
                 features["token_type_ids"] = torch.zeros_like(input_ids)  # a single text is segment 0 throughout
             for module in self.model:
                 features = module(features)
-            embedding = features["sentence_embedding"]
-            return (embedding, features["token_embeddings"]) if hidden_state else (embedding,)
+            embedding, hidden = features["sentence_embedding"], features.get("token_embeddings")
+            return (embedding, hidden) if hidden_state and hidden is not None else (embedding,)
 
     return Graph().eval()
 
@@ -153,8 +144,10 @@ def _to_onnx(model: SentenceTransformer, hidden_state: bool, name: str, max_sequ
 
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 0, 0, 0]])
     tensors = {"input_ids": ids, "attention_mask": (ids > 0).to(torch.int64)}
-    outputs = ("sentence_embedding", "last_hidden_state")[: 2 if hidden_state else 1]
-    return to_onnx(_graph_module(model, hidden_state), tensors, outputs, name, max_sequence)
+    graph = _graph_module(model, hidden_state)
+    with torch.no_grad():
+        outputs = ("sentence_embedding", "last_hidden_state")[: len(graph(*tensors.values()))]
+    return to_onnx(graph, tensors, outputs, name, max_sequence)
 
 
 def to_onnx(
@@ -172,6 +165,9 @@ def to_onnx(
         outputs: their names.
         name: for messages.
         max_sequence: the longest sequence; of no matter for images.
+
+    Returns:
+        The graph; the weights of a large one lie where `weights.outside` puts them.
 
     Raises:
         Unsupported: torch cannot; the message names the line.
@@ -204,7 +200,7 @@ def to_onnx(
         raise Unsupported(f"{name}: torch cannot export this model: {explain(error, line)}") from error
     if program is None:
         raise Unsupported(f"{name}: torch.onnx.export gave no program")
-    proto = program.model_proto
+    proto = weights.serialized(program.model)
     proto.producer_name, proto.producer_version = "edgeq", ""
     origins.keep(proto)
     return proto
@@ -230,7 +226,7 @@ def quiet() -> Iterator[None]:
     """Keep the exporter's prints, log lines and deprecation warnings off the user's terminal."""
     root = logging.getLogger("torch")
     level = root.level
-    root.setLevel(logging.ERROR)
+    root.setLevel(logging.CRITICAL)
     try:
         with (
             warnings.catch_warnings(),
@@ -278,25 +274,13 @@ def _save_config(model: SentenceTransformer, folder: Path) -> None:
         if kind == "Pooling":
             _write_json(folder / entry["path"] / "config.json", _pooling_config(module))
     _write_json(folder / "modules.json", modules)
-    _mend_tokenizer_config(folder / "tokenizer_config.json")
+    tokenizer_config.mend(folder / tokenizer_config.FILE)
     if model.tokenizer.truncation_side == "left":  # tokenizer.json alone would not say so
         text_tokenizer = model.tokenizer.backend_tokenizer
         text_tokenizer.enable_truncation(model.max_seq_length, direction="left")
         _write_json(folder / "tokenizer.json", json.loads(text_tokenizer.to_str()))
     _write_json(folder / "sentence_bert_config.json", {"max_seq_length": model.max_seq_length, "do_lower_case": False})
-
-
-def _mend_tokenizer_config(path: Path) -> None:
-    """Name the tokenizer's class as every version of transformers does, and let it always give a mask."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    changes: dict[str, object] = {}
-    if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, which 4 does not know
-        changes["tokenizer_class"] = "PreTrainedTokenizerFast"
-    inputs = config.get("model_input_names", ["attention_mask"])
-    if "attention_mask" not in inputs:
-        changes["model_input_names"] = [*inputs, "attention_mask"]
-    if changes:
-        _write_json(path, config | changes)
+    text_towers.save(model[0], folder)
 
 
 def _pooling_config(module: torch.nn.Module) -> dict[str, object]:

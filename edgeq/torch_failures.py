@@ -21,9 +21,9 @@ _WAYS_OUT = (
         "keep numbers in tensors instead of .item().",
     ),
     (
-        ("No ONNX function found", "No decompositions registered", "DispatchError", "UnsupportedOperator"),
-        "Write that line with operators that ONNX has, or export the ONNX file yourself (torch.onnx.export with "
-        "custom_translation_table) and give it to edgeq as the model.",
+        ("No ONNX function found", "No decompositions registered", "DispatchError", "UnsupportedOperator", "fake impl"),
+        "No backend has that operator: write the line with torch's own, or export the ONNX file yourself "
+        "(torch.onnx.export with custom_translation_table) and give it to edgeq as the model.",
     ),
     (
         ("Constraints violated", "ConstraintViolation", "dynamic shapes", "specialized", "_dynamic"),

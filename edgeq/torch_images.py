@@ -69,7 +69,7 @@ def prepared_as(model: SentenceTransformer, name: str, folder: Path | None = Non
     with tempfile.TemporaryDirectory() as scratch:
         place = folder or Path(scratch)
         own.save_pretrained(place)
-        how = preprocessing.read(place / preprocessing.CONFIG)
+        how = preprocessing.read(place / preprocessing.CONFIG, f"{name}/{preprocessing.CONFIG}")
     card = preprocessing.test_card()
     found = how.pixel_values(how.codes(card)[None])
     expected = np.asarray(own(images=[card], return_tensors="np")[PIXELS], np.float32)
@@ -129,7 +129,8 @@ def assembled(body: Any, pooling: str | None) -> list[Any]:
         raise ValueError(f"it does not pool by itself; give --pooling with one of {', '.join(source.POOLING_MODES)}")
     with tempfile.TemporaryDirectory() as scratch:
         body.processor.save_pretrained(scratch)
-        (feed,) = probes(preprocessing.read(Path(scratch) / preprocessing.CONFIG), (1,))
+        where = f"{body.model.name_or_path}/{preprocessing.CONFIG}"
+        (feed,) = probes(preprocessing.read(Path(scratch) / preprocessing.CONFIG, where), (1,))
     with torch.no_grad():
         tokens = body({PIXELS: torch.from_numpy(feed.pixel_values), "modality": "image"})["token_embeddings"]
     return [body, modules.Pooling(tokens.shape[-1], pooling_mode=pooling)]

@@ -69,9 +69,7 @@ def _given(manifest: Manifest, bundle: Path, texts: Path | None, column: str | N
     Raises:
         ConfigError: it is not what the model takes.
     """
-    takes_images = manifest.float_model.inputs == (PIXELS,)
-    if takes_images != (images is not None):
-        raise ConfigError(f"{bundle}: takes {'images; give a folder with' if takes_images else 'texts; drop'} --images")
+    require_kind(manifest, bundle, texts, images)
     if images is not None:
         from edgeq.images import read_folder  # here: texts need no Pillow
 
@@ -80,6 +78,22 @@ def _given(manifest: Manifest, bundle: Path, texts: Path | None, column: str | N
     chosen = spread(deduplicate(read_texts(texts or default_texts()[1], column if texts else None)), most)
     limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
     return prepare(chosen, texts.name if texts else "default", bundle, limit)
+
+
+def require_kind(manifest: Manifest, bundle: Path, texts: Path | None, images: Path | None) -> None:
+    """Refuse texts for a model of images, and images for a model of texts.
+
+    Raises:
+        ConfigError: it is so.
+    """
+    takes_images = manifest.float_model.inputs == (PIXELS,)
+    if takes_images and (images is None or texts is not None):
+        raise ConfigError(
+            f"{bundle}: takes images, and was given {'texts' if images is None else 'texts besides'}. "
+            "Give a folder with --images, and no --texts."
+        )
+    if images is not None and not takes_images:
+        raise ConfigError(f"{bundle}: takes texts, and was given images; drop --images, or give a file with --texts.")
 
 
 def embedders(bundle: Path, float_model: Path) -> tuple[Embed, Embed]:

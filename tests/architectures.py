@@ -29,6 +29,10 @@ _T5 = {
     "d_model": DIM, "d_kv": 16, "d_ff": HIDDEN, "num_layers": LAYERS, "num_heads": HEADS, "initializer_factor": 1.0,
     "relative_attention_num_buckets": 16, "relative_attention_max_distance": 40,
 }  # fmt: skip
+_VISION = {
+    "hidden_size": DIM, "num_hidden_layers": 1, "num_attention_heads": HEADS, "intermediate_size": DIM,
+    "image_size": 32, "patch_size": 16,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Architecture:
         second: ends the names of its second feed-forward matrices.
         pad_id: of the padding token: 0 or 1.
         has_segments: whether its tokenizer gives `token_type_ids`.
+        reads_padding: whether texts are padded to the longest, and its tokenizer gives no mask.
+        tower: which tower is meant, of a model of two.
     """
 
     config: str
@@ -52,6 +58,8 @@ class Architecture:
     pooling: str = "mean"
     pad_id: int = 0
     has_segments: bool = False
+    reads_padding: bool = False
+    tower: str | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -122,11 +130,26 @@ ARCHITECTURES: dict[str, Architecture] = {
         "MistralConfig", "MistralModel", _DECODER | {"sliding_window": 16}, ("mlp.down_proj",), "lasttoken"
     ),
     "clip-text": Architecture("CLIPTextConfig", "CLIPTextModel", _ENCODER, ("mlp.fc2",)),
+    "clip-tower": Architecture(
+        "CLIPConfig", "CLIPModel",
+        {"text_config": _ENCODER, "vision_config": _VISION, "projection_dim": 48, "initializer_range": 0.1},
+        ("mlp.fc2",), tower="text",
+    ),
+    "siglip-tower": Architecture(
+        "SiglipConfig", "SiglipModel", {"text_config": _ENCODER, "vision_config": _VISION, "initializer_range": 0.1},
+        ("mlp.fc2",), pad_id=1, reads_padding=True, tower="text",
+    ),
 }  # fmt: skip
 
 
-def write(name: str, folder: Path, longest: int = LONGEST, outliers: bool = True) -> Path:
-    """Write a sentence-transformers directory of one architecture, its vectors of unit length."""
+def write(
+    name: str, folder: Path, longest: int = LONGEST, outliers: bool = True, changed: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a sentence-transformers directory of one architecture, its vectors of unit length.
+
+    A model of two towers is a plain directory, as its origin gives it. `changed` replaces arguments of the
+    configuration.
+    """
     import torch
     import transformers
     from sentence_transformers import SentenceTransformer
@@ -136,12 +159,22 @@ def write(name: str, folder: Path, longest: int = LONGEST, outliers: bool = True
     body = folder.with_name(f"{folder.name}-body")
     size = _tokenizer(body, made, longest)
     ids = {"vocab_size": size, "pad_token_id": made.pad_id, "bos_token_id": 2, "eos_token_id": 3}
-    config = getattr(transformers, made.config)(**{**made.arguments, **ids, **made.fixed})
+    arguments = {**made.arguments, **made.fixed, **(changed or {})}
+    if made.tower is None:
+        arguments |= ids
+    else:
+        arguments["text_config"] = {**arguments["text_config"], **ids}
+    config = getattr(transformers, made.config)(**arguments)
     torch.manual_seed(SEED)
     model = getattr(transformers, made.model)(config).eval()
     if outliers:
         _plant(model, made.second)
     model.save_pretrained(body)
+    if made.tower is not None:
+        transformers.CLIPImageProcessorPil(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        ).save_pretrained(body)
+        return body.rename(folder)
     transformer = modules.Transformer(str(body), max_seq_length=longest)
     width = transformer.get_embedding_dimension()
     parts = [transformer, modules.Pooling(width, pooling_mode=made.pooling), modules.Normalize()]
@@ -179,7 +212,8 @@ def _tokenizer(folder: Path, made: Architecture, longest: int) -> int:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    names = ["input_ids", *(["token_type_ids"] if made.has_segments else []), "attention_mask"]
+    names = ["input_ids", *(["token_type_ids"] if made.has_segments else [])]
+    names += [] if made.reads_padding else ["attention_mask"]
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
         mask_token="[MASK]", model_max_length=longest, model_input_names=names, padding_side="right",

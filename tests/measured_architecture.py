@@ -52,7 +52,8 @@ def silent(stage: str, done: int, total: int) -> None:
 
 def export(name: str, folder: Path) -> Exported:
     """Build, export, rewrite and calibrate; the graph is in the dialect and gives torch's vectors."""
-    located = source.locate(str(architectures.write(name, folder / name)))
+    tower = architectures.ARCHITECTURES[name].tower
+    located = source.locate(str(architectures.write(name, folder / name)), tower=tower)
     out = folder / f"{name}-raw"
     out.mkdir()
     with warnings.catch_warnings():

@@ -39,6 +39,7 @@ FILES = {
     "onnx/model.onnx",
     "parity.json",
     "tokenizer.json",
+    "validate.py",
 }
 
 
@@ -57,7 +58,7 @@ def test_a_bundle_holds_what_it_must_and_verifies(tmp_path: Path) -> None:
     path, manifest = make_bundle(tmp_path / "out")
     assert set(contents(path)) == FILES
     found = bundle.verify(path)
-    assert (found.files, found.golden_texts, found.status, found.ran_on) == (9, 32, "passed", "device")
+    assert (found.files, found.golden_texts, found.status, found.ran_on) == (10, 32, "passed", "device")
     assert found.cosine_min > 0.999999
     assert found.max_abs_error < 1e-6
     assert 0.99 < found.float32_cosine_min < 0.99999

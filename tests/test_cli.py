@@ -455,3 +455,15 @@ def test_make_target_is_accepted_by_the_listing() -> None:
     from edgeq.cli.making import _listed
 
     assert _listed(make_target())["available"] is True
+
+
+def test_control_characters_of_files_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "a\x1b[2J\x9b\u202eb\ud800\nnext\t日本\u3000語"
+    console.put(hostile)
+    console.complain(hostile)
+    console.put_table(("column",), [[hostile]])
+    found = capsys.readouterr()
+    for text in (found.out, found.err):
+        assert "\x1b[2J" not in text
+        assert "a\\x1b[2J\\x9b\\u202eb\\ud800" in text
+        assert "日本\u3000語" in text

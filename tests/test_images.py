@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -305,3 +306,65 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, name: str | None,
         (folder / name).write_bytes(content)
     with pytest.raises(ConfigError, match=name or "holds no image"):
         images.plan_images(folder, None, None, 0)
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
+    """Run a verb; give its exit code and what it printed or refused with."""
+    code = cli.run([*map(str, words), "--quiet"])
+    said = capsys.readouterr()
+    return code, said.out if code == 0 else said.err
+
+
+def test_the_verbs_that_take_images(made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    bundle, vectors = passing(made[3] / TARGETS[0], tmp_path), tmp_path / "vectors.npy"
+    few = tiny_vision.folder_of_pictures(tmp_path / "few", 5, seed=900)
+    code, said = run(capsys, "embed", bundle, "--images", few, "--out", vectors, "--json")
+    assert code == 0 and '"images": 5' in said, said
+    expected = edgeq.load(bundle).encode(sorted(few.iterdir()))
+    assert np.array_equal(np.load(vectors), expected) and np.ptp(expected, axis=0).max() > 1e-3
+    code, said = run(capsys, "bench", bundle, "--alone", "--batch", "1,2", "--num-runs", "2", "--warmup-runs", "1")
+    assert code == 0 and "artifact" in said, said
+
+
+def passing(bundle: Path, folder: Path) -> Path:
+    """Copy a bundle whose gate is as wide as random weights need."""
+    from edgeq.bundle.checksums import write_sums
+
+    copy = Path(shutil.copytree(bundle, folder / "bundle"))
+    for name in ("manifest.json", "parity.json"):
+        path = copy / name
+        text = path.read_text(encoding="utf-8").replace('"status": "failed"', '"status": "passed"')
+        path.write_text(text, encoding="utf-8")
+    write_sums(copy)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("embed", "BUNDLE", "--texts", "TEXTS", "--out", "v.npy"), "embeds images, .* Give a folder with --images"),
+        (("embed", "BUNDLE", "--texts", "TEXTS", "--images", "PHOTOS", "--out", "v.npy"), "--images, and no --texts"),
+        (("embed", "BUNDLE", "--images", "TEXTS", "--out", "v.npy"), "a folder of image files is needed"),
+        (("embed", "BUNDLE", "--images", "PHOTOS", "--prompt", "query", "--out", "v.npy"), "images have none"),
+        (("bench", "BUNDLE", "--alone", "--sequence", "16"), "takes images. Leave it out"),
+        (("validate", "BUNDLE", "--texts", "TEXTS", "--against", "BUNDLE"), "Give a folder with --images"),
+        (("validate", "BUNDLE", "--texts", "PHOTOS", "--against", "BUNDLE"), "Give a folder with --images"),
+        (("evaluate", "BUNDLE", "--sts", "PAIRS", "--against", "BUNDLE"), "edgeq validate BUNDLE --images FOLDER"),
+        (("compare", "BUNDLE"), "edgeq validate BUNDLE --images FOLDER"),
+        (("analyze", "MODEL", "--tower", "image", "--target", TARGETS[0]), "takes images, and products are ranked"),
+        (("analyze", "MODEL", "--target", TARGETS[0]), "say with --tower"),
+    ],
+)  # fmt: skip
+def test_the_verbs_that_do_not_take_images_say_what_does(  # type: ignore[no-untyped-def]
+    made, words: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, directory, photos, out = made
+    (tmp_path / "texts.txt").write_text("red\n" * 3, encoding="utf-8")
+    (tmp_path / "pairs.csv").write_text("sentence1,sentence2,score\na,b,1\nc,d,2\ne,f,4\n", encoding="utf-8")
+    named = {
+        "BUNDLE": out / TARGETS[0], "TEXTS": tmp_path / "texts.txt", "PAIRS": tmp_path / "pairs.csv",
+        "PHOTOS": photos, "MODEL": directory, "v.npy": tmp_path / "v.npy",
+    }  # fmt: skip
+    code, found = run(capsys, *(named.get(word, word) for word in words))
+    assert code == 2 and re.search(said, " ".join(found.split())), found
+    assert "Traceback" not in found

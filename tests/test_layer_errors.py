@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tiny_bundle import make_bundle
 
-from edgeq import calibrate, layer_errors, quantize
+from edgeq import calibrate, calibration_file, layer_errors, quantize
 from edgeq.backends.contract import embed_batches
 from edgeq.bundle import load_report
 from edgeq.card.collecting import Found
@@ -126,7 +126,7 @@ def test_a_card_measures_each_model_once_and_says_what_the_cache_lacks(
     cache.joinpath("kind", "entry").mkdir(parents=True)
     onnx.save(calibrated.model, files["equalized.onnx"])
     onnx.save(quantize.quantize(calibrated.model, calibrated.statistics, scheme)[0], files["qdq.onnx"])
-    calibrate.save(calibrated.statistics, files["calibration.npz"])
+    calibration_file.save(calibrated.statistics, files["calibration.npz"])
     refs = {name: file_ref(path) for name, path in files.items()}
     path, manifest = make_bundle(tmp_path / "out")
     manifest = manifest.model_copy(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +19,13 @@ pytestmark = pytest.mark.export
 pytest.importorskip("sentence_transformers", reason="needs the extra `export`")
 
 import given_onnx  # noqa: E402
+import tiny_modules  # noqa: E402
 import tiny_source  # noqa: E402
+from sentence_transformers.sentence_transformer import modules  # noqa: E402
 
+import edgeq  # noqa: E402
 from edgeq import dialect, onnx_export, source  # noqa: E402
+from edgeq.cache import Cache  # noqa: E402
 from edgeq.errors import ConfigError, Unsupported  # noqa: E402
 from edgeq.exporting import CONFIG, MODEL, export  # noqa: E402
 from edgeq.onnx_source import OnnxOptions  # noqa: E402
@@ -28,6 +34,7 @@ from edgeq.records import FloatModel, Source  # noqa: E402
 from edgeq.reference import FloatSession  # noqa: E402
 from edgeq.texts import Feeds, Tokenizer, batches  # noqa: E402
 
+OTHER_ENVIRONMENT = os.environ.get("EDGEQ_SENTENCE_TRANSFORMERS_PYTHON")
 ENCODER = {"LayerNormalization": 5, "Gelu": 2, "Softmax": 2}
 
 
@@ -285,3 +292,37 @@ def test_bfloat16_weights_become_float32_of_the_same_values(given: Path, body: P
     found = FloatSession.of(tmp_path / "out" / MODEL)(feeds)
     assert np.abs(found - mean_of_given(tmp_path / "rounded.onnx", feeds)).max() < 1e-5
     assert counts(tmp_path / "out")["MatMul"] == 17 and counts(tmp_path / "out")["Cast"] <= 2
+
+
+PROGRAM = """
+import json, sys
+import numpy as np
+from sentence_transformers import SentenceTransformer
+texts = json.loads(sys.argv[1])
+for path in sys.argv[2:]:
+    found = SentenceTransformer(path, backend="onnx").encode(texts)
+    print(float(np.abs(found - np.load(path + "-expected.npy")).max()))
+"""
+
+
+@pytest.mark.sentence_transformers
+@pytest.mark.skipif(not OTHER_ENVIRONMENT, reason="EDGEQ_SENTENCE_TRANSFORMERS_PYTHON names no environment")
+def test_sentence_transformers_opens_a_bundle_of_a_given_file(given: Path, body: Path, tmp_path: Path) -> None:
+    texts = [*tiny_source.texts(9, seed=5), "The RED Tree", "a"]
+    whole = tiny_modules.save(tmp_path / "whole", modules.Pooling(64), modules.Dense(64, 40), encoder=body)
+    for options in ({"pooling": "mean", "normalize": True, "tokenizer": body}, {"tokenizer": whole}):
+        (made,) = edgeq.export(
+            given, targets=["x86-64-avx2-onnxruntime"], texts=tiny_source.texts(100), keep_failed=True,
+            out=tmp_path / f"out{len(options)}", cache=Cache(tmp_path / "cache"), **options,
+        )  # fmt: skip
+        vectors = edgeq.load(made.path, allow_failed=True).encode(texts)
+        assert np.ptp(vectors, axis=0).max() > 1e-3
+        np.save(f"{made.path}-expected.npy", vectors)
+    paths = [str(path.parent) for path in sorted(tmp_path.glob("out*/*/manifest.json"))]
+    done = subprocess.run(
+        [str(OTHER_ENVIRONMENT), "-c", PROGRAM, json.dumps(texts), *paths],
+        capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    errors = [float(line) for line in done.stdout.split()[-2:]]
+    assert len(paths) == 2 and max(errors) < 1e-5, errors

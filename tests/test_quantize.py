@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from edgeq import calibrate, equalize, ranges, rounding, side_paths
+from edgeq import calibrate, calibration_file, equalize, ranges, rounding, side_paths
 from edgeq import observe as observe_module
 from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.calibrate import Observed
@@ -168,10 +168,10 @@ def test_too_few_texts_are_refused(model: onnx.ModelProto) -> None:
 
 
 def test_statistics_survive_the_file(observed: Observed, tmp_path: Path) -> None:
-    calibrate.save(observed.statistics, tmp_path / "a.npz")
-    calibrate.save(observed.statistics, tmp_path / "b.npz")
+    calibration_file.save(observed.statistics, tmp_path / "a.npz")
+    calibration_file.save(observed.statistics, tmp_path / "b.npz")
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-    read = calibrate.load(tmp_path / "a.npz")
+    read = calibration_file.load(tmp_path / "a.npz")
     assert read.keys() == observed.statistics.keys()
     for name, item in observed.statistics.items():
         assert np.array_equal(read[name].minimum, item.minimum) and np.array_equal(read[name].maximum, item.maximum)
@@ -181,10 +181,10 @@ def test_statistics_survive_the_file(observed: Observed, tmp_path: Path) -> None
 
 def test_a_cut_off_statistics_file_is_refused(observed: Observed, tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
-    calibrate.save(observed.statistics, path)
+    calibration_file.save(observed.statistics, path)
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ConfigError, match="not a calibration file"):
-        calibrate.load(path)
+        calibration_file.load(path)
 
 
 def test_the_histogram_counts_every_value_and_grows() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import warnings
 from pathlib import Path
 
 import onnx
@@ -106,6 +108,21 @@ class Bessel(Tokens):
         return torch.special.bessel_j0(x)
 
 
+@torch.library.custom_op("edgeq_tests::bent", mutates_args=())
+def bent(x: torch.Tensor) -> torch.Tensor:
+    return 2.0 * x
+
+
+class Custom(Tokens):
+    def act(self, x: torch.Tensor) -> torch.Tensor:
+        return bent(x)
+
+
+class Pixels(torch.nn.Module):
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return pixel_values.mean((2, 3))
+
+
 class Broken(Tokens):
     def act(self, x: torch.Tensor) -> torch.Tensor:
         return {}["no such key"]
@@ -135,7 +152,8 @@ def export(module: torch.nn.Module, tokenizer: Path, tmp_path: Path, **options: 
     ("kind", "said"),
     [
         (Branch, r"data-dependent.*\(at test_refusals\.py line \d+ `if x\.mean\(\) > 100:`\).*torch\.where"),
-        (Bessel, r"bessel_j0.*Write that line with operators that ONNX has"),
+        (Bessel, r"bessel_j0.*No backend has that operator"),
+        (Custom, r"no fake impl registered.*bent.*test_refusals\.py line \d+.*No backend has that operator.*ONNX file"),
         (Broken, r"running it on the example inputs failed: KeyError: .*test_refusals\.py line \d+"),
         (Shorter, r"a vector for each token, padding included, is needed"),
         (Island, r"test_refusals\.py line \d+(.|\n)*op Atan\n.*--float-op Atan"),
@@ -175,3 +193,95 @@ def test_what_does_not_fit_a_module_is_said(tokenizer: Path, tmp_path: Path) -> 
     ):
         with pytest.raises(ConfigError, match=said):
             export(Tokens(), tokenizer, tmp_path, example_inputs=inputs)
+
+
+def with_tokenizer(tokenizer: Path, folder: Path, model: object) -> Path:
+    """Save a model beside the tokenizer, as its author would."""
+    shutil.copytree(tokenizer, folder)
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    model.save_pretrained(folder)  # type: ignore[attr-defined]
+    return folder
+
+
+@pytest.mark.export
+def test_a_reranker_is_refused_though_its_encoder_could_be_exported(tokenizer: Path, tmp_path: Path) -> None:
+    import transformers
+    from sentence_transformers import CrossEncoder
+
+    from edgeq import source
+
+    config = transformers.BertConfig(
+        vocab_size=600, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, num_labels=1
+    )
+    model = transformers.BertForSequenceClassification(config)
+    plain = with_tokenizer(tokenizer, tmp_path / "plain", model)
+    CrossEncoder(str(plain)).save_pretrained(str(tmp_path / "cross"))
+    for folder, pooling in ((plain, "mean"), (plain, None), (tmp_path / "cross", None)):
+        with pytest.raises(
+            Unsupported, match=r"BertForSequenceClassification, whose head gives scores .* save it: Auto"
+        ):
+            source.locate(str(folder), pooling)
+    model.bert.save_pretrained(tmp_path / "plain")
+    assert source.locate(str(plain), "mean").pooling == "mean"  # the way out is one
+
+
+@pytest.mark.export
+def test_a_decoder_behind_an_encoder_is_refused_and_the_encoder_alone_exported(tokenizer: Path, tmp_path: Path) -> None:
+    import transformers
+
+    from edgeq import source
+
+    config = transformers.BartConfig(
+        vocab_size=600, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, pad_token_id=0,
+        bos_token_id=2, eos_token_id=3, decoder_start_token_id=3, forced_eos_token_id=None,
+    )  # fmt: skip
+    whole = transformers.BartForConditionalGeneration(config)
+    folder = with_tokenizer(tokenizer, tmp_path / "both", whole)
+    with pytest.raises(Unsupported, match=r"both: BartModel has a decoder behind its encoder.*get_encoder\(\)"):
+        source.load(source.locate(str(folder), "mean"))
+    encoder = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").get_encoder()
+    (made,) = export(encoder, folder, tmp_path)
+    assert made.parity is not None and made.parity.cosine_mean > 0.99
+
+
+@pytest.mark.export
+def test_images_of_any_size_and_files_of_images_are_refused(tokenizer: Path, tmp_path: Path) -> None:
+    pytest.importorskip("PIL", reason="needs the extra `images`")
+    import tiny_vision
+    import transformers
+
+    from edgeq import cli, source, torch_export
+
+    folder = tiny_vision.dinov2(tmp_path / "any size")
+    transformers.CLIPImageProcessorPil(size={"shortest_edge": 36}, do_center_crop=False).save_pretrained(folder)
+    (tmp_path / "raw").mkdir()
+    with pytest.raises(Unsupported, match=r"any size/preprocessor_config\.json: size is .* different shapes") as found:
+        torch_export.run(source.locate(str(folder), "mean"), tmp_path / "raw", hidden_state=False)
+    assert "Traceback" not in str(found.value) and "/tmp/tmp" not in str(found.value)
+    given = tmp_path / "images.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Pixels(), (torch.zeros(2, 3, 32, 32),), str(given), dynamo=False, input_names=["pixel_values"],
+            output_names=["vector"], dynamic_axes={"pixel_values": {0: "batch", 2: "height", 3: "width"}},
+        )  # fmt: skip
+    with pytest.raises(Unsupported, match="images.onnx: its input pixel_values, .* is of images"):
+        export(given, tokenizer, tmp_path, pooling=None, normalize=None)  # type: ignore[arg-type]
+    words = ["export", str(given), "--target", "x86-64-onnxruntime", "--images", str(tmp_path), "--out", str(tmp_path)]
+    assert cli.run([*words, "--quiet"]) == ConfigError.exit_code
+    with pytest.raises(ConfigError, match="takes images; modules come in for texts only"):
+        export(Pixels(), tokenizer, tmp_path)
+
+
+def test_an_old_file_is_refused_with_the_opset_to_export_again(tmp_path: Path) -> None:
+    import encoder
+
+    from edgeq.onnx_source import reading
+
+    model = encoder.encoder()
+    model.opset_import[0].version = 8
+    onnx.save(model, tmp_path / "old.onnx")
+    with pytest.raises(Unsupported, match=r"old\.onnx: opset 8; 11 or newer .* every backend.*opset_version=17"):
+        reading.read(tmp_path / "old.onnx")

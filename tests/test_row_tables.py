@@ -9,9 +9,10 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeq import calibrate, dialect, passes, quantize, texts
+from edgeq import calibrate, dialect, quantize, texts
 from edgeq.backends.contract import embed_batches
 from edgeq.coded import CodedGraph
+from edgeq.passes.graph import infer_shapes
 from edgeq.reference import FloatSession
 from edgeq.row_tables import scaled_rows
 from edgeq.schemes import SCHEMES
@@ -48,7 +49,7 @@ def static_model() -> onnx.ModelProto:
         nodes, "static", ports, [output], [numpy_helper.from_array(array, name) for name, array in stored.items()]
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    return passes.infer_shapes(model)
+    return infer_shapes(model)
 
 
 def tokens(count: int, seed: int) -> texts.Tokens:

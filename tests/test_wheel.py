@@ -49,7 +49,7 @@ def test_the_wheel_carries_its_data(wheel: Path) -> None:
     targets = {f"edgeq/_data/targets/{path.name}" for path in (REPOSITORY / "targets").glob("*.toml")}
     texts = {f"edgeq/_data/calibration_data/{name}.jsonl" for name in ("calibration", "validation")}
     assert targets
-    assert targets | texts | {"edgeq/py.typed"} <= names
+    assert targets | texts | {"edgeq/py.typed", "edgeq/_data/tools/device/validate.py"} <= names
     templates = {f"edgeq/templates/{path.name}" for path in (REPOSITORY / "edgeq" / "templates").iterdir()}
     assert templates <= names
     assert not [name for name in names if name.startswith(("tests/", "tools/", "targets/"))]

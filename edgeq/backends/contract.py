@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from edgeq import weights
 from edgeq.environments import Environment
 from edgeq.errors import ConfigError
 from edgeq.records import Artifact, Place, QdqModel, Scheme, Target
@@ -59,9 +60,16 @@ def has_buckets(model: QdqModel, target: Target) -> str | None:
     return None if is_right else f"buckets_tokens is {list(buckets)}"
 
 
+def fits_one_file(model: QdqModel, target: Target) -> str | None:
+    """The integer model must be below 2 GB, which is about 8 GB in FP32."""
+    is_float = model.file.sha256 == model.float_model_sha256  # asked before quantising
+    size = 0 if is_float else weights.file_size_bytes(Path(model.file.path))
+    return f"{size / 1e9:.1f} GB" if size > weights.LARGE_BYTES else None
+
+
 def rejected(rules: Iterable[Rule], model: QdqModel, target: Target) -> tuple[Rejection, ...]:
-    """Hold a model and a target against every rule."""
-    found = [(rule.__doc__ or rule.__name__, rule(model, target)) for rule in rules]
+    """Hold a model and a target against every rule, and the one of all runtimes."""
+    found = [(rule.__doc__ or rule.__name__, rule(model, target)) for rule in (fits_one_file, *rules)]
     return tuple(Rejection(sentence, detail) for sentence, detail in found if detail is not None)
 
 

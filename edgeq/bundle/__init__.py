@@ -8,7 +8,7 @@ from edgeq.bundle.golden import GoldenData, read_golden
 from edgeq.bundle.golden_images import GoldenImages, golden_images, read_golden_images
 from edgeq.bundle.manifest import is_bundle, load_manifest, load_report, require_cpu
 from edgeq.bundle.verifying import Verification, read_whole, verify
-from edgeq.bundle.writing import Lineage, require_place, write
+from edgeq.bundle.writing import Lineage, require_place, take, write
 
 __all__ = [
     "GoldenData",
@@ -24,6 +24,7 @@ __all__ = [
     "read_whole",
     "require_cpu",
     "require_place",
+    "take",
     "verify",
     "write",
 ]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from edgeq import text_towers
 from edgeq.gate import norm_limit
 from edgeq.records import Manifest, ParityReport, Place
 from edgeq.sentence_modules import TABLE, truncated_to
@@ -55,12 +56,14 @@ def render_card(
     is_tflite = manifest.artifact.files[0].path.endswith(".tflite")
     is_openvino = manifest.artifact.files[0].path.endswith(".xml")
     buckets = lengths(manifest.target.buckets_tokens, manifest.source.max_sequence)
+    padded_to = text_towers.padded_to(manifest.source.modules)
     return environment.get_template(TEMPLATE).render(
         manifest=manifest,
         report=report,
         limits=_limits(report),
         place=_PLACES[report.ran_on],
         pad_id=pad_id,
+        padded_to=padded_to,
         preprocessing=preprocessing,
         model_path=_runnable(manifest),
         placement=manifest.artifact.placement,
@@ -79,6 +82,7 @@ def render_card(
             and preprocessing is None
             and "last_hidden_state" in manifest.qdq_model.outputs
             and manifest.source.modules[0] != TABLE
+            and not manifest.source.modules[0].startswith(text_towers.TOWER)
         ),
         truncation=truncated_to(manifest.source.modules),
         size_mb=sum(file.size_bytes for file in manifest.artifact.files) / 1e6,

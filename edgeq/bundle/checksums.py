@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgeq.errors import BundleCorrupt, EdgeqError
+from edgeq.foreign import oversize
 from edgeq.storage import sha256_file
 
 SUMS = "SHA256SUMS"
 _AGAIN = "Fetch or export the bundle again."
+_MOST_BYTES = 16 << 20
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\\\n\r]+)")
 # One changed byte of SHA256SUMS changes one digit of a sum; one changed byte of a file changes about 60 of the 64.
 _DIGITS_OF_A_DAMAGED_LINE = 8
@@ -35,17 +38,22 @@ def write_sums(directory: Path) -> None:
     (directory / SUMS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
 
 
-def check_sums(directory: Path) -> int:
+def check_sums(directory: Path, apart: Sequence[str] = ()) -> int:
     """Hash every file and compare it with SHA256SUMS.
+
+    Args:
+        directory: of a bundle or a release.
+        apart: files that may be there and are not listed, such as a signature of SHA256SUMS.
 
     Returns:
         How many files agree, SHA256SUMS not counted.
 
     Raises:
-        BundleCorrupt: a file is changed, missing or not listed; the message names each.
+        BundleCorrupt: a file is changed, missing, not listed, or no plain file; the message names each.
     """
+    _require_plain(directory)
     listed = _read_sums(directory / SUMS)
-    found = bundle_files(directory)
+    found = {name: path for name, path in bundle_files(directory).items() if name not in apart}
     problems = [f"{name}: is listed in {SUMS} but not there" for name in listed if name not in found]
     problems += [f"{name}: is there but not listed in {SUMS}" for name in found if name not in listed]
     for name in listed.keys() & found.keys():
@@ -55,6 +63,14 @@ def check_sums(directory: Path) -> int:
     if problems:
         raise BundleCorrupt(f"{directory}: {'; '.join(sorted(problems))}. {_AGAIN}")
     return len(found)
+
+
+def _require_plain(directory: Path) -> None:
+    """Refuse links, which may lead anywhere, and pipes and devices, which may never end."""
+    odd = [path for path in directory.rglob("*") if path.is_symlink() or not (path.is_file() or path.is_dir())]
+    if odd:
+        names = ", ".join(sorted(path.relative_to(directory).as_posix() for path in odd[:5]))
+        raise BundleCorrupt(f"{directory}: {names}: no plain file but a link or a device. Fetch the files themselves.")
 
 
 def _difference(name: str, path: Path, listed: str) -> str | None:
@@ -73,6 +89,9 @@ def _difference(name: str, path: Path, listed: str) -> str | None:
 
 def _read_sums(path: Path) -> dict[str, str]:
     """Read the sums by file name."""
+    reason = oversize(path, _MOST_BYTES)
+    if reason is not None:
+        raise BundleCorrupt(f"{path}: {reason}. {_AGAIN}")
     try:
         content = path.read_bytes().decode("utf-8")
     except FileNotFoundError as error:

@@ -6,6 +6,9 @@ An artifact that was not run has no vectors: then `golden.npz` holds no `embeddi
 from __future__ import annotations
 
 import json
+import math
+import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -17,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.errors import BundleCorrupt, EdgeqError
+from edgeq.foreign import oversize, parse_json
 
 VECTORS = "golden.npz"
 TEXTS = "golden.jsonl"
@@ -24,6 +28,19 @@ TEXTS = "golden.jsonl"
 # In the order in which they lie in the file.
 _ARRAYS = {"input_ids": np.int64, "attention_mask": np.int64, "reference": np.float32, "embeddings": np.float32}
 AGAIN = "Fetch or export the bundle again."
+MOST_BYTES = 1 << 30
+# What numpy writes for version 1.0 of its format. Its own reader of headers is Python's, which nests and tokenizes.
+_START, _MAGIC = struct.Struct("<8sH"), b"\x93NUMPY\x01\x00"
+_HEADER = re.compile(
+    rb"\{'descr': '(?P<dtype>[<|][a-z]\d)', 'fortran_order': False, "
+    rb"'shape': \((?P<shape>(\d{1,15}(, |,|(?=\))))*)\), \} *\n"
+)
+_DTYPES = (b"<i8", b"<f4", b"|u1")
+# What the reader of zip files raises on damaged ones.
+_DAMAGE = (
+    OSError, ValueError, KeyError, EOFError, RuntimeError, NotImplementedError, struct.error, zipfile.BadZipFile,
+    zlib.error,
+)  # fmt: skip
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip file can hold
 
 
@@ -96,10 +113,18 @@ def read_golden(directory: Path) -> GoldenData:
     golden = GoldenData(
         texts, arrays["input_ids"], arrays["attention_mask"], arrays["reference"], arrays.get("embeddings"), int(pad_id)
     )
-    problem = _problem(golden)
+    problem = _problem(golden) or not_finite(golden.reference, golden.embeddings)
     if problem is not None:
         raise BundleCorrupt(f"{path}: {problem}. {AGAIN}")
     return golden
+
+
+def not_finite(reference: NDArray[np.float32], embeddings: NDArray[np.float32] | None) -> str | None:
+    """Say which vectors hold what is no number: nothing can be compared with them."""
+    for name, array in (("reference", reference), ("embeddings", embeddings)):
+        if array is not None and not np.isfinite(array).all():
+            return f"{name} holds NaN or infinity"
+    return None
 
 
 def read_arrays(path: Path, names: Sequence[str], optional: str) -> dict[str, NDArray[Any]]:
@@ -108,11 +133,35 @@ def read_arrays(path: Path, names: Sequence[str], optional: str) -> dict[str, ND
     Raises:
         BundleCorrupt: the file or an array is missing or malformed.
     """
+    reason = oversize(path, MOST_BYTES)
+    if reason is not None:
+        raise BundleCorrupt(f"{path}: {reason}. {AGAIN}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in names if name in archive or name != optional}
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise BundleCorrupt(f"{path}: golden vectors cannot be read ({error}). {AGAIN}") from error
+        with zipfile.ZipFile(path) as archive:
+            held = {entry.filename: entry for entry in archive.infolist()}
+            wanted = [name for name in names if f"{name}.npy" in held or name != optional]
+            return {name: _array(archive, held[f"{name}.npy"]) for name in wanted}
+    except _DAMAGE as error:
+        said = str(error) or type(error).__name__
+        raise BundleCorrupt(f"{path}: golden vectors cannot be read ({said}). {AGAIN}") from error
+
+
+def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> NDArray[Any]:
+    """Read one array, as `write_arrays` writes it: its header is held against the bytes that are there."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > MOST_BYTES:
+        raise ValueError(f"{entry.filename} is compressed or too large; edgeq stores arrays as they are")
+    with archive.open(entry) as file:
+        content = file.read()
+    start = _START.size
+    magic, length = _START.unpack(content[:start])
+    header = _HEADER.fullmatch(content[start : start + length])
+    if magic != _MAGIC or header is None or header["dtype"] not in _DTYPES:
+        raise ValueError(f"{entry.filename} is no plain array of a known dtype")
+    shape = tuple(int(size) for size in re.findall(rb"\d+", header["shape"]))
+    dtype, data = np.dtype(header["dtype"].decode()), content[start + length :]
+    if math.prod(shape) * dtype.itemsize != len(data):
+        raise ValueError(f"{entry.filename} has {len(data)} bytes, which are not {list(shape)} of {dtype}")
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
 def read_lines(path: Path, key: str) -> tuple[str, ...]:
@@ -121,8 +170,11 @@ def read_lines(path: Path, key: str) -> tuple[str, ...]:
     Raises:
         BundleCorrupt: the file is missing or malformed.
     """
+    reason = oversize(path, MOST_BYTES)
+    if reason is not None:
+        raise BundleCorrupt(f"{path}: {reason}. {AGAIN}")
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        rows = [parse_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         texts = tuple(row[key] for row in rows)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise BundleCorrupt(f"{path}: golden texts cannot be read ({error}). {AGAIN}") from error

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.bundle.golden import AGAIN, TEXTS, VECTORS, read_arrays, read_lines, write_arrays
+from edgeq.bundle.golden import AGAIN, TEXTS, VECTORS, not_finite, read_arrays, read_lines, write_arrays
 from edgeq.errors import BundleCorrupt, EdgeqError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def read_golden_images(directory: Path) -> GoldenImages:
     names = read_lines(directory / TEXTS, "image")
     arrays = read_arrays(directory / VECTORS, tuple(_ARRAYS), optional="embeddings")
     golden = GoldenImages(names, arrays["codes"], arrays["test_card"], arrays["reference"], arrays.get("embeddings"))
-    problem = _problem(golden)
+    problem = _problem(golden) or not_finite(golden.reference, golden.embeddings)
     if problem is not None:
         raise BundleCorrupt(f"{directory / VECTORS}: {problem}. {AGAIN}")
     return golden

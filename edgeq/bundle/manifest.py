@@ -9,11 +9,14 @@ from pydantic import ValidationError
 
 from edgeq.bundle.checksums import SUMS
 from edgeq.errors import BundleCorrupt, ConfigError, Unsupported
+from edgeq.foreign import oversize, unsafe_name
 from edgeq.machine import machine, meets
 from edgeq.records import Manifest, ParityReport, Record, Target
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
+
+MOST_RECORD_BYTES = 32 << 20
 
 RecordT = TypeVar("RecordT", bound=Record)
 
@@ -38,7 +41,15 @@ def load_manifest(path: Path) -> Manifest:
         inside = [child.name for child in sorted(path.iterdir()) if is_bundle(child)] if path.is_dir() else []
         hint = f"It holds the bundles {', '.join(inside)}: name one." if inside else "Name OUT/TARGET of an export."
         raise ConfigError(f"{path}: is no bundle: {MANIFEST} is not there. {hint}")
-    return _read(Manifest, path / MANIFEST)
+    manifest = read_record(Manifest, path / MANIFEST)
+    for ref in (*manifest.artifact.files, manifest.parity, manifest.golden.vectors, manifest.golden.texts):
+        reason = unsafe_name(ref.path)
+        if reason is not None:
+            raise BundleCorrupt(
+                f"{path / MANIFEST}: {ref.path[:100]} is not in the bundle but a file {reason}. "
+                "Fetch or export the bundle again."
+            )
+    return manifest
 
 
 def load_report(path: Path) -> ParityReport:
@@ -47,7 +58,7 @@ def load_report(path: Path) -> ParityReport:
     Raises:
         BundleCorrupt: it is missing, or not what edgeq writes.
     """
-    return _read(ParityReport, path / PARITY)
+    return read_record(ParityReport, path / PARITY)
 
 
 def require_cpu(target: Target) -> None:
@@ -75,8 +86,15 @@ def _instead(target: Target) -> str:
     return f"Use a bundle for {' or '.join(fit)} instead: edgeq export --target {fit[0]}."
 
 
-def _read(kind: type[RecordT], path: Path) -> RecordT:
-    """Read one record from JSON; the message names file and key."""
+def read_record(kind: type[RecordT], path: Path) -> RecordT:
+    """Read one record of a bundle from JSON; the message names file and key.
+
+    Raises:
+        BundleCorrupt: it is missing, too large, or not what edgeq writes.
+    """
+    reason = oversize(path, MOST_RECORD_BYTES)
+    if reason is not None:
+        raise BundleCorrupt(f"{path}: {reason}. Fetch or export the bundle again.")
     try:
         return kind.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:

@@ -12,6 +12,7 @@ from edgeq.bundle.checksums import SUMS, check_sums, write_sums
 from edgeq.bundle.golden import TEXTS, VECTORS, GoldenData, write_golden
 from edgeq.bundle.golden_images import GoldenImages, write_golden_images
 from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle
+from edgeq.device_script import SCRIPT, device_script
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.records import (
     Artifact,
@@ -87,6 +88,22 @@ def write(
     return manifest
 
 
+def take(made: Path, bundle_dir: Path, overwrite: bool = False) -> None:
+    """Put a bundle that was made elsewhere in its place, as `write` would have written it there.
+
+    Raises:
+        ConfigError: something else is at that place, or another bundle and `overwrite` is not given.
+        BundleCorrupt: it is damaged, or the same bundle that is there already is.
+        StorageFailed: the disk refuses.
+    """
+    check_sums(made)
+    require_place(bundle_dir)
+    with storage_errors(f"writing the bundle {bundle_dir}"), replacing_dir(bundle_dir) as partial:
+        shutil.copytree(made, partial, dirs_exist_ok=True)
+        if is_bundle(bundle_dir) and not overwrite:
+            _require_same(bundle_dir, partial)
+
+
 def require_place(bundle_dir: Path) -> None:
     """Refuse to replace anything but a bundle or an empty folder.
 
@@ -130,6 +147,7 @@ def _fill(
     for path in sorted(config_dir.rglob("*")):
         if path.is_file():
             _copy(path, directory / path.relative_to(config_dir))
+    _copy(device_script(), directory / SCRIPT)
     if isinstance(golden, GoldenData):
         write_golden(directory, golden)
     else:

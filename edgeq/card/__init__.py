@@ -20,6 +20,7 @@ from edgeq.card.texts import Chosen, choose, golden, require_enough
 from edgeq.errors import ConfigError, EdgeqError, ParityFailed
 from edgeq.machine import describe
 from edgeq.parity import MIN_TEXTS
+from edgeq.samples import require_texts
 from edgeq.texts import Tokenizer, text_set
 
 __all__ = ["Card", "Request", "compare"]
@@ -61,6 +62,11 @@ def compare(request: Request, report: Report) -> Card:
     sts = None if request.sts is None else evaluation.load_sts(request.sts)
     retrieval = None if request.retrieval is None else evaluation.load_beir(request.retrieval)
     found = collect(request.bundles)
+    for item in found:
+        require_texts(
+            item.manifest.float_model.inputs, item.path,
+            "Measure each bundle of images with `edgeq validate BUNDLE --images FOLDER`.",
+        )  # fmt: skip
     float_file = _float_file(found, request)
     chosen = golden(found) if float_file is None else choose(found, request.texts, request.column)
     require_enough(chosen, MIN_TEXTS)

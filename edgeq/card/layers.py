@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx
 
-from edgeq import calibrate, layer_errors
+from edgeq import calibration_file, layer_errors, weights
 from edgeq.ancestry import cached
 from edgeq.card.collecting import Found
 from edgeq.card.records import Layers
@@ -57,10 +56,10 @@ def _of_one_model(items: Sequence[Found], tokens: Tokens, cache: Path) -> Layers
             f"without --no-cache, and then compare: {' '.join(manifest.command)}"
         )
         return Layers(scheme=scheme.name, names=names, errors=None, reason=reason)
-    model = onnx.load(equalized)
+    model = weights.load(equalized)
     try:
-        counterpart = layer_errors.counterpart(model, calibrate.load(statistics), scheme)
-        tensors = layer_errors.measure(counterpart, onnx.load(qdq), tokens, layer_errors.residual_stream(model))
+        counterpart = layer_errors.counterpart(model, calibration_file.load(statistics), scheme)
+        tensors = layer_errors.measure(counterpart, weights.load(qdq), tokens, layer_errors.residual_stream(model))
     except EdgeqError as error:
         return Layers(scheme=scheme.name, names=names, errors=None, reason=str(error))
     errors = LayerErrors(scheme=scheme.name, texts=len(tokens.ids), tensors=tensors)

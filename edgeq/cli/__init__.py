@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from edgeq.cli import analyzing, comparing, console, making, proving, running
+from edgeq.cli import analyzing, comparing, console, making, proving, releasing, running
 from edgeq.errors import EdgeqError, StorageFailed
 
 _INTERRUPTED = 130
@@ -39,6 +39,7 @@ _VERBS: tuple[Callable[..., None], ...] = (
     comparing.compare,
     analyzing.analyze,
     running.embed,
+    releasing.release,
     making.cache,
 )
 for _verb in _VERBS:

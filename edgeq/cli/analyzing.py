@@ -27,6 +27,7 @@ def analyze(
         Path | None, typer.Option(metavar="FILE", help="Texts to compare on; else 20 % of --texts.")
     ] = None,
     pooling: Annotated[str | None, typer.Option(help="How to pool a model that does not say it.")] = None,
+    tower: Annotated[str | None, typer.Option(help="Of a model of texts and images: text.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, metavar="N", help="Calibrate on N of the texts.")] = None,
     seed: Annotated[int, typer.Option(metavar="S", help="Which N texts.")] = 0,
     cost: Annotated[
@@ -53,7 +54,7 @@ def analyze(
     store = Cache.temporary() if no_cache else Cache()
     request = pipeline.ExportRequest(
         model=model, targets=(load_target(target, directory),), out=Path(), texts=texts, column=column,
-        validation=validation, pooling=pooling, samples=samples, seed=seed, cache=store,
+        validation=validation, pooling=pooling, tower=tower, samples=samples, seed=seed, cache=store,
     )  # fmt: skip
     try:
         with console.stages() as report:

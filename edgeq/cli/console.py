@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _PLAIN_WIDTH = 200  # columns where no terminal says: wide enough that a path is not broken
 
 
@@ -74,17 +76,22 @@ def messages() -> Console:
 def note(text: str) -> None:
     """Tell the user something that is not the result."""
     if not verbosity.is_quiet:
-        messages().print(text, markup=False, highlight=False)
+        messages().print(visible(text), markup=False, highlight=False)
 
 
 def complain(text: str) -> None:
     """Print an error message, whatever the verbosity."""
-    messages().print(f"edgeq: {text}", markup=False, highlight=False, style="red")
+    messages().print(f"edgeq: {visible(text)}", markup=False, highlight=False, style="red")
 
 
 def put(text: str) -> None:
     """Write a line of the result."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(visible(text) + "\n")
+
+
+def visible(text: str) -> str:
+    """Spell control characters out: what is shown comes from files of strangers, and a terminal obeys them."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def put_json(document: Mapping[str, Any]) -> None:
@@ -98,7 +105,7 @@ def put_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str 
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(visible(cell) for cell in row))
     Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, markup=False, highlight=False).print(table)
 
 

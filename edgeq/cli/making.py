@@ -12,8 +12,9 @@ from edgeq.cli import console
 from edgeq.errors import ToolMissing
 
 if TYPE_CHECKING:
-    from edgeq.pipeline import Exported
+    from edgeq.pipeline import Exported, ExportRequest
     from edgeq.records import Target
+    from edgeq.stages import Report
 
 TargetsDir = Annotated[
     Path | None, typer.Option("--targets", metavar="DIR", help="Read target files from here, not edgeq's own.")
@@ -95,6 +96,10 @@ def export(
         bool, typer.Option("--keep-failed", help="Write a bundle that misses its gate, marked so.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle made from other inputs.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Make the bundles on a Ray cluster; `local`: side by side here."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, convert nothing.")] = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither read nor keep intermediate results.")] = False,
     directory: TargetsDir = None,
@@ -138,7 +143,7 @@ def export(
     )
     try:
         with console.stages() as report:
-            bundles = pipeline.export(request, report)
+            bundles = pipeline.export(request, report) if ray is None else _on_cluster(request, report, ray)
     finally:
         store.close()
     if as_json:
@@ -146,6 +151,12 @@ def export(
     else:
         _put_bundles(bundles)
     pipeline.require_passed(bundles)
+
+
+def _on_cluster(request: ExportRequest, report: Report, ray: str) -> tuple[Exported, ...]:
+    from edgeq.lab.exporting import export_on_cluster
+
+    return export_on_cluster(request, report, None if ray == "local" else ray)
 
 
 def check(

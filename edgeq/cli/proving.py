@@ -22,12 +22,30 @@ Against = Annotated[
 
 
 def verify(
-    bundle: BundleDir, as_json: console.AsJson = False, verbose: console.Verbose = 0, quiet: console.Quiet = False
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="OUT/TARGET, as `edgeq export` wrote it, or a release's archive.")
+    ],
+    public_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Check an archive's signature with it (PEM or minisign).")
+    ] = None,
+    as_json: console.AsJson = False,
+    verbose: console.Verbose = 0,
+    quiet: console.Quiet = False,
 ) -> None:
-    """Hash every file of BUNDLE, walk its chain of records, and run its golden texts here."""
-    from edgeq.bundle import verify as verify_bundle
+    """Hash every file of BUNDLE, walk its chain of records, and run its golden texts here.
 
-    found = verify_bundle(bundle)
+    Raises:
+        ConfigError: a public key is given for what is no archive.
+    """
+    from edgeq.bundle import verify as verify_bundle
+    from edgeq.release import verify_archive
+
+    if bundle.is_file():
+        found = verify_archive(bundle, public_key)
+    elif public_key is not None:
+        raise ConfigError(f"{bundle}: is no archive, and only archives are signed. Leave --public-key out.")
+    else:
+        found = verify_bundle(bundle)
     if as_json:
         console.put_json(found.model_dump(mode="json"))
         return
@@ -38,31 +56,79 @@ def verify(
     else:
         told = "no vectors, because they were not run"
         console.note(f"not run: {found.reason}")
+    whole = f"{found.files} files are whole" if public_key is None else f"signed, {found.files} files are whole"
     console.put(
-        f"{found.path}: {found.files} files are whole, the chain holds, and {found.golden_texts} golden texts give "
+        f"{found.path}: {whole}, the chain holds, and {found.golden_texts} golden texts give "
         f"{told}. The bundle for {found.target} is recorded as {found.status}."
     )
 
 
 def validate(
-    bundle: BundleDir,
+    bundles: Annotated[
+        list[Path], typer.Argument(metavar="BUNDLE...", help="OUT/TARGET of `edgeq export`; several for --lab.")
+    ],
     texts: Annotated[Path | None, typer.Option(metavar="FILE", help="Compare on these; else on edgeq's own.")] = None,
     column: Annotated[str | None, typer.Option(help="The column of --texts that holds the text.")] = None,
     images: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Compare on these, for images.")] = None,
     against: Against = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHERE", help="local, ssh://user@host[:port], adb:SERIAL or arm64: the device script there."
+        ),
+    ] = None,
+    device_python: Annotated[str, typer.Option(help="The Python there that has the runtime.")] = "python3",
+    native: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="LiteRT's benchmark_model, for a phone without Python.")
+    ] = None,
+    keep: Annotated[bool, typer.Option(help="Leave sent files there for the next run.")] = True,
+    time_limit: Annotated[float, typer.Option(min=1.0, help="Seconds for all of it.")] = 900.0,
+    runs: Annotated[int, typer.Option(min=1, max=1_000_000, help="Timed runs of each length on a device.")] = 50,
+    threads: Annotated[int, typer.Option(min=0, max=4096, help="0 leaves it to the target.")] = 0,
+    lab: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Run on each device of a TOML file that takes the target.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="With --lab: write one page of results.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="With --lab: the Ray cluster to use; else this machine.")
+    ] = None,
     as_json: console.AsJson = False,
     verbose: console.Verbose = 0,
     quiet: console.Quiet = False,
 ) -> None:
     """Measure BUNDLE's parity with FP32 on texts or images, here, and judge it by its target's gate.
 
+    With --on the device script runs the golden inputs in that place instead, and its report is kept beside BUNDLE;
+    with --lab it does so on each device of a list, one bundle at a time on a device, devices side by side.
+
     Raises:
         ParityFailed: the vectors miss the gate.
     """
+    if lab is not None:
+        _refuse_beside_on(texts=texts, column=column, images=images, against=against, on=on, native=native)
+        from edgeq.cli import placing
+
+        return placing.validate_lab(bundles, lab, runs, ray, html, as_json)
+    if html is not None or ray is not None or len(bundles) > 1:
+        raise ConfigError("validate: several bundles, --html and --ray are for --lab FILE. Name one bundle.")
+    (bundle,) = bundles
+    if on is not None:
+        _refuse_beside_on(texts=texts, column=column, images=images, against=against)
+        from edgeq.cli.placing import conclude
+        from edgeq.places import Access, Job, place_of
+
+        place = place_of(on, Access(device_python, native, keep))
+        with console.stages() as told:
+            job = Job(bundle, runs=runs, threads=threads, time_limit_s=time_limit, progress=told)
+            found_there = place.validate(job)
+        return conclude(found_there, place, bundle, as_json)
     from edgeq.bundle import load_manifest
+    from edgeq.validation import require_kind
     from edgeq.validation import validate as validate_bundle
 
-    float_file = find_float_model(load_manifest(bundle), against)
+    manifest = load_manifest(bundle)
+    require_kind(manifest, bundle, texts, images)
+    float_file = find_float_model(manifest, against)
     with console.stages() as report:
         found = validate_bundle(bundle, texts, column, float_file, report, images)
     if as_json:
@@ -71,6 +137,13 @@ def validate(
         _put_report(found)
     if found.status == "failed":
         raise ParityFailed(f"{bundle}: misses the gate of {found.target}: {' '.join(found.failures)}")
+
+
+def _refuse_beside_on(**given: object) -> None:
+    """Refuse options that say what to compare on: in another place the golden inputs are compared."""
+    found = [f"--{name}" for name, value in given.items() if value is not None]
+    if found:
+        raise ConfigError(f"--on and --lab run the golden inputs of the bundle; drop {' and '.join(found)}.")
 
 
 def evaluate(
@@ -91,12 +164,14 @@ def evaluate(
         raise ConfigError("evaluate: no data is named; give --sts FILE, --retrieval BEIR_DIR, or both.")
     from edgeq import evaluation
     from edgeq.bundle import load_manifest
+    from edgeq.samples import require_texts
     from edgeq.validation import embedders
 
     # Data before models: a typo in a path should not cost a minute.
     pairs = None if sts is None else evaluation.load_sts(sts)
     data = None if retrieval is None else evaluation.load_beir(retrieval)
     manifest = load_manifest(bundle)
+    require_texts(manifest.float_model.inputs, bundle, "Measure images with `edgeq validate BUNDLE --images FOLDER`.")
     sides = embedders(bundle, find_float_model(manifest, against))
     rows: list[list[str]] = []
     document: dict[str, object] = {}

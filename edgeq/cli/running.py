@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from edgeq.anatomy import Anatomy, Port
     from edgeq.latency import Benchmark, Cell
+    from edgeq.records import Manifest
 
 
 class Role(StrEnum):
@@ -32,8 +33,12 @@ def embed(
     bundle: BundleDir,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the vectors go, float32[texts, dim], as .npy.")],
     texts: Annotated[
-        str, typer.Option(metavar="FILE", help="Texts: .txt, .jsonl, .csv; - reads lines from standard input.")
-    ] = "-",
+        str | None,
+        typer.Option(metavar="FILE", help="Texts: .txt, .jsonl, .csv; - reads lines from standard input, the default."),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Images, by name, for a bundle that embeds images.")
+    ] = None,
     column: Annotated[str | None, typer.Option(help="The column of --texts that holds the text.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="The most texts run at once.")] = 32,
     prompt: Annotated[
@@ -47,25 +52,26 @@ def embed(
     verbose: console.Verbose = 0,
     quiet: console.Quiet = False,
 ) -> None:
-    """Turn texts into vectors with BUNDLE.
+    """Turn texts or images into vectors with BUNDLE.
 
     Raises:
-        ConfigError: the texts cannot be read, --out is no .npy file, or the prompt is not there or given twice.
+        ConfigError: the texts or images cannot be read or are not what BUNDLE takes, --out is no .npy file, or the
+            prompt is not there or given twice.
     """
     from edgeq import embedder
-    from edgeq.corpora import read_texts
 
     if out.suffix != ".npy":
         raise ConfigError(f"--out: {out} does not end in .npy, the format that is written. Rename it.")
     if prompt is not None and role is not None:
         raise ConfigError(f"--prompt {prompt}, --role {role}: both say what goes before each text. Give one of them.")
-    chosen = _standard_input() if texts == "-" else read_texts(Path(texts), column)
+    chosen = _given(bundle, texts, images, column)
     loaded = embedder.load(bundle, threads)
     encode = {None: loaded.encode, Role.QUERY: loaded.encode_query, Role.DOCUMENT: loaded.encode_document}[role]
     vectors = encode(chosen, batch_size=batch_size, prompt_name=prompt)
     _save(out, vectors)
     if as_json:
-        console.put_json({"path": str(out), "texts": vectors.shape[0], "dim": vectors.shape[1]})
+        kind = "texts" if images is None else "images"
+        console.put_json({"path": str(out), kind: vectors.shape[0], "dim": vectors.shape[1]})
     else:
         console.put(str(out))
 
@@ -95,7 +101,7 @@ def bench(
     manifest = load_manifest(bundle)
     limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
     shapes = Shapes(
-        sequences=_sequences(limit) if sequence is None else _numbers("--sequence", sequence),
+        sequences=_sequences(manifest, limit) if sequence is None else _numbers("--sequence", sequence),
         batches=_numbers("--batch", batch),
         threads=_numbers("--threads", threads or str(len(os.sched_getaffinity(0)))),
         num_runs=num_runs,
@@ -124,6 +130,29 @@ def inspect(
         console.put_json(anatomy.model_dump(mode="json"))
     else:
         _put_anatomy(anatomy)
+
+
+def _given(bundle: Path, texts: str | None, images: Path | None, column: str | None) -> list[str]:
+    """Read texts, or list the paths of images.
+
+    Raises:
+        ConfigError: they are not what the bundle takes, or cannot be read.
+    """
+    from edgeq.bundle import load_manifest
+    from edgeq.corpora import read_texts
+    from edgeq.samples import require_texts
+    from edgeq.validation import require_kind
+
+    manifest = load_manifest(bundle)
+    if images is None:
+        require_texts(manifest.float_model.inputs, bundle, "Give a folder with --images.")
+        return _standard_input() if texts in (None, "-") else read_texts(Path(texts), column)
+    require_kind(manifest, bundle, None if texts is None else Path(texts), images)
+    if column is not None:
+        raise ConfigError(f"--column {column}: is for texts, and {bundle} takes images. Leave it out.")
+    from edgeq.images import image_paths  # here: texts need no Pillow
+
+    return [str(path) for path in image_paths(images)]
 
 
 def _standard_input() -> list[str]:
@@ -168,8 +197,12 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(word) for word in words))
 
 
-def _sequences(max_sequence: int) -> tuple[int, ...]:
-    """Choose the lengths to measure where none is asked for."""
+def _sequences(manifest: Manifest, max_sequence: int) -> tuple[int, ...]:
+    """Choose the lengths to measure where none is asked for: one where every text is padded to the longest."""
+    from edgeq.text_towers import padded_to
+
+    if padded_to(manifest.source.modules):
+        return (max_sequence,)
     return tuple(tokens for tokens in (16, 32, 128, 256) if tokens <= max_sequence) or (max_sequence,)
 
 

@@ -149,8 +149,8 @@ def _object(line: str, where: str) -> dict[str, Any]:
     """Parse one line of JSON that must be an object."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not JSON ({error.msg}). Repair the line.") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not JSON ({error}). Repair the line.") from error
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: a JSON {type(row).__name__}; an object is needed. Repair the line.")
     return row

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from edgeq import tokenizer_config
 from edgeq.onnx_source.finding import CONFIG, MODULES, TOKENIZER, OnnxFile, read_json
 from edgeq.onnx_source.heads import FLAGS, Head
 
@@ -51,6 +52,8 @@ def write(file: OnnxFile, head: Head, width: int, folder: Path) -> None:
             shutil.copyfile(file.config_dir / name, folder / name)
     if not opens_in_sentence_transformers(file, head):
         return
+    if (folder / tokenizer_config.FILE).is_file():
+        tokenizer_config.mend(folder / tokenizer_config.FILE)
     given = read_json(file.config_dir / MODULES)
     dense = [str(entry["path"]) for entry in given if str(entry["type"]).endswith(".Dense")]
     entries: list[dict[str, object]] = []

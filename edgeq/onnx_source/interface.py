@@ -73,6 +73,11 @@ def roles(model: ir.Model, name: str) -> Inputs:
 
 def _require_tokens(value: ir.Value, name: str) -> None:
     shape = dims(value)
+    if value.dtype == ir.DataType.FLOAT and shape is not None and len(shape) == 4:
+        raise Unsupported(
+            f"{name}: its input {value.name}, {list(shape)}, is of images; ONNX files come in for texts only. Give the "
+            "directory that it was exported from, with its preprocessor_config.json, and --images."
+        )
     if value.dtype not in (*_WHOLE, ir.DataType.FLOAT, ir.DataType.BOOL):
         raise Unsupported(f"{name}: its input {value.name} is of type {value.dtype}; tokens are whole numbers")
     if shape is None or len(shape) != 2 or any(isinstance(dim, int) for dim in shape):

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
@@ -20,8 +21,10 @@ from onnx_ir.passes.common import (
     RemoveUnusedOpsetsPass,
 )
 
+from edgeq import weights
 from edgeq.dialect import OPSET
 from edgeq.errors import ConfigError, ToolMissing, Unsupported
+from edgeq.foreign import require_confined
 
 OLDEST_OPSET = 11
 CONTRIB = "com.microsoft"  # the domain of operators that only ONNX Runtime has
@@ -36,9 +39,10 @@ def external_files(path: Path) -> tuple[str, ...]:
     """Name the files beside an ONNX file that hold its weights.
 
     Raises:
-        ConfigError: it is no ONNX file.
+        ConfigError: it is no ONNX file, or asks for files outside of its folder.
     """
     graph = _parsed(path).graph
+    require_confined(path)
     places = {
         entry.value
         for tensor in graph.initializer
@@ -63,7 +67,7 @@ def read(path: Path) -> ir.Model:
     """Read a file with its external data, functions inlined and constants as initializers.
 
     Raises:
-        ConfigError: it is no ONNX file, or its external data is not there.
+        ConfigError: it is no ONNX file, or its external data is not there, or not beside it.
         Unsupported: it is quantised already, or of an opset that cannot be converted.
     """
     proto = _parsed(path)
@@ -71,11 +75,12 @@ def read(path: Path) -> ir.Model:
         if not (path.parent / name).is_file():
             raise ConfigError(f"{path}: its weights lie in {name}, which is not beside it; put the file there")
     _refuse_quantised(proto, path)
-    onnx.load_external_data_for_model(proto, str(path.parent))
+    proto = weights.load(path)
     version = opset(proto)
     if version < OLDEST_OPSET:
         raise Unsupported(
-            f"{path}: opset {version}; {OLDEST_OPSET} or newer is needed. Export the model again with a newer opset."
+            f"{path}: opset {version}; {OLDEST_OPSET} or newer is needed, for every backend. "
+            f"Export the model again with opset 17 to {OPSET}: torch.onnx.export(..., opset_version=17)."
         )
     model = ir.from_proto(proto)
     for rewrite in (
@@ -122,7 +127,7 @@ def widen(model: ir.Model) -> None:
     """Write FP16, BF16 and FP64 weights and arithmetic in FP32, the weights' values kept."""
     for value in _values(model):
         if value.const_value is not None and value.const_value.dtype in NARROW:
-            value.const_value = ir.tensor(value.const_value.numpy().astype("float32"), name=value.name)
+            value.const_value = weights.tensor_of(value.const_value.numpy().astype(np.float32), str(value.name))
         if value.dtype in NARROW:
             value.dtype = ir.DataType.FLOAT
     for node in model.graph:

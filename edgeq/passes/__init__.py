@@ -7,16 +7,14 @@ Every pass takes an `onnx_ir` model, edits it in place and returns `Rewrites`. `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir import external_data
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from edgeq import storage
+from edgeq import storage, weights
 from edgeq.errors import EdgeqError
 from edgeq.passes.constant_reshape import constant_reshape
 from edgeq.passes.constant_segment import constant_segment
@@ -31,7 +29,7 @@ from edgeq.passes.fold_attention_scale import fold_attention_scale
 from edgeq.passes.fold_constants import fold_constants
 from edgeq.passes.fold_side_scales import fold_side_scales
 from edgeq.passes.fold_table_scale import fold_table_scale
-from edgeq.passes.graph import Rewrites
+from edgeq.passes.graph import Rewrites, infer_shapes
 from edgeq.passes.known_truths import known_truths
 from edgeq.passes.mask_last import mask_last
 from edgeq.passes.measured_reshape import measured_reshape
@@ -82,7 +80,7 @@ FLOAT_PASSES: tuple[Pass, ...] = (
 )
 
 TOLERANCE = 1e-5
-_LARGE_WEIGHT_BYTES = 1 << 16
+_OUTSIDE_BYTES = 1 << 16
 
 
 def apply(
@@ -91,70 +89,55 @@ def apply(
     """Run the passes in order, each verified on FP32 outputs.
 
     Args:
-        model: FP32 ONNX with symbolic batch and sequence.
+        model: FP32 ONNX with symbolic batch and sequence; it loses its large weights to files.
         feeds: probe batches, see `probes.probe_feeds`.
         passes: what to run.
 
     Returns:
-        The rewritten model and one report for each pass.
+        The rewritten model and one report for each pass. The weights of a large model stay where `weights.outside`
+        put them.
 
     Raises:
         EdgeqError: a pass wrote a graph that is invalid, or moved an output by more than 1e-5.
     """
+    if weights.is_large(model):
+        return _apply(model, feeds, passes)
     with storage.work_dir() as folder:
-        model = _with_weights_outside(model, folder)
-        reports = []
-        before = _outputs(model, feeds, folder)
-        for rewrite in passes:
-            graph = _graph(model, folder)
-            done = rewrite(graph)
-            error = 0.0
-            if done.count:
-                RemoveUnusedNodesPass()(graph)
-                model = ir.to_proto(graph)
-                error = _distance(before, _outputs(model, feeds, folder), feeds)
-            name = getattr(rewrite, "__name__", repr(rewrite))
-            if not error <= TOLERANCE:
-                raise EdgeqError(
-                    f"pass {name}: moved the FP32 outputs by {error:.2e}, at most {TOLERANCE:.0e} is allowed; "
-                    "this is a defect of edgeq: please report the model"
-                )
-            reports.append(
-                PassReport(name=name, rewrites=done.count, max_abs_error=error, near_misses=done.near_misses)
+        # Every pass serialises and loads the graph, and copying weights takes longest.
+        rewritten, reports = _apply(weights.put_outside(model, folder, _OUTSIDE_BYTES), feeds, passes)
+        return weights.inlined(rewritten), reports
+
+
+def _apply(
+    model: onnx.ModelProto, feeds: Sequence[AnyFeeds], passes: Sequence[Pass]
+) -> tuple[onnx.ModelProto, tuple[PassReport, ...]]:
+    reports = []
+    before = _outputs(model, feeds)
+    for rewrite in passes:
+        graph = ir.from_proto(model)
+        done = rewrite(graph)
+        error = 0.0
+        if done.count:
+            RemoveUnusedNodesPass()(graph)
+            model = ir.to_proto(graph)
+            error = _distance(before, _outputs(model, feeds), feeds)
+        name = getattr(rewrite, "__name__", repr(rewrite))
+        if not error <= TOLERANCE:
+            raise EdgeqError(
+                f"pass {name}: moved the FP32 outputs by {error:.2e}, at most {TOLERANCE:.0e} is allowed; "
+                "this is a defect of edgeq: please report the model"
             )
-        whole = ir.to_proto(external_data.load_to_model(_graph(model, folder)))
-    return infer_shapes(whole), tuple(reports)
-
-
-def _with_weights_outside(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
-    """Move large weights into a file: every pass serialises and loads the graph, and copying them takes longest."""
-    outside = external_data.unload_from_model(
-        ir.from_proto(model), folder, "weights", size_threshold_bytes=_LARGE_WEIGHT_BYTES
-    )
-    return ir.to_proto(outside)
-
-
-def _graph(model: onnx.ModelProto, folder: Path) -> ir.Model:
-    graph = ir.from_proto(model)
-    external_data.set_base_dir(graph.graph, folder)
-    return graph
-
-
-def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Write the shape of every value anew: rewrites leave shapes behind that are no longer true."""
-    del model.graph.value_info[:]
-    return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+        reports.append(PassReport(name=name, rewrites=done.count, max_abs_error=error, near_misses=done.near_misses))
+    return infer_shapes(model), tuple(reports)
 
 
 Outputs = list[Mapping[str, NDArray[np.float32]]]
 
 
-def _outputs(model: onnx.ModelProto, feeds: Sequence[AnyFeeds], folder: Path) -> Outputs:
-    """Check that the model is valid ONNX, and run it beside its weights."""
-    path = folder / "model.onnx"
-    path.write_bytes(model.SerializeToString())
-    onnx.checker.check_model(str(path))
-    session = FloatSession.of(path)
+def _outputs(model: onnx.ModelProto, feeds: Sequence[AnyFeeds]) -> Outputs:
+    """Check that the model is valid ONNX, and run it."""
+    onnx.checker.check_model(weights.bare(model))
+    session = FloatSession.of(model)
     return [session.outputs(feed) for feed in feeds]
 
 

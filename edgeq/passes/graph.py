@@ -10,6 +10,8 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgeq import weights
+
 
 @dataclass(frozen=True)
 class Rewrites:
@@ -90,7 +92,7 @@ def add_constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
     unique, number = name, 1
     while unique in graph.initializers:
         unique, number = f"{name}_{number}", number + 1
-    value = ir.Value(name=unique, const_value=ir.Tensor(np.asarray(array, order="C"), name=unique))
+    value = ir.Value(name=unique, const_value=weights.tensor_of(array, unique))
     value.shape = ir.Shape(array.shape)
     value.dtype = ir.DataType.from_numpy(array.dtype)
     graph.register_initializer(value)
@@ -129,8 +131,24 @@ def checked(model: ir.Model) -> onnx.ModelProto:
     """Give the model as ONNX, checked, with shapes inferred anew: they let a runtime fuse around integer products."""
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]
-    onnx.checker.check_model(proto, full_check=True)
-    return onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
+    bare = weights.bare(proto)
+    onnx.checker.check_model(bare, full_check=True)
+    return _with_shapes(proto, bare)
+
+
+def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Write the shape of every value anew: rewrites leave shapes behind that are no longer true."""
+    del model.graph.value_info[:]
+    return _with_shapes(model, weights.bare(model))
+
+
+def _with_shapes(model: onnx.ModelProto, bare: onnx.ModelProto) -> onnx.ModelProto:
+    """Take in the shapes that are inferred without the large weights."""
+    inferred = onnx.shape_inference.infer_shapes(bare, check_type=True, strict_mode=True, data_prop=True).graph
+    model.graph.value_info.extend(inferred.value_info)
+    del model.graph.output[:]
+    model.graph.output.extend(inferred.output)
+    return model
 
 
 def fix_shape(graph: ir.Graph, node: ir.Node, shape: list[int]) -> None:

@@ -14,17 +14,17 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmark import clock, cost, integer_only, merging, npu, quality, report, samples
+from benchmark import clock, cost, device, integer_only, merging, npu, quality, report, samples
 from benchmark.figures import Figures
 from benchmark.goals import judged
 from benchmark.making import Made, Workshop, mirror, note, reference
-from benchmark.rows import INT, MIRRORS, OWN, PEERS, chosen, private
+from benchmark.rows import GEMM, INT, MIRRORS, OWN, PEERS, chosen, private
 from edgeq.bundle import load_manifest
 from edgeq.machine import describe, place
 
-PARTS = ("export", "latency", "throughput", "tflite", "calibration", "quality", "npu")
+PARTS = ("export", "device", "latency", "throughput", "tflite", "calibration", "quality", "npu")
 Part = Callable[[str, Callable[[], Figures]], None]
-ALONE = frozenset({"export", "npu"})  # parts that share no models with the others
+ALONE = frozenset({"export", "device", "npu"})  # parts that share no models with the others
 _OWN_TOOLS = ("edgeq", "onnxruntime", "ai-edge-litert")
 _PEER_TOOLS = (
     "openvino", "nncf", "litert-torch", "ai-edge-quantizer", "sentence-transformers", "optimum-intel", "optimum-onnx",
@@ -42,7 +42,7 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="make models in this folder, and use again what lies there")
     parser.add_argument(
         "--merge", action="store_true",
-        help="put the parts of --only (export, npu) into the report in --out, beside what other runs measured",
+        help="put the parts of --only (device, export, npu) into the report in --out, beside what other runs measured",
     )  # fmt: skip
     options = parser.parse_args(words)
     if options.merge and not set(options.only or PARTS) <= ALONE:
@@ -75,6 +75,7 @@ def measured(options: argparse.Namespace, workshop: Workshop) -> Figures:
             results[name] = how()
 
     part("export", lambda: cost.export(workshop))
+    part("device", lambda: device.validation(workshop.own([row for row in OWN if row.name == GEMM])[GEMM]))
     if set(parts) - ALONE:
         compare_models(options, workshop, results, part)
     part("npu", lambda: npu.measure(workshop, options.data, options.row))

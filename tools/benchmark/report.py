@@ -70,7 +70,12 @@ def markdown(results: Figures) -> str:
     ):
         if name in results:
             parts += [f"## {title}", *_run(results, name), *write_part(results[name], results, notes)]
-    for title, name in (("w8a8-int in LiteRT", "tflite"), ("Export", "export"), ("Calibration", "calibration")):
+    for title, name in (
+        ("w8a8-int in LiteRT", "tflite"),
+        ("Export", "export"),
+        ("Device script", "device"),
+        ("Calibration", "calibration"),
+    ):
         if name in results:
             rows = [(key, notes.cell(value, 3)) for key, value in results[name].items()]
             parts += [f"## {title}", *_run(results, name), table(("figure", "value"), rows)]

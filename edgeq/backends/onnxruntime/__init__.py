@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from edgeq.backends.contract import Embeddings, OperatorVerdict, Rejection, Session, Verdict
+from edgeq.backends.contract import Embeddings, OperatorVerdict, Rejection, Rule, Session, Verdict, rejected
 from edgeq.backends.onnxruntime.joined_heads import JOINT, joined_heads
 from edgeq.dialect import OPERATORS
 from edgeq.errors import ConfigError, LoweringFailed
 from edgeq.flat_tokens import flat_tokens
+from edgeq.foreign import require_confined
 from edgeq.machine import meets
 from edgeq.passes.graph import checked
 from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
@@ -25,7 +26,6 @@ from edgeq.samples import AnyFeeds
 from edgeq.storage import file_ref, storage_errors, write_bytes
 
 MODEL = "onnx/model.onnx"  # the name sentence-transformers and text-embeddings-inference open by themselves
-LARGEST_BYTES = 2_000_000_000
 
 # What ONNX Runtime's optimiser makes of a MatMul, Gemm or Conv between DequantizeLinear nodes.
 # Source: onnxruntime 1.31, core/optimizer/qdq_transformer/selectors_actions.
@@ -48,15 +48,6 @@ _FAILURES = (
     ort_errors.RuntimeException,
 )
 
-Rule = Callable[[QdqModel, Target], str | None]
-
-
-def fits_one_file(model: QdqModel, target: Target) -> str | None:
-    """The model must be one file under 2 GB."""
-    size = model.file.size_bytes
-    return f"{size} bytes" if size >= LARGEST_BYTES else None
-
-
 def has_unsigned_activations(model: QdqModel, target: Target) -> str | None:
     """Activations must be uint8: ONNX Runtime's int8 x int8 products are three times slower on x86."""
     return f"scheme {model.scheme.name} has int8 activations" if model.scheme.activations_signed else None
@@ -76,7 +67,7 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
     return None if level in _LEVELS else f'graph_optimization is "{level}"'
 
 
-RULES: tuple[Rule, ...] = (fits_one_file, has_unsigned_activations, has_dynamic_shapes, has_known_settings)
+RULES: tuple[Rule, ...] = (has_unsigned_activations, has_dynamic_shapes, has_known_settings)
 
 
 def tools() -> Mapping[str, str]:
@@ -86,8 +77,7 @@ def tools() -> Mapping[str, str]:
 
 def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
     """List every rule that the model or the target does not meet."""
-    found = [(rule.__doc__ or rule.__name__, rule(model, target)) for rule in RULES]
-    return tuple(Rejection(sentence, detail) for sentence, detail in found if detail is not None)
+    return rejected(RULES, model, target)
 
 
 def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
@@ -186,13 +176,15 @@ def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> 
         threads: intra-op threads; 0 takes the target's.
 
     Raises:
-        ConfigError: ONNX Runtime cannot load the file.
+        ConfigError: ONNX Runtime cannot load the file, or it asks for files outside of its folder.
     """
+    path = bundle / artifact.files[0].path
+    require_confined(path)
     options = _options(target)
     if threads:
         options.intra_op_num_threads = threads
     try:
-        return OrtSession(_load(bundle / artifact.files[0].path, options))
+        return OrtSession(_load(path, options))
     except LoweringFailed as error:
         raise ConfigError(str(error)) from error
 

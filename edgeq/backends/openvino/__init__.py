@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from edgeq.backends.contract import Rejection, Session, Setting, reads_tokens
+from edgeq.backends.contract import Rejection, Rule, Session, Setting, reads_tokens, rejected
 from edgeq.errors import ConfigError, DeviceUnavailable, LoweringFailed, ToolMissing
 from edgeq.machine import place
 from edgeq.openvino_ir import read_ir
@@ -26,8 +26,6 @@ _CPU_SETTINGS = {
 }  # fmt: skip
 _CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}  # precision hint -> OpenVINO's name of what a CPU can
 _SETTINGS = {"CPU": _CPU_SETTINGS, "NPU": {"device", "performance_hint"}}
-
-Rule = Callable[[QdqModel, Target], str | None]
 
 
 def is_known_device(model: QdqModel, target: Target) -> str | None:
@@ -112,8 +110,7 @@ def obstacle(target: Target) -> str | None:
 
 def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
     """List every rule that the model or the target does not meet."""
-    found = [(rule.__doc__ or rule.__name__, rule(model, target)) for rule in RULES]
-    return tuple(Rejection(sentence, detail) for sentence, detail in found if detail is not None)
+    return rejected(RULES, model, target)
 
 
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +26,7 @@ from edgeq.backends.contract import (
 )
 from edgeq.children import Worker, pack, unpack
 from edgeq.errors import BundleCorrupt, LoweringFailed, ToolMissing
+from edgeq.foreign import require_confined
 from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
 from edgeq.samples import AnyFeeds
 from edgeq.storage import file_ref, replacing_dir
@@ -168,6 +170,7 @@ def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> 
     Raises:
         ToolMissing: onnxruntime-qnn cannot be used here.
         BundleCorrupt: a binary is for another SoC, or has other inputs and outputs than its target asks for.
+        ConfigError: a context asks for files outside of its folder.
         LoweringFailed: the emulator refuses a binary, or dies of it.
     """
     tools()
@@ -175,6 +178,8 @@ def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> 
 
     binaries = {_length(ref.path): bundle / ref.path for ref in artifact.files if ref.path.endswith(".bin")}
     contexts = {_length(ref.path): bundle / ref.path for ref in artifact.files if ref.path.endswith(".onnx")}
+    for path in contexts.values():
+        require_confined(path)
     child = worker(_RUN_LIMIT_S)
     infos = {length: child.call(do="describe", path=str(path.resolve())) for length, path in binaries.items()}
     for length, path in binaries.items():
@@ -188,7 +193,10 @@ def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> 
 
 def _length(path: str) -> int:
     """Read the bucket from a file's name: qnn/model_seq_128_ctx.onnx."""
-    return int(Path(path).name.split("_")[2])
+    found = re.fullmatch(r"[^_]+_seq_(\d{1,6})_.*", Path(path).name)
+    if found is None:
+        raise BundleCorrupt(f"{path}: no length is in this name, as in model_seq_128_ctx.onnx. Export it again.")
+    return int(found[1])
 
 
 class QnnSession:

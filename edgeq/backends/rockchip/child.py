@@ -167,7 +167,7 @@ def _write_feeds(feeds: list[list[dict[str, Any]]], folder: Path) -> str:
     for row, arrays in enumerate(feeds):
         names = [folder / f"{row}_{position}.npy" for position in range(len(arrays))]
         for path, packed in zip(names, arrays, strict=True):
-            np.save(path, unpack(packed))
+            np.save(path, unpack(packed), allow_pickle=False)
         lines.append(" ".join(map(str, names)))
     path = folder / "dataset.txt"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

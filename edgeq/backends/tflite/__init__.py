@@ -219,10 +219,10 @@ def open_session(path: Path, runtime: str, threads: int) -> TfliteSession:
     worker = Worker([str(python), "-I", str(_CHILD), runtime], runtime)
     loaded = worker.call(do="load", path=str(path.resolve()), threads=threads)
     buckets = tuple(int(name.removeprefix(SIGNATURE.format(""))) for name in loaded["signatures"])
-    return TfliteSession(worker, buckets, _output_codes(path))
+    return TfliteSession(worker, buckets, output_codes(path))
 
 
-def _output_codes(path: Path) -> tuple[float, int]:
+def output_codes(path: Path) -> tuple[float, int]:
     """Read the scale and the zero point of the vectors."""
     from ai_edge_litert import schema_py_generated as schema
 

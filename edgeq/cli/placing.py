@@ -1,0 +1,101 @@
+"""Show and keep what the device script found in another place, for the verb `validate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeq.cli import console
+from edgeq.errors import EdgeqError, ParityFailed
+
+if TYPE_CHECKING:
+    from edgeq.device_report import DeviceReport
+    from edgeq.lab import LabResult
+    from edgeq.places import Place
+    from edgeq.records import Gate
+
+
+def conclude(found: DeviceReport, place: Place, bundle: Path, as_json: bool) -> None:
+    """Keep a report beside its bundle, and show it.
+
+    Raises:
+        ParityFailed: the vectors miss the gate.
+        StorageFailed: the report cannot be written.
+    """
+    from edgeq.bundle import load_manifest
+    from edgeq.device_report import keep_report
+
+    manifest = load_manifest(bundle)
+    path = keep_report(bundle, place.name, found)
+    if as_json:
+        console.put_json({"report": str(path), **found.model_dump(mode="json")})
+    else:
+        put_report(found, manifest.target.gate, path)
+    if found.status == "failed":
+        raise ParityFailed(f"{bundle}: misses the gate of {found.target} there: {' '.join(found.failures)}")
+
+
+def put_report(report: DeviceReport, gate: Gate, path: Path) -> None:
+    """Write one table; times stand in it only when it ran on the device."""
+    rows: list[list[str]] = []
+    if report.measures is not None:
+        measured = report.measures
+        rows += [
+            ["cosine mean", f"{measured.cosine_mean:.6f}", f">= {gate.cosine_mean_min:g}"],
+            ["cosine min", f"{measured.cosine_min:.6f}", f">= {gate.cosine_min_min:g}"],
+            ["top-10 overlap", f"{measured.top10_overlap:.4f}", f">= {gate.top10_overlap_min:g}"],
+            ["Spearman", f"{measured.spearman:.6f}", f">= {gate.spearman_min:g}"],
+            ["invariance", f"{measured.invariance_min:.6f}", f">= {gate.invariance_min:g}"],
+        ]
+    if report.host is not None:
+        rows.append(["cosine mean with the exporting machine", f"{report.host.cosine_mean:.6f}", ""])
+        rows.append(["cosine min with the exporting machine", f"{report.host.cosine_min:.6f}", ""])
+    for cell in report.cells:
+        told = cell.latency
+        name = (
+            f"latency of {cell.sequence} tokens, p50 / p90 / p99" if cell.sequence > 1 else "latency, p50 / p90 / p99"
+        )
+        rows.append([name, f"{told.p50_ms:.2f} / {told.p90_ms:.2f} / {told.p99_ms:.2f} ms", ""])
+    if report.load_ms is not None:
+        rows.append(["loading", f"{report.load_ms:.0f} ms", ""])
+    if report.peak_memory_bytes is not None:
+        rows.append(["peak memory", console.megabytes(report.peak_memory_bytes), ""])
+    title = f"{report.target}: {report.status}, ran on {report.ran_on} ({report.place}: {report.machine.cpu})"
+    console.put_table(("measure", "value", "gate"), rows, title)
+    console.put(f"report: {path}")
+
+
+def validate_lab(
+    bundles: list[Path], devices: Path, runs: int, ray: str | None, html: Path | None, as_json: bool
+) -> None:
+    """Validate every bundle on every device that takes it, and show one table.
+
+    Raises:
+        EdgeqError: a pair did not pass: of the kind of the first one that did not.
+    """
+    from edgeq.lab import Plan, page, read_devices, validate_all
+
+    if html is not None:
+        page.require(html)
+    known = read_devices(devices)
+    with console.stages() as told:
+        results = validate_all(bundles, known, Plan(runs=runs, ray=ray), told)
+    if html is not None:
+        page.write(results, html)
+    if as_json:
+        console.put_json({"results": [item.model_dump(mode="json") for item in results]})
+    else:
+        _put_lab(results)
+    wrong = [item for item in results if item.exit_code]
+    if wrong:
+        listed = "\n".join(f"  - {item.bundle} on {item.device}: {item.message}" for item in wrong)
+        kinds = {kind.exit_code: kind for kind in EdgeqError.__subclasses__()}
+        kind = kinds.get(wrong[0].exit_code, EdgeqError)
+        raise kind(f"{len(wrong)} of {len(results)} did not pass:\n{listed}")
+
+
+def _put_lab(results: tuple[LabResult, ...]) -> None:
+    from edgeq.lab.page import cells
+
+    columns = "bundle,device,result,ran on,cosine mean,cosine min,p50 at tokens,peak memory,CPU".split(",")
+    console.put_table(columns, [[item.bundle, *cells(item)] for item in results])

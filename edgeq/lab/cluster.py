@@ -1,0 +1,109 @@
+"""Use a Ray cluster, or this machine as one, and move folders between its machines."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edgeq.errors import ConfigError, DeviceUnavailable, ToolMissing
+
+RESTARTS = 3  # of a worker whose machine went away, each on another
+_POLL_S = 1.0
+
+ResultT = TypeVar("ResultT")
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[Any]:
+    """Give the module `ray`, connected.
+
+    Args:
+        address: host:port of a running cluster; None starts one on this machine, gone afterwards.
+
+    Raises:
+        ToolMissing: ray is not installed.
+        DeviceUnavailable: there is no cluster at that address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked to be counted
+    try:
+        import ray
+    except ImportError as error:
+        raise ToolMissing('ray is not installed; pip install "edgeq[lab]"') from error
+    own = {"include_dashboard": False} if address is None else {}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DeviceUnavailable(
+            f"--ray {address or 'local'}: no cluster to work on ({told}). Start one with `ray start --head`, or leave "
+            "--ray out to work on this machine."
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def gathered(
+    ray: Any,
+    waiting: dict[Any, ResultT],
+    each: Callable[[ResultT, Any], None],
+    limit_s: float,
+    told: Callable[[int], None],
+) -> None:
+    """Take every result as it comes, once.
+
+    Args:
+        ray: the module, connected.
+        waiting: reference -> what it is the result of; emptied.
+        each: called with that and the result, or with the exception of Ray's that took its place.
+        limit_s: how long nothing may come at all.
+        told: called with how many are done.
+
+    Raises:
+        DeviceUnavailable: nothing came for so long: the cluster has no machine with a free CPU.
+    """
+    silent, total = 0.0, len(waiting)
+    while waiting:
+        done, _ = ray.wait(list(waiting), num_returns=1, timeout=_POLL_S)
+        silent = 0.0 if done else silent + _POLL_S
+        if silent > limit_s:
+            raise DeviceUnavailable(
+                f"the cluster gave no result for {limit_s:.0f} s; {len(waiting)} of {total} are left. See `ray "
+                "status`: each device here or emulated, and each export, needs a free CPU."
+            )
+        for reference in done:
+            what = waiting.pop(reference)
+            try:
+                found = ray.get(reference)
+            except ray.exceptions.RayError as error:
+                found = error
+            each(what, found)
+            told(total - len(waiting))
+
+
+def packed(folders: Sequence[Path]) -> bytes:
+    """Put folders, each under its own name, into one archive in memory.
+
+    Raises:
+        ConfigError: one holds a link or a device; what edgeq writes does not.
+    """
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for folder in folders:
+            for path in sorted(folder.rglob("*")):
+                if path.is_symlink() or not (path.is_dir() or path.is_file()):
+                    raise ConfigError(f"{path}: is a link or no file; a bundle holds none. Export it again.")
+                archive.add(path, f"{folder.name}/{path.relative_to(folder).as_posix()}", recursive=False)
+    return buffer.getvalue()
+
+
+def unpack(content: bytes, folder: Path) -> None:
+    """Write what `packed` took, below a folder."""
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        archive.extractall(folder, filter="data")

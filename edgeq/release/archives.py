@@ -1,0 +1,62 @@
+"""Open an archive: its signature, what is in it, and whether that is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edgeq import bundle
+from edgeq.bundle.verifying import Verification, read_whole
+from edgeq.device_report import REPORT, read_report
+from edgeq.errors import ConfigError, EdgeqError
+from edgeq.release import signing
+from edgeq.release.judging import Candidate
+from edgeq.release.notes import Packed
+from edgeq.release.unpacking import unpack
+from edgeq.storage import file_ref, work_dir
+
+
+def verify_archive(archive: Path, public_key: Path | None) -> Verification:
+    """Check an archive's signature, if a public key is given, unpack it aside, and verify the bundle in it.
+
+    Raises:
+        ConfigError: there is no such file, or the public key is none.
+        BundleCorrupt: the signature does not hold, or the archive or the bundle is damaged.
+        StorageFailed: the disk refuses.
+        ToolMissing: what it is compressed or signed with is not installed.
+        EdgeqError: any other failure of `bundle.verify`.
+    """
+    if not archive.is_file():
+        raise ConfigError(f"{archive}: no such file; an archive of `edgeq release` is needed. Check the path.")
+    if public_key is not None:
+        signing.check(archive, signing.read_public_key(public_key))
+    with _unpacked(archive) as folder:
+        return bundle.verify(folder).model_copy(update={"path": str(archive)})
+
+
+def read_archive(archive: Path) -> Packed:
+    """Read the records of the bundle in an archive, walked but not run, and the device reports beside the archive.
+
+    Raises:
+        BundleCorrupt: the archive or the bundle is damaged.
+    """
+    with _unpacked(archive) as folder:
+        manifest, report = read_whole(folder)
+        start = f"{folder.name}."
+        devices = {
+            path.name.removeprefix(start): read_report(path, folder)
+            for path in sorted(archive.parent.glob(f"*{REPORT}")) if path.name.startswith(start)
+        }  # fmt: skip
+        return Packed(Candidate(archive, manifest, report, devices), file_ref(archive, archive.parent))
+
+
+@contextmanager
+def _unpacked(archive: Path) -> Iterator[Path]:
+    """Give the folder in an archive; messages name the archive, not where it was unpacked for a moment."""
+    with work_dir() as place:
+        try:
+            yield unpack(archive, place)
+        except EdgeqError as error:
+            said = str(error).replace(f"{place}/", f"{archive}:")
+            raise type(error)(said) from error

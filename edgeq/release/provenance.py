@@ -1,0 +1,87 @@
+"""Say how an archive came to be, as an in-toto Statement with SLSA's provenance.
+
+There is no time in it and no machine: the same bundle gives the same bytes, and who wants to know more has the records.
+
+Source: in-toto Attestation Framework v1, spec/v1/statement.md; SLSA 1.0, spec/v1.0/provenance.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from edgeq.records import FileRef
+
+if TYPE_CHECKING:
+    from edgeq.release.judging import Candidate
+
+SUFFIX = ".intoto.json"
+STATEMENT = "https://in-toto.io/Statement/v1"
+PREDICATE = "https://slsa.dev/provenance/v1"
+BUILD_TYPE = "urn:edgeq:release:1"  # what the parameters below mean: docs/releasing.md
+BUILDER = "urn:edgeq:cli"
+
+
+def provenance(
+    candidate: Candidate, version: str, archive: FileRef, packer: dict[str, str], own_version: str
+) -> bytes:
+    """Give the statement about one archive, in JSON.
+
+    Args:
+        candidate: the bundle.
+        version: of the release.
+        archive: that the bundle was packed into.
+        packer: what compressed it, its version and level.
+        own_version: of the edgeq that releases.
+    """
+    manifest = candidate.manifest
+    scheme = manifest.qdq_model.scheme
+    statement = {
+        "_type": STATEMENT,
+        "subject": [_resource(archive)],
+        "predicateType": PREDICATE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": {
+                    "command": list(manifest.command),
+                    "model": manifest.source.name,
+                    "target": manifest.target.model_dump(mode="json"),
+                    "version": version,
+                },
+                "internalParameters": {
+                    "edgeq": manifest.edgeq,
+                    "packer": packer,
+                    "scheme": scheme.model_dump(mode="json"),
+                    "seed": manifest.calibration.seed,
+                    "tools": {**manifest.tools, **manifest.artifact.tools},
+                },
+                "resolvedDependencies": _dependencies(candidate),
+            },
+            "runDetails": {
+                "builder": {"id": BUILDER, "version": {"edgeq": own_version}},
+                "byproducts": [_resource(manifest.parity), _resource(manifest.golden.vectors)],
+            },
+        },
+    }
+    return (json.dumps(statement, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _dependencies(candidate: Candidate) -> list[dict[str, Any]]:
+    """Name what went in, from the model given to the files that ship."""
+    manifest = candidate.manifest
+    found = {
+        "source": manifest.source.sha256,
+        "float_model": manifest.float_model.file.sha256,
+        "equalized_model": manifest.equalized_model.file.sha256,
+        "calibration": manifest.calibration.file.sha256,
+        "calibration_texts": manifest.calibration.texts.sha256,
+        "validation_texts": candidate.report.texts.sha256,
+        "qdq_model": manifest.qdq_model.file.sha256,
+    }
+    named = [{"name": name, "digest": {"sha256": sha256}} for name, sha256 in found.items()]
+    return named + [_resource(file) for file in manifest.artifact.files]
+
+
+def _resource(file: FileRef) -> dict[str, Any]:
+    return {"name": file.path, "digest": {"sha256": file.sha256}}
