@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -41,10 +42,20 @@ def is_external(tensor: TensorProto) -> bool:
 
 
 def place(tensor: TensorProto) -> tuple[str, int, int]:
-    """Give the file, the first byte and the number of bytes of an external initializer."""
+    """Give the file, the first byte and the number of bytes of an external initializer.
+
+    Raises:
+        ConfigError: it names none, or as many bytes as its shape does not have.
+    """
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    size = int(np.prod(tensor.dims, dtype=np.int64)) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return entries["location"], int(entries.get("offset", 0)), int(entries.get("length", size))
+    try:
+        size = math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        location, offset, length = entries["location"], int(entries.get("offset", 0)), int(entries.get("length", size))
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConfigError(f"{tensor.name}: its external data is damaged ({error!r}); make it again") from error
+    if offset < 0 or length != size or min(tensor.dims, default=0) < 0:
+        raise ConfigError(f"{tensor.name}: has {length} bytes of external data at {offset}; its shape has {size}")
+    return location, offset, length
 
 
 def array(tensor: TensorProto) -> NDArray[Any]:

@@ -162,6 +162,23 @@ def test_a_cut_off_file_of_weights_is_refused(tmp_path: Path) -> None:
         weights.load(tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("location", None), ("offset", "-4096"), ("offset", "x"), ("length", "4"), ("length", "9" * 30)]
+)
+@pytest.mark.usefixtures("low_limits")
+def test_a_damaged_place_is_refused(tmp_path: Path, key: str, value: str | None) -> None:
+    saved(tmp_path)
+    model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    tensor = next(filter(weights.is_external, model.graph.initializer))
+    kept = [(entry.key, entry.value) for entry in tensor.external_data if entry.key != key]
+    del tensor.external_data[:]
+    for name, content in [*kept, *([(key, value)] if value is not None else [])]:
+        tensor.external_data.add(key=name, value=content)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ConfigError, match="external data|beside it"):
+        weights.load(tmp_path / "model.onnx")
+
+
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageFailed), weights.outside(tmp_path / "file" / "work"):
