@@ -122,12 +122,13 @@ def test_every_pair_is_validated_once_and_its_report_kept(two_machines: Any, tmp
     devices = [
         LabDevice(name="desk", where="local"),
         LabDevice(name="nobody", where="ssh://nobody@127.0.0.1:9"),
+        LabDevice(name="other", where="local", targets=("other-*",)),  # takes none of them, and no CPU
     ]
     told: list[int] = []
     plan = Plan(runs=3, attempts=2, pause_s=0.1, ray=two_machines.address)
     results = validate_all(given, devices, plan, lambda stage, done, total: told.append(done))
     assert [(item.bundle, item.device) for item in results] == [
-        (str(bundle), device.name) for bundle in given for device in devices
+        (str(bundle), device.name) for bundle in given for device in devices[:2]
     ]
     assert told == [1, 2, 3, 4]
     for item in results:
@@ -161,10 +162,23 @@ def test_a_machine_that_dies_half_way_costs_no_result_and_doubles_none(two_machi
 
 
 @needs_ray
-def test_no_cluster_at_an_address_is_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("address", "kind", "message"),
+    [
+        ("127.0.0.1:1", DeviceUnavailable, "no cluster to work on"),
+        ("nowhere.invalid:6379", DeviceUnavailable, "no cluster to work on"),
+        ("6379", ConfigError, "HOST:PORT is needed"),
+        ("host:0", ConfigError, "HOST:PORT is needed"),
+    ],
+)
+def test_no_cluster_at_an_address_is_one_sentence(
+    tmp_path: Path, address: str, kind: type[Exception], message: str
+) -> None:
+    pytest.importorskip("ray", reason="needs the extra `lab`")
+    pytest.importorskip("tenacity", reason="needs the extra `lab`")
     bundle = ort_bundle(tmp_path / "out")
-    with pytest.raises(DeviceUnavailable, match="no cluster to work on"):
-        validate_all([bundle], [LabDevice(name="a", where="local")], Plan(ray="127.0.0.1:1"), silent)
+    with pytest.raises(kind, match=message):
+        validate_all([bundle], [LabDevice(name="a", where="local")], Plan(ray=address), silent)
 
 
 @needs_ray

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from edgeq.errors import ConfigError, DeviceUnavailable, ToolMissing
 
 RESTARTS = 3  # of a worker whose machine went away, each on another
 _POLL_S = 1.0
+_KNOCK_S = 10.0
 
 ResultT = TypeVar("ResultT")
 
@@ -35,6 +37,8 @@ def cluster(address: str | None) -> Iterator[Any]:
     except ImportError as error:
         raise ToolMissing('ray is not installed; pip install "edgeq[lab]"') from error
     own = {"include_dashboard": False} if address is None else {}
+    if address is not None:
+        _require_listening(address)
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -47,6 +51,25 @@ def cluster(address: str | None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _require_listening(address: str) -> None:
+    """Refuse an address where nobody listens: Ray would knock for minutes.
+
+    Raises:
+        ConfigError: it is no address.
+        DeviceUnavailable: nobody listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(f"--ray {address!r}: is no address; HOST:PORT is needed, as `ray start` says it.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_S).close()
+    except OSError as error:
+        raise DeviceUnavailable(
+            f"--ray {address}: no cluster to work on ({error.strerror or error}). Start one with `ray start --head`, "
+            "or leave --ray out to work on this machine."
+        ) from error
 
 
 def gathered(

@@ -87,7 +87,7 @@ def validate_all(
                 ray.kill(workers.pop(device.name))  # its CPU is another's: a lost machine's devices wait for one
 
         contents = {bundle: ray.put(packed([bundle])) for bundle in targets}
-        workers = {device.name: _worker(ray, device, plan) for device in devices}
+        workers = {device.name: _worker(ray, device, plan) for device in dict.fromkeys(device for _, device in pairs)}
         waiting = {
             workers[device.name].validate.remote(contents[bundle], bundle.resolve().name): (bundle, device)
             for bundle, device in pairs
