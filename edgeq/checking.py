@@ -104,10 +104,10 @@ def _check(model: onnx.ModelProto, file: FileRef, target: Target) -> Checked:
 
 
 def unquantised(file: FileRef, inputs: tuple[str, ...], scheme: Scheme) -> QdqModel:
-    """Give the record that rules on inputs, scheme and target read; nothing of it is quantised yet."""
+    """Give the record that rules on inputs, scheme and target read; nothing of it is quantised; no rule reads sizes."""
     return QdqModel(
         file=file, float_model_sha256=file.sha256, calibration_sha256=file.sha256, scheme=scheme,
-        inputs=inputs, outputs=("sentence_embedding",), dim=0, max_sequence=0,
+        inputs=inputs, outputs=("sentence_embedding",), dim=1, max_sequence=1,
         integer_matmuls=(), float_matmuls=(),
     )  # fmt: skip
 

@@ -146,7 +146,10 @@ def _sweep(path: Path) -> None:
     for folder in sorted(path.parent.glob(f".{glob.escape(path.name)}.*")):
         if folder.suffix not in (".partial", ".replaced") or not folder.is_dir():
             continue
-        handle = os.open(folder, os.O_RDONLY)
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # its own process removes it just now, which holds no lock of the parent
+            continue
         try:
             if _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):  # else its process lives
                 _put_back(folder, path)
