@@ -238,7 +238,7 @@ def test_parity_is_measured_again_on_other_images(made, tmp_path: Path) -> None:
     artifact = bundle / load_manifest(bundle).artifact.files[0].path
     found = validation.validate(bundle, None, None, artifact, silent, photos)
     assert found.measures is not None and found.measures.cosine_min > 0.999
-    with pytest.raises(ConfigError, match="give a folder with --images"):
+    with pytest.raises(ConfigError, match="Give a folder with --images"):
         validation.validate(bundle, None, None, artifact, silent)
 
 
