@@ -68,6 +68,11 @@ def test_a_wrong_file_is_refused(tmp_path: Path, content: str, message: str) -> 
         read_devices(path)
 
 
+def test_a_list_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        read_devices(tmp_path / "devices.toml")
+
+
 def test_a_bundle_that_no_device_takes_is_refused_before_anything_runs(tmp_path: Path) -> None:
     bundle = ort_bundle(tmp_path / "out")
     with pytest.raises(ConfigError, match="no device takes"):

@@ -31,14 +31,8 @@ def cluster(address: str | None) -> Iterator[Any]:
         ToolMissing: ray is not installed.
         DeviceUnavailable: there is no cluster at that address.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked to be counted
-    try:
-        import ray
-    except ImportError as error:
-        raise ToolMissing('ray is not installed; pip install "edgeq[lab]"') from error
+    ray = require(address)
     own = {"include_dashboard": False} if address is None else {}
-    if address is not None:
-        _require_listening(address)
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -51,6 +45,24 @@ def cluster(address: str | None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def require(address: str | None) -> Any:
+    """Give the module `ray`, or say what is missing before hours are spent.
+
+    Raises:
+        ConfigError: the address is none.
+        ToolMissing: ray is not installed.
+        DeviceUnavailable: nobody listens at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked to be counted
+    try:
+        import ray
+    except ImportError as error:
+        raise ToolMissing('ray is not installed; pip install "edgeq[lab]"') from error
+    if address is not None:
+        _require_listening(address)
+    return ray
 
 
 def _require_listening(address: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from edgeq import bundle, errors, pipeline, storage
 from edgeq.cache import Cache
 from edgeq.errors import DeviceUnavailable, EdgeqError
-from edgeq.lab.cluster import RESTARTS, cluster, gathered, packed, unpack
+from edgeq.lab.cluster import RESTARTS, cluster, gathered, packed, require, unpack
 from edgeq.pipeline import Exported, ExportRequest, Shared
 from edgeq.records import Target
 from edgeq.stages import Report
@@ -37,6 +37,7 @@ def export_on_cluster(request: ExportRequest, report: Report, address: str | Non
         with cluster(address) as ray:
             return _spread(ray, shared, request, report)
 
+    require(address)
     return pipeline.export(request, report, spread)
 
 
