@@ -168,7 +168,8 @@ def test_an_operator_on_the_host_too_many_fails_the_gate_by_name() -> None:
     )  # fmt: skip
     gelu = HostOperator(file="a.tflite", operator="GELU", output="layer.0.gelu", reason="int16")
     base = Artifact.model_validate({
-        "backend": "ethos_u", "target": "t", "files": (), "qdq_sha256": "0" * 64, "tools": {},
+        "backend": "ethos_u", "target": "t", "qdq_sha256": "0" * 64, "tools": {},
+        "files": ({"path": "a.tflite", "sha256": "0" * 64, "size_bytes": 1},),
         "placement": {"integer_matmuls": 1, "float_by_scheme": (), "float_fallbacks": (), "operators": {}},
     }).placement  # fmt: skip
     assert parity.judge(good, base, gate, "host-kernels") == ()
