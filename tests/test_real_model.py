@@ -116,7 +116,7 @@ def test_sentence_transformers_opens_the_openvino_bundle(openvino_bundle: Path) 
 def sentence_transformers_error(bundle: Path, arguments: str) -> float:
     """Give the largest difference from the bundle's golden vectors, each text by itself.
 
-    In a batch OpenVINO sums in another order, and a sum at the edge of two codes may fall to the other side.
+    In a batch OpenVINO gives some texts other vectors: probably a sum at the edge of two codes.
     """
     program = (
         "import json, sys, numpy as np\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeq.cli import console
-from edgeq.errors import EdgeqError, ParityFailed
+from edgeq.errors import EdgeqError, ParityFailed, error_of
 
 if TYPE_CHECKING:
     from edgeq.device_report import DeviceReport
@@ -89,8 +89,7 @@ def validate_lab(
     wrong = [item for item in results if item.exit_code]
     if wrong:
         listed = "\n".join(f"  - {item.bundle} on {item.device}: {item.message}" for item in wrong)
-        kinds = {kind.exit_code: kind for kind in EdgeqError.__subclasses__()}
-        kind = kinds.get(wrong[0].exit_code, EdgeqError)
+        kind = error_of(wrong[0].exit_code) or EdgeqError
         raise kind(f"{len(wrong)} of {len(results)} did not pass:\n{listed}")
 
 
