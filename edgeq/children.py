@@ -27,7 +27,7 @@ from typing import IO, Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.errors import LoweringFailed, TimedOut, ToolMissing
+from edgeq.errors import ChildDied, LoweringFailed, TimedOut, ToolMissing
 
 TIME_LIMIT_S = 600.0
 
@@ -102,7 +102,8 @@ class Worker:
         """Send one request and give its reply.
 
         Raises:
-            LoweringFailed: the child replies with an error, dies, or writes what is no reply.
+            LoweringFailed: the child replies with an error, or writes what is no reply.
+            ChildDied: it ends without a reply.
             TimedOut: the time limit is over.
         """
         line = json.dumps(request).encode() + b"\n"
@@ -126,7 +127,7 @@ class Worker:
                 "Give it less to do at once, or close what else keeps this machine busy."
             )
         if reply is None:
-            raise LoweringFailed(
+            raise ChildDied(
                 f"{self._name}: the child process {fate(self._process.returncode)}{self._situation()}.\n"
                 "Run the same again; if it repeats, try another version of the tool, or report the model and this text."
             )

@@ -5,6 +5,7 @@ EdgeqError                1  a defect of ours, or a stage that failed its own ve
 ├── ToolMissing           3  a toolchain is not installed; the message holds the install command
 ├── Unsupported           4  the model, the scheme or this CPU does not meet a written rule
 ├── LoweringFailed        5  a toolchain refused, crashed, or wrote something wrong
+│   └── ChildDied         5  its process ended without a reply
 ├── ParityFailed          6  the artifact's vectors miss the target's gate
 ├── BundleCorrupt         7  a bundle's bytes or chain do not agree with its records
 ├── StorageFailed         8  the disk is full, read-only or not there
@@ -46,6 +47,10 @@ class LoweringFailed(EdgeqError):
     """Report a toolchain that refused, crashed, or wrote something wrong."""
 
     exit_code = 5
+
+
+class ChildDied(LoweringFailed):
+    """Report a toolchain whose process ended without a reply."""
 
 
 class ParityFailed(EdgeqError):

@@ -21,7 +21,7 @@ from edgeq.backends import qnn
 from edgeq.backends.contract import Embeddings, TimesItself, embed_batches
 from edgeq.backends.qnn import compiling
 from edgeq.children import Worker
-from edgeq.errors import BundleCorrupt, ConfigError, LoweringFailed, ToolMissing
+from edgeq.errors import BundleCorrupt, ChildDied, ConfigError, LoweringFailed, ToolMissing
 from edgeq.records import QdqModel, Target
 from edgeq.reference import FloatSession
 from edgeq.schemes import SCHEMES
@@ -120,8 +120,7 @@ def test_every_soc_gets_one_partition_of_its_own(models: dict[str, QdqModel], na
     assert [ref.path for ref in artifact.files] == ["qnn/model_seq_16_ctx.onnx", "qnn/model_seq_16_ctx_qnn.bin"]
     assert artifact.placement.integer_matmuls == artifact.placement.operators["Gemm"] == 14
     assert not {"Cast", "Erf", "MatMulInteger"} & set(artifact.placement.operators)
-    with compiling.worker(60) as child:
-        info = child.call(do="describe", path=str(tmp_path / artifact.files[1].path))
+    [info] = compiling.described([tmp_path / artifact.files[1].path])
     assert info["soc_model"] == wanted.runtime["soc_model"] and info["build"] == artifact.tools["QAIRT"]
     assert [item["shape"] for item in info["inputs"]] == [[1, 16], [1, 16]]
 
@@ -256,6 +255,35 @@ def test_a_compiler_that_crashes_is_a_message_with_its_log(
         qnn.lower(models["w8a8-htp"], target("w8a8-htp"), tmp_path)
     assert "HTP refuses layer.0.ffn (Conv)" in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+DYING_READER = """
+import json, os, pathlib, signal, sys
+request = json.loads(sys.stdin.readline())
+print(json.dumps({"announce": "reading"}), flush=True)
+tries = pathlib.Path(request["path"])
+tries.write_text(tries.read_text() + "x")
+if len(tries.read_text()) < WANTED:
+    os.kill(os.getpid(), signal.SIGSEGV)
+print(json.dumps({"soc_model": 57}), flush=True)
+"""
+
+
+def test_a_binary_is_read_again_when_its_reader_dies_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = tmp_path / "tries"
+
+    def read(wanted: int) -> list[dict[str, object]]:
+        tries.write_text("")
+        command = (sys.executable, "-c", DYING_READER.replace("WANTED", str(wanted)))
+        monkeypatch.setattr(compiling, "COMMAND", command)
+        return compiling.described([tries])
+
+    assert read(3) == [{"soc_model": 57}]
+    with pytest.raises(ChildDied, match="died of SIGSEGV while reading"):
+        read(4)
+    assert tries.read_text() == "xxx"
 
 
 def test_a_real_child_names_what_it_is_asked_wrongly() -> None:

@@ -174,19 +174,18 @@ def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> 
         LoweringFailed: the emulator refuses a binary, or dies of it.
     """
     tools()
-    from edgeq.backends.qnn.compiling import mismatches, worker
+    from edgeq.backends.qnn.compiling import described, mismatches, worker
 
     binaries = {_length(ref.path): bundle / ref.path for ref in artifact.files if ref.path.endswith(".bin")}
     contexts = {_length(ref.path): bundle / ref.path for ref in artifact.files if ref.path.endswith(".onnx")}
     for path in contexts.values():
         require_confined(path)
-    child = worker(_RUN_LIMIT_S)
-    infos = {length: child.call(do="describe", path=str(path.resolve())) for length, path in binaries.items()}
+    infos = dict(zip(binaries, described(list(binaries.values())), strict=True))
     for length, path in binaries.items():
         problems = mismatches(infos[length], target, length)
         if problems:
-            child.close()
             raise BundleCorrupt(f"{path}: {'; '.join(problems)}. Fetch or export the bundle again.")
+    child = worker(_RUN_LIMIT_S)
     child.call(do="load", contexts={length: str(path.resolve()) for length, path in contexts.items()})
     return QnnSession(child, {length: info["outputs"][0] for length, info in infos.items()})
 

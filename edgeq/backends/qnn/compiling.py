@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections import Counter
@@ -14,7 +15,7 @@ import onnx
 
 from edgeq.cache import log_path
 from edgeq.children import Worker
-from edgeq.errors import LoweringFailed
+from edgeq.errors import ChildDied, LoweringFailed
 from edgeq.records import Target
 from edgeq.storage import storage_errors
 
@@ -23,6 +24,7 @@ CONTEXT, BINARY = "model_seq_{}_ctx.onnx", "model_seq_{}_ctx_qnn.bin"  # the sec
 PROVIDER = "QNNExecutionProvider"
 LOGS = "qnn-logs"  # the kind `edgeq cache` lists and purges them under
 COMPILE_LIMIT_S = 600.0
+_READINGS = 3
 
 # What ONNX Runtime and the compiler write of an operator that they refuse.
 # Source: onnxruntime-qnn 2.7.0, qnn_execution_provider.cc (GetCapabilityImpl) and qnn_model_wrapper.cc (CreateQnnNode).
@@ -91,7 +93,7 @@ def compile_bucket(model: onnx.ModelProto, length: int, target: Target, folder: 
             reply = child.call(
                 do="compile", model=str(source), context=str(context), options=options(target), log=str(log)
             )
-            info = child.call(do="describe", path=str(folder / BINARY.format(length)))
+        [info] = described([folder / BINARY.format(length)])
     except LoweringFailed as error:
         raise LoweringFailed(explained(str(error), log, target, length)) from error
     finally:
@@ -104,6 +106,26 @@ def compile_bucket(model: onnx.ModelProto, length: int, target: Target, folder: 
             "Check soc_model and htp_arch in the target: the first silently wins over the second."
         )
     return Compiled(products, operators, info)
+
+
+def described(binaries: Sequence[Path]) -> list[dict[str, Any]]:
+    """Give what context binaries say of themselves, read in a process that does nothing else.
+
+    Once in more than a thousand readings libQnnSystem of QAIRT 2.51 follows an offset beyond its own stack and dies of
+    SIGSEGV, of bytes that it reads well the next time. So a death is tried again, and only its repetition told.
+
+    Raises:
+        LoweringFailed: the library does not know a file, or died each time.
+    """
+    for _ in range(_READINGS - 1):
+        with contextlib.suppress(ChildDied):
+            return _read(binaries)
+    return _read(binaries)
+
+
+def _read(binaries: Sequence[Path]) -> list[dict[str, Any]]:
+    with worker(COMPILE_LIMIT_S) as child:
+        return [child.call(do="describe", path=str(path.resolve())) for path in binaries]
 
 
 def explained(what: str, log: Path, target: Target, length: int) -> str:
