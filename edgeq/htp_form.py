@@ -11,11 +11,11 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from edgeq.flat_tokens import flat_tokens
 from edgeq.folding import Observed, even_values, widen_outputs
+from edgeq.integer_form import join_positions
 from edgeq.observe import Statistics
 from edgeq.passes.graph import add_node, checked, constant, dims, made_by, readers, replace_uses
 from edgeq.pooling import last_token
 from edgeq.primitives import NORMALIZED, first_token
-from edgeq.quantize_integer import join_positions
 from edgeq.records import HtpForm
 
 

@@ -1,7 +1,7 @@
 """Measure where a QDQ model leaves its float model: the error of every tensor that both have.
 
 The two run in ONNX Runtime on the same tokens with the same tensors observed. A scheme that rewrites the float model
-before it puts codes on tensors (see `edgeq.quantize_integer`) is compared with the rewritten one: what stands under one
+before it puts codes on tensors (see `edgeq.integer_form`) is compared with the rewritten one: what stands under one
 name is then the same quantity on both sides, and the error is that of codes alone.
 """
 
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from edgeq.errors import EdgeqError
 from edgeq.gemm import SIDE
 from edgeq.htp_form import htp_form
+from edgeq.integer_form import integer_form
 from edgeq.observe import Statistics, equal_length_batches, observing
 from edgeq.passes.graph import checked, constant, dims, readers
-from edgeq.quantize_integer import integer_form
 from edgeq.records import Record, Scheme
 from edgeq.texts import Tokens
 

@@ -17,15 +17,14 @@ from edgeq.coded import HEADROOM, INTEGER_DTYPES, Coded, CodedGraph, finished, s
 from edgeq.coded_mask import Masks
 from edgeq.coded_sums import ExactSums
 from edgeq.errors import EdgeqError, Unsupported
-from edgeq.fine_sides import fine_sides
-from edgeq.folding import Observed, even_values, fold_norm_biases, serve_gains, widen_outputs
+from edgeq.folding import Observed
 from edgeq.gemm import SIDE, bias_of
+from edgeq.integer_form import integer_form
 from edgeq.narrowing import CHOICE, ROOT_HEADROOM, Fixed, narrow
 from edgeq.observe import Statistics
-from edgeq.passes.graph import add_constant, add_node, add_node_after, constant, dims, made_by, readers
-from edgeq.primitives import ROW_MAXIMUM, primitives
+from edgeq.passes.graph import add_constant, add_node, add_node_after, constant, dims, readers
+from edgeq.primitives import ROW_MAXIMUM
 from edgeq.records import IntegerForm, Scheme
-from edgeq.row_gains import outer_gains
 from edgeq.row_tables import is_pooled, scaled_rows
 
 OUTPUT_HEADROOM = 1.1
@@ -36,7 +35,6 @@ MASKED_BELOW = {
 }
 GELU_FLOOR = -4.0  # GELU(-4) = -1.3e-4: below, nothing is left to tell apart
 SOFTMAX = {8: Affine(1 / 256, -128, -128, 127), 16: Affine(1 / 32768, 0, -32768, 32767)}
-FINE_BITS = 8  # of weights, in every scheme that leaves nothing float
 SIGMOID = Affine(1 / 32768, 0, -32768, 32767)
 SHARE = Affine(1 / 32767, 0, -32768, 32767)  # of a token in the mean
 _STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "ReduceMax"})
@@ -73,52 +71,6 @@ def quantize_integer(
         coder.visit(node)
     coder.finish()
     return finished(graph_model), coder.products, ()
-
-
-def integer_form(
-    model: onnx.ModelProto, observed: Mapping[str, Statistics], form: IntegerForm
-) -> tuple[ir.Model, Observed]:
-    """Take norms apart and fold constants, all exact in FP32: what is left is to put codes on every tensor.
-
-    Args:
-        model: equalised FP32 ONNX; not changed.
-        observed: statistics of the tensors of the model and of its primitives.
-        form: says which outputs are scaled down.
-
-    Returns:
-        A float model with `sentence_embedding` as its one output, and the statistics of its tensors.
-    """
-    seen: Observed = dict(observed)
-    graph_model = ir.from_proto(model)
-    graph = graph_model.graph
-    del graph.outputs[1:]
-    primitives(graph_model)
-    serve_gains(graph, seen)
-    join_positions(graph)
-    even_values(graph, seen)
-    fold_norm_biases(graph, seen)
-    if form.gemm_bits == 8:
-        widen_outputs(graph, seen, form.widen_quantile)
-    if form.sum_bits == 32:
-        outer_gains(graph, seen)
-    fine_sides(graph, seen, FINE_BITS)
-    RemoveUnusedNodesPass()(graph_model)
-    TopologicalSortPass()(graph_model)
-    return graph_model, seen
-
-
-def join_positions(graph: ir.Graph) -> None:
-    """Add a constant row, such as the token type's, to the table of positions."""
-    for node in list(graph):
-        sliced = made_by(node.inputs[1], "Slice") if node.op_type == "Add" else None
-        first = made_by(node.inputs[0], "Add") if sliced is not None else None
-        table = constant(sliced.inputs[0]) if sliced is not None else None
-        row = bias_of(first) if first is not None else None
-        if sliced is None or first is None or table is None or row is None or row[1].ndim > 1:
-            continue
-        name = f"{sliced.inputs[0].name}/joined"  # type: ignore[union-attr]
-        sliced.replace_input_with(0, add_constant(graph, name, (table + row[1]).astype(np.float32)))
-        node.replace_input_with(0, first.inputs[1 - row[0]])
 
 
 class _Coder:
