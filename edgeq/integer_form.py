@@ -13,6 +13,7 @@ from edgeq.fine_sides import fine_sides
 from edgeq.folding import Observed, even_values, fold_norm_biases, serve_gains, widen_outputs
 from edgeq.gemm import bias_of
 from edgeq.observe import Statistics
+from edgeq.one_token import follow_one_token
 from edgeq.passes.graph import add_constant, constant, made_by
 from edgeq.primitives import primitives
 from edgeq.records import IntegerForm
@@ -50,6 +51,9 @@ def integer_form(
     fine_sides(graph, seen, FINE_BITS)
     RemoveUnusedNodesPass()(graph_model)
     TopologicalSortPass()(graph_model)
+    if follow_one_token(graph_model, seen):
+        RemoveUnusedNodesPass()(graph_model)
+        TopologicalSortPass()(graph_model)
     return graph_model, seen
 
 

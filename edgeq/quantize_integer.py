@@ -22,12 +22,13 @@ from edgeq.gemm import SIDE, bias_of
 from edgeq.integer_form import integer_form
 from edgeq.narrowing import CHOICE, ROOT_HEADROOM, Fixed, narrow
 from edgeq.observe import Statistics
+from edgeq.one_token import ONE_TOKEN
 from edgeq.passes.graph import add_constant, add_node, add_node_after, constant, dims, readers
 from edgeq.primitives import ROW_MAXIMUM
 from edgeq.records import IntegerForm, Scheme
 from edgeq.row_tables import is_pooled, scaled_rows
+from edgeq.vector_codes import vector_codes
 
-OUTPUT_HEADROOM = 1.1
 # How far a masked score lies below the smallest maximum of a row, by how attention divides.
 MASKED_BELOW = {
     "softmax": 20.0,  # exp(-20) = 2e-9: what is left of a masked position
@@ -83,14 +84,14 @@ class _Coder:
         self._codes.fixed = fixed
         self._form = form
         self._weight_bits = scheme.weight_bits
-        self._raised = frozenset(scheme.raised)
+        self._wide = frozenset({*scheme.raised, *(str(node.name) for node in graph if self._is_fine(node))})
         self._table_bits = scheme.embedding_bits
         self._masks = Masks(self._codes)
         self._positions: set[ir.Value] = set()  # what follows from the sizes of the inputs alone
         self._shares = ExactShares(self._codes) if form.shares == "exact" else None
         self._sums: ExactSums | None = None
         if form.sum_bits == 32:
-            self._sums = ExactSums(self._codes, form.gemm_bits, scheme.embedding_bits, self._raised)
+            self._sums = ExactSums(self._codes, form.gemm_bits, scheme.embedding_bits, self._wide)
         self._done: set[ir.Node] = set()
         self._products: list[str] = []
         self._visitors: dict[str, Callable[[ir.Node], None]] = {
@@ -136,9 +137,8 @@ class _Coder:
         output = self._codes.graph.outputs[0]
         coded = self._codes.coded[output]
         name = str(output.name)
-        if self._form.output_bits != coded.bits:
-            bits = self._form.output_bits
-            codes = symmetric(self._codes.largest(output) * OUTPUT_HEADROOM, bits)
+        codes, bits = vector_codes(self._codes.statistics(output), self._form.output_bits)
+        if bits != coded.bits:
             coded = self._codes.requantize(coded, codes, bits, f"{name}/output")
         output.name = f"{name}/real"
         coded.value.name = name
@@ -183,7 +183,7 @@ class _Coder:
         if self._shares is not None and self._shares.takes(left):
             self._shares.mix(node)
             return
-        bits = self._form.attention_bits
+        bits = self._attention_bits(node)
         for position, value in enumerate(node.inputs):
             node.replace_input_with(position, self._codes.read(value, bits, node).value)
         output = node.outputs[0]
@@ -270,10 +270,10 @@ class _Coder:
         self._codes.store(node, node.outputs[0], self._codes.range(node.outputs[0], source.bits), source.bits)
 
     def _softmax(self, node: ir.Node) -> None:
-        if self._shares is not None:
+        bits = self._attention_bits(node)
+        if self._shares is not None and bits == 8:
             self._shares.weights(node)
             return
-        bits = self._form.attention_bits
         node.replace_input_with(0, self._codes.read(node.inputs[0], bits, node).value)
         self._codes.store(node, node.outputs[0], SOFTMAX[bits], bits)
 
@@ -282,7 +282,7 @@ class _Coder:
         if not masks:
             self._arithmetic(node)
             return
-        bits = self._form.attention_bits
+        bits = self._attention_bits(node)
         position = masks[0]
         scores, mask = node.inputs[1 - position], node.inputs[position]
         size = self._masks.size(mask)
@@ -392,9 +392,17 @@ class _Coder:
         return False
 
     def _is_wide(self, node: ir.Node) -> bool:
-        """The side path of large neurons has 16 bits, and so have a Dense layer, which is one row, and raised ones."""
+        """The side path of large neurons has 16 bits, and so have raised products and those of one row."""
         shape = dims(node.inputs[0])
-        return str(node.name).endswith(SIDE) or node.name in self._raised or (shape is not None and len(shape) == 2)
+        is_dense = shape is not None and len(shape) == 2
+        return is_dense or str(node.name).endswith(SIDE) or node.name in self._wide
+
+    def _is_fine(self, node: ir.Node) -> bool:
+        """Tell whether a node computes one token, where whatever has one row may have 16 bits."""
+        return ONE_TOKEN in node.meta and self._form.wide_matmul and self._form.wide_gelu
+
+    def _attention_bits(self, node: ir.Node) -> int:
+        return 16 if self._is_fine(node) else self._form.attention_bits
 
     def _scores(self, masked: ir.Node, bits: int) -> Affine:
         """Cover scores down to where exp leaves nothing beside the smallest maximum of a row."""

@@ -42,8 +42,13 @@ class Builder:
         return self.node("LayerNormalization", [x, gain, self.weight(f"{name}.bias", DIM)], name, axis=-1)
 
 
-def encoder(seed: int = 0, outliers: bool = True, dense: bool = False) -> onnx.ModelProto:
-    """Give an encoder with masked attention, mean pooling, optional Dense, and normalisation.
+def encoder(
+    seed: int = 0, outliers: bool = True, dense: bool = False, pooling: str = "mean", attention: str = "all"
+) -> onnx.ModelProto:
+    """Give an encoder with masked attention, pooling, optional Dense, and normalisation.
+
+    The vector is the mean of all tokens, the first token, taken by a `slice` or a `lookup`, or the `last`. A token sees
+    `all`, those before it (`causal`), or those up to three places away (`local`).
 
     With outliers, two FFN neurons of the first layer fire 40 times as hard as the rest, as real models' do.
     """
@@ -60,7 +65,8 @@ def encoder(seed: int = 0, outliers: bool = True, dense: bool = False) -> onnx.M
         b.constant(name, np.array(numbers, np.int64))
     b.constant("attention_mask_size", np.array(1e4, np.float32))
     mask = b.node("Cast", ["attention_mask"], "mask", to=TensorProto.FLOAT)
-    bias = b.node("Sub", [b.node("Unsqueeze", [mask, "axes12"], "mask4"), "one"], "mask_shifted")
+    seen = _seen(b, b.node("Unsqueeze", [mask, "axes12"], "mask4"), attention)
+    bias = b.node("Sub", [seen, "one"], "mask_shifted")
     bias = b.node("Mul", [bias, "attention_mask_size"], "attention_bias")
     x = b.node("Gather", [b.weight("words", VOCABULARY, DIM, spread=0.5), "input_ids"], "looked_up")
     length = b.node("Shape", ["input_ids"], "length", start=1, end=2)
@@ -71,14 +77,44 @@ def encoder(seed: int = 0, outliers: bool = True, dense: bool = False) -> onnx.M
     if outliers:
         b.weights["layer.0.ffn.weight"][:, [3, 77]] *= 40.0
         b.weights["layer.0.ffn_out.weight"][[3, 77]] *= 4.0
-    weights = b.node("Unsqueeze", [mask, "axis1"], "mask3")
-    count = b.node("ReduceSum", [weights, "axis2"], "count", keepdims=1)
-    x = b.node("MatMul", [b.node("Div", [weights, count], "shares"), x], "pooled3")
-    x = b.node("Squeeze", [x, "axis1"], "pooled")
+    x = _pooled(b, x, mask, pooling)
     if dense:
         x = b.node("Tanh", [b.linear(x, "dense", DIM, DIM)], "dense.tanh")
     b.node("Div", [x, b.node("ReduceL2", [x, "axis1"], "length2", keepdims=1)], "sentence_embedding")
     return _model(b)
+
+
+def _seen(b: Builder, mask: str, attention: str) -> str:
+    """Multiply the mask by where each token may look."""
+    if attention == "all":
+        return mask
+    for name, number in (("first_place", 0), ("one_place", 1), ("near", 3)):
+        b.constant(name, np.array(number, np.int64))
+    size = b.node("Squeeze", [b.node("Shape", ["input_ids"], "places", start=1, end=2)], "size")
+    across = b.node("Range", ["first_place", size, "one_place"], "across")
+    down = b.node("Unsqueeze", [across, "axis1"], "down")
+    distance = [b.node("Abs", [b.node("Sub", [across, down], "apart")], "distance"), "near"]
+    may = b.node("LessOrEqual", [across, down] if attention == "causal" else distance, "may")
+    return b.node("Mul", [mask, b.node("Cast", [may], "allowed", to=TensorProto.FLOAT)], "limited")
+
+
+def _pooled(b: Builder, x: str, mask: str, pooling: str) -> str:
+    if pooling == "lookup":
+        return b.node("Gather", [x, b.constant("first_place", np.array(0, np.int64))], "pooled", axis=1)
+    if pooling == "slice":
+        x = b.node("Slice", [x, "start", b.constant("end", np.array([1], np.int64)), "axis1"], "pooled3")
+    elif pooling == "mean":
+        weights = b.node("Unsqueeze", [mask, "axis1"], "mask3")
+        count = b.node("ReduceSum", [weights, "axis2"], "count", keepdims=1)
+        x = b.node("MatMul", [b.node("Div", [weights, count], "shares"), x], "pooled3")
+    else:
+        count = b.node("ReduceSum", ["attention_mask", "axis1"], "count", keepdims=1)
+        seen = b.node("CumSum", ["attention_mask", b.constant("tokens_axis", np.array(1, np.int64))], "seen")
+        is_last = b.node("Cast", [b.node("Equal", [seen, count], "is_last")], "last_or_padding", to=TensorProto.INT64)
+        shares = b.node("Mul", [is_last, "attention_mask"], "last")
+        shares = b.node("Unsqueeze", [b.node("Cast", [shares], "shares", to=TensorProto.FLOAT), "axis1"], "shares3")
+        x = b.node("MatMul", [shares, x], "pooling/last/picked")  # as edgeq.pooling.last_token writes it
+    return b.node("Squeeze", [x, "axis1"], "pooled")
 
 
 def _layer(b: Builder, x: str, name: str) -> str:
