@@ -105,8 +105,11 @@ class _First:
     graph: ir.Graph
 
     def can(self, value: ir.Value, axis: int) -> bool:
-        """Tell whether the token of a tensor can be taken: a slice can be, of anything that has a shape."""
-        return value.shape is not None and value.producer() is not None
+        """Tell whether it is a tensor of tokens, or follows from positions or the mask."""
+        shape = dims(value)
+        if shape is None or value.producer() is None:
+            return False
+        return len(shape) == 3 or follows_from_sizes(value) or is_mask(value)
 
     def taken(self, value: ir.Value, axis: int, before: ir.Node) -> ir.Value:
         """Write what takes it; the axis stays, with size 1."""
@@ -294,7 +297,13 @@ def _of_heads(node: ir.Node, axis: int, rank: int) -> int | None:
     return axis if shape is not None and axis == 1 and shape.reshape(-1)[:2].tolist() == [0, 0] else None
 
 
+def _of_lookup(node: ir.Node, axis: int, rank: int) -> int | None:
+    """Looking up along another axis, as turned halves are and heads that queries share, leaves this one."""
+    index, looked_up = constant(node.inputs[1]), node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    return axis if index is not None and index.ndim == 1 and looked_up % rank != axis else None
+
+
 _RULES: dict[str, Callable[[ir.Node, int, int], int | None]] = {
-    "MatMul": _of_product, "ReduceMean": _of_channels, "ReduceSumSquare": _of_channels, "Reshape": _of_heads,
-    "Softmax": _of_channels, "Transpose": _of_order,
+    "Gather": _of_lookup, "MatMul": _of_product, "ReduceMean": _of_channels, "ReduceSumSquare": _of_channels,
+    "Reshape": _of_heads, "Softmax": _of_channels, "Transpose": _of_order,
 }  # fmt: skip

@@ -400,11 +400,10 @@ def moves() -> Iterator[Case]:
             order = Operand(np.array(perm, np.int32), is_constant=True)
             exact, options = wide.real().transpose(perm), ("TransposeOptions", {})
             yield Case(str(perm), "TRANSPOSE", 2, [wide, order], exact, dtype, parameters, options, tolerance=0)
-
-    wide = Operand(shuffled("int16", 1, 128, 512), either["int16"])
-    bounds = [Operand(np.array(numbers, np.int32), is_constant=True) for numbers in ([0, 0, 0], [1, 1, 512])]
-    exact = wide.real()[:, :1]
-    yield Case("", "SLICE", 4, [wide, *bounds], exact, "int16", either["int16"], ("SliceOptions", {}), tolerance=0)
+        texts = Operand(shuffled(dtype, 1, 128, 512), parameters)
+        bounds = [Operand(np.array(numbers, np.int32), is_constant=True) for numbers in ([0, 0, 0], [1, 1, 512])]
+        exact, options = texts.real()[:, :1], ("SliceOptions", {})
+        yield Case("", "SLICE", 4, [texts, *bounds], exact, dtype, parameters, options, tolerance=0)
 
     symmetric = Codes.of(0.04)
     casts: list[tuple[Operand, str, Codes | None]] = [

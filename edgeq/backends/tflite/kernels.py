@@ -78,7 +78,7 @@ LITERT: dict[str, dict[int, frozenset[Dtypes]]] = {
     "RESHAPE": {1: _BOTH},
     "RIGHT_SHIFT": {1: _WHOLE},
     "RSQRT": {1: frozenset({_I16})},
-    "SLICE": {4: frozenset({_I16})},
+    "SLICE": {4: _BOTH},
     "SOFTMAX": {2: frozenset({_I8}), 3: frozenset({_I16})},
     "SUB": {1: _WHOLE, 2: _PAIRS},
     "SUM": {1: frozenset({("int32", "int32")})},

@@ -72,10 +72,10 @@ def _first_row(emit: Emitter, node: ir.Node) -> None:
     if not is_first or (rank == 3 and numbers[1:] != [1, 1]):
         raise LoweringFailed(f"{node.name}: slices something else than the first token or the first channels")
     shape = tuple(count if place == axis else size for place, size in enumerate(source.shape))
-    stem = "first" if rank == 3 else f"first_{count}_channels"
     if emit.settings.lookup == "none":
+        label = "_".join(map(str, shape))
         begin, size = (
-            emit.out.constant(f"{stem}/{name}", np.array(numbers, np.int32))
+            emit.out.constant(f"first_{label}/{name}", np.array(numbers, np.int32))
             for name, numbers in (("begin", [0] * rank), ("size", shape))
         )
         table = (OPTIONS.SliceOptions, schema.SliceOptionsT())
@@ -83,6 +83,7 @@ def _first_row(emit: Emitter, node: ir.Node) -> None:
         return
     options = schema.GatherOptionsT()
     options.axis = axis
+    stem = "first" if rank == 3 else f"first_{count}_channels"
     first = emit.out.constant(stem, np.arange(count, dtype=np.int32))
     emit.write(node.outputs[0], shape, OPERATOR.GATHER, 2, [source, first], (OPTIONS.GatherOptions, options))
 
