@@ -17,6 +17,7 @@ from edgeq.cli import run
 from edgeq.device_report import DeviceReport, reports_of
 from edgeq.errors import ConfigError, DeviceUnavailable
 from edgeq.lab import LabDevice, LabResult, Plan, page, read_devices, validate_all
+from edgeq.lab.cluster import packed, said, unpack
 
 needs_ray = pytest.mark.lab
 
@@ -119,6 +120,28 @@ def rays_warnings() -> Iterator[None]:
 
 def bundles(folder: Path, count: int) -> list[Path]:
     return [ort_bundle(folder / f"out {row}") for row in range(count)]
+
+
+def test_folders_arrive_whole_and_links_do_not_travel(tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    (given / "below" / "empty").mkdir(parents=True)
+    (given / "below" / "a.bin").write_bytes(bytes(range(256)))
+    unpack(packed([given, given / "below"]), tmp_path / "there")
+    found = sorted(path.relative_to(tmp_path / "there").as_posix() for path in (tmp_path / "there").rglob("*"))
+    assert found == [
+        "below", "below/a.bin", "below/empty", "given", "given/below", "given/below/a.bin", "given/below/empty",
+    ]  # fmt: skip
+    assert (tmp_path / "there" / "given" / "below" / "a.bin").read_bytes() == bytes(range(256))
+    (given / "link").symlink_to("/etc/passwd")
+    with pytest.raises(ConfigError, match="link"):
+        packed([given])
+
+
+def test_a_defect_in_a_worker_is_told_by_its_own_line() -> None:
+    error = RuntimeError("ray::Worker.validate() (pid=1)\n  File x, line 1\nTypeError: no such argument")
+    assert said(error) == "TypeError: no such argument"
+    assert said(RuntimeError("The actor died.\n\tclass: Worker")) == "The actor died."
+    assert said(RuntimeError()) == "RuntimeError"
 
 
 @needs_ray

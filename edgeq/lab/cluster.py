@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import socket
-import tarfile
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,10 +36,9 @@ def cluster(address: str | None) -> Iterator[Any]:
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DeviceUnavailable(
-            f"--ray {address or 'local'}: no cluster to work on ({told}). Start one with `ray start --head`, or leave "
-            "--ray out to work on this machine."
+            f"--ray {address or 'local'}: no cluster to work on ({said(error)}). Start one with `ray start "
+            "--head`, or leave --ray out to work on this machine."
         ) from error
     try:
         yield ray
@@ -122,6 +121,12 @@ def gathered(
             told(total - len(waiting))
 
 
+def said(error: Exception) -> str:
+    """Give the line of Ray's error that says what happened: the first, or of a traceback from elsewhere the last."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1] if "ray::" in lines[0] else lines[0]
+
+
 def packed(folders: Sequence[Path]) -> bytes:
     """Put folders, each under its own name, into one archive in memory.
 
@@ -129,16 +134,16 @@ def packed(folders: Sequence[Path]) -> bytes:
         ConfigError: one holds a link or a device; what edgeq writes does not.
     """
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
+    with zipfile.ZipFile(buffer, "w", strict_timestamps=False) as archive:
         for folder in folders:
             for path in sorted(folder.rglob("*")):
                 if path.is_symlink() or not (path.is_dir() or path.is_file()):
                     raise ConfigError(f"{path}: is a link or no file; a bundle holds none. Export it again.")
-                archive.add(path, f"{folder.name}/{path.relative_to(folder).as_posix()}", recursive=False)
+                archive.write(path, f"{folder.name}/{path.relative_to(folder).as_posix()}")
     return buffer.getvalue()
 
 
 def unpack(content: bytes, folder: Path) -> None:
-    """Write what `packed` took, below a folder."""
-    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-        archive.extractall(folder, filter="data")
+    """Write what `packed` took below a folder; no name leads out of it."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        archive.extractall(folder)

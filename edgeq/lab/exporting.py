@@ -11,7 +11,7 @@ from typing import Any
 from edgeq import bundle, errors, pipeline, storage
 from edgeq.cache import Cache
 from edgeq.errors import DeviceUnavailable, EdgeqError
-from edgeq.lab.cluster import RESTARTS, cluster, gathered, packed, require, unpack
+from edgeq.lab.cluster import RESTARTS, cluster, gathered, packed, require, said, unpack
 from edgeq.pipeline import Exported, ExportRequest, Shared
 from edgeq.records import Target
 from edgeq.stages import Report
@@ -94,8 +94,9 @@ def _made(
 def _written(target: Target, result: Any, out: Path, overwrite: bool) -> Exported | EdgeqError:
     """Put a bundle, or the report of a missed gate, where it belongs."""
     if isinstance(result, Exception):
-        told = (str(result).strip().splitlines() or [type(result).__name__])[0]
-        return DeviceUnavailable(f"{target.name}: its machine in the cluster was lost, or died of a defect: {told}")
+        return DeviceUnavailable(
+            f"{target.name}: its machine in the cluster was lost, or died of a defect: {said(result)}"
+        )
     error, content, files = result
     if error:
         kind: type[EdgeqError] = getattr(errors, error)

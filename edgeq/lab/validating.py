@@ -11,7 +11,7 @@ from typing import Any
 from edgeq.bundle import load_manifest
 from edgeq.device_report import DeviceReport, keep_report, parse_report
 from edgeq.errors import ConfigError, DeviceUnavailable, EdgeqError, ParityFailed, ToolMissing
-from edgeq.lab.cluster import RESTARTS, cluster, gathered, packed, unpack
+from edgeq.lab.cluster import RESTARTS, cluster, gathered, packed, said, unpack
 from edgeq.lab.devices import LabDevice
 from edgeq.places import Job
 from edgeq.records import Record
@@ -155,8 +155,7 @@ def _kept(bundle: Path, target: str, device: LabDevice, result: Any) -> LabResul
     """Hold what a worker gave against the bundle here, and keep its report."""
     named = {"bundle": str(bundle), "target": target, "device": device.name, "where": device.where}
     if isinstance(result, Exception):
-        told = (str(result).strip().splitlines() or [type(result).__name__])[0]
-        message = f"its worker in the cluster was lost {RESTARTS + 1} times, or died of a defect: {told}"
+        message = f"its worker in the cluster was lost {RESTARTS + 1} times, or died of a defect: {said(result)}"
         return LabResult(**named, exit_code=DeviceUnavailable.exit_code, message=message, attempts=1, report=None)
     exit_code, message, attempts, content = result
     report = None
