@@ -228,7 +228,8 @@ def _pool(rewriting: _Rewriting, node: ir.Node) -> None:
         return
     name = str(node.outputs[0].name)
     turn = {"perm": [0, 2, 1]}
-    column = add_node(node, "Transpose", [share], f"{name}/share", turn)
+    known = next((use for use in readers(share) if use.op_type == "Transpose"), None)  # of another choice of the token
+    column = known.outputs[0] if known is not None else add_node(node, "Transpose", [share], f"{name}/share", turn)
     each = rewriting.add(node, "Mul", [hidden, column], f"{name}/each", hidden)
     turned = add_node(node, "Transpose", [each], f"{name}/turned", turn)
     last = rewriting.graph.initializers.get("last_axis")

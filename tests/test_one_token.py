@@ -137,6 +137,16 @@ def test_one_row_has_finer_codes_where_its_kernels_exist(
     assert finer.mean() < coarse.mean() * 1.01 and finer.mean() < 0.01
 
 
+def test_products_that_take_one_token_share_its_shares() -> None:
+    """An NPU may leave the lookup of the shares to its host: one is enough."""
+    float_model = encoder.encoder(pooling="last")
+    found = calibrate.calibrate(float_model, Tokens(encoder.tokens(1, 64), 0, 0), 0, silent)
+    model = quantize.quantize(found.model, found.statistics, SCHEMES["w8a8-int-npu"])[0]
+    named = [node.name for node in model.graph.node]
+    assert sum(name.endswith("/one/share") for name in named) == 1
+    assert sum(name.endswith("/one/each") for name in named) == 2  # of the residual stream, and of the queries
+
+
 def cosines(first: Embeddings, second: Embeddings) -> np.ndarray:
     return np.sum(first * second, axis=1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
 
