@@ -97,6 +97,7 @@ def test_a_mean_and_hidden_states_with_other_readers_are_left_alone() -> None:
     assert hidden is not None
     model.graph.append(ir.node("Relu", [hidden], name="other"))
     assert follow_one_token(model, {}) == 0
+    assert any(node.name == "pooled3" for node in model.graph)
 
 
 def test_a_row_that_is_not_the_first_is_no_choice() -> None:
