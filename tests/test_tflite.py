@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import encoder
 import numpy as np
@@ -19,10 +21,11 @@ from ai_edge_litert import schema_py_generated as schema
 from edgeq import parity
 from edgeq.backends import tflite
 from edgeq.backends.contract import embed_batches
-from edgeq.backends.tflite import kernels
+from edgeq.backends.tflite import kernels, moves
 from edgeq.backends.tflite.emitter import Settings
 from edgeq.backends.tflite.lowering import lower_model
 from edgeq.errors import ConfigError, LoweringFailed
+from edgeq.passes.graph import add_constant
 from edgeq.records import QdqModel
 from edgeq.schemes import SCHEMES
 from edgeq.storage import file_ref
@@ -194,3 +197,25 @@ def test_time_and_memory_are_the_childs(model: QdqModel, tmp_path: Path) -> None
     assert len(milliseconds) == 3
     assert min(milliseconds) > 0.0
     assert run.peak_memory_bytes() > 10_000_000
+
+
+def test_first_tokens_of_different_widths_have_sizes_of_their_own() -> None:
+    stored: dict[str, np.ndarray] = {}
+    found: list[list[int]] = []
+
+    class Emit:
+        settings = PLAIN
+        out = SimpleNamespace(constant=lambda name, array: stored.setdefault(name, array))
+
+        def read(self, value: ir.Value) -> SimpleNamespace:
+            return SimpleNamespace(shape=(1, 8, int(str(value.name))))
+
+        def write(self, value: object, shape: object, code: int, version: int, inputs: list[Any], *_: object) -> None:
+            found.append(inputs[2].tolist())
+
+    graph = ir.Graph([], [], nodes=[])
+    bounds = [add_constant(graph, name, np.array([at], np.int64)) for name, at in (("a", 0), ("b", 1), ("c", 1))]
+    for width in (64, 192):
+        node = ir.node("Slice", [ir.Value(name=str(width)), *bounds], name=f"first_of_{width}")
+        moves._first_row(Emit(), node)  # type: ignore[arg-type]
+    assert found == [[1, 1, 64], [1, 1, 192]]
