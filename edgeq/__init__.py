@@ -10,8 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edgeq.api import export
-    from edgeq.embedder import Embedder, load
+    from edgeq.bundle.embedder import Embedder, load
     from edgeq.errors import (
         BundleCorrupt,
         ConfigError,
@@ -25,15 +24,16 @@ if TYPE_CHECKING:
         ToolMissing,
         Unsupported,
     )
-    from edgeq.pipeline import Exported
+    from edgeq.pipeline.api import export
+    from edgeq.pipeline.export import Exported
 
 _HOMES = {
     "BundleCorrupt": "edgeq.errors",
     "ConfigError": "edgeq.errors",
     "DeviceUnavailable": "edgeq.errors",
     "EdgeqError": "edgeq.errors",
-    "Embedder": "edgeq.embedder",
-    "Exported": "edgeq.pipeline",
+    "Embedder": "edgeq.bundle.embedder",
+    "Exported": "edgeq.pipeline.export",
     "LoweringFailed": "edgeq.errors",
     "ParityFailed": "edgeq.errors",
     "ReleaseRefused": "edgeq.errors",
@@ -41,8 +41,8 @@ _HOMES = {
     "TimedOut": "edgeq.errors",
     "ToolMissing": "edgeq.errors",
     "Unsupported": "edgeq.errors",
-    "export": "edgeq.api",
-    "load": "edgeq.embedder",
+    "export": "edgeq.pipeline.api",
+    "load": "edgeq.bundle.embedder",
 }
 
 __all__ = [

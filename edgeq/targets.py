@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from edgeq import machine
 from edgeq.errors import ConfigError
-from edgeq.foreign import oversize
 from edgeq.records import Target
+from edgeq.system import host
+from edgeq.system.untrusted import oversize
 
 _MOST_BYTES = 1 << 20
 _PACKAGE = Path(__file__).resolve().parent
@@ -63,7 +63,7 @@ def load_target(name: str, targets_dir: Path | None = None) -> Target:
 
 def availability(target: Target) -> tuple[bool, str]:
     """Say whether this machine is one the target is for, and what it lacks."""
-    missing = machine.meets(target.runs_on)
+    missing = host.meets(target.runs_on)
     return not missing, "; ".join(missing)
 
 

@@ -113,7 +113,9 @@ def _pooled(b: Builder, x: str, mask: str, pooling: str) -> str:
         is_last = b.node("Cast", [b.node("Equal", [seen, count], "is_last")], "last_or_padding", to=TensorProto.INT64)
         shares = b.node("Mul", [is_last, "attention_mask"], "last")
         shares = b.node("Unsqueeze", [b.node("Cast", [shares], "shares", to=TensorProto.FLOAT), "axis1"], "shares3")
-        x = b.node("MatMul", [shares, x], "pooling/last/picked")  # as edgeq.pooling.last_token writes it
+        x = b.node(
+            "MatMul", [shares, x], "pooling/last/picked"
+        )  # as edgeq.quantization.rewrites.token_pooling.last_token writes it
     return b.node("Squeeze", [x, "axis1"], "pooled")
 
 

@@ -12,13 +12,20 @@ import numpy as np
 import onnx
 import tiny_source
 
-from edgeq import backends, calibrate, dialect, passes, quantize, schemes, source, targets, torch_export
+from edgeq import targets
 from edgeq.backends.contract import Embeddings, embed_batches
+from edgeq.backends.registry import find
+from edgeq.data.tokens import Tokenizer, Tokens, batches
 from edgeq.errors import EdgeqError
+from edgeq.frontend import locate
+from edgeq.frontend.torch.export import CONFIG, PROBES, RAW, load_probes, run
+from edgeq.graph import dialect
+from edgeq.graph.float_session import FloatSession
+from edgeq.passes.apply import apply
+from edgeq.pipeline import calibrate
+from edgeq.quantization import quantize, schemes
 from edgeq.records import QdqModel, Source
-from edgeq.reference import FloatSession
-from edgeq.storage import file_ref
-from edgeq.texts import Tokenizer, Tokens, batches
+from edgeq.system.files import file_ref
 
 CALIBRATION, VALIDATION = 96, 128  # texts
 LENGTHS = (16, 32, 64)  # of static artifacts, in tokens
@@ -53,18 +60,18 @@ def silent(stage: str, done: int, total: int) -> None:
 def export(name: str, folder: Path) -> Exported:
     """Build, export, rewrite and calibrate; the graph is in the dialect and gives torch's vectors."""
     tower = architectures.ARCHITECTURES[name].tower
-    located = source.locate(str(architectures.write(name, folder / name)), tower=tower)
+    located = locate.locate(str(architectures.write(name, folder / name)), tower=tower)
     out = folder / f"{name}-raw"
     out.mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, while it exports
-        record = torch_export.run(located, out, hidden_state=True)
-    feeds, expected = torch_export.load_probes(out / torch_export.PROBES)
-    model, _ = passes.apply(onnx.load(out / torch_export.RAW), feeds)
+        record = run(located, out, hidden_state=True)
+    feeds, expected = load_probes(out / PROBES)
+    model, _ = apply(onnx.load(out / RAW), feeds)
     dialect.verify(model, name)
     session = FloatSession.of(model)
     error = max(float(np.abs(vectors - session(feed)).max()) for feed, vectors in zip(feeds, expected, strict=True))
-    tokenizer = Tokenizer.from_file(out / torch_export.CONFIG / "tokenizer.json", record.max_sequence)
+    tokenizer = Tokenizer.from_file(out / CONFIG / "tokenizer.json", record.max_sequence)
     texts = [tokenizer.encode(tiny_source.texts(count, seed)) for count, seed in ((CALIBRATION, 1), (VALIDATION, 2))]
     reference = embed_batches(session, batches(texts[1]), VALIDATION)
     observed = calibrate.calibrate(model, texts[0], 0, silent)
@@ -94,7 +101,7 @@ def lowered(made: Exported, column: str, folder: Path) -> dict[str, Any]:
     if target.buckets_tokens:
         target = target.model_copy(update={"buckets_tokens": LENGTHS if column == "LiteRT" else LENGTHS[:1]})
     target = target.model_copy(update={"scheme": SCHEMES.get(column, target.scheme)})
-    scheme, backend = schemes.find(target.scheme, name), backends.find(target.backend, name)
+    scheme, backend = schemes.find(target.scheme, name), find(target.backend, name)
     out = folder / f"{made.name}-{name}"
     out.mkdir()
     try:

@@ -16,9 +16,9 @@ from tiny_integer import Meant, is_added
 
 from edgeq.backends import tflite
 from edgeq.backends.tflite import child
-from edgeq.children import Worker
-from edgeq.environments import Environment, interpreter
 from edgeq.errors import ToolMissing
+from edgeq.system.environments import Environment, interpreter
+from edgeq.system.worker import Worker
 
 TESTS = Path(__file__).resolve().parent
 _PINS = (TESTS.parent / "tools" / "constraints-tensorflow.txt").read_text(encoding="utf-8").splitlines()

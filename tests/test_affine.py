@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgeq import affine
+from edgeq.quantization import affine
 
 
 @pytest.mark.parametrize(("bits", "signed"), [(8, False), (8, True), (4, False), (16, True), (16, False)])

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeq.anatomy import inspect
+from edgeq.analysis.inspect.model_file import inspect
 from edgeq.errors import ConfigError
 
 

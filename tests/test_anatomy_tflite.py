@@ -14,7 +14,8 @@ from ai_edge_litert import schema_py_generated as schema
 from tiny_tflite import DIM, VOCABULARY, make_tflite
 
 from edgeq import cli
-from edgeq.anatomy import Port, inspect
+from edgeq.analysis.inspect.model_file import inspect
+from edgeq.analysis.inspect.report import Port
 from edgeq.errors import ConfigError, ToolMissing
 
 pytestmark = pytest.mark.tflite

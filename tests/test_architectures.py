@@ -19,8 +19,8 @@ pytest.importorskip("sentence_transformers", reason="needs the extra `export`")
 import architectures  # noqa: E402
 import measured_architecture as measured  # noqa: E402
 
-from edgeq.reference import FloatSession  # noqa: E402
-from edgeq.texts import Feeds  # noqa: E402
+from edgeq.data.tokens import Feeds  # noqa: E402
+from edgeq.graph.float_session import FloatSession  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = json.loads((REPOSITORY / "docs" / "architectures.json").read_text(encoding="utf-8"))

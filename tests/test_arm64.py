@@ -14,8 +14,9 @@ import pytest
 from tiny_bundle import GATE, PAD_ID, TEXTS, make_config, make_lineage, make_model, make_report, make_target
 from tiny_tflite import VOCABULARY, make_tflite
 
-from edgeq import bundle
-from edgeq.storage import file_ref
+from edgeq.bundle.golden import GoldenData
+from edgeq.bundle.write import write
+from edgeq.system.files import file_ref
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -48,20 +49,20 @@ def model(tmp_path_factory: pytest.TempPathFactory, arm: list[str]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def golden(model: Path) -> bundle.GoldenData:
+def golden(model: Path) -> GoldenData:
     random = np.random.default_rng(0)
     lengths = [3, 5, 16, 17, 32, 9, 30, 40] * 4
     ids = random.integers(1, VOCABULARY, (len(lengths), max(lengths)))
     mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
     unknown = np.zeros((len(lengths), 1), np.float32)
-    made = bundle.GoldenData(TEXTS, np.where(mask == 1, ids, PAD_ID), mask, unknown, unknown, PAD_ID)
+    made = GoldenData(TEXTS, np.where(mask == 1, ids, PAD_ID), mask, unknown, unknown, PAD_ID)
     codes, _ = arm64_compare.run_child([sys.executable], model, arm64_compare.bucket_feeds(made, LENGTHS)[0])
     vectors = codes.vectors()
     noise = random.standard_normal(vectors.shape).astype(np.float32) * vectors.std() * np.float32(0.05)
     return dataclasses.replace(made, reference=vectors + noise, embeddings=vectors)
 
 
-def make_bundle(folder: Path, model: Path, golden: bundle.GoldenData) -> Path:
+def make_bundle(folder: Path, model: Path, golden: GoldenData) -> Path:
     artifact, config = folder / "artifact", folder / "config"
     make_model(artifact / "onnx" / "model.onnx")
     make_config(config)
@@ -71,7 +72,7 @@ def make_bundle(folder: Path, model: Path, golden: bundle.GoldenData) -> Path:
     (artifact / "model.tflite").write_bytes(model.read_bytes())
     files = (file_ref(artifact / "model.tflite", artifact),)
     lineage = dataclasses.replace(lineage, artifact=lineage.artifact.model_copy(update={"files": files}))
-    bundle.write(folder / "out", lineage, artifact, config, golden, make_report(target), overwrite=False)
+    write(folder / "out", lineage, artifact, config, golden, make_report(target), overwrite=False)
     return folder / "out"
 
 
@@ -80,9 +81,7 @@ def compare(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_child_gives_the_same_codes_on_both_architectures(
-    arm: list[str], model: Path, golden: bundle.GoldenData
-) -> None:
+def test_the_child_gives_the_same_codes_on_both_architectures(arm: list[str], model: Path, golden: GoldenData) -> None:
     feeds, _ = arm64_compare.bucket_feeds(golden, LENGTHS)
     here, where_here = arm64_compare.run_child([sys.executable], model, feeds)
     there, where_there = arm64_compare.run_child(arm, model, feeds)
@@ -92,7 +91,7 @@ def test_the_child_gives_the_same_codes_on_both_architectures(
     assert np.array_equal(here.scale, there.scale) and np.array_equal(here.zero_point, there.zero_point)
 
 
-def test_a_bundle_is_compared_with_x86_and_with_float32(tmp_path: Path, model: Path, golden: bundle.GoldenData) -> None:
+def test_a_bundle_is_compared_with_x86_and_with_float32(tmp_path: Path, model: Path, golden: GoldenData) -> None:
     path = make_bundle(tmp_path, model, golden)
     done = compare(path, "--json")
     assert done.returncode == 0, done.stderr
@@ -105,14 +104,14 @@ def test_a_bundle_is_compared_with_x86_and_with_float32(tmp_path: Path, model: P
     assert table.returncode == 0 and "emulator" in table.stdout and "FP32" in table.stdout
 
 
-def test_vectors_of_other_texts_miss_the_limit(tmp_path: Path, model: Path, golden: bundle.GoldenData) -> None:
+def test_vectors_of_other_texts_miss_the_limit(tmp_path: Path, model: Path, golden: GoldenData) -> None:
     swapped = dataclasses.replace(golden, embeddings=np.roll(golden.embeddings, 1, axis=0))
     done = compare(make_bundle(tmp_path, model, swapped), "--json")
     assert done.returncode == 6, done.stderr
     assert json.loads(done.stdout)["status"] == "failed" and "0.997 is needed" in done.stderr
 
 
-def test_a_missing_signature_is_named(arm: list[str], model: Path, golden: bundle.GoldenData) -> None:
+def test_a_missing_signature_is_named(arm: list[str], model: Path, golden: GoldenData) -> None:
     feeds, _ = arm64_compare.bucket_feeds(golden, (16, 64))
     with pytest.raises(arm64_compare.LoweringFailed, match=r"'seq_16', 'seq_32'.*seq_64 is needed"):
         arm64_compare.run_child(arm, model, feeds)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_bundle import make_bundle, make_target
 
-from edgeq.bundle import GoldenData
+from edgeq.bundle.golden import GoldenData
 from edgeq.errors import ParityFailed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))

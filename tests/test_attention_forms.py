@@ -10,11 +10,11 @@ from onnx import TensorProto
 from test_passes import Node, graph, operators, run
 from test_passes_text import array, numbers, with_inputs
 
-from edgeq import fine_sides as fine
-from edgeq.attention_forms import biased, counted_positions, shared_heads, turned_halves
-from edgeq.computed import computed
+from edgeq.calibration.observe import Statistics
 from edgeq.errors import EdgeqError
-from edgeq.observe import Statistics
+from edgeq.graph.evaluate import computed
+from edgeq.quantization.rewrites import split_outlier_weights as fine
+from edgeq.quantization.rewrites.attention import biased, counted_positions, shared_heads, turned_halves
 
 
 def after(model: onnx.ModelProto, rewrite, op_type: str) -> tuple[onnx.ModelProto, int]:  # type: ignore[no-untyped-def]

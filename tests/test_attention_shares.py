@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from tiny_integer import make_model
 
-from edgeq.attention_shares import LAST_INDEX, LEVELS, RATIO, table_of_inverses
+from edgeq.quantization.integer.deferred_softmax import LAST_INDEX, LEVELS, RATIO, table_of_inverses
 
 
 def inverses(sums: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeq.evaluation import RetrievalSet, StsPairs
+from edgeq.evaluation.datasets import RetrievalSet, StsPairs
 
 pytest.importorskip("psutil", reason="needs the extra `dev`")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))

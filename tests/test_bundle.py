@@ -21,10 +21,12 @@ from tiny_bundle import (
     make_target,
 )
 
-from edgeq import backends, bundle
+from edgeq.backends.registry import BACKENDS
 from edgeq.bundle.checksums import write_sums
-from edgeq.bundle.golden import write_golden
-from edgeq.bundle.verifying import judge_golden
+from edgeq.bundle.golden import GoldenData, read_golden, write_golden
+from edgeq.bundle.manifest import load_manifest, load_report
+from edgeq.bundle.verify import judge_golden, verify
+from edgeq.bundle.write import write
 from edgeq.errors import BundleCorrupt, ConfigError, EdgeqError, ParityFailed, Unsupported
 from edgeq.records import Manifest, RunsOn
 
@@ -46,7 +48,7 @@ FILES = {
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> TinyBackend:
     backend = TinyBackend()
-    monkeypatch.setitem(backends.BACKENDS, "tiny", backend)  # type: ignore[arg-type]
+    monkeypatch.setitem(BACKENDS, "tiny", backend)  # type: ignore[arg-type]
     return backend
 
 
@@ -57,13 +59,13 @@ def contents(path: Path) -> dict[str, bytes]:
 def test_a_bundle_holds_what_it_must_and_verifies(tmp_path: Path) -> None:
     path, manifest = make_bundle(tmp_path / "out")
     assert set(contents(path)) == FILES
-    found = bundle.verify(path)
+    found = verify(path)
     assert (found.files, found.golden_texts, found.status, found.ran_on) == (10, 32, "passed", "device")
     assert found.cosine_min > 0.999999
     assert found.max_abs_error < 1e-6
     assert 0.99 < found.float32_cosine_min < 0.99999
-    assert bundle.load_manifest(path) == manifest
-    assert bundle.load_report(path) == make_report(make_target())
+    assert load_manifest(path) == manifest
+    assert load_report(path) == make_report(make_target())
 
 
 def test_sha256sum_accepts_the_sums(tmp_path: Path) -> None:
@@ -97,10 +99,10 @@ def test_a_flipped_byte_is_found_and_named_in_every_file(tmp_path: Path) -> None
                 damaged[position] ^= flip
                 (path / name).write_bytes(damaged)
                 with pytest.raises(BundleCorrupt) as caught:
-                    bundle.verify(path)
+                    verify(path)
                 assert name in str(caught.value), (name, position, flip)
         (path / name).write_bytes(data)
-    assert bundle.verify(path).files == len(FILES) - 1
+    assert verify(path).files == len(FILES) - 1
 
 
 def test_every_byte_of_the_sums_counts(tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_every_byte_of_the_sums_counts(tmp_path: Path) -> None:
         damaged[position] ^= 0x04
         (path / "SHA256SUMS").write_bytes(damaged)
         with pytest.raises(BundleCorrupt, match="SHA256SUMS"):
-            bundle.verify(path)
+            verify(path)
 
 
 def test_a_damaged_sum_is_told_from_a_damaged_file(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_a_damaged_sum_is_told_from_a_damaged_file(tmp_path: Path) -> None:
     digit = sums[5:6]
     (path / "SHA256SUMS").write_bytes(sums[:5] + (b"0" if digit != b"0" else b"1") + sums[6:])
     with pytest.raises(BundleCorrupt, match="SHA256SUMS: the sum of 1_Pooling/config.json is damaged in 1 digits"):
-        bundle.verify(path)
+        verify(path)
 
 
 @pytest.mark.parametrize("name", sorted(FILES - {"manifest.json"}))
@@ -128,14 +130,14 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     path, _ = make_bundle(tmp_path / "out")
     (path / name).unlink()
     with pytest.raises((BundleCorrupt, ConfigError), match=name):
-        bundle.verify(path)
+        verify(path)
 
 
 def test_an_extra_file_is_named(tmp_path: Path) -> None:
     path, _ = make_bundle(tmp_path / "out")
     (path / "onnx" / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(BundleCorrupt, match="onnx/notes.txt: is there but not listed"):
-        bundle.verify(path)
+        verify(path)
 
 
 def rewrite(path: Path, edit) -> None:  # type: ignore[no-untyped-def]
@@ -170,7 +172,7 @@ def test_every_link_of_the_chain_is_walked(tmp_path: Path, record: str, key: str
     path, _ = make_bundle(tmp_path / "out")
     rewrite(path, lambda manifest: manifest[record].update({key: value}))
     with pytest.raises(BundleCorrupt, match="the chain is broken"):
-        bundle.verify(path)
+        verify(path)
 
 
 def test_a_record_may_not_name_a_file_outside(tmp_path: Path) -> None:
@@ -178,7 +180,7 @@ def test_a_record_may_not_name_a_file_outside(tmp_path: Path) -> None:
     shutil.copy(path / "parity.json", path.parent / "parity.json")
     rewrite(path, lambda manifest: manifest["parity"].update({"path": "../parity.json"}))
     with pytest.raises(BundleCorrupt, match=r"\.\./parity\.json is not in the bundle"):
-        bundle.verify(path)
+        verify(path)
 
 
 @pytest.mark.parametrize("part", ["equalized_model", "calibration", "qdq_model"])
@@ -186,17 +188,17 @@ def test_a_replaced_parent_breaks_the_chain(tmp_path: Path, part: str) -> None:
     path, _ = make_bundle(tmp_path / "out")
     rewrite(path, lambda manifest: manifest[part]["file"].update({"sha256": OTHER}))
     with pytest.raises(BundleCorrupt, match=part):
-        bundle.verify(path)
+        verify(path)
 
 
 def test_replaced_golden_and_artifact_files_break_the_chain(tmp_path: Path) -> None:
     path, _ = make_bundle(tmp_path / "out")
-    golden = bundle.read_golden(path)
-    write_golden(path, bundle.GoldenData(**{**vars(golden), "embeddings": golden.reference}))
+    golden = read_golden(path)
+    write_golden(path, GoldenData(**{**vars(golden), "embeddings": golden.reference}))
     make_model(path / "onnx" / "model.onnx", seed=4)
     write_sums(path)
     with pytest.raises(BundleCorrupt) as caught:
-        bundle.verify(path)
+        verify(path)
     assert "golden.npz is not the file" in str(caught.value)
     assert "onnx/model.onnx is not the file" in str(caught.value)
 
@@ -206,10 +208,10 @@ def test_a_report_that_passed_against_its_own_measures_is_found(tmp_path: Path) 
     poor = make_report(target, measures=MEASURES.model_copy(update={"cosine_min": 0.5}))
     path, _ = make_bundle(tmp_path / "out", report=poor)
     with pytest.raises(BundleCorrupt, match="parity.json says passed, but its measures say: cosine min is 0.5"):
-        bundle.verify(path)
+        verify(path)
     path, _ = make_bundle(tmp_path / "none", report=make_report(target, measures=None))
     with pytest.raises(BundleCorrupt, match="passed without measures"):
-        bundle.verify(path)
+        verify(path)
 
 
 def test_another_tokenizer_is_found_by_the_golden_ids(tmp_path: Path) -> None:
@@ -220,23 +222,23 @@ def test_another_tokenizer_is_found_by_the_golden_ids(tmp_path: Path) -> None:
     (path / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     write_sums(path)
     with pytest.raises(BundleCorrupt, match=r"golden.npz: text \d+ has the token ids"):
-        bundle.verify(path)
+        verify(path)
 
 
 def test_a_runtime_that_gives_other_vectors_is_found(tmp_path: Path, tiny: TinyBackend) -> None:
     path, _ = make_bundle(tmp_path / "out")
     tiny.scale = 1.1
     with pytest.raises(ParityFailed, match="every file is whole"):
-        bundle.verify(path)
+        verify(path)
     tiny.scale = float("nan")
     with pytest.raises(ParityFailed, match="finite: False"):
-        bundle.verify(path)
+        verify(path)
 
 
 @pytest.mark.parametrize("changes", [{"max_abs_error": 1.1e-3}, {"cosine_min": 0.99989}])
 def test_on_the_same_place_error_and_cosine_both_count(tmp_path: Path, changes: dict[str, float]) -> None:
     path, manifest = make_bundle(tmp_path / "out")
-    found = bundle.verify(path)
+    found = verify(path)
     judge_golden(path, manifest, found, is_same_place=True)
     with pytest.raises(ParityFailed):
         judge_golden(path, manifest, found.model_copy(update=changes), is_same_place=True)
@@ -248,12 +250,12 @@ def test_elsewhere_the_vectors_need_only_be_near_fp32(tmp_path: Path, tiny: Tiny
     report = make_report(target, ran_on="host-kernels")
     path, _ = make_bundle(tmp_path / "out", report=report)
     tiny.scale = 1.02
-    found = bundle.verify(path)
+    found = verify(path)
     assert found.max_abs_error > 1e-3
     assert found.ran_on == "device"
     tiny.scale = 2.0
     with pytest.raises(ParityFailed, match=r"at least 0\.993 with FP32 is needed"):
-        bundle.verify(path)
+        verify(path)
 
 
 def test_a_cpu_without_the_flags_is_refused(tmp_path: Path) -> None:
@@ -261,7 +263,7 @@ def test_a_cpu_without_the_flags_is_refused(tmp_path: Path) -> None:
     target = make_target(runs_on=RunsOn(machine=here, cpu_flags_all=("no_such_flag",), cpu_flags_any=()))
     path, _ = make_bundle(tmp_path / "out", target=target)
     with pytest.raises(Unsupported, match="no_such_flag"):
-        bundle.verify(path)
+        verify(path)
 
 
 def test_a_failed_bundle_says_so_everywhere(tmp_path: Path) -> None:
@@ -276,7 +278,7 @@ def test_a_failed_bundle_says_so_everywhere(tmp_path: Path) -> None:
     path, manifest = make_bundle(tmp_path / "out", report=report)
     assert manifest.status == "failed"
     assert f"> - {sentence}" in (path / "README.md").read_text(encoding="utf-8")
-    assert bundle.verify(path).status == "failed"
+    assert verify(path).status == "failed"
 
 
 def test_the_same_bundle_is_checked_and_kept(tmp_path: Path) -> None:
@@ -287,7 +289,7 @@ def test_the_same_bundle_is_checked_and_kept(tmp_path: Path) -> None:
     with pytest.raises(BundleCorrupt, match="modules.json"):
         make_bundle(tmp_path / "out")
     make_bundle(tmp_path / "out", overwrite=True)
-    assert bundle.verify(path).status == "passed"
+    assert verify(path).status == "passed"
 
 
 def test_another_bundle_needs_overwrite(tmp_path: Path) -> None:
@@ -298,7 +300,7 @@ def test_another_bundle_needs_overwrite(tmp_path: Path) -> None:
     assert contents(path) == before
     make_bundle(tmp_path / "out", seed=1, overwrite=True)
     assert contents(path)["onnx/model.onnx"] != before["onnx/model.onnx"]
-    assert bundle.verify(path).status == "passed"
+    assert verify(path).status == "passed"
     assert [child.name for child in (tmp_path / "out").iterdir()] == ["tiny-target"]
 
 
@@ -316,7 +318,7 @@ def test_a_folder_that_is_no_bundle_is_left_alone(tmp_path: Path, overwrite: boo
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     (tmp_path / "out" / "tiny-target").mkdir(parents=True)
     path, _ = make_bundle(tmp_path / "out")
-    assert bundle.verify(path).status == "passed"
+    assert verify(path).status == "passed"
 
 
 def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
@@ -327,7 +329,7 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     lineage, golden = make_lineage(artifact_dir, target), make_golden(artifact_dir, config_dir)
     make_model(artifact_dir / "onnx" / "model.onnx", seed=1)  # not the file that the record names
     with pytest.raises(EdgeqError, match="is not the file its record names"):
-        bundle.write(tmp_path / "out" / "t", lineage, artifact_dir, config_dir, golden, make_report(target))
+        write(tmp_path / "out" / "t", lineage, artifact_dir, config_dir, golden, make_report(target))
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -340,22 +342,22 @@ def test_config_without_a_tokenizer_or_over_our_own_files_is_refused(tmp_path: P
     (config_dir / "onnx").mkdir()
     (config_dir / "onnx" / "model.onnx").write_bytes(b"x")
     with pytest.raises(EdgeqError, match="is in the bundle already"):
-        bundle.write(tmp_path / "out" / "t", *parts, make_report(target))
+        write(tmp_path / "out" / "t", *parts, make_report(target))
     (config_dir / "tokenizer.json").unlink()
     with pytest.raises(EdgeqError, match="tokenizer.json is not there"):
-        bundle.write(tmp_path / "out" / "t", *parts, make_report(target))
+        write(tmp_path / "out" / "t", *parts, make_report(target))
 
 
 def test_what_is_no_bundle_is_said_to_be_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such folder"):
-        bundle.load_manifest(tmp_path / "none")
+        load_manifest(tmp_path / "none")
     with pytest.raises(ConfigError, match="is no bundle"):
-        bundle.verify(tmp_path)
+        verify(tmp_path)
     path, _ = make_bundle(tmp_path / "out")
     with pytest.raises(ConfigError, match="holds the bundles tiny-target"):
-        bundle.load_manifest(path.parent)
+        load_manifest(path.parent)
     with pytest.raises(ConfigError, match="is no bundle"):
-        bundle.load_manifest(path / "README.md")
+        load_manifest(path / "README.md")
 
 
 @pytest.mark.parametrize(
@@ -371,7 +373,7 @@ def test_a_manifest_that_is_not_ours_names_file_and_key(tmp_path: Path, edit, sa
     path, _ = make_bundle(tmp_path / "out")
     rewrite(path, edit)
     with pytest.raises(BundleCorrupt) as caught:
-        bundle.load_manifest(path)
+        load_manifest(path)
     assert f"manifest.json: {said}: " in str(caught.value)
 
 
@@ -380,12 +382,12 @@ def test_a_manifest_that_is_no_json_is_named(tmp_path: Path, data: bytes) -> Non
     path, _ = make_bundle(tmp_path / "out")
     (path / "manifest.json").write_bytes(data)
     with pytest.raises(BundleCorrupt, match="manifest.json"):
-        bundle.load_manifest(path)
+        load_manifest(path)
 
 
 def test_golden_data_comes_back(tmp_path: Path) -> None:
     path, _ = make_bundle(tmp_path / "out")
-    golden = bundle.read_golden(path)
+    golden = read_golden(path)
     assert golden.texts == TEXTS
     assert golden.input_ids.shape == golden.attention_mask.shape
     assert golden.reference.shape == golden.embeddings.shape == (32, DIM)
@@ -398,7 +400,7 @@ def test_a_pickle_in_the_golden_file_is_not_run(tmp_path: Path) -> None:
     path, _ = make_bundle(tmp_path / "out")
     np.savez(path / "golden.npz", input_ids=np.array([{}], dtype=object))
     with pytest.raises(BundleCorrupt, match="golden.npz"):
-        bundle.read_golden(path)
+        read_golden(path)
 
 
 @pytest.mark.parametrize("content", ["", '{"text": 1}\n' * 32, '{"txt": "a"}\n', "not json\n", '{"text": "a"}\n'])
@@ -406,7 +408,7 @@ def test_bad_golden_texts_are_named(tmp_path: Path, content: str) -> None:
     path, _ = make_bundle(tmp_path / "out")
     (path / "golden.jsonl").write_text(content, encoding="utf-8")
     with pytest.raises(BundleCorrupt, match="golden"):
-        bundle.read_golden(path)
+        read_golden(path)
 
 
 def code_blocks(card: str) -> list[str]:
@@ -440,11 +442,11 @@ def test_the_card_shows_the_numbers_and_the_way_without_edgeq_works(
         vectors = names["vectors"]
         assert isinstance(vectors, np.ndarray)
         assert vectors.shape == (len(texts), DIM)
-    np.testing.assert_allclose(vectors, bundle.read_golden(path).embeddings, atol=1e-6)
+    np.testing.assert_allclose(vectors, read_golden(path).embeddings, atol=1e-6)
 
 
 def test_a_card_without_hidden_state_does_not_promise_sentence_transformers(tmp_path: Path) -> None:
-    from edgeq.bundle.card import render_card
+    from edgeq.bundle.model_card import render_card
 
     _, manifest = make_bundle(tmp_path / "out")
     qdq = manifest.qdq_model.model_copy(update={"outputs": ("sentence_embedding",)})
@@ -456,4 +458,4 @@ def test_a_moved_bundle_verifies(tmp_path: Path) -> None:
     path, _ = make_bundle(tmp_path / "out")
     shutil.move(path, tmp_path / "elsewhere")
     shutil.rmtree(tmp_path / "out-inputs-0")
-    assert bundle.verify(tmp_path / "elsewhere").status == "passed"
+    assert verify(tmp_path / "elsewhere").status == "passed"

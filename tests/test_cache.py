@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from edgeq import storage
-from edgeq.cache import Cache, key
 from edgeq.errors import StorageFailed
+from edgeq.system import files
+from edgeq.system.cache import Cache, key
 
 
 def write(text: str):  # noqa: ANN201
@@ -92,7 +92,7 @@ def test_the_variable_names_the_place(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old", encoding="utf-8")
-    with pytest.raises(ValueError, match="stop"), storage.replacing(path) as partial:
+    with pytest.raises(ValueError, match="stop"), files.replacing(path) as partial:
         partial.write_text("half", encoding="utf-8")
         raise ValueError("stop")
     assert [item.name for item in tmp_path.iterdir()] == ["file"]
@@ -103,21 +103,21 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     path.mkdir()
     (path / "old").touch()
-    with pytest.raises(ValueError, match="stop"), storage.replacing_dir(path) as partial:
+    with pytest.raises(ValueError, match="stop"), files.replacing_dir(path) as partial:
         (partial / "new").touch()
         raise ValueError("stop")
     assert [item.name for item in tmp_path.iterdir()] == ["folder"] and (path / "old").is_file()
-    with storage.replacing_dir(path) as partial:
+    with files.replacing_dir(path) as partial:
         (partial / "new").touch()
     assert [item.name for item in path.iterdir()] == ["new"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
 def test_the_disks_refusal_is_one_sentence(code: int) -> None:
-    with pytest.raises(StorageFailed, match="writing x"), storage.storage_errors("writing x"):
+    with pytest.raises(StorageFailed, match="writing x"), files.storage_errors("writing x"):
         raise OSError(code, "no")
 
 
 def test_other_errors_pass() -> None:
-    with pytest.raises(OSError, match="strange"), storage.storage_errors("writing x"):
+    with pytest.raises(OSError, match="strange"), files.storage_errors("writing x"):
         raise OSError(errno.EXDEV, "strange")

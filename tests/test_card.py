@@ -13,13 +13,16 @@ from onnx import numpy_helper
 from tiny_bundle import DIM, GATE, MAX_SEQUENCE, WORDS, TinyBackend, make_report, make_target
 from tiny_card import AlteringBackend, MissingBackend, write_bundle, write_float
 
-from edgeq import backends, card, cli, latency
-from edgeq.card import comparing, timing
-from edgeq.card.collecting import collect
-from edgeq.card.records import Card, Row
+from edgeq import cli
+from edgeq.backends.registry import BACKENDS
+from edgeq.bundle import benchmark
+from edgeq.data.tokens import Tokens, sha256_texts
 from edgeq.errors import BundleCorrupt, ConfigError, LoweringFailed, ToolMissing
 from edgeq.records import RunsOn
-from edgeq.texts import Tokens, sha256_texts
+from edgeq.reports import figures, timing
+from edgeq.reports.bundles import collect
+from edgeq.reports.card import Request, compare
+from edgeq.reports.contents import Card, Row
 
 TEXTS = [" ".join(WORDS[i : i + 1 + i % 5]) for i in range(14)]
 
@@ -27,8 +30,8 @@ TEXTS = [" ".join(WORDS[i : i + 1 + i % 5]) for i in range(14)]
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EDGEQ_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setitem(backends.BACKENDS, "tiny", TinyBackend())  # type: ignore[arg-type]
-    monkeypatch.setitem(backends.BACKENDS, "missing", MissingBackend())  # type: ignore[arg-type]
+    monkeypatch.setitem(BACKENDS, "tiny", TinyBackend())  # type: ignore[arg-type]
+    monkeypatch.setitem(BACKENDS, "missing", MissingBackend())  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 def compared(*paths: Path, cache: Path, **options: object) -> Card:
-    return card.compare(card.Request(bundles=paths, cache=cache, **options), silent)  # type: ignore[arg-type]
+    return compare(Request(bundles=paths, cache=cache, **options), silent)  # type: ignore[arg-type]
 
 
 def vectors(words: dict[str, NDArray[np.float32]]) -> list[NDArray[np.float64]]:
@@ -77,7 +80,7 @@ def row(found: Card, name: str) -> Row:
 def test_figures_are_those_worked_out_by_hand(
     tmp_path: Path, float_file: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(backends.BACKENDS, "half", TinyBackend(scale=0.5))  # type: ignore[arg-type]
+    monkeypatch.setitem(BACKENDS, "half", TinyBackend(scale=0.5))  # type: ignore[arg-type]
     out = tmp_path / "out"
     write_bundle(out, "exact", "tiny", float_file)
     write_bundle(out, "half-first", "half", float_file)
@@ -130,7 +133,7 @@ def test_swapped_and_wrong_vectors_show(
     texts: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(backends.BACKENDS, "wrong", AlteringBackend(alter))  # type: ignore[arg-type]
+    monkeypatch.setitem(BACKENDS, "wrong", AlteringBackend(alter))  # type: ignore[arg-type]
     out = tmp_path / "out"
     write_bundle(out, "right", "tiny", float_file)
     write_bundle(out, "wrong", "wrong", float_file)
@@ -145,17 +148,17 @@ def test_swapped_and_wrong_vectors_show(
 def test_small_numbers_by_hand() -> None:
     reference = np.array([[1, 0], [0, 1], [3, 4], [1, 1]], np.float32)
     other = np.array([[1, 0], [0, 1], [4, 3], [1, -1]], np.float32)
-    np.testing.assert_allclose(comparing.cosines(reference, other), [1.0, 1.0, 0.96, 0.0], atol=1e-12)
-    (pair,) = comparing.pairs([("a", reference), ("b", other)])
+    np.testing.assert_allclose(figures.cosines(reference, other), [1.0, 1.0, 0.96, 0.0], atol=1e-12)
+    (pair,) = figures.pairs([("a", reference), ("b", other)])
     assert (pair.first, pair.second) == ("a", "b")
     assert pair.cosine_mean == pytest.approx(0.74)
     assert pair.cosine_min == pytest.approx(0.0)
     texts = ["one", "two", "three", "x" * 201]
-    made = comparing.compare("b", reference, other, texts, 1.0)
-    worst = comparing.worst_texts([made], reference, texts, Tokens(((1,), (1, 2), (1,), (1,)), 0, 0))
+    made = figures.compare("b", reference, other, texts, 1.0)
+    worst = figures.worst_texts([made], reference, texts, Tokens(((1,), (1, 2), (1,), (1,)), 0, 0))
     assert [item.text for item in worst] == ["x" * 200 + "…", "three", "one", "two"]
     assert [item.errors[0].max_abs_error for item in worst] == [2.0, 1.0, 0.0, 0.0]
-    assert comparing.percentiles(np.array([0.5, 0.9, 0.7]))[::50] == (0.5, 0.7, 0.9)
+    assert figures.percentiles(np.array([0.5, 0.9, 0.7]))[::50] == (0.5, 0.7, 0.9)
 
 
 def test_json_comes_back_whole(tmp_path: Path, float_file: Path, texts: Path) -> None:
@@ -208,19 +211,19 @@ def test_without_any_runtime_the_exit_code_says_what_is_missing(
 def test_whatever_keeps_one_runtime_from_running_is_its_reason(
     kind: str, tmp_path: Path, float_file: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgeq.machine import machine
+    from edgeq.system.host import machine
 
     def crash(found: NDArray[np.float32]) -> NDArray[np.float32]:
         raise LoweringFailed("the runtime died of SIGABRT")
 
-    monkeypatch.setitem(backends.BACKENDS, "broken", AlteringBackend(_nan if kind == "nan" else crash))  # type: ignore[arg-type]
+    monkeypatch.setitem(BACKENDS, "broken", AlteringBackend(_nan if kind == "nan" else crash))  # type: ignore[arg-type]
     changes: dict[str, object] = {}
     if kind == "cpu":
         changes = {"runs_on": RunsOn(machine=machine(), cpu_flags_all=("no-such-flag",), cpu_flags_any=())}
     write_bundle(tmp_path / "out", "bad", "tiny" if kind == "cpu" else "broken", float_file, **changes)
     write_bundle(tmp_path / "out", "good", "tiny", float_file)
     if kind == "unknown backend":
-        monkeypatch.delitem(backends.BACKENDS, "broken")
+        monkeypatch.delitem(BACKENDS, "broken")
     found = compared(tmp_path / "out", cache=tmp_path / "cache", texts=texts)
     said = {"crash": "SIGABRT", "cpu": "no-such-flag", "unknown backend": "known backends are", "nan": "gave NaN"}[kind]
     reason = row(found, "bad").reason
@@ -303,7 +306,7 @@ def test_without_fp32_the_golden_texts_serve(tmp_path: Path, texts: Path) -> Non
 def test_the_texts_of_the_export_are_known_again(
     tmp_path: Path, float_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgeq.corpora import split
+    from edgeq.data.text_files import split
 
     def written(digest: str, name: str) -> Path:
         recorded = make_report(make_target())
@@ -337,7 +340,7 @@ def test_too_few_texts_are_refused(tmp_path: Path, float_file: Path) -> None:
 def test_data_sets_are_scored_in_every_runtime(
     tmp_path: Path, float_file: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(backends.BACKENDS, "turned", AlteringBackend(lambda v: v * np.arange(DIM, dtype=np.float32)))  # type: ignore[arg-type]
+    monkeypatch.setitem(BACKENDS, "turned", AlteringBackend(lambda v: v * np.arange(DIM, dtype=np.float32)))  # type: ignore[arg-type]
     write_bundle(tmp_path / "out", "exact", "tiny", float_file)
     write_bundle(tmp_path / "out", "turned", "turned", float_file)
     pairs = [{"sentence1": TEXTS[i], "sentence2": TEXTS[-1 - i], "score": float(i % 4)} for i in range(7)]
@@ -368,14 +371,14 @@ def test_latency_takes_turns_and_is_the_devices_own(
     elsewhere = RunsOn(machine="another", cpu_flags_all=(), cpu_flags_any=())
     write_bundle(tmp_path / "out", "here", "tiny", float_file)
     write_bundle(tmp_path / "out", "there", "tiny", float_file, runs_on=elsewhere)
-    jobs: list[latency.Job] = []
+    jobs: list[benchmark.Job] = []
 
-    def in_process(job: latency.Job) -> latency.Sample:
+    def in_process(job: benchmark.Job) -> benchmark.Sample:
         jobs.append(job)
         value = 2.0 if job.model.endswith(".onnx") else 1.0
-        return latency.Sample(latencies_ms=(value,) * job.num_runs, peak_memory_bytes=len(jobs))
+        return benchmark.Sample(latencies_ms=(value,) * job.num_runs, peak_memory_bytes=len(jobs))
 
-    monkeypatch.setattr(latency, "in_process", in_process)
+    monkeypatch.setattr(benchmark, "in_process", in_process)
     found = compared(tmp_path / "out", cache=tmp_path / "cache", texts=texts, latency=True, threads=3)
     models = [Path(job.model).name for job in jobs]
     assert models == ["model.onnx", "here"] * timing.ROUNDS
@@ -394,12 +397,12 @@ def test_a_runtime_that_cannot_be_timed_says_why(
 ) -> None:
     write_bundle(tmp_path / "out", "here", "tiny", float_file)
 
-    def in_process(job: latency.Job) -> latency.Sample:
+    def in_process(job: benchmark.Job) -> benchmark.Sample:
         if job.model.endswith(".onnx"):
-            return latency.Sample(latencies_ms=(1.0,), peak_memory_bytes=1)
+            return benchmark.Sample(latencies_ms=(1.0,), peak_memory_bytes=1)
         raise LoweringFailed("it died")
 
-    monkeypatch.setattr(latency, "in_process", in_process)
+    monkeypatch.setattr(benchmark, "in_process", in_process)
     found = compared(tmp_path / "out", cache=tmp_path / "cache", texts=texts, latency=True)
     assert row(found, "here").latency_reason == "it died"
     assert row(found, "FP32 ONNX").latency != ()
@@ -429,7 +432,7 @@ def test_gate_misses_are_said(tmp_path: Path, float_file: Path, texts: Path, mon
     failed = make_report(make_target(name="bad", gate=GATE.model_copy(update={"cosine_min_min": 0.999})))
     from tiny_bundle import MEASURES, PLACEMENT
 
-    from edgeq import parity
+    from edgeq.evaluation import parity
 
     failures = parity.judge(MEASURES, PLACEMENT, failed.gate, "device")
     report = failed.model_copy(update={"status": "failed", "failures": failures})
@@ -458,15 +461,15 @@ def test_a_real_interpreter_stands_beside_the_others(tmp_path: Path, monkeypatch
 def test_torch_gives_the_sources_vectors(tmp_path: Path) -> None:
     import tiny_source
 
-    from edgeq import source
     from edgeq.backends.contract import embed_batches
-    from edgeq.texts import Tokenizer, batches
-    from edgeq.torch_session import TorchSession, reopen
+    from edgeq.data.tokens import Tokenizer, batches
+    from edgeq.frontend import locate
+    from edgeq.frontend.torch.session import TorchSession, reopen
 
     folder = tiny_source.sentence_transformer(tmp_path / "model")
-    located = source.locate(str(folder))
-    model = source.load(located)
-    record = source.describe(located, model)
+    located = locate.locate(str(folder))
+    model = locate.load(located)
+    record = locate.describe(located, model)
     with pytest.raises(ConfigError, match="no such directory"):
         reopen(record)
     with pytest.raises(ConfigError, match="--model"):

@@ -11,12 +11,14 @@ import pytest
 from tiny_bundle import TinyBackend
 from tiny_card import MissingBackend, write_bundle, write_float
 
-from edgeq import backends, card, cli
-from edgeq.card import plots
-from edgeq.card.records import Card, Layers, RunTime
+from edgeq import cli
+from edgeq.analysis.layer_errors import LayerErrors, TensorError
+from edgeq.backends.registry import BACKENDS
+from edgeq.bundle.benchmark import Latency
 from edgeq.errors import ConfigError, ToolMissing
-from edgeq.latency import Latency
-from edgeq.layer_errors import LayerErrors, TensorError
+from edgeq.reports import plots
+from edgeq.reports.card import Request, compare
+from edgeq.reports.contents import Card, Layers, RunTime
 
 SECTIONS = ("summary", "pairs", "distribution", "layers", "latency", "worst", "operators", "bundles")
 HOSTILE = (
@@ -57,16 +59,16 @@ def tensor(name: str, place: int) -> TensorError:
 def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Card:
     """Give a card with every kind of row and all plots."""
     monkeypatch.setenv("EDGEQ_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setitem(backends.BACKENDS, "tiny", TinyBackend())  # type: ignore[arg-type]
-    monkeypatch.setitem(backends.BACKENDS, "half", TinyBackend(scale=0.5))  # type: ignore[arg-type]
-    monkeypatch.setitem(backends.BACKENDS, "missing", MissingBackend())  # type: ignore[arg-type]
+    monkeypatch.setitem(BACKENDS, "tiny", TinyBackend())  # type: ignore[arg-type]
+    monkeypatch.setitem(BACKENDS, "half", TinyBackend(scale=0.5))  # type: ignore[arg-type]
+    monkeypatch.setitem(BACKENDS, "missing", MissingBackend())  # type: ignore[arg-type]
     file = write_float(tmp_path / "cache")
     for name, backend in (("exact", "tiny"), ("half-first", "half"), ("gone", "missing")):
         write_bundle(tmp_path / "out", name, backend, file)
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(TEXTS), encoding="utf-8")
-    request = card.Request(bundles=(tmp_path / "out",), cache=tmp_path / "cache", texts=texts)
-    made = card.compare(request, lambda *_: None)
+    request = Request(bundles=(tmp_path / "out",), cache=tmp_path / "cache", texts=texts)
+    made = compare(request, lambda *_: None)
     errors = LayerErrors(scheme="w8a8-gemm", texts=7, tensors=tuple(tensor(f"sum{n}", n) for n in range(5)))
     timed = RunTime(
         tokens=12, threads=2, num_runs=60, latency=Latency(p50_ms=1.5, p90_ms=2.0, p99_ms=3.0), peak_memory_bytes=1
@@ -85,7 +87,7 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Card:
 @pytest.fixture
 def page(found: Card) -> str:
     pytest.importorskip("matplotlib", reason=f"needs {plots.INSTALL}")
-    from edgeq.card.page import render
+    from edgeq.reports.card_page import render
 
     return render(found)
 
@@ -155,7 +157,7 @@ def test_colours_come_from_the_page(page: str) -> None:
 
 @pytest.mark.report
 def test_the_same_card_gives_the_same_page(page: str, found: Card) -> None:
-    from edgeq.card.page import render
+    from edgeq.reports.card_page import render
 
     assert render(Card.model_validate_json(found.model_dump_json())) == page
 
@@ -163,7 +165,7 @@ def test_the_same_card_gives_the_same_page(page: str, found: Card) -> None:
 @pytest.mark.report
 def test_what_is_not_there_has_its_reason_on_the_page(found: Card) -> None:
     pytest.importorskip("matplotlib", reason=f"needs {plots.INSTALL}")
-    from edgeq.card.page import render
+    from edgeq.reports.card_page import render
 
     gone = next(row for row in found.rows if row.name == "gone")
     torch = next(row for row in found.rows if row.kind == "torch")
@@ -196,7 +198,7 @@ def test_a_page_that_cannot_be_written_is_said_first(
 @pytest.mark.report
 def test_a_place_that_is_no_file_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason=f"needs {plots.INSTALL}")
-    from edgeq.card.page import require
+    from edgeq.reports.card_page import require
 
     for path, said in ((tmp_path, "is a folder"), (tmp_path / "none" / "card.html", "is not there")):
         with pytest.raises(ConfigError, match=said):

@@ -9,10 +9,12 @@ import numpy as np
 import onnx
 import pytest
 
-from edgeq import backends, checking, cli, targets
-from edgeq.cache import Cache
+from edgeq import cli, targets
+from edgeq.backends.registry import BACKENDS
 from edgeq.errors import ConfigError, Unsupported
+from edgeq.pipeline import check as checking
 from edgeq.records import Target
+from edgeq.system.cache import Cache
 
 ORT = "x86-64-onnxruntime"
 
@@ -65,7 +67,7 @@ def test_a_backend_without_rules_says_that_it_does_not_know(
         def rejections(self, model: object, target: object) -> tuple[()]:
             return ()
 
-    monkeypatch.setitem(backends.BACKENDS, "silent", Silent())  # type: ignore[arg-type]
+    monkeypatch.setitem(BACKENDS, "silent", Silent())  # type: ignore[arg-type]
     found = check(path, targets.load_target(ORT).model_copy(update={"backend": "silent"}), tmp_path)
     assert set(by_verdict(found)) == {"unknown"}
     assert "silent has no rules for single operators" in found.operators[0].why

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeq.children import Worker, pack, unpack
 from edgeq.errors import LoweringFailed, TimedOut, ToolMissing
+from edgeq.system.worker import Worker, pack, unpack
 
 TFLITE_CHILD = Path(__file__).resolve().parent.parent / "edgeq" / "backends" / "tflite" / "child.py"
 needs_litert = pytest.mark.skipif(importlib.util.find_spec("ai_edge_litert") is None, reason="no ai_edge_litert")

@@ -16,9 +16,12 @@ import pytest
 from tiny_bundle import MEASURES, TEXTS, TinyBackend, make_bundle, make_target
 
 import edgeq
-from edgeq import backends, bundle, cli, doctor, errors, pipeline
+from edgeq import cli, errors
+from edgeq.backends import doctor
+from edgeq.backends.registry import BACKENDS
+from edgeq.bundle.golden import read_golden
 from edgeq.cli import console
-from edgeq.pipeline import Exported, ExportRequest
+from edgeq.pipeline.export import Exported, ExportRequest
 
 TARGET = "x86-64-onnxruntime"
 EXPORT = ["export", "some-model", "--target", TARGET, "--out", "out"]
@@ -27,7 +30,7 @@ EXPORT = ["export", "some-model", "--target", TARGET, "--out", "out"]
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("EDGEQ_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setitem(backends.BACKENDS, "tiny", TinyBackend())  # type: ignore[arg-type]
+    monkeypatch.setitem(BACKENDS, "tiny", TinyBackend())  # type: ignore[arg-type]
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -65,7 +68,7 @@ def stand_in(
         report("observe", 2, 2)
         return act(request)
 
-    monkeypatch.setattr(pipeline, "export", export)
+    monkeypatch.setattr(export, "export", export)
     return requests
 
 
@@ -137,7 +140,7 @@ def test_a_target_whose_tool_is_missing_is_not_available(
         def tools(self) -> dict[str, str]:
             raise errors.ToolMissing("no compiler: pip install compiler")
 
-    monkeypatch.setitem(backends.BACKENDS, "onnxruntime", Missing())  # type: ignore[arg-type]
+    monkeypatch.setitem(BACKENDS, "onnxruntime", Missing())  # type: ignore[arg-type]
     assert cli.run(["targets", "--json"]) == 0
     found = [item for item in json.loads(capsys.readouterr().out)["targets"] if item["backend"] == "onnxruntime"]
     assert found
@@ -304,7 +307,7 @@ def test_embed_writes_vectors_from_a_file(path: Path, tmp_path: Path, capsys: py
     texts.write_text("\n".join(TEXTS), encoding="utf-8")
     assert cli.run(["embed", str(path), "--texts", str(texts), "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}\n"
-    np.testing.assert_allclose(np.load(out), bundle.read_golden(path).embeddings, atol=1e-6)
+    np.testing.assert_allclose(np.load(out), read_golden(path).embeddings, atol=1e-6)
 
 
 def _embed_stdin(path: Path, out: Path, data: bytes) -> subprocess.CompletedProcess[bytes]:
@@ -322,7 +325,7 @@ def test_embed_reads_standard_input(path: Path, tmp_path: Path) -> None:
     out = tmp_path / "vectors.npy"
     found = _embed_stdin(path, out, ("\n\n".join(TEXTS) + "\n").encode())
     assert found.returncode == 0, found.stderr
-    np.testing.assert_allclose(np.load(out), bundle.read_golden(path).embeddings, atol=1e-6)
+    np.testing.assert_allclose(np.load(out), read_golden(path).embeddings, atol=1e-6)
 
 
 @pytest.mark.parametrize("data", [b"", b"\n  \n", b"good\n\xff\n"])
@@ -412,7 +415,7 @@ def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_cache_is_shown_and_purged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from edgeq.cache import Cache
+    from edgeq.system.cache import Cache
 
     Cache().entry("float-model", "a" * 64, lambda folder: (folder / "model.onnx").write_bytes(b"x" * 1000))  # type: ignore[func-returns-value]
     assert cli.run(["cache", "--json"]) == 0

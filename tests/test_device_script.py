@@ -18,14 +18,13 @@ from tiny_bundle import TEXTS
 from tiny_device import edit_manifest, load_script, ort_bundle, tflite_bundle, without_runtime
 
 import edgeq
-from edgeq import parity
-from edgeq.bundle import read_golden
 from edgeq.bundle.checksums import write_sums
-from edgeq.bundle.golden import write_arrays
-from edgeq.device_report import parse_report
-from edgeq.device_script import device_script
-from edgeq.machine import cpu_flags, place
+from edgeq.bundle.device_script import device_script
+from edgeq.bundle.golden import read_golden, write_arrays
+from edgeq.devices.report import parse_report
+from edgeq.evaluation import parity
 from edgeq.records import RunsOn
+from edgeq.system.host import cpu_flags, place
 
 SCRIPT = load_script()
 FAST = ("--runs", "3", "--warmup", "1")

@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 from tiny_bundle import DIM, MAX_SEQUENCE, MEASURES, TEXTS, TinyBackend, make_bundle, make_report, make_target
 
-from edgeq import backends, bundle, embedder
+from edgeq.backends.registry import BACKENDS
+from edgeq.bundle import embedder
+from edgeq.bundle.golden import read_golden
+from edgeq.bundle.manifest import load_manifest
+from edgeq.data.tokens import Tokenizer
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.records import Manifest, RunsOn
-from edgeq.texts import Tokenizer
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> TinyBackend:
     backend = TinyBackend()
-    monkeypatch.setitem(backends.BACKENDS, "tiny", backend)  # type: ignore[arg-type]
+    monkeypatch.setitem(BACKENDS, "tiny", backend)  # type: ignore[arg-type]
     return backend
 
 
@@ -27,7 +30,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_vectors_are_the_golden_ones_in_order(path: Path) -> None:
     loaded = embedder.load(path)
-    golden = bundle.read_golden(path)
+    golden = read_golden(path)
     vectors = loaded.encode(list(TEXTS))
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, golden.embeddings, atol=1e-6)
@@ -38,7 +41,7 @@ def test_vectors_are_the_golden_ones_in_order(path: Path) -> None:
 def test_it_knows_its_model(path: Path, tiny: TinyBackend) -> None:
     loaded = embedder.load(str(path), threads=2)
     assert (loaded.dim, loaded.max_sequence) == (DIM, MAX_SEQUENCE)
-    assert loaded.manifest == bundle.load_manifest(path)
+    assert loaded.manifest == load_manifest(path)
     assert tiny.loads == [2]
 
 
@@ -99,7 +102,7 @@ def test_prompts_go_before_each_text(tmp_path: Path) -> None:
 
 def test_the_default_prompt_is_used(tmp_path: Path) -> None:
     path, manifest = make_bundle(tmp_path / "out", prompts={"query": "please send "})
-    session = backends.BACKENDS["tiny"].load(manifest.artifact, path, manifest.target)
+    session = BACKENDS["tiny"].load(manifest.artifact, path, manifest.target)
     source = manifest.source.model_copy(update={"default_prompt_name": "query"})
     plain = embedder.load(path)
     default = embedder.Embedder(session, plain._tokenizer, manifest.model_copy(update={"source": source}))
@@ -108,7 +111,7 @@ def test_the_default_prompt_is_used(tmp_path: Path) -> None:
 
 def with_default(path: Path, manifest: Manifest, prompts: dict[str, str], default: str | None) -> embedder.Embedder:
     """Give an embedder of the same session whose model has other prompts."""
-    session = backends.BACKENDS["tiny"].load(manifest.artifact, path, manifest.target)
+    session = BACKENDS["tiny"].load(manifest.artifact, path, manifest.target)
     source = manifest.source.model_copy(update={"prompts": prompts, "default_prompt_name": default})
     tokenizer = Tokenizer.from_file(path / "tokenizer.json", MAX_SEQUENCE)
     return embedder.Embedder(session, tokenizer, manifest.model_copy(update={"source": source}))
@@ -187,7 +190,7 @@ def test_another_isa_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 def test_an_unknown_backend_and_no_bundle_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = make_bundle(tmp_path / "out")
-    monkeypatch.delitem(backends.BACKENDS, "tiny")
+    monkeypatch.delitem(BACKENDS, "tiny")
     with pytest.raises(ConfigError, match='backend is "tiny"'):
         embedder.load(path)
     with pytest.raises(ConfigError, match="no such folder"):

@@ -21,10 +21,10 @@ from pathlib import Path
 import pytest
 from test_children import make_inputs, sum_of, tflite_worker, write_adder
 
-from edgeq.cache import Cache
-from edgeq.children import Worker, unpack
-from edgeq.environments import KIND, Environment, interpreter, made, require
 from edgeq.errors import StorageFailed, ToolMissing
+from edgeq.system.cache import Cache
+from edgeq.system.environments import KIND, Environment, interpreter, made, require
+from edgeq.system.worker import Worker, unpack
 
 RUNNING = "{}.{}".format(*sys.version_info[:2])
 PROBE = Environment("probe", ("edgeq-probe==1.0",), (RUNNING,))
@@ -191,7 +191,7 @@ def test_a_python_that_cannot_make_an_environment_after_all_is_said(nowhere: Pat
 def test_a_killed_pip_leaves_nothing_that_is_taken_for_complete(index: Path, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     write_slow_source(index, "edgeq-slow", begun)
-    code = f"from edgeq.environments import *\ninterpreter({SLOW!r})"
+    code = f"from edgeq.system.environments import *\ninterpreter({SLOW!r})"
     child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
@@ -250,7 +250,7 @@ def test_path_comes_before_pyenv_and_only_what_answers_counts(nowhere: Path, mon
 
 
 def test_a_python_that_hangs_does_not_count(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeq.environments._PROBE_LIMIT_S", 0.3)
+    monkeypatch.setattr("edgeq.system.environments._PROBE_LIMIT_S", 0.3)
     python = write_python(nowhere / "bin" / "python3.99", "3.99")
     python.write_text("#!/bin/sh\nexec /bin/sleep 60\n")
     with pytest.raises(ToolMissing, match=r"python3.99 cannot make environments, and no other is on PATH"):

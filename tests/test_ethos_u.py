@@ -14,19 +14,22 @@ pytest.importorskip("ethosu", reason="needs the extra `ethos-u`")
 
 from ai_edge_litert import schema_py_generated as schema
 
-from edgeq import calibrate, parity, quantize, targets
+from edgeq import targets
 from edgeq.backends import ethos_u, tflite
 from edgeq.backends.contract import embed_batches
 from edgeq.backends.ethos_u import compiler, culprit, finished, rules
 from edgeq.backends.tflite import emitter
 from edgeq.backends.tflite.writer import Codes, ModelWriter
-from edgeq.cache import LOCATION_VARIABLE
+from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import ConfigError, LoweringFailed, TimedOut, ToolMissing
+from edgeq.evaluation import parity
+from edgeq.graph.float_session import FloatSession
+from edgeq.pipeline import calibrate
+from edgeq.quantization import quantize
+from edgeq.quantization.schemes import SCHEMES
 from edgeq.records import Artifact, HostOperator, Measures, QdqModel, Target
-from edgeq.reference import FloatSession
-from edgeq.schemes import SCHEMES
-from edgeq.storage import file_ref
-from edgeq.texts import Tokens, batches
+from edgeq.system.cache import LOCATION_VARIABLE
+from edgeq.system.files import file_ref
 
 pytestmark = pytest.mark.ethos_u
 

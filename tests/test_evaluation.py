@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeq import evaluation
 from edgeq.errors import ConfigError
+from edgeq.evaluation.datasets import StsPairs, load_beir, load_sts
+from edgeq.evaluation.tasks import evaluate_retrieval, evaluate_sts, retrieval, sts_spearman
 
 PAIRS = [("a cat", 'the "cat', 4.5), ("a dog", "a car, red", 0.5), ("rain", "snow", 2.0)]
 
@@ -29,7 +30,7 @@ def write_sts(path: Path) -> None:
 def test_sts_files_of_each_kind_read_alike(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"sts.{suffix}"
     write_sts(path)
-    pairs = evaluation.load_sts(path)
+    pairs = load_sts(path)
     assert list(zip(pairs.first, pairs.second, pairs.scores.tolist(), strict=True)) == PAIRS
 
 
@@ -58,7 +59,7 @@ def test_a_bad_sts_file_is_named_with_its_line(
     if content is not None:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ConfigError) as caught:
-        evaluation.load_sts(path)
+        load_sts(path)
     assert said in str(caught.value)
     assert str(path) in str(caught.value)
 
@@ -85,7 +86,7 @@ def write_beir(directory: Path, qrels: str = QRELS, packed: bool = False) -> Non
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_beir_folder_is_read(tmp_path: Path, packed: bool) -> None:
     write_beir(tmp_path, packed=packed)
-    data = evaluation.load_beir(tmp_path)
+    data = load_beir(tmp_path)
     assert data.documents == ("T one", "two", "three")
     assert data.queries == ("query 1", "query 2")  # query 3 has nothing relevant, query 4 no judgement
     assert [dict(judged) for judged in data.qrels] == [{1: 1}, {0: 2, 2: 1}]
@@ -95,7 +96,7 @@ def test_qrels_may_lie_in_their_own_folder(tmp_path: Path) -> None:
     write_beir(tmp_path)
     (tmp_path / "qrels").mkdir()
     (tmp_path / "qrels.tsv").rename(tmp_path / "qrels" / "test.tsv")
-    assert len(evaluation.load_beir(tmp_path).queries) == 2
+    assert len(load_beir(tmp_path).queries) == 2
 
 
 @pytest.mark.parametrize(
@@ -111,36 +112,36 @@ def test_qrels_may_lie_in_their_own_folder(tmp_path: Path) -> None:
 def test_bad_qrels_are_named(tmp_path: Path, qrels: str, said: str) -> None:
     write_beir(tmp_path, qrels)
     with pytest.raises(ConfigError) as caught:
-        evaluation.load_beir(tmp_path)
+        load_beir(tmp_path)
     assert said in str(caught.value)
 
 
 def test_a_missing_beir_file_and_a_double_id_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="corpus.jsonl or corpus.jsonl.gz is not there"):
-        evaluation.load_beir(tmp_path)
+        load_beir(tmp_path)
     write_beir(tmp_path)
     with (tmp_path / "queries.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"_id": "q1", "text": "again"}\n')
     with pytest.raises(ConfigError, match=r"queries.jsonl:5: _id 'q1' stands there twice"):
-        evaluation.load_beir(tmp_path)
+        load_beir(tmp_path)
 
 
 def test_spearman_follows_the_order_of_the_cosines() -> None:
     first = np.tile(np.array([[1, 0]], np.float32), (4, 1))
     angles = np.array([0.1, 0.4, 0.9, 1.5])
     second = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32) * 3
-    assert evaluation.sts_spearman(first, second, np.array([5.0, 3.0, 2.0, 1.0])) == pytest.approx(1.0)
-    assert evaluation.sts_spearman(first, second, np.array([1.0, 2.0, 3.0, 5.0])) == pytest.approx(-1.0)
+    assert sts_spearman(first, second, np.array([5.0, 3.0, 2.0, 1.0])) == pytest.approx(1.0)
+    assert sts_spearman(first, second, np.array([1.0, 2.0, 3.0, 5.0])) == pytest.approx(-1.0)
     second[1] = np.nan
     with pytest.raises(ConfigError, match="NaN"):
-        evaluation.sts_spearman(first, second, np.arange(4.0))
+        sts_spearman(first, second, np.arange(4.0))
 
 
 def test_retrieval_figures_of_a_known_ranking() -> None:
     documents = np.stack([[np.cos(angle), np.sin(angle)] for angle in np.linspace(0, 1.2, 12)]).astype(np.float32)
     queries = documents[:1]
     # Nearest first is 0, 1, 2...; relevant are positions 1 (grade 2), 3 and 11 (out of the first ten).
-    found = evaluation.retrieval(queries, documents, [{1: 2, 3: 1, 11: 1}])
+    found = retrieval(queries, documents, [{1: 2, 3: 1, 11: 1}])
     gained = 2 / math.log2(3) + 1 / math.log2(5)
     best = 2 / math.log2(2) + 1 / math.log2(3) + 1 / math.log2(4)
     assert found.ranking.tolist() == [list(range(10))]
@@ -149,7 +150,7 @@ def test_retrieval_figures_of_a_known_ranking() -> None:
 
 
 def test_a_corpus_of_fewer_than_ten_documents_is_ranked() -> None:
-    found = evaluation.retrieval(np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32), [{0: 1}, {1: 1}, {2: 1}])
+    found = retrieval(np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32), [{0: 1}, {1: 1}, {2: 1}])
     assert (found.ndcg_at_10, found.recall_at_10) == (1.0, 1.0)
 
 
@@ -160,33 +161,31 @@ def embed_words(texts, prompt_name=None):  # type: ignore[no-untyped-def]
 
 def test_an_artifact_equal_to_fp32_keeps_everything(tmp_path: Path) -> None:
     write_beir(tmp_path)
-    result = evaluation.evaluate_retrieval(evaluation.load_beir(tmp_path), {}, embed_words, embed_words)
+    result = evaluate_retrieval(load_beir(tmp_path), {}, embed_words, embed_words)
     assert result.ndcg_at_10.retention_percent == 100.0
     assert result.top10_overlap == 1.0
     assert (result.documents, result.queries) == (3, 2)
 
 
 def test_a_worse_artifact_keeps_less(tmp_path: Path) -> None:
-    pairs = evaluation.StsPairs(tuple("abcdefgh"), tuple("hgfedcba"), np.arange(8.0))
+    pairs = StsPairs(tuple("abcdefgh"), tuple("hgfedcba"), np.arange(8.0))
     scored = {text: np.array([np.cos(n), np.sin(n)], np.float32) for n, text in enumerate("abcdefgh")}
 
     def reference(texts, prompt_name):  # type: ignore[no-untyped-def]
         return np.stack([scored[text] for text in texts])
 
     cosines = np.sum(reference(pairs.first, None) * reference(pairs.second, None), axis=1)
-    pairs = evaluation.StsPairs(pairs.first, pairs.second, cosines + np.arange(8) * 1e-3)
-    result = evaluation.evaluate_sts(pairs, reference, lambda texts, _: embed_words(texts))
+    pairs = StsPairs(pairs.first, pairs.second, cosines + np.arange(8) * 1e-3)
+    result = evaluate_sts(pairs, reference, lambda texts, _: embed_words(texts))
     assert result.spearman.float32 > 0.9
     assert result.spearman.retention_percent == pytest.approx(100 * result.spearman.artifact / result.spearman.float32)
     assert result.spearman.retention_percent < 90
 
 
 def test_an_fp32_without_any_correlation_is_refused() -> None:
-    pairs = evaluation.StsPairs(("a", "b", "c"), ("a", "b", "c"), np.arange(3.0))
+    pairs = StsPairs(("a", "b", "c"), ("a", "b", "c"), np.arange(3.0))
     with pytest.raises(ConfigError, match="Spearman of FP32 is"):
-        evaluation.evaluate_sts(
-            pairs, lambda texts, _: np.ones((3, 4), np.float32), lambda texts, _: embed_words(texts)
-        )
+        evaluate_sts(pairs, lambda texts, _: np.ones((3, 4), np.float32), lambda texts, _: embed_words(texts))
 
 
 def test_queries_and_documents_get_their_own_prompts(tmp_path: Path) -> None:
@@ -197,9 +196,9 @@ def test_queries_and_documents_get_their_own_prompts(tmp_path: Path) -> None:
         asked.append((len(texts), prompt_name))
         return embed_words(texts)
 
-    data = evaluation.load_beir(tmp_path)
-    evaluation.evaluate_retrieval(data, {"query": "q: ", "passage": "p: "}, embed, embed)
+    data = load_beir(tmp_path)
+    evaluate_retrieval(data, {"query": "q: ", "passage": "p: "}, embed, embed)
     assert asked == [(2, "query"), (3, "passage")] * 2
     asked.clear()
-    evaluation.evaluate_retrieval(data, {}, embed, embed)
+    evaluate_retrieval(data, {}, embed, embed)
     assert asked == [(2, None), (3, None)] * 2

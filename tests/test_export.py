@@ -8,19 +8,19 @@ import numpy as np
 import onnx
 import pytest
 
-from edgeq import source
 from edgeq.errors import ConfigError
+from edgeq.frontend import locate
 
 pytestmark = pytest.mark.export
 pytest.importorskip("sentence_transformers", reason="needs the extra `export`")
 
 import tiny_source  # noqa: E402
 
-from edgeq import dialect  # noqa: E402
 from edgeq.backends.contract import embed_batches  # noqa: E402
-from edgeq.exporting import CONFIG, MODEL, export  # noqa: E402
-from edgeq.reference import FloatSession  # noqa: E402
-from edgeq.texts import Tokenizer, batches  # noqa: E402
+from edgeq.data.tokens import Tokenizer, batches  # noqa: E402
+from edgeq.frontend.export import CONFIG, MODEL, export  # noqa: E402
+from edgeq.graph import dialect  # noqa: E402
+from edgeq.graph.float_session import FloatSession  # noqa: E402
 
 
 def embeddings(folder: Path, limit: int, texts: list[str]) -> np.ndarray:
@@ -30,10 +30,10 @@ def embeddings(folder: Path, limit: int, texts: list[str]) -> np.ndarray:
 
 def exported(directory: Path, out: Path, pooling: str | None = None, hidden_state: bool = True):  # noqa: ANN201
     out.mkdir()
-    return export(source.locate(str(directory), pooling), out, hidden_state)
+    return export(locate.locate(str(directory), pooling), out, hidden_state)
 
 
-@pytest.mark.parametrize("pooling", source.POOLING_MODES)
+@pytest.mark.parametrize("pooling", locate.POOLING_MODES)
 def test_every_pooling_mode_gives_the_vectors_of_sentence_transformers(pooling: str, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
@@ -65,7 +65,7 @@ def test_dense_and_prompts_travel(tmp_path: Path) -> None:
 def test_a_plain_directory_needs_a_pooling_mode(tmp_path: Path) -> None:
     directory = tiny_source.body(tmp_path / "plain")
     with pytest.raises(ConfigError, match="--pooling"):
-        source.locate(str(directory))
+        locate.locate(str(directory))
     record, _ = exported(directory, tmp_path / "out", "cls")
     assert record.kind == "transformers" and "Pooling:cls" in record.modules
 
@@ -103,7 +103,7 @@ def test_a_damaged_directory_is_refused(damage, message: str, tmp_path: Path) ->
     directory = tiny_source.body(tmp_path / "plain")
     damage(directory)
     with pytest.raises(ConfigError, match=message):
-        source.locate(str(directory), "mean")
+        locate.locate(str(directory), "mean")
 
 
 def cut(path: Path) -> None:
@@ -112,9 +112,9 @@ def cut(path: Path) -> None:
 
 def test_an_unknown_pooling_mode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="weightedmean"):
-        source.locate(str(tmp_path), "average")
+        locate.locate(str(tmp_path), "average")
 
 
 def test_an_unknown_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="all-MiniLM-L6-v2"):
-        source.locate("no/such-model")
+        locate.locate("no/such-model")

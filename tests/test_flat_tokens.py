@@ -12,15 +12,16 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from edgeq import calibrate, quantize
 from edgeq.backends import onnxruntime as backend
 from edgeq.backends.contract import embed_batches
 from edgeq.backends.onnxruntime.joined_heads import JOINT, joined_heads
-from edgeq.flat_tokens import flat_tokens
-from edgeq.passes.graph import add_constant, add_node, made_by, readers
-from edgeq.reference import FloatSession
-from edgeq.schemes import SCHEMES
-from edgeq.texts import Feeds, Tokens, batches
+from edgeq.data.tokens import Feeds, Tokens, batches
+from edgeq.graph.edit import add_constant, add_node, made_by, readers
+from edgeq.graph.float_session import FloatSession
+from edgeq.passes.matmul_to_gemm import flat_tokens
+from edgeq.pipeline import calibrate
+from edgeq.quantization import quantize
+from edgeq.quantization.schemes import SCHEMES
 
 LAYERS, INTEGER_PRODUCTS, SIDE_PRODUCTS = 2, 12, 2
 

@@ -16,15 +16,18 @@ from types import ModuleType
 import pytest
 from tiny_bundle import TinyBackend, make_bundle
 
-from edgeq import backends, bundle, foreign, storage
+from edgeq.backends.openvino.ir import read_ir
+from edgeq.backends.registry import BACKENDS
 from edgeq.bundle.checksums import write_sums
-from edgeq.bundle.manifest import load_report
-from edgeq.device_report import parse_report
+from edgeq.bundle.golden import read_golden
+from edgeq.bundle.manifest import load_manifest, load_report
+from edgeq.bundle.verify import verify
+from edgeq.data.tokens import Tokenizer
+from edgeq.devices.report import parse_report
 from edgeq.errors import BundleCorrupt, ConfigError, EdgeqError
-from edgeq.openvino_ir import read_ir
-from edgeq.release.unpacking import unpack
+from edgeq.release.unpack import unpack
+from edgeq.system import files, untrusted
 from edgeq.targets import load_target
-from edgeq.texts import Tokenizer
 
 HOSTILE = Path(__file__).resolve().parent / "hostile"
 LONGEST_S, MOST_BYTES = 5.0, 64 << 20
@@ -77,7 +80,7 @@ NETWORKS = {"laughs.xml": "document type", "outside.xml": "document type", "numb
 @pytest.fixture(autouse=True)
 def _bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Hold each test to time and memory, and to its own folder."""
-    monkeypatch.setitem(backends.BACKENDS, "tiny", TinyBackend())  # type: ignore[arg-type]
+    monkeypatch.setitem(BACKENDS, "tiny", TinyBackend())  # type: ignore[arg-type]
     monkeypatch.chdir(tmp_path)
     yield
     assert not Path("/tmp/edgeq-escaped").exists()
@@ -142,7 +145,7 @@ def test_hostile_golden_files_are_refused(tmp_path: Path, name: str) -> None:
     shutil.copy(HOSTILE / "golden" / name, path / own)
     if name == "not-finite.npz":
         (path / "golden.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n', encoding="utf-8")
-    refused(lambda: bundle.read_golden(path), BundleCorrupt, own)
+    refused(lambda: read_golden(path), BundleCorrupt, own)
 
 
 @pytest.mark.parametrize("name", sorted(listed("records")))
@@ -150,14 +153,14 @@ def test_hostile_records_are_refused(tmp_path: Path, name: str) -> None:
     path, _ = make_bundle(tmp_path / "out")
     content = (HOSTILE / "records" / name).read_bytes()
     refused(lambda: parse_report(content, "report.json", path), BundleCorrupt, r"report\.json")
-    for own, read in (("parity.json", load_report), ("manifest.json", bundle.load_manifest)):
+    for own, read in (("parity.json", load_report), ("manifest.json", load_manifest)):
         (path / own).write_bytes(content)
         refused(lambda read=read: read(path), BundleCorrupt, re.escape(own))
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_models_that_read_outside_are_refused(name: str) -> None:
-    refused(lambda: foreign.require_confined(HOSTILE / "models" / name), ConfigError, MODELS[name])
+    refused(lambda: untrusted.require_confined(HOSTILE / "models" / name), ConfigError, MODELS[name])
 
 
 @pytest.mark.release
@@ -167,15 +170,15 @@ def test_a_model_may_not_read_outside_through_a_link(tmp_path: Path) -> None:
     model = tmp_path / "model" / "model.onnx"
     model.write_bytes(load_maker().onnx_file("weights.bin"))
     (tmp_path / "model" / "weights.bin").write_bytes(b"1234")
-    foreign.require_confined(model)
+    untrusted.require_confined(model)
     (tmp_path / "model" / "weights.bin").unlink()
     (tmp_path / "model" / "weights.bin").symlink_to(tmp_path / "secret")
-    refused(lambda: foreign.require_confined(model), ConfigError, "a link to outside")
+    refused(lambda: untrusted.require_confined(model), ConfigError, "a link to outside")
 
 
 @pytest.mark.parametrize("name", ["parent.onnx", "absolute.onnx", "branch.onnx"])
 def test_a_model_that_is_given_may_not_read_outside_either(name: str) -> None:
-    from edgeq.onnx_source import reading
+    from edgeq.frontend.onnx import read as reading
 
     refused(lambda: reading.read(HOSTILE / "models" / name), ConfigError, "could lie outside")
 
@@ -218,7 +221,7 @@ def test_a_manifest_may_not_name_a_file_outside(tmp_path: Path, record: str, pla
     part = manifest[record]["files"][0] if record == "artifact" else manifest[record]
     (part["vectors"] if record == "golden" else part)["path"] = place
     (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    refused(lambda: bundle.load_manifest(path), BundleCorrupt, "is not in the bundle")
+    refused(lambda: load_manifest(path), BundleCorrupt, "is not in the bundle")
 
 
 @pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
@@ -232,7 +235,7 @@ def test_a_bundle_with_links_or_pipes_is_refused(tmp_path: Path, kind: str) -> N
         (path / "modules").symlink_to(tmp_path)
     else:
         os.mkfifo(path / "modules.json")
-    refused(lambda: bundle.verify(path), BundleCorrupt, "no plain file but a link or a device")
+    refused(lambda: verify(path), BundleCorrupt, "no plain file but a link or a device")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "parity.json", "golden.npz", "golden.jsonl", "SHA256SUMS"])
@@ -241,20 +244,20 @@ def test_what_is_larger_than_it_may_be_is_not_read(tmp_path: Path, name: str) ->
     with (path / name).open("r+b") as file:
         file.truncate(5 << 30)  # sparse: it takes no room
     if name == "manifest.json":
-        refused(lambda: bundle.load_manifest(path), BundleCorrupt, "5,368,709,120 bytes; at most")
+        refused(lambda: load_manifest(path), BundleCorrupt, "5,368,709,120 bytes; at most")
     elif name == "parity.json":
-        refused(lambda: bundle.load_report(path), BundleCorrupt, "5,368,709,120 bytes; at most")
+        refused(lambda: load_report(path), BundleCorrupt, "5,368,709,120 bytes; at most")
     elif name == "SHA256SUMS":
-        refused(lambda: bundle.verify(path), BundleCorrupt, "5,368,709,120 bytes; at most")
+        refused(lambda: verify(path), BundleCorrupt, "5,368,709,120 bytes; at most")
     else:
-        refused(lambda: bundle.read_golden(path), BundleCorrupt, "5,368,709,120 bytes; at most")
+        refused(lambda: read_golden(path), BundleCorrupt, "5,368,709,120 bytes; at most")
 
 
 def test_a_pipe_in_the_place_of_a_record_does_not_hang(tmp_path: Path) -> None:
     path, _ = make_bundle(tmp_path / "out")
     (path / "manifest.json").unlink()
     os.mkfifo(path / "manifest.json")
-    refused(lambda: bundle.load_manifest(path), EdgeqError, "manifest.json")
+    refused(lambda: load_manifest(path), EdgeqError, "manifest.json")
 
 
 UNPICKLERS = {"pickle", "cPickle", "joblib", "shelve", "marshal", "dill", "cloudpickle", "yaml"}
@@ -287,7 +290,7 @@ def test_what_unpickles_is_recognised(line: str) -> None:
 
 def test_nothing_in_edgeq_unpickles() -> None:
     """numpy unpickles only where it is told to, and writes pickles unless it is told not to."""
-    for path in sorted(Path(storage.__file__).parent.rglob("*.py")):
+    for path in sorted(Path(files.__file__).parent.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         assert [ast.unparse(node) for node in ast.walk(tree) if unpickles(node)] == [], path.name
 
@@ -295,4 +298,4 @@ def test_nothing_in_edgeq_unpickles() -> None:
 def test_sums_of_a_bundle_are_written_over_plain_files(tmp_path: Path) -> None:
     path, _ = make_bundle(tmp_path / "out")
     write_sums(path)
-    assert bundle.verify(path).files
+    assert verify(path).files

@@ -9,15 +9,16 @@ import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
 
-from edgeq import calibrate, quantize
 from edgeq.backends.contract import Embeddings, embed_batches
+from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import EdgeqError, Unsupported
-from edgeq.gemm import SIDE
-from edgeq.htp_form import htp_form
-from edgeq.passes.graph import checked, constant, made_by, readers
-from edgeq.reference import FloatSession
-from edgeq.schemes import SCHEMES
-from edgeq.texts import Tokens, batches
+from edgeq.graph.edit import checked, constant, made_by, readers
+from edgeq.graph.float_session import FloatSession
+from edgeq.graph.linear import SIDE
+from edgeq.pipeline import calibrate
+from edgeq.quantization import quantize
+from edgeq.quantization.rewrites.htp import htp_form
+from edgeq.quantization.schemes import SCHEMES
 
 TOKENS = Tokens(encoder.tokens(3, 40), 0, 0)
 HTP = ("w8a8-htp", "w8a16-htp")

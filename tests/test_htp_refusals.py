@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeq import htp_refusals
+from edgeq.quantization.htp import unsupported
 
 Node = tuple[str, list[str], str]
 STORED = {
@@ -78,13 +78,13 @@ def node_of(nodes: list[Node]) -> ir.Node:
 @pytest.mark.parametrize("name", PARTS)
 def test_the_part_of_the_model_and_its_module_are_named(name: str) -> None:
     nodes, part, where = PARTS[name]
-    said = htp_refusals.refusal(node_of(nodes))
+    said = unsupported.refusal(node_of(nodes))
     assert said.startswith("node_y (") and part in said and where in said
-    assert said.endswith(f"{htp_refusals.WAY_OUT}.")
+    assert said.endswith(f"{unsupported.WAY_OUT}.")
 
 
 def test_what_was_found_stands_where_the_part_is_unknown() -> None:
-    said = htp_refusals.refusal(node_of(PARTS["no rotary"][0]), "reads cos, which has no integer form")
+    said = unsupported.refusal(node_of(PARTS["no rotary"][0]), "reads cos, which has no integer form")
     assert "reads cos, which has no integer form" in said and "Mul has no form" not in said
-    known = htp_refusals.refusal(node_of(PARTS["rotary"][0]), "reads row, which has no integer form")
+    known = unsupported.refusal(node_of(PARTS["rotary"][0]), "reads row, which has no integer form")
     assert "rotary" in known and "reads row" not in known

@@ -11,13 +11,13 @@ import onnxruntime as ort
 import pytest
 from test_passes import graph, operators, rewritten, run
 
-from edgeq import affine, convolutions
-from edgeq.observe import Statistics
+from edgeq.calibration.observe import Statistics
+from edgeq.graph.edit import checked
 from edgeq.passes.drop_open_mask import drop_open_mask
-from edgeq.passes.graph import checked
 from edgeq.passes.patch_product import patch_product
 from edgeq.passes.pool_maps import pool_maps
-from edgeq.schemes import SCHEMES
+from edgeq.quantization import affine, convolution
+from edgeq.quantization.schemes import SCHEMES
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.standard_normal((2, 3, 8, 12)).astype(np.float32)
@@ -133,8 +133,8 @@ def test_convolutions_get_codes_and_their_activation_goes() -> None:
     ends = {"x": IMAGE, "c": c, "e": e}
     observed = {name: Statistics(array.min().reshape(1), array.max().reshape(1)) for name, array in ends.items()}
     edited = ir.from_proto(model)
-    assert convolutions.map_tensors(edited.graph) == ["x", "c", "e"]
-    names = convolutions.quantize_convolutions(edited.graph, observed, SCHEMES["w8a8-gemm"])
+    assert convolution.map_tensors(edited.graph) == ["x", "c", "e"]
+    names = convolution.quantize_convolutions(edited.graph, observed, SCHEMES["w8a8-gemm"])
     assert names == ["node_a", "node_e"]
     made = checked(edited)
     assert operators(made) == Counter(Conv=2, QuantizeLinear=3, DequantizeLinear=7, Add=1)

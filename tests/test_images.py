@@ -18,33 +18,29 @@ import tiny_vision  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import edgeq  # noqa: E402
-from edgeq import (  # noqa: E402
-    backends,
-    calibrate,
-    checking,
-    cli,
-    dialect,
-    exporting,
-    images,
-    parity,
-    passes,
-    pipeline,
-    preprocessing,
-    quantize,
-    schemes,
-    source,
-    torch_export,
-    validation,
-)
+from edgeq import cli  # noqa: E402
 from edgeq.backends.contract import embed_batches  # noqa: E402
-from edgeq.bundle import load_manifest, read_golden_images, verify  # noqa: E402
-from edgeq.cache import Cache  # noqa: E402
+from edgeq.backends.registry import find  # noqa: E402
+from edgeq.bundle.golden_images import read_golden_images  # noqa: E402
+from edgeq.bundle.manifest import load_manifest  # noqa: E402
+from edgeq.bundle.verify import verify  # noqa: E402
+from edgeq.data import image_preprocessing, images  # noqa: E402
+from edgeq.data.tokens import batches  # noqa: E402
 from edgeq.errors import BundleCorrupt, ConfigError, Unsupported  # noqa: E402
+from edgeq.evaluation import parity  # noqa: E402
+from edgeq.frontend import locate  # noqa: E402
+from edgeq.frontend.export import _largest_error  # noqa: E402
+from edgeq.frontend.torch import export as torch_export  # noqa: E402
+from edgeq.graph import dialect  # noqa: E402
+from edgeq.graph.float_session import FloatSession  # noqa: E402
+from edgeq.passes.apply import apply  # noqa: E402
+from edgeq.pipeline import calibrate, check, validate  # noqa: E402
+from edgeq.pipeline.export import ExportRequest, export  # noqa: E402
+from edgeq.quantization import quantize, schemes  # noqa: E402
 from edgeq.records import QdqModel  # noqa: E402
-from edgeq.reference import FloatSession  # noqa: E402
-from edgeq.storage import file_ref  # noqa: E402
+from edgeq.system.cache import Cache  # noqa: E402
+from edgeq.system.files import file_ref  # noqa: E402
 from edgeq.targets import load_target  # noqa: E402
-from edgeq.texts import batches  # noqa: E402
 
 TARGETS = ("x86-64-onnxruntime", "intel-openvino-cpu")
 POOLING = {"vit": "cls", "dinov2": "mean", "resnet": "mean"}
@@ -70,13 +66,13 @@ def floats(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(request.param)
     name, directory = request.param, tiny_vision.MODELS[request.param](folder / "model")
     (folder / "raw").mkdir()
-    located = source.locate(str(directory), POOLING.get(name), tower=None if name in POOLING else "image")
+    located = locate.locate(str(directory), POOLING.get(name), tower=None if name in POOLING else "image")
     record = torch_export.run(located, folder / "raw", hidden_state=True)
     feeds, expected = torch_export.load_probes(folder / "raw" / torch_export.PROBES)
-    rewritten, reports = passes.apply(onnx.load(folder / "raw" / torch_export.RAW), feeds)
+    rewritten, reports = apply(onnx.load(folder / "raw" / torch_export.RAW), feeds)
     dialect.verify(rewritten, name)
-    error = exporting._largest_error(rewritten, feeds, expected)
-    how = preprocessing.read(folder / "raw" / torch_export.CONFIG / preprocessing.CONFIG)
+    error = _largest_error(rewritten, feeds, expected)
+    how = image_preprocessing.read(folder / "raw" / torch_export.CONFIG / image_preprocessing.CONFIG)
     return name, record, rewritten, reports, error, how
 
 
@@ -110,7 +106,7 @@ def test_integer_models_keep_the_vectors_apart(floats, tmp_path: Path) -> None: 
     reference = embed_batches(FloatSession.of(model), batches(compared), COMPARED)
     for name in TARGETS:
         target = load_target(name)
-        backend = backends.find(target.backend, name)
+        backend = find(target.backend, name)
         assert not backend.rejections(qdq, target)
         (tmp_path / name).mkdir()
         artifact = backend.lower(qdq, target, tmp_path / name)
@@ -147,7 +143,7 @@ def processors() -> list[object]:
 def test_pixels_are_those_of_transformers_to_the_rounding_of_one(row: int, tmp_path: Path) -> None:
     processor = processors()[row]
     processor.save_pretrained(tmp_path)  # type: ignore[attr-defined]
-    how = preprocessing.read(tmp_path / preprocessing.CONFIG)
+    how = image_preprocessing.read(tmp_path / image_preprocessing.CONFIG)
     step = how.rescale_factor / np.array(how.std)[:, None, None]
     for width, height in ((300, 200), (200, 300), (64, 64), (37, 501)):
         image = tiny_vision.picture(width, width, height)
@@ -162,7 +158,7 @@ def test_an_unknown_step_is_refused(tmp_path: Path) -> None:
     processor.do_flip_channel_order = True  # type: ignore[attr-defined]
     processor.save_pretrained(tmp_path)  # type: ignore[attr-defined]
     with pytest.raises(Unsupported, match="do_flip_channel_order"):
-        preprocessing.read(tmp_path / preprocessing.CONFIG)
+        image_preprocessing.read(tmp_path / image_preprocessing.CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +205,7 @@ def test_another_preprocessing_is_found_out(made, tmp_path: Path) -> None:  # ty
 
     bundle = tmp_path / "bundle"
     shutil.copytree(made[3] / TARGETS[0], bundle)
-    config = bundle / preprocessing.CONFIG
+    config = bundle / image_preprocessing.CONFIG
     config.write_text(config.read_text(encoding="utf-8").replace('"resample": 3', '"resample": 0'), encoding="utf-8")
     write_sums(bundle)
     with pytest.raises(BundleCorrupt, match="test card"):
@@ -236,10 +232,10 @@ def test_parity_is_measured_again_on_other_images(made, tmp_path: Path) -> None:
     _, _, photos, out = made
     bundle = out / TARGETS[0]
     artifact = bundle / load_manifest(bundle).artifact.files[0].path
-    found = validation.validate(bundle, None, None, artifact, silent, photos)
+    found = validate.validate(bundle, None, None, artifact, silent, photos)
     assert found.measures is not None and found.measures.cosine_min > 0.999
     with pytest.raises(ConfigError, match="Give a folder with --images"):
-        validation.validate(bundle, None, None, artifact, silent)
+        validate.validate(bundle, None, None, artifact, silent)
 
 
 def test_the_golden_images_are_those_that_were_compared(made) -> None:  # type: ignore[no-untyped-def]
@@ -256,9 +252,7 @@ def test_backends_of_tokens_refuse_images_before_anything_is_calibrated(made) ->
     for name in ("raspberry-pi-litert", "ethos-u55-256", "snapdragon-8-gen-3", "intel-openvino-npu"):
         target = load_target(name)
         scheme = schemes.find(target.scheme, name)
-        found = backends.find(target.backend, name).rejections(
-            checking.unquantised(model.file, model.inputs, scheme), target
-        )
+        found = find(target.backend, name).rejections(check.unquantised(model.file, model.inputs, scheme), target)
         assert any("pixel_values" in item.detail for item in found), name
 
 
@@ -273,11 +267,11 @@ def test_backends_of_tokens_refuse_images_before_anything_is_calibrated(made) ->
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_done(made, changed, sentence, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    request = pipeline.ExportRequest(
+    request = ExportRequest(
         model=str(made[1]), targets=(load_target(TARGETS[0]),), out=tmp_path, cache=Cache(tmp_path / "cache"), **changed
     )
     with pytest.raises(ConfigError, match=sentence):
-        pipeline.export(request, silent)
+        export(request, silent)
 
 
 def test_a_fifth_of_the_images_validates_whatever_the_file_format(tmp_path: Path) -> None:

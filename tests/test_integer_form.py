@@ -9,14 +9,16 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from edgeq import calibrate, folding, quantize
 from edgeq.backends.contract import Embeddings, embed_batches
+from edgeq.calibration.observe import Statistics, equal_length_batches, observe
+from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import EdgeqError, Unsupported
-from edgeq.observe import Statistics, equal_length_batches, observe
-from edgeq.primitives import primitives
-from edgeq.reference import FloatSession
-from edgeq.schemes import SCHEMES
-from edgeq.texts import Tokens, batches
+from edgeq.graph.float_session import FloatSession
+from edgeq.pipeline import calibrate
+from edgeq.quantization import quantize
+from edgeq.quantization.rewrites import fold_norm_bias
+from edgeq.quantization.rewrites.decompose_norms import primitives
+from edgeq.quantization.schemes import SCHEMES
 
 TOKENS = Tokens(encoder.tokens(3, 40), 0, 0)
 INTEGER = ("w8a8-int", "w8a8-int-npu", "w8a16-int")
@@ -66,9 +68,9 @@ def test_taking_norms_apart_keeps_the_function(calibrated: calibrate.Observed) -
 @pytest.mark.parametrize(
     ("fold", "least"),
     [
-        (lambda graph, seen: folding.even_values(graph, seen), 2),
-        (lambda graph, seen: folding.fold_norm_biases(graph, seen), 9),
-        (lambda graph, seen: folding.widen_outputs(graph, seen, 0.5), 4),
+        (lambda graph, seen: fold_norm_bias.even_values(graph, seen), 2),
+        (lambda graph, seen: fold_norm_bias.fold_norm_biases(graph, seen), 9),
+        (lambda graph, seen: fold_norm_bias.widen_outputs(graph, seen, 0.5), 4),
     ],
     ids=["even_values", "fold_norm_biases", "widen_outputs"],
 )
@@ -185,7 +187,7 @@ def test_affine_statistics_are_exact() -> None:
         moment = (values.T @ values / len(values)).astype(np.float32)
         return Statistics(values.min(0), values.max(0), None, moment, values.mean(0))
 
-    moved, wanted = folding._affine(seen(rows), factor, shift), seen(rows * factor + shift)
+    moved, wanted = fold_norm_bias._affine(seen(rows), factor, shift), seen(rows * factor + shift)
     for name in ("minimum", "maximum", "mean", "moment"):
         np.testing.assert_allclose(getattr(moved, name), getattr(wanted, name), atol=1e-4)
 

@@ -14,10 +14,12 @@ import pytest
 from tiny_device import ort_bundle
 
 from edgeq.cli import run
-from edgeq.device_report import DeviceReport, reports_of
+from edgeq.devices.lab import results_page
+from edgeq.devices.lab.cluster import packed, said, unpack
+from edgeq.devices.lab.devices import LabDevice, read_devices
+from edgeq.devices.lab.validate import LabResult, Plan, validate_all
+from edgeq.devices.report import DeviceReport, reports_of
 from edgeq.errors import ConfigError, DeviceUnavailable
-from edgeq.lab import LabDevice, LabResult, Plan, page, read_devices, validate_all
-from edgeq.lab.cluster import packed, said, unpack
 
 needs_ray = pytest.mark.lab
 
@@ -88,7 +90,7 @@ def test_the_page_escapes_what_a_device_says(tmp_path: Path) -> None:
         bundle="out/x", target="x", device="<b>desk</b>", where="local", exit_code=9,
         message="<script>alert(1)</script>", attempts=3, report=None,
     )  # fmt: skip
-    page.write([result], tmp_path / "lab.html")
+    results_page.write([result], tmp_path / "lab.html")
     html = (tmp_path / "lab.html").read_text(encoding="utf-8")
     assert "<script" not in html and "<b>" not in html and "&lt;script&gt;" in html
     assert "0 of 1 passed" in html
@@ -214,9 +216,7 @@ def test_the_verb_prints_one_table_and_fails_by_its_worst(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], two_machines: Any
 ) -> None:
     bundle = ort_bundle(tmp_path / "out")
-    devices = write(
-        tmp_path / "devices.toml", 'name = "desk"\nwhere = "local"', 'name = "gone"\nwhere = "adb:NOBODY"'
-    )
+    devices = write(tmp_path / "devices.toml", 'name = "desk"\nwhere = "local"', 'name = "gone"\nwhere = "adb:NOBODY"')
     words = ["validate", str(bundle), "--lab", str(devices), "--runs", "3", "--ray", two_machines.address]
     code = run([*words, "--html", str(tmp_path / "lab.html"), "--json"])
     out, err = capsys.readouterr()
@@ -241,9 +241,9 @@ def test_exporting_on_the_cluster_gives_the_same_bytes(
     pytest.importorskip("sentence_transformers", reason="needs the extra `export`")
     import tiny_source
 
-    from edgeq import pipeline
-    from edgeq.cache import Cache
-    from edgeq.lab.exporting import export_on_cluster
+    from edgeq.devices.lab.export import export_on_cluster
+    from edgeq.pipeline import export
+    from edgeq.system.cache import Cache
     from edgeq.targets import load_target
 
     monkeypatch.setenv("EDGEQ_CACHE_DIR", str(tmp_path / "here"))
@@ -252,13 +252,13 @@ def test_exporting_on_the_cluster_gives_the_same_bytes(
         (tmp_path / f"{name}.txt").write_text("\n".join(tiny_source.texts(count, seed)), encoding="utf-8")
     targets = tuple(load_target(name) for name in ("x86-64-onnxruntime", "x86-64-avx2-onnxruntime"))
 
-    def request(out: str) -> pipeline.ExportRequest:
-        return pipeline.ExportRequest(
+    def request(out: str) -> export.ExportRequest:
+        return export.ExportRequest(
             str(model), targets, tmp_path / out, Cache(), texts=tmp_path / "texts.txt",
             validation=tmp_path / "validation.txt", keep_failed=True,
         )  # fmt: skip
 
-    alone = pipeline.export(request("alone"), silent)
+    alone = export.export(request("alone"), silent)
     together = export_on_cluster(request("together"), silent, two_machines.address)
     assert [item.target for item in together] == [item.target for item in alone]
     for first, second in zip(alone, together, strict=True):

@@ -9,18 +9,21 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tiny_bundle import make_bundle
 
-from edgeq import calibrate, calibration_file, layer_errors, quantize
+from edgeq.analysis import layer_errors
+from edgeq.analysis.layer_errors import LayerErrors, TensorError
 from edgeq.backends.contract import embed_batches
-from edgeq.bundle import load_report
-from edgeq.card.collecting import Found
-from edgeq.card.layers import layers
+from edgeq.bundle.manifest import load_report
+from edgeq.calibration import file
+from edgeq.calibration.observe import equal_length_batches
+from edgeq.data.tokens import Tokens
 from edgeq.errors import EdgeqError
-from edgeq.layer_errors import LayerErrors, TensorError
-from edgeq.observe import equal_length_batches
-from edgeq.reference import FloatSession
-from edgeq.schemes import SCHEMES
-from edgeq.storage import file_ref
-from edgeq.texts import Tokens
+from edgeq.graph.float_session import FloatSession
+from edgeq.pipeline import calibrate
+from edgeq.quantization import quantize
+from edgeq.quantization.schemes import SCHEMES
+from edgeq.reports.bundles import Found
+from edgeq.reports.layers import layers
+from edgeq.system.files import file_ref
 
 TOKENS = Tokens(encoder.tokens(3, 12), 0, 0)
 STREAM = ("embedded", "layer.0.sum", "layer.0.sum2", "layer.1.sum", "layer.1.sum2", "sentence_embedding")
@@ -126,7 +129,7 @@ def test_a_card_measures_each_model_once_and_says_what_the_cache_lacks(
     cache.joinpath("kind", "entry").mkdir(parents=True)
     onnx.save(calibrated.model, files["equalized.onnx"])
     onnx.save(quantize.quantize(calibrated.model, calibrated.statistics, scheme)[0], files["qdq.onnx"])
-    calibration_file.save(calibrated.statistics, files["calibration.npz"])
+    file.save(calibrated.statistics, files["calibration.npz"])
     refs = {name: file_ref(path) for name, path in files.items()}
     path, manifest = make_bundle(tmp_path / "out")
     manifest = manifest.model_copy(

@@ -17,11 +17,18 @@ import architectures  # noqa: E402
 import measured_architecture as measured  # noqa: E402
 import tiny_source  # noqa: E402
 
-from edgeq import backends, calibrate, dialect, passes, quantize, schemes, source, targets, torch_export  # noqa: E402
+from edgeq import targets  # noqa: E402
+from edgeq.backends.registry import find  # noqa: E402
+from edgeq.data.tokens import Feeds, Tokenizer  # noqa: E402
+from edgeq.frontend import locate  # noqa: E402
+from edgeq.frontend.torch import export  # noqa: E402
+from edgeq.graph import dialect  # noqa: E402
+from edgeq.graph.float_session import FloatSession  # noqa: E402
+from edgeq.passes.apply import apply  # noqa: E402
+from edgeq.pipeline import calibrate  # noqa: E402
+from edgeq.quantization import quantize, schemes  # noqa: E402
 from edgeq.records import QdqModel, Source  # noqa: E402
-from edgeq.reference import FloatSession  # noqa: E402
-from edgeq.storage import file_ref  # noqa: E402
-from edgeq.texts import Feeds, Tokenizer  # noqa: E402
+from edgeq.system.files import file_ref  # noqa: E402
 
 LONG, WIDTH = 8192, 32
 SHORTER = 1000  # no axis of weights is as long
@@ -49,9 +56,9 @@ def floats(name: str, longest: int, folder: Path) -> tuple[Source, onnx.ModelPro
     out.mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, while it exports
-        record = torch_export.run(source.locate(str(made)), out, hidden_state=False)
-    feeds, expected = torch_export.load_probes(out / torch_export.PROBES)
-    model, _ = passes.apply(onnx.load(out / torch_export.RAW), feeds)
+        record = export.run(locate.locate(str(made)), out, hidden_state=False)
+    feeds, expected = export.load_probes(out / export.PROBES)
+    model, _ = apply(onnx.load(out / export.RAW), feeds)
     dialect.verify(model, name)
     session = FloatSession.of(model)
     assert max(float(np.abs(v - session(f)).max()) for f, v in zip(feeds, expected, strict=True)) < 1e-5
@@ -62,7 +69,7 @@ def floats(name: str, longest: int, folder: Path) -> tuple[Source, onnx.ModelPro
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Long, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     record, model, out = floats(request.param, LONG, folder)
-    tokenizer = Tokenizer.from_file(out / torch_export.CONFIG / "tokenizer.json", LONG)
+    tokenizer = Tokenizer.from_file(out / export.CONFIG / "tokenizer.json", LONG)
     observed = calibrate.calibrate(model, tokenizer.encode(tiny_source.texts(32, seed=1)), 0, measured.silent)
     return Long(request.param, record, model, observed), folder
 
@@ -95,7 +102,7 @@ def test_the_artifact_embeds_a_text_of_8192_tokens(made: tuple[Long, Path], targ
         outputs=("sentence_embedding",), dim=record.dim, max_sequence=LONG, integer_matmuls=integer,
         float_matmuls=floating,
     )  # fmt: skip
-    backend = backends.find(chosen.backend, target)
+    backend = find(chosen.backend, target)
     session = backend.load(backend.lower(qdq, chosen, tmp_path), tmp_path, chosen)
     ids = np.random.default_rng(0).integers(5, 40, (1, LONG), np.int64)
     feeds = Feeds(ids, np.ones_like(ids))

@@ -10,11 +10,12 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnxruntime import InferenceSession
 
-from edgeq import affine, narrowing
+from edgeq.calibration.observe import Statistics
 from edgeq.errors import EdgeqError
-from edgeq.observe import Statistics
+from edgeq.quantization import affine
+from edgeq.quantization.rewrites import npu_operators
+from edgeq.quantization.schemes import SCHEMES
 from edgeq.records import IntegerForm
-from edgeq.schemes import SCHEMES
 
 WIDTH, LENGTH = 64, 40
 FORM = SCHEMES["w8a8-int-npu"].integer
@@ -50,7 +51,7 @@ def run(model: ir.Model, **feeds: np.ndarray) -> np.ndarray:
     return session.run(None, feeds)[0]
 
 
-def roots(rows: np.ndarray) -> tuple[ir.Model, narrowing.Fixed]:
+def roots(rows: np.ndarray) -> tuple[ir.Model, npu_operators.Fixed]:
     """Give one over the root of each row's sum of squares, narrowed."""
     sums = (rows.astype(np.float64) ** 2).sum(-1, keepdims=True).astype(np.float32)
     model = graph_of(
@@ -64,10 +65,10 @@ def roots(rows: np.ndarray) -> tuple[ir.Model, narrowing.Fixed]:
         "y",
     )
     observed = {"x": seen(rows), "n/squares": seen(sums), "n/inverse": seen(1 / np.sqrt(sums))}
-    return model, narrowing.narrow(model.graph, observed, FORM)
+    return model, npu_operators.narrow(model.graph, observed, FORM)
 
 
-def coded(model: ir.Model, fixed: narrowing.Fixed, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def coded(model: ir.Model, fixed: npu_operators.Fixed, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Run with each tensor that has fixed codes rounded to them, in the order of the graph, and give them all."""
     values = dict(feeds) | {name: item.const_value.numpy() for name, item in model.graph.initializers.items()}
     for node in ir.to_proto(model).graph.node:
@@ -129,7 +130,7 @@ def test_pooling_weighs_and_adds_the_tokens() -> None:
     )
     mask = (np.arange(LENGTH) < 30).astype(np.float32)[None, None]
     share = mask / 30
-    narrowing.narrow(model.graph, {"x": seen(ROWS), "pooling/pooled": seen(share @ ROWS)}, FORM)
+    npu_operators.narrow(model.graph, {"x": seen(ROWS), "pooling/pooled": seen(share @ ROWS)}, FORM)
     assert "MatMul" not in [node.op_type for node in model.graph]
     np.testing.assert_allclose(run(model, attention_mask=mask, x=ROWS), share @ ROWS, atol=1e-5)
 
@@ -140,7 +141,7 @@ def test_gelu_of_the_side_path_stays_near_gelu(size: float) -> None:
     model = graph_of([helper.make_node("Gelu", ["x"], [name], name=name)], {"x": [1, LENGTH, WIDTH]}, name)
     x = np.linspace(-size, size, LENGTH * WIDTH, dtype=np.float32).reshape(1, LENGTH, WIDTH)
     wanted = run(model, x=x)
-    fixed = narrowing.narrow(model.graph, {"x": seen(x), name: seen(wanted)}, FORM)
+    fixed = npu_operators.narrow(model.graph, {"x": seen(x), name: seen(wanted)}, FORM)
     assert "Sigmoid" in [node.op_type for node in model.graph]
     found = coded(model, fixed, {"x": x})[name]
     assert np.abs(found - wanted).max() < max(1e-3, size * 1e-4)
@@ -150,7 +151,7 @@ def test_what_the_form_allows_stays() -> None:
     form = SCHEMES["w8a8-int"].integer
     assert isinstance(form, IntegerForm)
     model = graph_of([helper.make_node("Gelu", ["x"], ["layer/side"], name="layer/side")], {"x": [1, 8]}, "layer/side")
-    assert narrowing.narrow(model.graph, {}, form) == {}
+    assert npu_operators.narrow(model.graph, {}, form) == {}
     assert [node.op_type for node in model.graph] == ["Gelu"]
 
 
@@ -161,4 +162,4 @@ def test_a_tensor_without_statistics_is_named() -> None:
         "n/squares",
     )
     with pytest.raises(EdgeqError, match="n/squares: the calibration has no statistics"):
-        narrowing.narrow(model.graph, {}, FORM)
+        npu_operators.narrow(model.graph, {}, FORM)

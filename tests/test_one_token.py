@@ -10,16 +10,18 @@ import pytest
 from onnx import numpy_helper
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from edgeq import calibrate, integer_form, quantize
 from edgeq.backends.contract import Embeddings, embed_batches
-from edgeq.observe import Statistics
-from edgeq.one_token import ONE_TOKEN, follow_one_token
-from edgeq.passes.graph import add_constant, dims
-from edgeq.primitives import primitives
-from edgeq.reference import FloatSession
-from edgeq.schemes import SCHEMES
-from edgeq.texts import Tokens, batches
-from edgeq.vector_codes import rounding_loss, vector_codes
+from edgeq.calibration.observe import Statistics
+from edgeq.data.tokens import Tokens, batches
+from edgeq.graph.edit import add_constant, dims
+from edgeq.graph.float_session import FloatSession
+from edgeq.pipeline import calibrate
+from edgeq.quantization import quantize
+from edgeq.quantization.output_precision import rounding_loss, vector_codes
+from edgeq.quantization.rewrites import integer
+from edgeq.quantization.rewrites.decompose_norms import primitives
+from edgeq.quantization.rewrites.single_token_last_layer import ONE_TOKEN, follow_one_token
+from edgeq.quantization.schemes import SCHEMES
 
 TOKENS = Tokens(encoder.tokens(3, 40), 0, 0)
 LAST_PRODUCTS = ("layer.1.query", "layer.1.out", "layer.1.ffn", "layer.1.ffn_out")
@@ -129,7 +131,7 @@ def test_one_row_has_finer_codes_where_its_kernels_exist(
     found = bits_read(one)
     assert {found[name] for name in (*LAST_PRODUCTS, "layer.1.context")} == {bits}
     assert found["layer.1.key"] == found["layer.1.value"] == 8
-    monkeypatch.setattr(integer_form, "follow_one_token", lambda model, observed: 0)
+    monkeypatch.setattr(integer, "follow_one_token", lambda model, observed: 0)
     every = quantize.quantize(calibrated.model, calibrated.statistics, SCHEMES[scheme])[0]
     reference = embed(calibrated.model)
     finer, coarse = (1.0 - cosines(reference, embed(model)) for model in (one, every))

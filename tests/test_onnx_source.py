@@ -24,15 +24,17 @@ import tiny_source  # noqa: E402
 from sentence_transformers.sentence_transformer import modules  # noqa: E402
 
 import edgeq  # noqa: E402
-from edgeq import dialect, onnx_export, source  # noqa: E402
-from edgeq.cache import Cache  # noqa: E402
+from edgeq.data.tokens import Feeds, Tokenizer, batches  # noqa: E402
 from edgeq.errors import ConfigError, Unsupported  # noqa: E402
-from edgeq.exporting import CONFIG, MODEL, export  # noqa: E402
-from edgeq.onnx_source import OnnxOptions  # noqa: E402
-from edgeq.onnx_source.fused_operators import expand_fused  # noqa: E402
+from edgeq.frontend import locate  # noqa: E402
+from edgeq.frontend.export import CONFIG, MODEL, export  # noqa: E402
+from edgeq.frontend.onnx import export as onnx_export  # noqa: E402
+from edgeq.frontend.onnx.find import OnnxOptions  # noqa: E402
+from edgeq.frontend.onnx.fused_operators import expand_fused  # noqa: E402
+from edgeq.graph import dialect  # noqa: E402
+from edgeq.graph.float_session import FloatSession  # noqa: E402
 from edgeq.records import FloatModel, Source  # noqa: E402
-from edgeq.reference import FloatSession  # noqa: E402
-from edgeq.texts import Feeds, Tokenizer, batches  # noqa: E402
+from edgeq.system.cache import Cache  # noqa: E402
 
 OTHER_ENVIRONMENT = os.environ.get("EDGEQ_SENTENCE_TRANSFORMERS_PYTHON")
 ENCODER = {"LayerNormalization": 5, "Gelu": 2, "Softmax": 2}
@@ -53,7 +55,7 @@ def exported(
     path: Path, tokenizer: Path | None, out: Path, pooling: str | None = "mean", **options: object
 ) -> tuple[Source, FloatModel]:
     out.mkdir()
-    return export(source.locate(str(path), pooling, OnnxOptions(tokenizer, **options)), out, True)
+    return export(locate.locate(str(path), pooling, OnnxOptions(tokenizer, **options)), out, True)
 
 
 def counts(folder: Path) -> dict[str, int]:
@@ -131,17 +133,17 @@ def test_other_names_int32_and_external_data(given: Path, body: Path, tmp_path: 
     assert record.kind == "onnx" and record.modules == ("Onnx", "Pooling:mean", "Normalize")
     feeds = feeds_of(body)
     assert np.abs(FloatSession.of(tmp_path / "out" / MODEL)(feeds) - mean_of_given(given, feeds)).max() < 1e-5
-    before = source.locate(str(path), "mean", OnnxOptions(body)).sha256
+    before = locate.locate(str(path), "mean", OnnxOptions(body)).sha256
     content = bytearray((tmp_path / "weights.bin").read_bytes())
     content[1000] ^= 1
     (tmp_path / "weights.bin").write_bytes(content)
-    assert source.locate(str(path), "mean", OnnxOptions(body)).sha256 != before
+    assert locate.locate(str(path), "mean", OnnxOptions(body)).sha256 != before
     (tmp_path / "weights.bin").unlink()
     with pytest.raises(ConfigError, match=r"its weights lie in weights\.bin, which is not beside it"):
         exported(path, body, tmp_path / "again")
 
 
-@pytest.mark.parametrize("pooling", source.POOLING_MODES)
+@pytest.mark.parametrize("pooling", locate.POOLING_MODES)
 def test_every_pooling_is_appended_as_numpy_has_it(pooling: str, given: Path, body: Path, tmp_path: Path) -> None:
     _, model = exported(given, body, tmp_path / "out", pooling)
     assert model.max_abs_error < 1e-5 and model.outputs == ("sentence_embedding", "last_hidden_state")
@@ -170,7 +172,7 @@ def test_a_directory_without_torch_weights_is_found_and_carries_its_modules(
     assert (record.name, record.dim, model.dim) == ("found", 32, 32)
     assert (out / CONFIG / "modules.json").is_file() and (out / CONFIG / "2_Dense" / "model.safetensors").is_file()
     with pytest.raises(ConfigError, match=r"modules\.json says how to pool"):
-        source.locate(str(folder), "cls")
+        locate.locate(str(folder), "cls")
 
 
 def encoder_file(path: Path, **changes: object) -> Path:
@@ -220,19 +222,19 @@ def test_what_cannot_be_taken_says_why(
 
 def test_what_is_missing_is_asked_for(given: Path, body: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tokenizer\.json lies beside it"):
-        source.locate(str(given), "mean")
+        locate.locate(str(given), "mean")
     with pytest.raises(ConfigError, match="give --pooling with one of cls"):
         exported(given, body, tmp_path / "out", None)
     alone = tmp_path / "alone"
     alone.mkdir()
     (alone / "tokenizer.json").write_bytes((body / "tokenizer.json").read_bytes())
     with pytest.raises(ConfigError, match="give --max-sequence"):
-        source.locate(str(given), "mean", OnnxOptions(alone))
+        locate.locate(str(given), "mean", OnnxOptions(alone))
     (tmp_path / "text.onnx").write_text("no graph")
     with pytest.raises(ConfigError, match="not an ONNX file"):
-        source.locate(str(tmp_path / "text.onnx"), "mean", OnnxOptions(body))
+        locate.locate(str(tmp_path / "text.onnx"), "mean", OnnxOptions(body))
     with pytest.raises(ConfigError, match="--tokenizer belong to an ONNX file"):
-        source.locate(str(body), "mean", OnnxOptions(body))
+        locate.locate(str(body), "mean", OnnxOptions(body))
     with pytest.raises(ConfigError, match="cannot run it on 1x500 tokens"):
         exported(given, body, tmp_path / "long", max_sequence=500)
 

@@ -14,18 +14,21 @@ import pytest
 
 pytest.importorskip("openvino", reason="needs the extra `openvino`")
 
-from edgeq import calibrate, parity, quantize, targets
-from edgeq.anatomy import inspect
+from edgeq import targets
+from edgeq.analysis.inspect.model_file import inspect
 from edgeq.backends import openvino as backend
 from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.backends.openvino import lowering
+from edgeq.backends.openvino.ir import read_ir
+from edgeq.data.tokens import Feeds, Tokens, batches
 from edgeq.errors import ConfigError, DeviceUnavailable, LoweringFailed
-from edgeq.openvino_ir import read_ir
+from edgeq.evaluation import parity
+from edgeq.graph.float_session import FloatSession
+from edgeq.pipeline import calibrate
+from edgeq.quantization import quantize
+from edgeq.quantization.schemes import SCHEMES
 from edgeq.records import QdqModel, Target
-from edgeq.reference import FloatSession
-from edgeq.schemes import SCHEMES
-from edgeq.storage import file_ref
-from edgeq.texts import Feeds, Tokens, batches
+from edgeq.system.files import file_ref
 
 pytestmark = pytest.mark.openvino
 
@@ -127,7 +130,7 @@ def test_lowering_gives_the_same_bytes_whatever_ran_before(model: QdqModel, tmp_
     backend.lower(model, CPU, tmp_path / "first")
     backend.lower(model, CPU, tmp_path / "second")
     program = (
-        "import sys\nfrom pathlib import Path\nfrom edgeq.backends.openvino import lowering\n"
+        "import sys\nfrom pathlib import Path\nfrom edgeq.backends.registry.openvino import lowering\n"
         "xml, weights = lowering.serialized(lowering.read_qdq(Path(sys.argv[1])))\n"
         "Path(sys.argv[2], 'third.xml').write_bytes(xml)\nPath(sys.argv[2], 'third.bin').write_bytes(weights)\n"
     )

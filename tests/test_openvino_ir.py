@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from edgeq.anatomy import inspect
+from edgeq.analysis.inspect.model_file import inspect
+from edgeq.backends.openvino.ir import read_ir
 from edgeq.errors import ConfigError, ToolMissing
-from edgeq.openvino_ir import read_ir
 
 PORT = '<port id="{}" precision="{}"><dim>2</dim><dim>3</dim></port>'
 LAYER = '<layer id="{}" name="{}" type="{}" version="opset1">{}<output>{}</output></layer>'
@@ -91,7 +91,7 @@ def test_without_openvino_its_backend_says_how_to_install_it(monkeypatch: pytest
     from importlib.metadata import PackageNotFoundError
 
     from edgeq.backends import openvino
-    from edgeq.doctor import examine
+    from edgeq.backends.doctor import examine
 
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)

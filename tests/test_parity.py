@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from tiny_bundle import GATE, MEASURES, PLACEMENT, TEXT_SET, make_target
 
-from edgeq import parity
+from edgeq.data.tokens import Tokens
 from edgeq.errors import ConfigError, ParityFailed
+from edgeq.evaluation import parity
 from edgeq.targets import list_targets
-from edgeq.texts import Tokens
 
 COUNT, DIM = 200, 64
 

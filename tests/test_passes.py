@@ -12,10 +12,18 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeq import passes
+from edgeq.data.tokens import Feeds
 from edgeq.errors import EdgeqError
-from edgeq.passes.graph import Rewrites
-from edgeq.texts import Feeds
+from edgeq.graph.edit import Rewrites
+from edgeq.passes.apply import apply
+from edgeq.passes.constant_segment import constant_segment
+from edgeq.passes.finite_fill import finite_fill
+from edgeq.passes.finite_mask import finite_mask
+from edgeq.passes.fold_attention_scale import fold_attention_scale
+from edgeq.passes.pool_by_matmul import pool_by_matmul
+from edgeq.passes.recover_gelu import recover_gelu
+from edgeq.passes.recover_layer_normalization import recover_layer_normalization
+from edgeq.passes.split_gemm import split_gemm
 
 Node = tuple[str, list[str], str, dict[str, object]]
 RNG = np.random.default_rng(0)
@@ -76,7 +84,7 @@ def norm_constants(power: float = 2.0) -> dict[str, np.ndarray]:
 
 def test_layer_normalization_is_recovered() -> None:
     model = graph(NORM, norm_constants(), ["n", 8])
-    new, done = rewritten(model, passes.recover_layer_normalization)
+    new, done = rewritten(model, recover_layer_normalization)
     assert (done.count, operators(new)) == (1, {"LayerNormalization": 1})
     x = RNG.standard_normal((5, 8)).astype(np.float32)
     assert np.abs(run(model, x=x) - run(new, x=x)).max() < 1e-5
@@ -84,7 +92,7 @@ def test_layer_normalization_is_recovered() -> None:
 
 def test_a_near_layer_normalization_says_why() -> None:
     model = graph(NORM, norm_constants(power=3.0), ["n", 8])
-    new, done = rewritten(model, passes.recover_layer_normalization)
+    new, done = rewritten(model, recover_layer_normalization)
     assert done.count == 0 and "not the rest of a layer normalisation" in done.near_misses[0]
     assert operators(new) == operators(model)
 
@@ -100,7 +108,7 @@ def gelu_nodes(half_first: bool) -> list[Node]:
 def test_gelu_is_recovered(half_first: bool) -> None:
     constants = {name: np.array(value, np.float32) for name, value in (("root2", 2**0.5), ("one", 1), ("half", 0.5))}
     model = graph(gelu_nodes(half_first), constants, ["n", 4])
-    new, done = rewritten(model, passes.recover_gelu)
+    new, done = rewritten(model, recover_gelu)
     assert (done.count, operators(new)) == (1, {"Gelu": 1})
     x = RNG.standard_normal((6, 4)).astype(np.float32) * 3
     assert np.abs(run(model, x=x) - run(new, x=x)).max() < 1e-6
@@ -109,7 +117,7 @@ def test_gelu_is_recovered(half_first: bool) -> None:
 def test_another_erf_is_left_alone() -> None:
     constants = {name: np.array(value, np.float32) for name, value in (("root2", 1.5), ("one", 1), ("half", 0.5))}
     model = graph(gelu_nodes(True), constants, ["n", 4])
-    _, done = rewritten(model, passes.recover_gelu)
+    _, done = rewritten(model, recover_gelu)
     assert done.count == 0 and "Erf" in done.near_misses[0]
 
 
@@ -133,14 +141,14 @@ def attention(scale_op: str = "Mul", bias: bool = True) -> onnx.ModelProto:
 @pytest.mark.parametrize("scale_op", ["Mul", "Div"])
 def test_the_attention_scale_moves_into_the_query(scale_op: str) -> None:
     model = attention(scale_op)
-    new, done = rewritten(model, passes.fold_attention_scale)
+    new, done = rewritten(model, fold_attention_scale)
     assert done.count == 1 and scale_op not in operators(new)
     x = RNG.standard_normal((2, 5, 8)).astype(np.float32)
     assert np.abs(run(model, x=x) - run(new, x=x)).max() < 1e-6
 
 
 def test_a_query_that_is_no_product_keeps_the_scale() -> None:
-    _, done = rewritten(attention(bias=False), passes.fold_attention_scale)
+    _, done = rewritten(attention(bias=False), fold_attention_scale)
     assert done.count == 0 and "no product with constant weights" in done.near_misses[0]
 
 
@@ -160,14 +168,14 @@ def pooling(axis: int = 1, divisor: str = "number") -> onnx.ModelProto:
 @pytest.mark.parametrize(("divisor", "name"), [("number", "pooling/pooled"), ("root", "root_pooling/pooled")])
 def test_mean_pooling_becomes_a_product(divisor: str, name: str) -> None:
     model = pooling(divisor=divisor)
-    new, done = rewritten(model, passes.pool_by_matmul)
+    new, done = rewritten(model, pool_by_matmul)
     assert done.count == 1 and [node.name for node in new.graph.node if node.op_type == "MatMul"] == [name]
     x = RNG.standard_normal((2, 3, 4)).astype(np.float32)
     assert np.abs(run(model, x=x) - run(new, x=x)).max() < 1e-6
 
 
 def test_a_sum_over_another_axis_is_left_alone() -> None:
-    _, done = rewritten(pooling(axis=2), passes.pool_by_matmul)
+    _, done = rewritten(pooling(axis=2), pool_by_matmul)
     assert done.count == 0 and "another axis" in done.near_misses[0]
 
 
@@ -180,7 +188,7 @@ def test_a_constant_segment_becomes_its_row() -> None:
     ]
     table = RNG.standard_normal((2, 4)).astype(np.float32)
     model = graph(nodes, {"zero": np.array(0, np.int64), "table": table}, [2, "n", 4])
-    new, done = rewritten(model, passes.constant_segment)
+    new, done = rewritten(model, constant_segment)
     assert (done.count, operators(new)) == (1, {"Add": 1})
     x = RNG.standard_normal((2, 3, 4)).astype(np.float32)
     assert np.array_equal(run(model, x=x), run(new, x=x))
@@ -189,7 +197,7 @@ def test_a_constant_segment_becomes_its_row() -> None:
 def test_an_infinite_mask_without_attention_mask_says_why() -> None:
     nodes: list[Node] = [("Greater", ["x", "zero"], "keep", {}), ("Where", ["keep", "zero", "low"], "y", {})]
     model = graph(nodes, {"zero": np.array(0, np.float32), "low": np.array(-3.4e38, np.float32)}, [2, 3])
-    _, done = rewritten(model, passes.finite_mask)
+    _, done = rewritten(model, finite_mask)
     assert done.count == 0
 
 
@@ -199,7 +207,7 @@ def test_a_gemm_becomes_product_and_sum(transposed: int) -> None:
     weight = RNG.standard_normal((3, 4) if transposed else (4, 3)).astype(np.float32)
     bias = RNG.standard_normal(3).astype(np.float32)
     model = graph([("Gemm", ["x", "w", "b"], "y", attributes)], {"w": weight, "b": bias}, ["n", 4])
-    new, done = rewritten(model, passes.split_gemm)
+    new, done = rewritten(model, split_gemm)
     assert (done.count, operators(new)) == (1, {"MatMul": 1, "Add": 1})
     x = RNG.standard_normal((5, 4)).astype(np.float32)
     assert np.abs(run(model, x=x) - run(new, x=x)).max() < 1e-6
@@ -213,7 +221,7 @@ def test_an_infinite_fill_becomes_finite_before_a_maximum_only(reader: str) -> N
     ]
     padding = np.array([[False, False, True]])
     model = graph(nodes, {"padding": padding, "low": np.array(-np.inf, np.float32), "axis": np.array([1])}, [2, 3])
-    new, done = rewritten(model, passes.finite_fill)
+    new, done = rewritten(model, finite_fill)
     assert (done.count, len(done.near_misses)) == ((1, 0) if reader == "ReduceMax" else (0, 1))
     x = RNG.standard_normal((2, 3)).astype(np.float32)
     assert np.array_equal(run(model, x=x), run(new, x=x))
@@ -231,7 +239,7 @@ def test_a_pass_that_moves_the_outputs_is_a_defect() -> None:
     ids = np.array([[5, 6, 7, 8], [9, 3, 0, 0]], np.int64)
     feeds = (Feeds(ids, (ids > 0).astype(np.int64)),)
     with pytest.raises(EdgeqError, match="halve: moved the FP32 outputs"):
-        passes.apply(encoder.encoder(), feeds, (halve,))
+        apply(encoder.encoder(), feeds, (halve,))
 
 
 def test_a_pass_that_does_nothing_changes_nothing() -> None:
@@ -239,6 +247,6 @@ def test_a_pass_that_does_nothing_changes_nothing() -> None:
 
     ids = np.array([[5, 6, 7, 8]], np.int64)
     model = encoder.encoder()
-    new, (report,) = passes.apply(model, (Feeds(ids, np.ones_like(ids)),), (lambda graph: Rewrites(0, ("why",)),))
+    new, (report,) = apply(model, (Feeds(ids, np.ones_like(ids)),), (lambda graph: Rewrites(0, ("why",)),))
     assert (report.rewrites, report.max_abs_error, report.near_misses) == (0, 0.0, ("why",))
     assert [node.op_type for node in new.graph.node] == [node.op_type for node in model.graph.node]

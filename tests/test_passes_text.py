@@ -9,9 +9,16 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from test_passes import Node, graph, operators, rewritten, run
 
-from edgeq import passes
+from edgeq.graph.rms_norm import root_mean_square
+from edgeq.passes.apply import _distance
+from edgeq.passes.drop_reshape import drop_reshape
+from edgeq.passes.finite_mask import finite_mask
+from edgeq.passes.fold_attention_scale import fold_attention_scale
 from edgeq.passes.fold_constants import fold_constants
-from edgeq.passes.norms import root_mean_square
+from edgeq.passes.fold_table_scale import fold_table_scale
+from edgeq.passes.known_truths import known_truths
+from edgeq.passes.mask_last import mask_last
+from edgeq.passes.part_products import part_products
 
 RNG = np.random.default_rng(1)
 
@@ -62,7 +69,7 @@ def test_joint_products_are_taken_apart(bias: bool) -> None:
     del model.graph.output[:]
     model.graph.output.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, None))
     model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    new, done = rewritten(model, passes.part_products)
+    new, done = rewritten(model, part_products)
     assert done.count == 1 and operators(new) == {"MatMul": 2, "Mul": 1, **({"Add": 2} if bias else {})}
     x = array(2, 5, 4)
     np.testing.assert_allclose(run(model, x=x), run(new, x=x), atol=1e-6)
@@ -79,7 +86,7 @@ def test_query_key_and_value_get_weights_of_their_own() -> None:
     constants = {f"from{place}": numbers(place) for place in range(4)}
     constants |= {"w": array(8, 24), "shape": numbers(0, 0, 3, 2, 4), "axis": numbers(2)}
     model = graph(nodes, constants, [2, 5, 8])
-    new, done = rewritten(model, passes.part_products)
+    new, done = rewritten(model, part_products)
     assert done.count == 1 and operators(new) == {"MatMul": 3, "Reshape": 3, "Mul": 1, "Add": 1}
     x = array(2, 5, 8)
     np.testing.assert_allclose(run(model, x=x), run(new, x=x), atol=1e-5)
@@ -93,7 +100,7 @@ def test_a_product_that_is_also_read_whole_stays() -> None:
         ("Add", ["a", "total"], "y", {}),
     ]
     constants = {"w": array(4, 6), "zero": numbers(0), "two": numbers(2), "last": numbers(-1)}
-    new, done = rewritten(graph(nodes, constants, [2, 3, 4]), passes.part_products)
+    new, done = rewritten(graph(nodes, constants, [2, 3, 4]), part_products)
     assert done.count == 0 and operators(new)["MatMul"] == 1
 
 
@@ -130,7 +137,7 @@ def local_attention(causal: bool) -> onnx.ModelProto:
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_mask_keeps_where_positions_may_look(causal: bool) -> None:
     model = local_attention(causal)
-    new, done = rewritten(model, passes.finite_mask)
+    new, done = rewritten(model, finite_mask)
     assert done.count == 1 and ("LessOrEqual" in operators(new)) is causal and "Where" not in operators(new)
     mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1]], np.int64)
     scores = array(2, 2, 4, 4)
@@ -148,12 +155,12 @@ def test_conditions_that_decide_nothing_are_dropped() -> None:
     ]
     constants = {"one": np.array(1, np.float32), "never": np.array(False), "always": np.array(True)}
     model = graph(nodes, constants, ["n", 4])
-    new, done = rewritten(model, passes.known_truths)
+    new, done = rewritten(model, known_truths)
     assert (done.count, operators(new)) == (2, {"Less": 1, "Where": 1})
     x = array(3, 4)
     np.testing.assert_array_equal(run(model, x=x), run(new, x=x))
     swapped = graph([nodes[0], ("Or", ["low", "always"], "both", {}), nodes[3]], constants, ["n", 4])
-    assert rewritten(swapped, passes.known_truths)[1].count == 0  # that is always true, and no operand
+    assert rewritten(swapped, known_truths)[1].count == 0  # that is always true, and no operand
 
 
 def test_the_mask_is_added_last() -> None:
@@ -166,7 +173,7 @@ def test_the_mask_is_added_last() -> None:
     constants = {"attention_mask_size": np.array(50, np.float32), "bias": array(4, 4)}
     ports = {"x": (TensorProto.FLOAT, [2, 4, 4]), "shifted": (TensorProto.FLOAT, [2, 1, 4])}
     model = with_inputs(nodes, constants, ports)
-    new, done = rewritten(model, passes.mask_last)
+    new, done = rewritten(model, mask_last)
     (last,) = (node for node in new.graph.node if node.name == "node_masked")
     assert done.count == 1 and last.input[1] == "mask"
     feeds = {"x": array(2, 4, 4), "shifted": -np.eye(4, dtype=np.float32)[:2, None]}
@@ -177,7 +184,7 @@ def test_the_scale_of_embeddings_moves_into_their_table() -> None:
     nodes: list[Node] = [("Gather", ["table", "ids"], "rows", {}), ("Mul", ["rows", "eight"], "y", {})]
     constants = {"table": array(9, 4), "eight": np.array(8, np.float32)}
     model = with_inputs(nodes, constants, {"ids": (TensorProto.INT64, ["batch", "sequence"])})
-    new, done = rewritten(model, passes.fold_table_scale)
+    new, done = rewritten(model, fold_table_scale)
     assert (done.count, operators(new)) == (1, {"Gather": 1})
     ids = numbers(3, 1, 8)[None]
     np.testing.assert_array_equal(run(model, ids=ids), run(new, ids=ids))
@@ -187,11 +194,11 @@ def test_a_reshape_to_the_same_shape_is_dropped() -> None:
     model = graph(
         [("Reshape", ["x", "shape"], "flat", {}), ("Neg", ["flat"], "y", {})], {"shape": numbers(2, 4)}, [2, 4]
     )
-    assert rewritten(model, passes.drop_reshape)[1].count == 1
+    assert rewritten(model, drop_reshape)[1].count == 1
     other = graph(
         [("Reshape", ["x", "shape"], "flat", {}), ("Neg", ["flat"], "y", {})], {"shape": numbers(4, 2)}, [2, 4]
     )
-    assert rewritten(other, passes.drop_reshape)[1].count == 0
+    assert rewritten(other, drop_reshape)[1].count == 0
 
 
 def rotated_attention(normalised: bool = False) -> onnx.ModelProto:
@@ -234,7 +241,7 @@ def rotated_attention(normalised: bool = False) -> onnx.ModelProto:
 @pytest.mark.parametrize("normalised", [True, False])
 def test_the_scale_passes_through_a_rotation(normalised: bool) -> None:
     model = rotated_attention(normalised)
-    new, done = rewritten(model, passes.fold_attention_scale)
+    new, done = rewritten(model, fold_attention_scale)
     assert done.count == 1 and operators(new)["Mul"] == operators(model)["Mul"] - 1
     x = array(2, 5, 8)
     np.testing.assert_allclose(run(model, x=x), run(new, x=x), atol=1e-5)
@@ -249,12 +256,12 @@ def test_a_mean_square_is_known_by_what_it_divides_by() -> None:
 
 
 def test_padding_rows_may_be_anything_and_others_may_not() -> None:
-    from edgeq.texts import Feeds
+    from edgeq.data.tokens import Feeds
 
     mask = np.array([[1, 1, 0]], np.int64)
     before = {"last_hidden_state": array(1, 3, 4)}
     after = {"last_hidden_state": before["last_hidden_state"].copy()}
     after["last_hidden_state"][0, 2] = 9.0
-    assert passes._distance([before], [after], [Feeds(mask, mask)]) == 0.0
+    assert _distance([before], [after], [Feeds(mask, mask)]) == 0.0
     after["last_hidden_state"][0, 1] += 1.0
-    assert passes._distance([before], [after], [Feeds(mask, mask)]) > 0.1
+    assert _distance([before], [after], [Feeds(mask, mask)]) > 0.1

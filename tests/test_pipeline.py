@@ -15,18 +15,23 @@ pytest.importorskip("sentence_transformers", reason="needs the extra `export`")
 
 import tiny_source  # noqa: E402
 
-from edgeq import calibrate, checking, cli, pipeline, schemes, storage  # noqa: E402
+from edgeq import cli  # noqa: E402
 from edgeq.backends import openvino  # noqa: E402
-from edgeq.bundle import load_manifest, load_report, read_golden, verify  # noqa: E402
 from edgeq.bundle.checksums import write_sums  # noqa: E402
-from edgeq.cache import Cache  # noqa: E402
-from edgeq.embedder import load  # noqa: E402
+from edgeq.bundle.embedder import load  # noqa: E402
+from edgeq.bundle.golden import read_golden  # noqa: E402
+from edgeq.bundle.manifest import load_manifest, load_report  # noqa: E402
+from edgeq.bundle.verify import verify  # noqa: E402
 from edgeq.errors import BundleCorrupt, ConfigError, DeviceUnavailable, StorageFailed  # noqa: E402
-from edgeq.machine import place  # noqa: E402
+from edgeq.pipeline import calibrate, check, export  # noqa: E402
+from edgeq.pipeline.validate import validate  # noqa: E402
+from edgeq.quantization import schemes  # noqa: E402
 from edgeq.records import Gate, Manifest, ParityReport, Target  # noqa: E402
-from edgeq.storage import file_ref  # noqa: E402
+from edgeq.system import files  # noqa: E402
+from edgeq.system.cache import Cache  # noqa: E402
+from edgeq.system.files import file_ref  # noqa: E402
+from edgeq.system.host import place  # noqa: E402
 from edgeq.targets import load_target  # noqa: E402
-from edgeq.validation import validate  # noqa: E402
 
 # Random weights hardly separate texts: only that the vectors are near is judged here.
 EASY = Gate(
@@ -48,11 +53,11 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 
 @pytest.fixture
-def request_(model: Path, shared_cache: Cache, tmp_path: Path) -> pipeline.ExportRequest:
+def request_(model: Path, shared_cache: Cache, tmp_path: Path) -> export.ExportRequest:
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(tiny_source.texts(200)), encoding="utf-8")
     target = load_target("x86-64-avx2-onnxruntime").model_copy(update={"gate": EASY})
-    return pipeline.ExportRequest(
+    return export.ExportRequest(
         model=str(model), targets=(target,), out=tmp_path / "out", cache=shared_cache, texts=texts
     )
 
@@ -61,19 +66,19 @@ def silent(stage: str, done: int, total: int) -> None:
     """Report to nobody."""
 
 
-def float_model(made: pipeline.Exported, cache: Cache) -> Path:
+def float_model(made: export.Exported, cache: Cache) -> Path:
     """Find the FP32 model that a bundle was made from."""
     sha256 = load_manifest(Path(made.path)).float_model.file.sha256
-    return next(path for path in cache.root.glob("float-model/*/model.onnx") if storage.sha256_file(path) == sha256)
+    return next(path for path in cache.root.glob("float-model/*/model.onnx") if files.sha256_file(path) == sha256)
 
 
-def failing(request: pipeline.ExportRequest) -> pipeline.ExportRequest:
+def failing(request: export.ExportRequest) -> export.ExportRequest:
     (target,) = request.targets
     return replace(request, targets=(target.model_copy(update={"gate": STRICT}),))
 
 
-def test_an_export_writes_a_bundle_that_verifies(request_: pipeline.ExportRequest) -> None:
-    (made,) = pipeline.export(request_, silent)
+def test_an_export_writes_a_bundle_that_verifies(request_: export.ExportRequest) -> None:
+    (made,) = export.export(request_, silent)
     assert (made.status, made.failures, made.report) == ("passed", (), "")
     assert made.ran_on == place(request_.targets[0].runs_on)
     found = verify(Path(made.path))
@@ -85,31 +90,31 @@ def test_an_export_writes_a_bundle_that_verifies(request_: pipeline.ExportReques
 
 
 def test_a_scheme_with_raised_products_makes_a_bundle_that_verifies(
-    request_: pipeline.ExportRequest, tmp_path: Path
+    request_: export.ExportRequest, tmp_path: Path
 ) -> None:
-    (plain,) = pipeline.export(request_, silent)
+    (plain,) = export.export(request_, silent)
     own = schemes.find(request_.targets[0].scheme, "")
     manifest = json.loads((Path(plain.path) / "manifest.json").read_text(encoding="utf-8"))
     raised, path = manifest["qdq_model"]["integer_matmuls"][0], tmp_path / "scheme.json"
     path.write_text(schemes.raising(own, [raised]).model_dump_json(), encoding="utf-8")
     wanted = replace(request_, scheme=path, out=tmp_path / "raised")
-    (made,) = pipeline.export(wanted, silent)
+    (made,) = export.export(wanted, silent)
     manifest = json.loads((Path(made.path) / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["qdq_model"]["scheme"]["name"] == f"{own.name}+1"
     assert raised in manifest["artifact"]["placement"]["float_by_scheme"]
     assert verify(Path(made.path)).status == "passed"
     path.write_text(schemes.raising(own, ["no.such.product"]).model_dump_json(), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"raises no\.such\.product, which this model does not have"):
-        pipeline.export(wanted, silent)
+        export.export(wanted, silent)
     path.write_text(schemes.raising(schemes.find("w8a8-int", ""), []).model_dump_json(), encoding="utf-8")
     with pytest.raises(ConfigError, match="is a form of w8a8-int"):
-        pipeline.export(wanted, silent)
+        export.export(wanted, silent)
 
 
 @pytest.mark.tflite
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"])
 def test_an_integer_only_bundle_holds_dense_and_pooling(
-    request_: pipeline.ExportRequest, tmp_path: Path, pooling: str
+    request_: export.ExportRequest, tmp_path: Path, pooling: str
 ) -> None:
     pytest.importorskip("ai_edge_litert", reason="needs the extra `tflite`")
     target = load_target("integer-only-w8a16")
@@ -119,7 +124,7 @@ def test_an_integer_only_bundle_holds_dense_and_pooling(
     model = tiny_source.sentence_transformer(
         tmp_path / "model", pooling=pooling, dense=pooling == "mean", normalize=pooling != "mean_sqrt_len_tokens"
     )
-    (made,) = pipeline.export(replace(request_, model=str(model), targets=(target,)), silent)
+    (made,) = export.export(replace(request_, model=str(model), targets=(target,)), silent)
     assert (made.status, made.failures) == ("passed", ())
     assert verify(Path(made.path)).max_abs_error == 0.0
     embedder = load(made.path)
@@ -134,7 +139,7 @@ def test_an_integer_only_bundle_holds_dense_and_pooling(
 @pytest.mark.parametrize("name", ["ethos-u55-256", "ethos-u85-256"])
 @pytest.mark.parametrize("pooling", ["mean", "weightedmean", "cls", "lasttoken"])
 def test_an_ethos_u_bundle_holds_dense_and_pooling(
-    request_: pipeline.ExportRequest, tmp_path: Path, pooling: str, name: str
+    request_: export.ExportRequest, tmp_path: Path, pooling: str, name: str
 ) -> None:
     pytest.importorskip("ethosu", reason="needs the extra `ethos-u`")
     target = load_target(name)
@@ -144,7 +149,7 @@ def test_an_ethos_u_bundle_holds_dense_and_pooling(
     model = tiny_source.sentence_transformer(
         tmp_path / "model", pooling=pooling, dense=pooling == "mean", normalize=pooling != "mean_sqrt_len_tokens"
     )
-    (made,) = pipeline.export(replace(request_, model=str(model), targets=(target,)), silent)
+    (made,) = export.export(replace(request_, model=str(model), targets=(target,)), silent)
     assert (made.status, made.failures) == ("passed", ())
     assert made.ran_on == "host-kernels"
     manifest = json.loads((Path(made.path) / "manifest.json").read_text(encoding="utf-8"))
@@ -162,19 +167,19 @@ def test_an_ethos_u_bundle_holds_dense_and_pooling(
 @pytest.mark.qnn
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 def test_an_htp_bundle_holds_dense_and_pooling_and_says_how_many_texts_ran(
-    request_: pipeline.ExportRequest, tmp_path: Path, pooling: str
+    request_: export.ExportRequest, tmp_path: Path, pooling: str
 ) -> None:
     pytest.importorskip("onnxruntime_qnn", reason="needs the extra `qnn`")
     target = load_target("snapdragon-8-gen-3")
     gate = target.gate.model_copy(update={"cosine_mean_min": 0.998, "top10_overlap_min": 0.5, "spearman_min": 0.9})
     target = target.model_copy(update={"gate": gate, "buckets_tokens": (16, 512)})
     model = tiny_source.sentence_transformer(tmp_path / "model", pooling=pooling, dense=pooling == "mean")
-    (made,) = pipeline.export(replace(request_, model=str(model), targets=(target,)), silent)
+    (made,) = export.export(replace(request_, model=str(model), targets=(target,)), silent)
     assert (made.status, made.failures, made.ran_on) == ("passed", (), "emulator")
     report = json.loads((Path(made.path) / "parity.json").read_text(encoding="utf-8"))
     assert report["texts"]["count"] == report["measures"]["texts"] == gate.parity_texts == 24
     assert verify(Path(made.path)).max_abs_error == 0.0
-    (checked,) = checking.check(str(float_model(made, request_.cache)), (target,), None, request_.cache)
+    (checked,) = check.check(str(float_model(made, request_.cache)), (target,), None, request_.cache)
     assert checked.problems == () and {item.verdict for item in checked.operators} <= {"supported", "unknown"}
     embedder = load(made.path)
     assert embedder.max_sequence == 64
@@ -203,11 +208,11 @@ def run_the_cards_example(path: Path, monkeypatch: pytest.MonkeyPatch, *changes:
 
 @pytest.mark.openvino
 def test_an_openvino_bundle_is_measured_in_both_precisions_and_opens_without_edgeq(
-    request_: pipeline.ExportRequest, monkeypatch: pytest.MonkeyPatch
+    request_: export.ExportRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openvino", reason="needs the extra `openvino`")
     wanted = replace(request_, targets=(openvino_target("intel-openvino-cpu"),))
-    (made,) = pipeline.export(wanted, silent)
+    (made,) = export.export(wanted, silent)
     assert (made.status, made.failures) == ("passed", ())
     assert verify(Path(made.path)).max_abs_error == 0.0
     (setting,) = load_report(Path(made.path)).other_settings
@@ -219,14 +224,14 @@ def test_an_openvino_bundle_is_measured_in_both_precisions_and_opens_without_edg
     names = run_the_cards_example(Path(made.path), monkeypatch)
     vectors = load(made.path).encode(names["texts"])  # type: ignore[arg-type]
     np.testing.assert_allclose(names["vectors"], vectors, atol=1e-5)  # type: ignore[arg-type]
-    (again,) = pipeline.export(replace(wanted, out=request_.out.parent / "other"), silent)
+    (again,) = export.export(replace(wanted, out=request_.out.parent / "other"), silent)
     for name in ("openvino/openvino_model.xml", "openvino/openvino_model.bin", "manifest.json", "parity.json"):
         assert (Path(made.path) / name).read_bytes() == (Path(again.path) / name).read_bytes()
 
 
 @pytest.mark.openvino
 def test_without_an_npu_the_bundle_is_written_and_says_that_it_was_never_run(
-    request_: pipeline.ExportRequest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    request_: export.ExportRequest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     pytest.importorskip("openvino", reason="needs the extra `openvino`")
@@ -234,7 +239,7 @@ def test_without_an_npu_the_bundle_is_written_and_says_that_it_was_never_run(
     if openvino.obstacle(target) is None:
         pytest.skip("an NPU is here")
     caplog.set_level("WARNING", logger="edgeq")  # a test of --quiet may have left it higher
-    (made,) = pipeline.export(replace(request_, targets=(target,)), silent)
+    (made,) = export.export(replace(request_, targets=(target,)), silent)
     assert (made.status, made.ran_on, made.parity, made.failures) == ("not-run", "not-run", None, ())
     assert "was not run" in caplog.text
     report = load_report(Path(made.path))
@@ -256,18 +261,18 @@ def test_without_an_npu_the_bundle_is_written_and_says_that_it_was_never_run(
 
 
 @pytest.mark.openvino
-def test_what_was_never_run_cannot_pass_nor_hide_a_failure(request_: pipeline.ExportRequest) -> None:
+def test_what_was_never_run_cannot_pass_nor_hide_a_failure(request_: export.ExportRequest) -> None:
     pytest.importorskip("openvino", reason="needs the extra `openvino`")
     target = openvino_target("intel-openvino-npu")
     if openvino.obstacle(target) is None:
         pytest.skip("an NPU is here")
     elsewhere = openvino_target("intel-openvino-npu", export_places=("device",))
     with pytest.raises(DeviceUnavailable, match="its gate asks for a run on device"):
-        pipeline.export(replace(request_, targets=(elsewhere,)), silent)
+        export.export(replace(request_, targets=(elsewhere,)), silent)
     strict = openvino_target("intel-openvino-npu", cosine_mean_min=1.0)
-    (missed,) = pipeline.export(replace(request_, targets=(strict,)), silent)
+    (missed,) = export.export(replace(request_, targets=(strict,)), silent)
     assert missed.status == "failed" and "CPU plugin" in missed.failures[0]
-    (made,) = pipeline.export(replace(request_, targets=(target,)), silent)
+    (made,) = export.export(replace(request_, targets=(target,)), silent)
     path = Path(made.path)
     report, manifest = load_report(path), load_manifest(path)
     for changes in ({"status": "passed"}, {"reason": None}, {"ran_on": "device"}):
@@ -288,63 +293,63 @@ def forge(path: Path, report: ParityReport, manifest: Manifest) -> None:
 
 
 def test_a_second_export_reuses_everything_and_gives_the_same_bytes(
-    request_: pipeline.ExportRequest, monkeypatch: pytest.MonkeyPatch
+    request_: export.ExportRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (first,) = pipeline.export(request_, silent)
+    (first,) = export.export(request_, silent)
 
     def again(*_: object) -> None:
         raise AssertionError("the cache was not used")
 
     monkeypatch.setattr(calibrate, "calibrate", again)
-    (second,) = pipeline.export(replace(request_, out=request_.out.parent / "other"), silent)
+    (second,) = export.export(replace(request_, out=request_.out.parent / "other"), silent)
     names = sorted(path.relative_to(first.path) for path in Path(first.path).rglob("*") if path.is_file())
     assert names == sorted(path.relative_to(second.path) for path in Path(second.path).rglob("*") if path.is_file())
     assert all((Path(first.path) / name).read_bytes() == (Path(second.path) / name).read_bytes() for name in names)
 
 
-def test_a_failed_gate_keeps_the_report_and_no_bundle(request_: pipeline.ExportRequest) -> None:
-    (made,) = pipeline.export(failing(request_), silent)
+def test_a_failed_gate_keeps_the_report_and_no_bundle(request_: export.ExportRequest) -> None:
+    (made,) = export.export(failing(request_), silent)
     assert made.status == "failed" and made.path == ""
     assert "cosine mean" in made.failures[0]
     assert [path.name for path in request_.out.iterdir()] == ["x86-64-avx2-onnxruntime.parity.json"]
     assert json.loads(Path(made.report).read_text(encoding="utf-8"))["status"] == "failed"
-    (passed,) = pipeline.export(request_, silent)
+    (passed,) = export.export(request_, silent)
     assert passed.status == "passed" and not Path(made.report).exists()
 
 
-def test_a_failed_bundle_is_written_when_asked_for_and_says_so(request_: pipeline.ExportRequest) -> None:
-    (made,) = pipeline.export(replace(failing(request_), keep_failed=True), silent)
+def test_a_failed_bundle_is_written_when_asked_for_and_says_so(request_: export.ExportRequest) -> None:
+    (made,) = export.export(replace(failing(request_), keep_failed=True), silent)
     assert made.status == "failed"
     assert "FAILED" in (Path(made.path) / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_dry_run_converts_nothing(request_: pipeline.ExportRequest) -> None:
-    (made,) = pipeline.export(replace(request_, dry_run=True), silent)
+def test_a_dry_run_converts_nothing(request_: export.ExportRequest) -> None:
+    (made,) = export.export(replace(request_, dry_run=True), silent)
     assert made.status == "not-run" and made.parity is None
     assert not request_.out.exists()
 
 
-def test_texts_that_are_evaluated_on_are_refused(request_: pipeline.ExportRequest, tmp_path: Path) -> None:
+def test_texts_that_are_evaluated_on_are_refused(request_: export.ExportRequest, tmp_path: Path) -> None:
     assert request_.texts is not None
     line = request_.texts.read_text(encoding="utf-8").splitlines()
     # A calibration text, in other spacing and case.
-    from edgeq.corpora import split
+    from edgeq.data.text_files import split
 
     kept, _ = split(line)
     (tmp_path / "evaluation.txt").write_text(f"something else entirely\n  {kept[0].upper()} \n", encoding="utf-8")
     with pytest.raises(ConfigError, match="text 2"):
-        pipeline.export(replace(request_, evaluation=(tmp_path / "evaluation.txt",)), silent)
+        export.export(replace(request_, evaluation=(tmp_path / "evaluation.txt",)), silent)
 
 
-def test_too_few_validation_texts_are_refused(request_: pipeline.ExportRequest, tmp_path: Path) -> None:
+def test_too_few_validation_texts_are_refused(request_: export.ExportRequest, tmp_path: Path) -> None:
     few = tmp_path / "few.txt"
     few.write_text("\n".join(tiny_source.texts(3, seed=9)), encoding="utf-8")
     with pytest.raises(ConfigError, match="validation texts are left; 16 are needed"):
-        pipeline.export(replace(request_, validation=few), silent)
+        export.export(replace(request_, validation=few), silent)
 
 
 def test_an_interrupt_leaves_neither_bundle_nor_damaged_cache(
-    request_: pipeline.ExportRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request_: export.ExportRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh = replace(request_, cache=Cache(tmp_path / "cache"))
 
@@ -353,37 +358,37 @@ def test_an_interrupt_leaves_neither_bundle_nor_damaged_cache(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pipeline.export(fresh, interrupted)
+        export.export(fresh, interrupted)
     assert not fresh.out.exists()
     assert {entry.kind for entry in fresh.cache.entries()} == {"float-model"}
     leftovers = [path for path in (tmp_path / "cache").rglob("*") if path.name.endswith((".partial", ".replaced"))]
     assert leftovers == []
-    (made,) = pipeline.export(fresh, silent)
+    (made,) = export.export(fresh, silent)
     assert made.status == "passed"
 
 
-def test_a_full_disk_is_one_message(request_: pipeline.ExportRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline.export(replace(request_, out=request_.out.parent / "before"), silent)  # fills the cache
-    original = storage.write_bytes
+def test_a_full_disk_is_one_message(request_: export.ExportRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    export.export(replace(request_, out=request_.out.parent / "before"), silent)  # fills the cache
+    original = files.write_bytes
 
     def full(path: Path, content: bytes) -> None:
         if path.name == "model.onnx":
-            with storage.storage_errors(f"writing {path}"):
+            with files.storage_errors(f"writing {path}"):
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
         original(path, content)
 
     monkeypatch.setattr("edgeq.backends.onnxruntime.write_bytes", full)
     with pytest.raises(StorageFailed, match="the disk is full"):
-        pipeline.export(request_, silent)
+        export.export(request_, silent)
     assert not list(request_.out.glob("*")) if request_.out.exists() else True
 
 
-def test_an_output_folder_with_something_else_is_left_alone(request_: pipeline.ExportRequest) -> None:
+def test_an_output_folder_with_something_else_is_left_alone(request_: export.ExportRequest) -> None:
     place_ = request_.out / request_.targets[0].name
     place_.mkdir(parents=True)
     (place_ / "thesis.tex").write_text("mine", encoding="utf-8")
     with pytest.raises(ConfigError, match="is no edgeq bundle"):
-        pipeline.export(replace(request_, overwrite=True), silent)
+        export.export(replace(request_, overwrite=True), silent)
     assert (place_ / "thesis.tex").read_text(encoding="utf-8") == "mine"
 
 

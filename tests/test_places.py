@@ -12,11 +12,13 @@ import psutil
 import pytest
 from tiny_device import edit_manifest, ort_bundle
 
-from edgeq import bundle, cli
-from edgeq.device_report import DeviceReport, keep_report, parse_report, read_report, report_path, reports_of
+from edgeq import cli
+from edgeq.bundle.verify import verify
+from edgeq.devices.child_process import Log, follow, require_report
+from edgeq.devices.contract import Job
+from edgeq.devices.report import DeviceReport, keep_report, parse_report, read_report, report_path, reports_of
+from edgeq.devices.transports import Access, place_of
 from edgeq.errors import BundleCorrupt, ConfigError, LoweringFailed, TimedOut, ToolMissing, error_of
-from edgeq.places import Access, Job, place_of
-from edgeq.places.running import Log, follow, require_report
 from edgeq.records import RunsOn
 
 
@@ -32,7 +34,7 @@ def found(made: Path) -> DeviceReport:
 
 def test_here_is_a_place(made: Path, found: DeviceReport) -> None:
     assert (found.place, found.status, found.ran_on) == ("local", "passed", "device")
-    assert bundle.verify.__module__ and len(list(made.parent.glob("*.device-report.json"))) == 0
+    assert verify.__module__ and len(list(made.parent.glob("*.device-report.json"))) == 0
     assert found.cells[0].latency.p50_ms <= found.cells[0].latency.p99_ms
 
 

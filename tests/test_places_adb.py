@@ -11,6 +11,9 @@ import stand_in_adb
 from tiny_device import ort_bundle, tflite_bundle
 
 from edgeq.bundle.checksums import write_sums
+from edgeq.devices import adb as adb_place
+from edgeq.devices.contract import Job
+from edgeq.devices.transports import Access, place_of
 from edgeq.errors import (
     ConfigError,
     DeviceUnavailable,
@@ -20,8 +23,6 @@ from edgeq.errors import (
     ToolMissing,
     Unsupported,
 )
-from edgeq.places import Access, Job, place_of
-from edgeq.places import adb as adb_place
 
 WHERE = "adb:R58M123"
 

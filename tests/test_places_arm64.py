@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from tiny_device import ort_bundle, tflite_bundle
 
+from edgeq.devices import arm64
+from edgeq.devices.contract import Job
+from edgeq.devices.transports import place_of
 from edgeq.errors import ToolMissing, Unsupported
-from edgeq.places import Job, arm64, place_of
 from edgeq.records import RunsOn
 
 ARM = RunsOn(machine="aarch64", cpu_flags_all=("asimd",), cpu_flags_any=())

@@ -16,8 +16,9 @@ from loopback_sshd import Sshd
 from tiny_device import ort_bundle
 
 from edgeq.bundle.checksums import write_sums
+from edgeq.devices.contract import Job
+from edgeq.devices.transports import Access, place_of
 from edgeq.errors import ConfigError, DeviceUnavailable, StorageFailed, TimedOut, ToolMissing
-from edgeq.places import Access, Job, place_of
 
 LARGE = 3_000_000
 

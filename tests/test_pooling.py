@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 pytest.importorskip("ai_edge_litert", reason="needs the extra `tflite`")
 
 from edgeq.backends.tflite import pooling as lowered
-from edgeq.pooling import cap_padding, last_token
+from edgeq.quantization.rewrites.token_pooling import cap_padding, last_token
 
 pytestmark = pytest.mark.tflite
 

@@ -16,17 +16,21 @@ from onnx import numpy_helper
 pytest.importorskip("onnxruntime_qnn", reason="needs the extra `qnn`")
 
 import edgeq
-from edgeq import calibrate, cli, machine, parity, quantize, targets
+from edgeq import cli, targets
 from edgeq.backends import qnn
 from edgeq.backends.contract import Embeddings, TimesItself, embed_batches
 from edgeq.backends.qnn import compiling
-from edgeq.children import Worker
+from edgeq.data.tokens import Feeds, Tokens, batches
 from edgeq.errors import BundleCorrupt, ChildDied, ConfigError, LoweringFailed, ToolMissing
+from edgeq.evaluation import parity
+from edgeq.graph.float_session import FloatSession
+from edgeq.pipeline import calibrate
+from edgeq.quantization import quantize
+from edgeq.quantization.schemes import SCHEMES
 from edgeq.records import QdqModel, Target
-from edgeq.reference import FloatSession
-from edgeq.schemes import SCHEMES
-from edgeq.storage import file_ref
-from edgeq.texts import Feeds, Tokens, batches
+from edgeq.system import host
+from edgeq.system.files import file_ref
+from edgeq.system.worker import Worker
 
 pytestmark = pytest.mark.qnn
 
@@ -112,7 +116,7 @@ def test_codes_give_the_vectors_that_floats_give(models: dict[str, QdqModel], tm
 @pytest.mark.parametrize("name", [found.name for found in targets.list_targets() if found.backend == "qnn"])
 def test_every_soc_gets_one_partition_of_its_own(models: dict[str, QdqModel], name: str, tmp_path: Path) -> None:
     found = targets.load_target(name)
-    assert machine.place(found.runs_on) == "emulator"
+    assert host.place(found.runs_on) == "emulator"
     chosen = models[found.scheme]
     wanted = target(found.scheme, name, (16,))
     assert qnn.rejections(chosen, wanted) == ()

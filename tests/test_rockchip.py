@@ -14,16 +14,19 @@ import pytest
 import tiny_integer
 from onnx import numpy_helper
 
-from edgeq import environments, machine, quantize, stages, targets
+from edgeq import targets
 from edgeq.backends import rockchip
 from edgeq.backends.contract import Embeddings, TimesItself, embed_batches
 from edgeq.backends.rockchip import listing
+from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import BundleCorrupt, LoweringFailed, ToolMissing
+from edgeq.graph.float_session import FloatSession
+from edgeq.pipeline import stages
+from edgeq.quantization import quantize
+from edgeq.quantization.schemes import SCHEMES
 from edgeq.records import Artifact, QdqModel, Target
-from edgeq.reference import FloatSession
-from edgeq.schemes import SCHEMES
-from edgeq.storage import file_ref
-from edgeq.texts import Tokens, batches
+from edgeq.system import environments, host
+from edgeq.system.files import file_ref
 
 BUCKETS = (16,)
 TOKENS = Tokens(tuple(ids[:16] for ids in encoder.tokens(3, 12)), 0, 0)
@@ -87,7 +90,7 @@ def embed(artifact: Artifact, folder: Path, wanted: Target) -> Embeddings:
 @pytest.mark.parametrize(("name", "mean", "low"), [("rk3588", 0.98, 0.93), ("rk3588-float16", 0.9999, 0.9999)])
 def test_built_again_they_give_fp32s_vectors(lowered: Lowered, name: str, mean: float, low: float) -> None:
     artifact, folder, model = lowered[name]
-    assert machine.place(make_target(name).runs_on) == "simulator"
+    assert host.place(make_target(name).runs_on) == "simulator"
     cosines = centred_cosines(reference(), embed(artifact, folder, make_target(name)))
     assert cosines.mean() > mean and cosines.min() > low
     assert artifact.files[0].path == "rockchip/model_seq_16.rknn"

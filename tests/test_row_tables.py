@@ -9,13 +9,16 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeq import calibrate, dialect, quantize, texts
 from edgeq.backends.contract import embed_batches
-from edgeq.coded import CodedGraph
-from edgeq.passes.graph import infer_shapes
-from edgeq.reference import FloatSession
-from edgeq.row_tables import scaled_rows
-from edgeq.schemes import SCHEMES
+from edgeq.data import tokens as texts
+from edgeq.graph import dialect
+from edgeq.graph.edit import infer_shapes
+from edgeq.graph.float_session import FloatSession
+from edgeq.pipeline import calibrate
+from edgeq.quantization import quantize
+from edgeq.quantization.integer.embedding_rows import scaled_rows
+from edgeq.quantization.qdq import CodedGraph
+from edgeq.quantization.schemes import SCHEMES
 
 ROWS, DIM = 200, 32
 RANDOM = np.random.default_rng(0)

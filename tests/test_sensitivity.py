@@ -9,14 +9,16 @@ import numpy as np
 import onnx
 import pytest
 
-from edgeq import analysis, calibrate, layer_errors, quantize, schemes, sensitivity
+from edgeq.analysis import layer_errors, scheme_search, sensitivity
+from edgeq.analysis.sensitivity import Product, Quality
 from edgeq.backends.contract import embed_batches
+from edgeq.calibration.observe import equal_length_batches
+from edgeq.data.tokens import Tokens
 from edgeq.errors import ConfigError, EdgeqError
-from edgeq.observe import equal_length_batches
-from edgeq.reference import FloatSession
-from edgeq.schemes import SCHEMES
-from edgeq.sensitivity import Product, Quality
-from edgeq.texts import Tokens
+from edgeq.graph.float_session import FloatSession
+from edgeq.pipeline import calibrate
+from edgeq.quantization import quantize, schemes
+from edgeq.quantization.schemes import SCHEMES
 
 TOKENS = Tokens(encoder.tokens(3, 12), 0, 0)
 
@@ -120,12 +122,16 @@ def test_what_gains_most_for_its_cost_comes_first() -> None:
     small = Product(name="small", channels=8, outputs=8, quality=quality, gain=0.002)
     worse = Product(name="worse", channels=8, outputs=8, quality=quality, gain=-0.1)
 
-    def cost(outputs: int, size: int, time: float | None) -> analysis.Cost:
-        return analysis.Cost(
+    def cost(outputs: int, size: int, time: float | None) -> scheme_search.Cost:
+        return scheme_search.Cost(
             channels=8, outputs=outputs, products=1, extra_bytes=size, extra_ms=time, reason=None if time else "no"
         )
 
     by_bytes = [cost(32, 400, None), cost(8, 100, None)]
     by_time = [cost(32, 400, 0.1), cost(8, 100, 0.1)]
-    assert [item.name for item in analysis.by_value([large, small, worse], by_bytes)] == ["small", "large", "worse"]
-    assert [item.name for item in analysis.by_value([large, small, worse], by_time)] == ["large", "small", "worse"]
+    assert [item.name for item in scheme_search.by_value([large, small, worse], by_bytes)] == [
+        "small",
+        "large",
+        "worse",
+    ]
+    assert [item.name for item in scheme_search.by_value([large, small, worse], by_time)] == ["large", "small", "worse"]

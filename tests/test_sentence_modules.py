@@ -24,11 +24,17 @@ from sentence_transformers.base.modules import Router  # noqa: E402
 from sentence_transformers.sentence_transformer import modules  # noqa: E402
 
 import edgeq  # noqa: E402
-from edgeq import exporting, pipeline, sentence_modules, source, torch_export, torch_session  # noqa: E402
-from edgeq.bundle import load_manifest, verify  # noqa: E402
-from edgeq.cache import Cache  # noqa: E402
+from edgeq.bundle.manifest import load_manifest  # noqa: E402
+from edgeq.bundle.verify import verify  # noqa: E402
 from edgeq.errors import ConfigError, Unsupported  # noqa: E402
+from edgeq.frontend import export as exporting  # noqa: E402
+from edgeq.frontend import locate  # noqa: E402
+from edgeq.frontend.torch import sentence_transformers  # noqa: E402
+from edgeq.frontend.torch.export import _pooling_config, run  # noqa: E402
+from edgeq.frontend.torch.session import reopen  # noqa: E402
+from edgeq.pipeline.export import ExportRequest, export  # noqa: E402
 from edgeq.records import Target  # noqa: E402
+from edgeq.system.cache import Cache  # noqa: E402
 from edgeq.targets import load_target  # noqa: E402
 
 DIM = tiny_source.DIM
@@ -44,7 +50,7 @@ Chain = tuple[Any, dict[str, Any], int | None]
 def torch_in_this_process() -> Any:
     """Run torch here: a child for each of so many models would spend its time on importing it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting, "_run_torch", lambda where, out, hidden: torch_export.run(where, out, hidden))
+        patch.setattr(exporting, "_run_torch", lambda where, out, hidden: run(where, out, hidden))
         yield
 
 
@@ -109,11 +115,11 @@ def easy(name: str, **gate: float) -> Target:
 
 
 def exported(work: Path, model: Path, *targets: str, dim: int | None = None) -> list[Path]:
-    request = pipeline.ExportRequest(
+    request = ExportRequest(
         model=str(model), targets=tuple(easy(name) for name in targets), out=work / "out" / model.name,
         cache=Cache(work / "cache"), texts=work / "texts.txt", dim=dim,
     )  # fmt: skip
-    made = pipeline.export(request, lambda *_: None)
+    made = export(request, lambda *_: None)
     assert [(item.status, item.failures) for item in made] == [("passed", ())] * len(targets)
     return [Path(item.path) for item in made]
 
@@ -135,10 +141,12 @@ def float_vectors(path: Path, work: Path, texts: list[str]) -> np.ndarray:
     entry = next(
         file for file in (work / "cache").rglob("model.onnx")
         if file.stat().st_size == manifest.float_model.file.size_bytes
-        and edgeq.storage.sha256_file(file) == manifest.float_model.file.sha256
+        and edgeq.system.files.sha256_file(file) == manifest.float_model.file.sha256
     )  # fmt: skip
     loaded = edgeq.load(path)
-    return edgeq.embedder.Embedder(edgeq.reference.FloatSession.of(entry), loaded._tokenizer, manifest).encode(texts)
+    return edgeq.bundle.embedder.Embedder(
+        edgeq.graph.float_session.FloatSession.of(entry), loaded._tokenizer, manifest
+    ).encode(texts)
 
 
 def test_the_float_models_give_the_vectors_of_sentence_transformers(bundles: dict[str, Path], work: Path) -> None:
@@ -184,7 +192,7 @@ def test_sentence_transformers_opens_each_bundle_and_gives_the_vectors_of_edgeq(
 
 def test_the_manifest_and_the_card_tell_of_truncation_and_prompts(bundles: dict[str, Path]) -> None:
     manifest = load_manifest(bundles["truncated"])
-    assert manifest.source.dim == 24 == sentence_modules.truncated_to(manifest.source.modules)
+    assert manifest.source.dim == 24 == sentence_transformers.truncated_to(manifest.source.modules)
     assert manifest.source.modules == ("Transformer", "Pooling:weightedmean", "Truncate:24 of 64", "Normalize")
     assert manifest.command[manifest.command.index("--dim") + 1] == "24"
     card = (bundles["truncated"] / "README.md").read_text(encoding="utf-8")
@@ -203,7 +211,7 @@ def test_the_manifest_and_the_card_tell_of_truncation_and_prompts(bundles: dict[
 def test_the_source_is_found_again_with_its_dimensions(bundles: dict[str, Path], work: Path) -> None:
     for name in ("truncated", "truncated by itself"):
         manifest = load_manifest(bundles[name])
-        located = torch_session.reopen(manifest.source, str(work / name.replace(" ", "-")))
+        located = reopen(manifest.source, str(work / name.replace(" ", "-")))
         assert (located.sha256, located.dim) == (manifest.source.sha256, chains()[name][2])
 
 
@@ -252,14 +260,14 @@ def test_openvino_takes_chains_as_they_are(work: Path, bundles: dict[str, Path])
 
 def refused(directory: Path, dim: int | None = None) -> str:
     with pytest.raises((ConfigError, Unsupported)) as caught:
-        source.load(source.locate(str(directory), dim=dim))
+        locate.load(locate.locate(str(directory), dim=dim))
     return str(caught.value)
 
 
 def test_what_no_graph_can_hold_is_refused_with_the_way_out(tmp_path: Path, encoder: Path) -> None:
     for dim, message in ((0, "--dim is 0"), (-3, "--dim is -3")):
         with pytest.raises(ConfigError, match=message):
-            source.locate(str(encoder), "mean", dim=dim)
+            locate.locate(str(encoder), "mean", dim=dim)
     plain = tiny_modules.save(tmp_path / "plain", modules.Pooling(DIM), encoder=encoder)
     assert "--dim is 65; the model's vectors have 64 dimensions" in refused(plain, 65)
     behind = tiny_modules.save(
@@ -283,9 +291,9 @@ def test_what_no_graph_can_hold_is_refused_with_the_way_out(tmp_path: Path, enco
 
 
 def test_pooling_modes_keep_their_order_for_every_version_of_sentence_transformers() -> None:
-    flags = torch_export._pooling_config(modules.Pooling(DIM, pooling_mode=("cls", "max", "mean")))
+    flags = _pooling_config(modules.Pooling(DIM, pooling_mode=("cls", "max", "mean")))
     assert "pooling_mode" not in flags and sum(value is True for value in flags.values()) == 4  # include_prompt, too
-    ordered = torch_export._pooling_config(modules.Pooling(DIM, pooling_mode=("mean", "cls")))
+    ordered = _pooling_config(modules.Pooling(DIM, pooling_mode=("mean", "cls")))
     assert ordered["pooling_mode"] == ["mean", "cls"]
 
 
@@ -301,18 +309,20 @@ def test_a_tokenizer_that_pads_left_and_gives_no_mask_is_mended(tmp_path: Path, 
     for name in ("config.json", "model.safetensors"):
         (plain / name).write_bytes((encoder / name).read_bytes())
     model = tiny_modules.save(tmp_path / "model", modules.Pooling(DIM), encoder=plain)
-    located = source.locate(str(model))
+    located = locate.locate(str(model))
     (tmp_path / "out").mkdir()
     record, _ = exporting.export(located, tmp_path / "out")
     folder = tmp_path / "out" / exporting.CONFIG
     kept = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert kept["padding_side"] == "right" and kept["model_input_names"] == ["input_ids", "attention_mask"]
     assert kept["tokenizer_class"] == "PreTrainedTokenizerFast"  # which every version of transformers knows
-    cutting = edgeq.texts.Tokenizer.from_file(folder / "tokenizer.json", 8).encode([" ".join(tiny_source.WORDS)])
+    cutting = edgeq.data.tokens.Tokenizer.from_file(folder / "tokenizer.json", 8).encode([" ".join(tiny_source.WORDS)])
     last = tokenizer(tiny_source.WORDS[-1])["input_ids"][-2]
     assert cutting.ids[0][-2] == last  # a long text loses its beginning
-    batches = edgeq.texts.batches(edgeq.texts.Tokenizer.from_file(folder / "tokenizer.json", 64).encode(TEXTS))
-    session = edgeq.reference.FloatSession.of(tmp_path / "out" / exporting.MODEL)
+    batches = edgeq.data.tokens.batches(
+        edgeq.data.tokens.Tokenizer.from_file(folder / "tokenizer.json", 64).encode(TEXTS)
+    )
+    session = edgeq.graph.float_session.FloatSession.of(tmp_path / "out" / exporting.MODEL)
     found = edgeq.backends.contract.embed_batches(session, batches, len(TEXTS))
     alone = SentenceTransformer(str(model), device="cpu").encode(TEXTS, batch_size=1)
     assert np.abs(found - alone).max() < 1e-5
@@ -321,9 +331,9 @@ def test_a_tokenizer_that_pads_left_and_gives_no_mask_is_mended(tmp_path: Path, 
 
 def test_a_model_without_a_mask_is_refused_where_padding_moves_a_vector() -> None:
     near, far = np.ones((1, 4), np.float32), np.full((2, 4), 1.2, np.float32)
-    assert sentence_modules.depends_on_padding([near, far])
-    assert sentence_modules.depends_on_padding([near, np.full((2, 4), np.nan, np.float32)])
-    assert not sentence_modules.depends_on_padding([near, np.ones((3, 4), np.float32)])
+    assert sentence_transformers.depends_on_padding([near, far])
+    assert sentence_transformers.depends_on_padding([near, np.full((2, 4), np.nan, np.float32)])
+    assert not sentence_transformers.depends_on_padding([near, np.ones((3, 4), np.float32)])
 
 
 def test_a_limit_beyond_the_positions_is_lowered(tmp_path: Path) -> None:
@@ -339,7 +349,7 @@ def test_a_limit_beyond_the_positions_is_lowered(tmp_path: Path) -> None:
     model = tiny_modules.save(
         tmp_path / "model", modules.Pooling(DIM), encoder=plain, transformer={"max_seq_length": 500}
     )
-    loaded = source.load(source.locate(str(model)))
+    loaded = locate.load(locate.locate(str(model)))
     assert loaded.max_seq_length == 39  # the row of padding is no position
     (tmp_path / "out").mkdir()
     longest = " ".join(tiny_source.WORDS)
@@ -350,5 +360,11 @@ def test_a_dropout_changes_nothing(encoder: Path, tmp_path: Path) -> None:
     model = tiny_modules.save(
         tmp_path / "model", modules.Pooling(DIM), modules.Dropout(0.5), modules.Normalize(), encoder=encoder
     )
-    loaded = source.load(replace(source.locate(str(model)), dim=8))
-    assert sentence_modules.names(loaded) == ("Transformer", "Pooling:mean", "Truncate:8 of 64", "Dropout", "Normalize")
+    loaded = locate.load(replace(locate.locate(str(model)), dim=8))
+    assert sentence_transformers.names(loaded) == (
+        "Transformer",
+        "Pooling:mean",
+        "Truncate:8 of 64",
+        "Dropout",
+        "Normalize",
+    )

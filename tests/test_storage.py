@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from edgeq import storage
+from edgeq.system import files
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from edgeq.storage import replacing_dir
+from edgeq.system.files import replacing_dir
 with replacing_dir(Path(sys.argv[1])) as partial:
     (partial / "half").write_text("x")
     print(partial, flush=True)
@@ -36,7 +36,7 @@ def stop(process: subprocess.Popen[str]) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    with storage.replacing_dir(path) as partial:
+    with files.replacing_dir(path) as partial:
         (partial / "file").write_text(text, encoding="utf-8")
 
 
@@ -62,7 +62,7 @@ def test_a_folder_that_stepped_aside_for_a_killed_process_comes_back(tmp_path: P
     aside = tmp_path / ".out.abc.replaced"
     (aside / "out").mkdir(parents=True)
     (aside / "out" / "file").write_text("old", encoding="utf-8")
-    with pytest.raises(RuntimeError, match="stop"), storage.replacing_dir(tmp_path / "out"):
+    with pytest.raises(RuntimeError, match="stop"), files.replacing_dir(tmp_path / "out"):
         assert (tmp_path / "out" / "file").read_text(encoding="utf-8") == "old"
         raise RuntimeError("stop")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -79,7 +79,7 @@ def test_folders_of_like_names_are_no_leftovers(tmp_path: Path) -> None:
 
 def test_two_at_once_leave_one_whole_folder(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom edgeq.storage import replacing_dir\n"
+        "import sys\nfrom pathlib import Path\nfrom edgeq.system.files import replacing_dir\n"
         "for _ in range(60):\n"
         "    with replacing_dir(Path(sys.argv[1])) as partial:\n"
         "        [(partial / str(n)).write_text(sys.argv[2]) for n in range(5)]\n"

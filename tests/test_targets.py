@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from edgeq import backends, machine, schemes, targets
+from edgeq import targets
+from edgeq.backends.registry import find
 from edgeq.errors import ConfigError
+from edgeq.quantization import schemes
 from edgeq.records import RunsOn
+from edgeq.system import host
 
 FILES = sorted((Path(__file__).resolve().parent.parent / "targets").glob("*.toml"))
 
@@ -16,7 +19,7 @@ FILES = sorted((Path(__file__).resolve().parent.parent / "targets").glob("*.toml
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_target_names_a_backend_and_a_scheme_that_exist(path: Path) -> None:
     target = targets.load_target(path.stem)
-    backends.find(target.backend, target.name)
+    find(target.backend, target.name)
     assert schemes.find(target.scheme, target.name).name == target.scheme
     assert target.source
 
@@ -62,26 +65,26 @@ def test_an_unknown_scheme_or_backend_names_those_there_are() -> None:
     with pytest.raises(ConfigError, match='scheme is "w4a8"; known schemes are w8a8-gemm'):
         schemes.find("w4a8", "x.toml")
     with pytest.raises(ConfigError, match="onnxruntime"):
-        backends.find("tvm", "x.toml")
+        find("tvm", "x.toml")
 
 
 def runs_on(**changes: object) -> RunsOn:
-    fields: dict[str, object] = {"machine": machine.machine(), "cpu_flags_all": (), "cpu_flags_any": ()}
+    fields: dict[str, object] = {"machine": host.machine(), "cpu_flags_all": (), "cpu_flags_any": ()}
     return RunsOn.model_validate(fields | changes)
 
 
 def test_what_a_machine_lacks_is_listed() -> None:
-    assert machine.meets(runs_on()) == () and machine.place(runs_on()) == "device"
-    assert "no_such_flag" in machine.meets(runs_on(cpu_flags_all=("no_such_flag",)))[0]
-    assert machine.meets(runs_on(cpu_flags_any=("no_such_flag", "nor_this")))
-    assert machine.place(runs_on(machine="riscv128")) == "host-kernels"
-    assert machine.place(runs_on(machine="riscv128", elsewhere="emulator")) == "emulator"
+    assert host.meets(runs_on()) == () and host.place(runs_on()) == "device"
+    assert "no_such_flag" in host.meets(runs_on(cpu_flags_all=("no_such_flag",)))[0]
+    assert host.meets(runs_on(cpu_flags_any=("no_such_flag", "nor_this")))
+    assert host.place(runs_on(machine="riscv128")) == "host-kernels"
+    assert host.place(runs_on(machine="riscv128", elsewhere="emulator")) == "emulator"
     with pytest.raises(ValueError, match="elsewhere"):
         runs_on(elsewhere="device")  # what stands in for a device is none
 
 
 def test_the_kernels_flags_count_only_where_they_agree_with_the_cpu() -> None:
     own = {"AVX2": True, "AVX512F": False}
-    assert machine.merge_flags(own, frozenset({"avx2", "avx_vnni"})) == {"avx2", "avx_vnni"}
-    assert machine.merge_flags(own, frozenset({"avx2", "avx512f", "avx512_vnni"})) == {"avx2"}  # another CPU's list
-    assert machine.merge_flags(own, frozenset()) == {"avx2"}
+    assert host.merge_flags(own, frozenset({"avx2", "avx_vnni"})) == {"avx2", "avx_vnni"}
+    assert host.merge_flags(own, frozenset({"avx2", "avx512f", "avx512_vnni"})) == {"avx2"}  # another CPU's list
+    assert host.merge_flags(own, frozenset()) == {"avx2"}

@@ -22,8 +22,8 @@ from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.backends.tflite import kernels
 from edgeq.backends.tflite.emitter import Settings
 from edgeq.backends.tflite.lowering import lower_model
+from edgeq.data.tokens import batches
 from edgeq.records import QdqModel
-from edgeq.texts import batches
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.tflite]
 

@@ -20,14 +20,20 @@ import torch  # noqa: E402
 from transformers import AutoModel, AutoTokenizer  # noqa: E402
 
 import edgeq  # noqa: E402
-from edgeq import exporting, parity, pipeline, source, stages, torch_export  # noqa: E402
 from edgeq.backends.contract import embed_batches  # noqa: E402
-from edgeq.bundle import load_manifest, verify  # noqa: E402
-from edgeq.cache import Cache  # noqa: E402
+from edgeq.bundle.manifest import load_manifest  # noqa: E402
+from edgeq.bundle.verify import verify  # noqa: E402
+from edgeq.data.tokens import Tokenizer, batches  # noqa: E402
 from edgeq.errors import ConfigError, Unsupported  # noqa: E402
-from edgeq.reference import FloatSession  # noqa: E402
+from edgeq.evaluation import parity  # noqa: E402
+from edgeq.frontend import export as exporting  # noqa: E402
+from edgeq.frontend import locate  # noqa: E402
+from edgeq.frontend.torch.export import run  # noqa: E402
+from edgeq.graph.float_session import FloatSession  # noqa: E402
+from edgeq.pipeline import stages  # noqa: E402
+from edgeq.pipeline.export import ExportRequest, export  # noqa: E402
+from edgeq.system.cache import Cache  # noqa: E402
 from edgeq.targets import load_target  # noqa: E402
-from edgeq.texts import Tokenizer, batches  # noqa: E402
 
 TEXTS = [*tiny_source.texts(9, seed=5), "a", "red " * 200]
 ORT = "x86-64-avx2-onnxruntime"
@@ -37,7 +43,7 @@ ORT = "x86-64-avx2-onnxruntime"
 def torch_in_this_process() -> Any:
     """Run torch here: a child for each model would spend its time on importing it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting, "_run_torch", lambda where, out, hidden: torch_export.run(where, out, hidden))
+        patch.setattr(exporting, "_run_torch", lambda where, out, hidden: run(where, out, hidden))
         yield
 
 
@@ -86,7 +92,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_float_model_gives_the_vectors_of_transformers(
     models: dict[str, Path], work: Path, name: str, modules: tuple[str, ...]
 ) -> None:
-    floats = stages.float_model(source.locate(str(models[name]), tower="text"), True, Cache(work / "cache"))
+    floats = stages.float_model(locate.locate(str(models[name]), tower="text"), True, Cache(work / "cache"))
     assert floats.source.modules == modules and floats.source.max_sequence == 64
     tokens = Tokenizer.from_file(floats.config / "tokenizer.json", 64).encode(TEXTS)
     assert (min(map(len, tokens.ids)) == 64) == ("padded" in modules[0]) and tokens.longest == 64
@@ -98,11 +104,11 @@ def test_the_float_model_gives_the_vectors_of_transformers(
 
 
 def exported(models: dict[str, Path], work: Path, name: str, *targets: str) -> list[Path]:
-    request = pipeline.ExportRequest(
+    request = ExportRequest(
         model=str(models[name]), targets=tuple(load_target(target) for target in targets), out=work / "out" / name,
         cache=Cache(work / "cache"), texts=work / "texts.txt", tower="text", keep_failed=True,
     )  # fmt: skip
-    return [Path(item.path) for item in pipeline.export(request, lambda *_: None)]
+    return [Path(item.path) for item in export(request, lambda *_: None)]
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +155,7 @@ def test_a_mask_that_the_vectors_do_not_follow_is_refused(models: dict[str, Path
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(config | {"model_input_names": ["input_ids", "attention_mask"]}), encoding="utf-8")
     with pytest.raises(Unsupported, match=r"masked: padding moves .* \"model_input_names\": \[\"input_ids\"\]"):
-        source.load(source.locate(str(directory), tower="text"))
+        locate.load(locate.locate(str(directory), tower="text"))
 
 
 def test_a_target_of_shorter_texts_than_the_model_reads_is_refused(bundles: dict[str, Path]) -> None:

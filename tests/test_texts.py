@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from edgeq import corpora, texts, textsets
+from edgeq.calibration.observe import equal_length_batches
+from edgeq.data import splits, text_files, tokens
 from edgeq.errors import ConfigError
-from edgeq.observe import equal_length_batches
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -33,7 +33,7 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
     ],
 )
 def test_every_format_is_read(name: str, content: str, column: str | None, tmp_path: Path) -> None:
-    assert corpora.read_texts(write(tmp_path, name, content), column) == ["one text", "two texts", "three"]
+    assert text_files.read_texts(write(tmp_path, name, content), column) == ["one text", "two texts", "three"]
 
 
 @pytest.mark.parametrize(
@@ -53,36 +53,36 @@ def test_a_bad_file_is_one_message(
     name: str, content: str | bytes, column: str | None, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
-        corpora.read_texts(write(tmp_path, name, content), column)
+        text_files.read_texts(write(tmp_path, name, content), column)
 
 
 def test_a_missing_file_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
-        corpora.read_texts(tmp_path / "none.txt")
+        text_files.read_texts(tmp_path / "none.txt")
 
 
 def test_a_text_stays_on_its_side_whatever_stands_beside_it() -> None:
     many = [f"text number {row}" for row in range(500)]
-    calibration, validation = corpora.split(many)
+    calibration, validation = text_files.split(many)
     assert 60 < len(validation) < 140
-    assert corpora.split(many[::2])[1] == [text for text in validation if text in set(many[::2])]
+    assert text_files.split(many[::2])[1] == [text for text in validation if text in set(many[::2])]
 
 
 def test_overlap_is_found_whatever_case_and_spacing() -> None:
     with pytest.raises(ConfigError, match='text 2 and text 1: "B  two"'):
-        corpora.refuse_overlap(["a", "b two"], "one", ["B  two", "c"], "other")
+        text_files.refuse_overlap(["a", "b two"], "one", ["B  two", "c"], "other")
 
 
 def test_sampling_is_repeatable_and_keeps_the_order() -> None:
     many = [str(row) for row in range(100)]
-    drawn = corpora.sample(many, 10, 3)
-    assert drawn == corpora.sample(many, 10, 3) != corpora.sample(many, 10, 4)
+    drawn = text_files.sample(many, 10, 3)
+    assert drawn == text_files.sample(many, 10, 3) != text_files.sample(many, 10, 4)
     assert drawn == sorted(drawn, key=int)
 
 
 def test_a_plan_with_own_texts_splits_them(tmp_path: Path) -> None:
     path = write(tmp_path, "own.txt", "\n".join(f"text number {row}" for row in range(200)))
-    plan = textsets.plan_texts(path, None, None, (), 50, 0)
+    plan = splits.plan_texts(path, None, None, (), 50, 0)
     assert len(plan.calibration) == 50 and not set(plan.calibration) & set(plan.validation)
     assert plan.origin == "own.txt"
 
@@ -90,7 +90,7 @@ def test_a_plan_with_own_texts_splits_them(tmp_path: Path) -> None:
 def test_batches_hold_every_text_once_and_pad_only_behind() -> None:
     rng = np.random.default_rng(0)
     ids = tuple(tuple(rng.integers(1, 9, rng.integers(2, 30)).tolist()) for _ in range(100))
-    made = texts.batches(texts.Tokens(ids, 0, 0), batch_size=8)
+    made = tokens.batches(tokens.Tokens(ids, 0, 0), batch_size=8)
     assert sorted(row for batch in made for row in batch.rows) == list(range(100))
     for batch in made:
         for line, row in enumerate(batch.rows):
@@ -101,7 +101,7 @@ def test_batches_hold_every_text_once_and_pad_only_behind() -> None:
 
 def test_observed_batches_hold_no_padding_and_stay_small() -> None:
     ids = tuple((1,) * length for length in (3, 3, 3, 7, 12, 12, 40))
-    made = equal_length_batches(texts.Tokens(ids, 0, 0), 40)
+    made = equal_length_batches(tokens.Tokens(ids, 0, 0), 40)
     assert sorted(row for batch in made for row in batch.rows) == list(range(7))
     assert all(batch.feeds.attention_mask.all() for batch in made)
     assert all(batch.feeds.input_ids.size <= 40 for batch in made)
@@ -113,9 +113,9 @@ def check(folder: Path | None = None) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_text_without_tokens_is_one_masked_column() -> None:
-    (batch,) = texts.batches(texts.Tokens(((), ()), 0, 7))
+    (batch,) = tokens.batches(tokens.Tokens(((), ()), 0, 7))
     assert batch.feeds.input_ids.tolist() == [[7], [7]] and not batch.feeds.attention_mask.any()
-    (seen,) = equal_length_batches(texts.Tokens(((), (3,)), 0, 7), 4)
+    (seen,) = equal_length_batches(tokens.Tokens(((), (3,)), 0, 7), 4)
     assert seen.feeds.input_ids.tolist() == [[7], [3]]
 
 
@@ -125,7 +125,7 @@ def test_a_long_text_is_cut_at_the_side_that_the_tokenizer_names(side: str, kept
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.enable_truncation(3, direction=side)
-    found = texts.Tokenizer(tokenizer, 2).encode(["a b c d", "b"])
+    found = tokens.Tokenizer(tokenizer, 2).encode(["a b c d", "b"])
     assert found.ids == (kept, (1,)) and found.truncated == 1
 
 
@@ -155,9 +155,9 @@ def test_the_check_finds_what_is_wrong(line: str | None, message: str, tmp_path:
 
 def test_few_texts_are_spread_over_all_of_them() -> None:
     every = tuple(f"text {row}" for row in range(100))
-    few = textsets.spread(every, 4)
+    few = splits.spread(every, 4)
     assert few == ("text 0", "text 33", "text 66", "text 99")
-    assert textsets.spread(every, None) == textsets.spread(every, 100) == every
-    plan = textsets.TextPlan(every, every[:9], "a", "b")
-    kept = textsets.spread_validation(plan, 3)
+    assert splits.spread(every, None) == splits.spread(every, 100) == every
+    plan = splits.TextPlan(every, every[:9], "a", "b")
+    kept = splits.spread_validation(plan, 3)
     assert (kept.calibration, kept.validation) == (every, ("text 0", "text 4", "text 8"))

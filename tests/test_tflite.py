@@ -18,18 +18,18 @@ pytest.importorskip("ai_edge_litert", reason="needs the extra `tflite`")
 
 from ai_edge_litert import schema_py_generated as schema
 
-from edgeq import parity
 from edgeq.backends import tflite
 from edgeq.backends.contract import embed_batches
 from edgeq.backends.tflite import kernels, moves
 from edgeq.backends.tflite.emitter import Settings
 from edgeq.backends.tflite.lowering import lower_model
+from edgeq.data.tokens import Feeds, batches
 from edgeq.errors import ConfigError, LoweringFailed
-from edgeq.passes.graph import add_constant
+from edgeq.evaluation import parity
+from edgeq.graph.edit import add_constant
+from edgeq.quantization.schemes import SCHEMES
 from edgeq.records import QdqModel
-from edgeq.schemes import SCHEMES
-from edgeq.storage import file_ref
-from edgeq.texts import Feeds, batches
+from edgeq.system.files import file_ref
 
 pytestmark = pytest.mark.tflite
 

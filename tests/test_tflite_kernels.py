@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgeq.children import Worker, pack, unpack
+from edgeq.system.worker import Worker, pack, unpack
 
 pytest.importorskip("ai_edge_litert", reason="needs the extra `tflite`")
 from ai_edge_litert import schema_py_generated as schema

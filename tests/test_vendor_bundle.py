@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from tiny_bundle import make_bundle, make_golden, make_lineage, make_report, make_target
 
-from edgeq import bundle
 from edgeq.bundle.checksums import write_sums
+from edgeq.bundle.verify import verify
+from edgeq.bundle.write import Lineage, write
 from edgeq.errors import BundleCorrupt
+from edgeq.quantization.schemes import SCHEMES
 from edgeq.records import FileRef
-from edgeq.schemes import SCHEMES
-from edgeq.storage import file_ref
+from edgeq.system.files import file_ref
 
 INT8, FLOAT16 = SCHEMES["rockchip-int8"], SCHEMES["rockchip-float16"]
 FEEDS = FileRef(path="feeds.json", sha256="7" * 64, size_bytes=2)
@@ -45,7 +46,7 @@ def test_what_the_compiler_was_given_must_be_there(
     path, _ = make_bundle(tmp_path / "out")
     given = None if feeds is None else feeds.model_dump(mode="json")
     with pytest.raises(BundleCorrupt, match=message):
-        bundle.verify(edited(path, scheme.model_dump(mode="json"), given))  # type: ignore[attr-defined]
+        verify(edited(path, scheme.model_dump(mode="json"), given))  # type: ignore[attr-defined]
 
 
 def test_feeds_go_by_their_bare_name(tmp_path: Path) -> None:
@@ -55,10 +56,8 @@ def test_feeds_go_by_their_bare_name(tmp_path: Path) -> None:
     lineage = make_lineage(inputs / "artifact", target)
     (tmp_path / "feeds.json").write_text("[[1, 2]]", encoding="utf-8")
     qdq = lineage.qdq_model.model_copy(update={"feeds": file_ref(tmp_path / "feeds.json")})
-    changed = bundle.Lineage(**{**vars(lineage), "qdq_model": qdq})
+    changed = Lineage(**{**vars(lineage), "qdq_model": qdq})
     golden = make_golden(inputs / "artifact", inputs / "config")
-    manifest = bundle.write(
-        tmp_path / "other", changed, inputs / "artifact", inputs / "config", golden, make_report(target)
-    )
+    manifest = write(tmp_path / "other", changed, inputs / "artifact", inputs / "config", golden, make_report(target))
     assert manifest.qdq_model.feeds is not None and manifest.qdq_model.feeds.path == "feeds.json"
     assert str(tmp_path) not in (tmp_path / "other" / "manifest.json").read_text(encoding="utf-8")

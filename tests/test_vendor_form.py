@@ -11,15 +11,16 @@ import pytest
 import tiny_integer
 from onnx import helper
 
-from edgeq import quantize, stages
 from edgeq.backends.contract import embed_batches
+from edgeq.calibration.observe import Statistics
+from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import Unsupported
-from edgeq.observe import Statistics
+from edgeq.graph.float_session import FloatSession
+from edgeq.pipeline import stages
+from edgeq.quantization import quantize
+from edgeq.quantization.schemes import SCHEMES, raising
+from edgeq.quantization.vendor import vendor_form
 from edgeq.records import QdqModel, Scheme, VendorForm
-from edgeq.reference import FloatSession
-from edgeq.schemes import SCHEMES, raising
-from edgeq.texts import Tokens, batches
-from edgeq.vendor_form import vendor_form
 
 TOKENS = Tokens(encoder.tokens(3, 12), 0, 0)
 INT8 = VendorForm(opset=19, dtype="int8", feeds=8, output_ratio_max=10.0)

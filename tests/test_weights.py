@@ -11,15 +11,18 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from edgeq import calibrate, calibration_file, passes, weights
 from edgeq.backends.contract import embed_batches, fits_one_file
+from edgeq.calibration import file
+from edgeq.data.tokens import Feeds, Tokens, batches
 from edgeq.errors import ConfigError, StorageFailed
-from edgeq.quantize import quantize
+from edgeq.graph import external_data
+from edgeq.graph.float_session import FloatSession
+from edgeq.passes.apply import apply
+from edgeq.pipeline import calibrate
+from edgeq.quantization.quantize import quantize
+from edgeq.quantization.schemes import SCHEMES
 from edgeq.records import FileRef, QdqModel
-from edgeq.reference import FloatSession
-from edgeq.schemes import SCHEMES
 from edgeq.targets import load_target
-from edgeq.texts import Feeds, Tokens, batches
 
 TOKENS = Tokens(encoder.tokens(1, 96), 0, 0)
 
@@ -27,17 +30,17 @@ TOKENS = Tokens(encoder.tokens(1, 96), 0, 0)
 @pytest.fixture
 def low_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat a model of 100 kB as one that protobuf refuses."""
-    monkeypatch.setattr(weights, "LARGE_BYTES", 100_000)
-    monkeypatch.setattr(weights, "KEPT_BYTES", 4096)
+    monkeypatch.setattr(external_data, "LARGE_BYTES", 100_000)
+    monkeypatch.setattr(external_data, "KEPT_BYTES", 4096)
 
 
 def stored(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    return {tensor.name: np.array(weights.array(tensor)) for tensor in model.graph.initializer}
+    return {tensor.name: np.array(external_data.array(tensor)) for tensor in model.graph.initializer}
 
 
 def saved(folder: Path) -> onnx.ModelProto:
-    weights.save(encoder.encoder(), folder / "model.onnx")
-    return weights.load(folder / "model.onnx")
+    external_data.save(encoder.encoder(), folder / "model.onnx")
+    return external_data.load(folder / "model.onnx")
 
 
 @pytest.mark.usefixtures("low_limits")
@@ -45,9 +48,9 @@ def test_a_large_model_lies_in_two_files_and_comes_back_mapped(tmp_path: Path) -
     made = saved(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
     assert (tmp_path / "model.onnx").stat().st_size < 40_000 < (tmp_path / "model.onnx.data").stat().st_size
-    outside = [tensor for tensor in made.graph.initializer if weights.is_external(tensor)]
-    assert len(outside) > 8 and all(isinstance(weights.array(tensor), np.memmap) for tensor in outside)
-    assert weights.is_large(made)
+    outside = [tensor for tensor in made.graph.initializer if external_data.is_external(tensor)]
+    assert len(outside) > 8 and all(isinstance(external_data.array(tensor), np.memmap) for tensor in outside)
+    assert external_data.is_large(made)
     given = {tensor.name: numpy_helper.to_array(tensor) for tensor in encoder.encoder().graph.initializer}
     found = stored(made)
     assert found.keys() == given.keys()
@@ -58,7 +61,7 @@ def test_a_large_model_lies_in_two_files_and_comes_back_mapped(tmp_path: Path) -
 def test_a_small_model_is_one_file(tmp_path: Path) -> None:
     made = saved(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
-    assert not any(map(weights.is_external, made.graph.initializer))
+    assert not any(map(external_data.is_external, made.graph.initializer))
 
 
 @pytest.mark.usefixtures("low_limits")
@@ -66,7 +69,7 @@ def test_equal_models_give_equal_files_and_a_changed_weight_changes_the_models_o
     for name in "ab":
         (tmp_path / name).mkdir()
         saved(tmp_path / name)
-    files = [tmp_path / name / f"model.onnx{end}" for name in "ab" for end in ("", weights.DATA)]
+    files = [tmp_path / name / f"model.onnx{end}" for name in "ab" for end in ("", external_data.DATA)]
     contents = [path.read_bytes() for path in files]
     assert contents[:2] == contents[2:]
     changed = encoder.encoder()
@@ -74,7 +77,7 @@ def test_equal_models_give_equal_files_and_a_changed_weight_changes_the_models_o
     values = numpy_helper.to_array(tensor).copy()
     values.flat[-1] += 1
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    weights.save(changed, files[0])
+    external_data.save(changed, files[0])
     assert files[0].read_bytes() != contents[0]
 
 
@@ -92,17 +95,17 @@ def test_a_large_model_calibrates_and_quantises_to_the_same_codes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = saved(tmp_path)
-    with weights.outside_if_large(made, tmp_path / "work"):
+    with external_data.outside_if_large(made, tmp_path / "work"):
         observed = calibrate.calibrate(made, TOKENS, 0, lambda *_: None)
         left = [path for path in (tmp_path / "work").rglob("*") if path.is_file()]
-        weights.save(observed.model, tmp_path / "equalized.onnx")
-        calibration_file.save(observed.statistics, tmp_path / "calibration.npz")
+        external_data.save(observed.model, tmp_path / "equalized.onnx")
+        file.save(observed.statistics, tmp_path / "calibration.npz")
     assert left and not (tmp_path / "work").exists()
     assert any(isinstance(item.moment, np.memmap) for item in observed.statistics.values())
-    statistics = calibration_file.load(tmp_path / "calibration.npz")
+    statistics = file.load(tmp_path / "calibration.npz")
     assert any(isinstance(item.moment, np.memmap) for item in statistics.values())
-    with weights.outside(tmp_path / "work"):
-        large, integer, _ = quantize(weights.load(tmp_path / "equalized.onnx"), statistics, SCHEMES["w8a8-gemm"])
+    with external_data.outside(tmp_path / "work"):
+        large, integer, _ = quantize(external_data.load(tmp_path / "equalized.onnx"), statistics, SCHEMES["w8a8-gemm"])
         found = stored(large)
     monkeypatch.undo()
     small = calibrate.calibrate(encoder.encoder(), TOKENS, 0, lambda *_: None)
@@ -120,22 +123,22 @@ def test_a_large_model_calibrates_and_quantises_to_the_same_codes(
 def test_passes_rewrite_a_large_model_without_taking_it_in(tmp_path: Path) -> None:
     made = saved(tmp_path)
     feeds = Feeds(np.array([[1, 2, 3, 4], [5, 6, 0, 0]]), np.array([[1, 1, 1, 1], [1, 1, 0, 0]]))
-    with weights.outside(tmp_path / "work"):
-        rewritten, _ = passes.apply(made, (feeds,))
-        assert sum(map(weights.is_external, rewritten.graph.initializer)) > 8
+    with external_data.outside(tmp_path / "work"):
+        rewritten, _ = apply(made, (feeds,))
+        assert sum(map(external_data.is_external, rewritten.graph.initializer)) > 8
         assert rewritten.ByteSize() < 60_000
         error = np.abs(FloatSession.of(rewritten)(feeds) - FloatSession.of(encoder.encoder())(feeds)).max()
     assert error < 1e-5
 
 
 def test_what_passes_by_is_gone(tmp_path: Path) -> None:
-    values = np.zeros(weights.KEPT_BYTES, np.float32)
-    with weights.outside(tmp_path / "work"):
-        with weights.passing():
-            tensor = weights.tensor_of(values, "x")
+    values = np.zeros(external_data.KEPT_BYTES, np.float32)
+    with external_data.outside(tmp_path / "work"):
+        with external_data.passing():
+            tensor = external_data.tensor_of(values, "x")
             assert isinstance(tensor, ir.ExternalTensor) and Path(tensor.path).is_file()
         assert not Path(tensor.path).exists()
-    assert isinstance(weights.tensor_of(values, "x"), ir.Tensor)  # outside of `outside`
+    assert isinstance(external_data.tensor_of(values, "x"), ir.Tensor)  # outside of `outside`
 
 
 @pytest.mark.parametrize("location", ["../model.onnx.data", "/etc/hostname", "missing.data"])
@@ -146,11 +149,11 @@ def test_weights_elsewhere_are_refused(tmp_path: Path, location: str) -> None:
     saved(folder)
     (tmp_path / "model.onnx.data").write_bytes((folder / "model.onnx.data").read_bytes())
     model = onnx.load(folder / "model.onnx", load_external_data=False)
-    for tensor in filter(weights.is_external, model.graph.initializer):
+    for tensor in filter(external_data.is_external, model.graph.initializer):
         tensor.external_data[0].value = location
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(ConfigError, match="are not in .* beside it"):
-        weights.load(folder / "model.onnx")
+        external_data.load(folder / "model.onnx")
 
 
 @pytest.mark.usefixtures("low_limits")
@@ -159,7 +162,7 @@ def test_a_cut_off_file_of_weights_is_refused(tmp_path: Path) -> None:
     data = tmp_path / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(ConfigError, match="fetch both again"):
-        weights.load(tmp_path / "model.onnx")
+        external_data.load(tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize(
@@ -169,19 +172,19 @@ def test_a_cut_off_file_of_weights_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_place_is_refused(tmp_path: Path, key: str, value: str | None) -> None:
     saved(tmp_path)
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
-    tensor = next(filter(weights.is_external, model.graph.initializer))
+    tensor = next(filter(external_data.is_external, model.graph.initializer))
     kept = [(entry.key, entry.value) for entry in tensor.external_data if entry.key != key]
     del tensor.external_data[:]
     for name, content in [*kept, *([(key, value)] if value is not None else [])]:
         tensor.external_data.add(key=name, value=content)
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(ConfigError, match="external data|beside it"):
-        weights.load(tmp_path / "model.onnx")
+        external_data.load(tmp_path / "model.onnx")
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageFailed), weights.outside(tmp_path / "file" / "work"):
+    with pytest.raises(StorageFailed), external_data.outside(tmp_path / "file" / "work"):
         pass
 
 
@@ -200,9 +203,9 @@ def test_a_large_integer_model_is_refused_and_a_large_float_one_is_not(tmp_path:
 
 def test_bare_models_hold_no_large_weights() -> None:
     model = encoder.encoder()
-    big = np.zeros((weights.KEPT_BYTES,), np.float32)
+    big = np.zeros((external_data.KEPT_BYTES,), np.float32)
     model.graph.initializer.append(numpy_helper.from_array(big, "big"))
-    bare = weights.bare(model)
+    bare = external_data.bare(model)
     assert bare.graph.input[-1].name == "big"
     assert bare.graph.input[-1].type.tensor_type.elem_type == TensorProto.FLOAT
     assert [item.name for item in bare.graph.initializer] == [item.name for item in model.graph.initializer][:-1]

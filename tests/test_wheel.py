@@ -50,8 +50,8 @@ def test_the_wheel_carries_its_data(wheel: Path) -> None:
     texts = {f"edgeq/_data/calibration_data/{name}.jsonl" for name in ("calibration", "validation")}
     assert targets
     assert targets | texts | {"edgeq/py.typed", "edgeq/_data/tools/device/validate.py"} <= names
-    templates = {f"edgeq/templates/{path.name}" for path in (REPOSITORY / "edgeq" / "templates").iterdir()}
-    assert templates <= names
+    templates = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "edgeq").rglob("templates/*.j2")}
+    assert len(templates) >= 5 and templates <= names
     assert not [name for name in names if name.startswith(("tests/", "tools/", "targets/"))]
 
 

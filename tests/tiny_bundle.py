@@ -10,8 +10,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from edgeq import bundle
-from edgeq.machine import describe, machine
+from edgeq.bundle.golden import GoldenData
+from edgeq.bundle.write import Lineage, write
+from edgeq.graph.float_session import FloatSession
 from edgeq.records import (
     Artifact,
     Calibration,
@@ -30,8 +31,8 @@ from edgeq.records import (
     Target,
     TextSet,
 )
-from edgeq.reference import FloatSession
-from edgeq.storage import file_ref
+from edgeq.system.files import file_ref
+from edgeq.system.host import describe, machine
 
 DIM = 16
 MAX_SEQUENCE = 12
@@ -175,7 +176,7 @@ def _ref(name: str, digit: str) -> FileRef:
     return FileRef(path=f"/somewhere/cache/{name}", sha256=digit * 64, size_bytes=1)
 
 
-def make_lineage(artifact_dir: Path, target: Target, prompts: Mapping[str, str] | None = None) -> bundle.Lineage:
+def make_lineage(artifact_dir: Path, target: Target, prompts: Mapping[str, str] | None = None) -> Lineage:
     inputs, outputs = ("input_ids", "attention_mask"), ("sentence_embedding", "last_hidden_state")
     source = Source(
         name="tiny",
@@ -234,7 +235,7 @@ def make_lineage(artifact_dir: Path, target: Target, prompts: Mapping[str, str] 
         placement=PLACEMENT,
         tools={"tiny": "1"},
     )
-    return bundle.Lineage(
+    return Lineage(
         edgeq="0.1.0",
         command=("edgeq", "export", "tiny"),
         target=target,
@@ -248,7 +249,7 @@ def make_lineage(artifact_dir: Path, target: Target, prompts: Mapping[str, str] 
     )
 
 
-def make_golden(artifact_dir: Path, config_dir: Path) -> bundle.GoldenData:
+def make_golden(artifact_dir: Path, config_dir: Path) -> GoldenData:
     tokenizer = Tokenizer.from_file(str(config_dir / "tokenizer.json"))
     tokenizer.enable_truncation(MAX_SEQUENCE)
     tokenizer.enable_padding(pad_id=PAD_ID)
@@ -256,11 +257,11 @@ def make_golden(artifact_dir: Path, config_dir: Path) -> bundle.GoldenData:
     ids = np.array([item.ids for item in encoded], np.int64)
     mask = np.array([item.attention_mask for item in encoded], np.int64)
     session = FloatSession(str(artifact_dir / "onnx" / "model.onnx"))
-    from edgeq.texts import Feeds
+    from edgeq.data.tokens import Feeds
 
     vectors = session(Feeds(input_ids=ids, attention_mask=mask))
     noise = np.random.default_rng(1).standard_normal(vectors.shape).astype(np.float32) * np.float32(0.005)
-    return bundle.GoldenData(TEXTS, ids, mask, vectors + noise, vectors, PAD_ID)
+    return GoldenData(TEXTS, ids, mask, vectors + noise, vectors, PAD_ID)
 
 
 def make_bundle(
@@ -280,7 +281,7 @@ def make_bundle(
         make_model(artifact_dir / "onnx" / "model.onnx", seed)
         make_config(config_dir)
     target = target or make_target()
-    manifest = bundle.write(
+    manifest = write(
         out / name,
         make_lineage(artifact_dir, target, prompts),
         artifact_dir,

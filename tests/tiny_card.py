@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tiny_bundle import TinyBackend, make_config, make_golden, make_lineage, make_model, make_report, make_target
 
-from edgeq import bundle
 from edgeq.backends import tflite
 from edgeq.backends.contract import Session
+from edgeq.bundle.write import write
+from edgeq.data.tokens import Feeds
 from edgeq.errors import ToolMissing
 from edgeq.records import Artifact, Manifest, Target
-from edgeq.storage import file_ref
-from edgeq.texts import Feeds
+from edgeq.system.files import file_ref
 
 FloatArray = NDArray[np.float32]
 
@@ -63,7 +63,7 @@ def write_bundle(out: Path, name: str, backend: str, float_file: Path, seed: int
     changed = {"file": file_ref(float_file)}
     lineage = replace(lineage, float_model=lineage.float_model.model_copy(update=changed))
     golden = make_golden(artifact_dir, config_dir)
-    return bundle.write(out / name, lineage, artifact_dir, config_dir, golden, make_report(target))
+    return write(out / name, lineage, artifact_dir, config_dir, golden, make_report(target))
 
 
 def write_tflite_bundle(out: Path, name: str, buckets_tokens: tuple[int, ...], seed: int = 0) -> Manifest:
@@ -89,4 +89,4 @@ def write_tflite_bundle(out: Path, name: str, buckets_tokens: tuple[int, ...], s
     }
     lineage = replace(lineage, artifact=artifact, **sized)
     golden = replace(golden, embeddings=vectors, reference=vectors)
-    return bundle.write(out / name, lineage, inputs / "artifact", inputs / "config", golden, make_report(target))
+    return write(out / name, lineage, inputs / "artifact", inputs / "config", golden, make_report(target))

@@ -24,10 +24,11 @@ from tiny_bundle import (
     make_target,
 )
 
-from edgeq import bundle
 from edgeq.bundle.checksums import write_sums
-from edgeq.device_script import device_script
-from edgeq.storage import file_ref
+from edgeq.bundle.device_script import device_script
+from edgeq.bundle.golden import GoldenData
+from edgeq.bundle.write import write
+from edgeq.system.files import file_ref
 
 ORT = {"intra_op_threads": 1, "graph_optimization": "all"}
 # The golden vectors of tiny bundles carry noise against FP32's, so that what is compared is not equal.
@@ -76,15 +77,15 @@ def tflite_bundle(out: Path, lengths: tuple[int, ...] = (16, 32), texts: int = 3
     ids = np.where(mask == 1, random.integers(1, VOCABULARY, mask.shape), PAD_ID)
     vectors = _tflite_vectors(artifact / "model.tflite", ids, mask)
     noise = random.standard_normal(vectors.shape).astype(np.float32) * vectors.std() * np.float32(0.05)
-    golden = bundle.GoldenData(TEXTS[:texts], ids, mask, vectors + noise, vectors, PAD_ID)
-    bundle.write(out / target.name, lineage, artifact, config, golden, make_report(target))
+    golden = GoldenData(TEXTS[:texts], ids, mask, vectors + noise, vectors, PAD_ID)
+    write(out / target.name, lineage, artifact, config, golden, make_report(target))
     return out / target.name
 
 
 def _tflite_vectors(path: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Run the texts as edgeq's own backend does, float32[texts, dim]."""
     from edgeq.backends.tflite import open_session
-    from edgeq.texts import Feeds
+    from edgeq.data.tokens import Feeds
 
     return open_session(path, "litert", 1)(Feeds(ids, mask))
 

@@ -12,13 +12,15 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from edgeq import calibrate, quantize, targets
+from edgeq import targets
 from edgeq.backends.contract import Embeddings, embed_batches
+from edgeq.data.tokens import Tokens, batches
+from edgeq.graph.float_session import FloatSession
+from edgeq.pipeline import calibrate
+from edgeq.quantization import quantize
+from edgeq.quantization.schemes import SCHEMES
 from edgeq.records import QdqModel, Target
-from edgeq.reference import FloatSession
-from edgeq.schemes import SCHEMES
-from edgeq.storage import file_ref
-from edgeq.texts import Tokens, batches
+from edgeq.system.files import file_ref
 
 BUCKETS = (8, 16, 48)
 TOKENS = Tokens(encoder.tokens(3, 40), 0, 0)

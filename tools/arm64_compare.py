@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.bundle import load_manifest
 from edgeq.bundle.checksums import check_sums
 from edgeq.bundle.golden import GoldenData, read_golden
+from edgeq.bundle.manifest import load_manifest
 from edgeq.cli.console import put_json, put_table
 from edgeq.errors import ConfigError, EdgeqError, LoweringFailed, ParityFailed, TimedOut, ToolMissing
-from edgeq.parity import unit
+from edgeq.evaluation.parity import unit
 
 HERE = Path(__file__).resolve().parent
 BACKEND = "tflite"

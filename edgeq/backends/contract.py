@@ -11,12 +11,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeq import weights
-from edgeq.environments import Environment
+from edgeq.data.batches import PIXELS, AnyFeeds, Batch
+from edgeq.data.tokens import fitted, rows_by_bucket, token_feeds
 from edgeq.errors import ConfigError
+from edgeq.graph import external_data
 from edgeq.records import Artifact, Place, QdqModel, Scheme, Target
-from edgeq.samples import PIXELS, AnyFeeds, Batch
-from edgeq.texts import fitted, rows_by_bucket, token_feeds
+from edgeq.system.environments import Environment
 
 Embeddings = NDArray[np.float32]
 Verdict = Literal["supported", "on-host", "refused", "unknown"]
@@ -63,8 +63,8 @@ def has_buckets(model: QdqModel, target: Target) -> str | None:
 def fits_one_file(model: QdqModel, target: Target) -> str | None:
     """The integer model must be below 2 GB, which is about 8 GB in FP32."""
     is_float = model.file.sha256 == model.float_model_sha256  # asked before quantising
-    size = 0 if is_float else weights.file_size_bytes(Path(model.file.path))
-    return f"{size / 1e9:.1f} GB" if size > weights.LARGE_BYTES else None
+    size = 0 if is_float else external_data.file_size_bytes(Path(model.file.path))
+    return f"{size / 1e9:.1f} GB" if size > external_data.LARGE_BYTES else None
 
 
 def rejected(rules: Iterable[Rule], model: QdqModel, target: Target) -> tuple[Rejection, ...]:

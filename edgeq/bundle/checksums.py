@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgeq.errors import BundleCorrupt, EdgeqError
-from edgeq.foreign import oversize
-from edgeq.storage import sha256_file
+from edgeq.system.files import sha256_file
+from edgeq.system.untrusted import oversize
 
 SUMS = "SHA256SUMS"
 _AGAIN = "Fetch or export the bundle again."

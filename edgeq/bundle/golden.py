@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.errors import BundleCorrupt, EdgeqError
-from edgeq.foreign import oversize, parse_json
+from edgeq.system.untrusted import oversize, parse_json
 
 VECTORS = "golden.npz"
 TEXTS = "golden.jsonl"

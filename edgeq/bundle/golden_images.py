@@ -19,7 +19,7 @@ from edgeq.bundle.golden import AGAIN, TEXTS, VECTORS, not_finite, read_arrays, 
 from edgeq.errors import BundleCorrupt, EdgeqError
 
 if TYPE_CHECKING:
-    from edgeq.samples import Samples
+    from edgeq.data.batches import Samples
 
 _ARRAYS: dict[str, tuple[type[np.generic], int]] = {
     "codes": (np.uint8, 4), "test_card": (np.uint8, 3), "reference": (np.float32, 2), "embeddings": (np.float32, 2),
@@ -57,12 +57,12 @@ def golden_images(
     Raises:
         EdgeqError: they are no images.
     """
-    from edgeq import images as pictures
-    from edgeq import preprocessing
+    from edgeq.data import image_preprocessing
+    from edgeq.data import images as pictures
 
     if not isinstance(images, pictures.Images):
         raise EdgeqError("golden images: given something else. This is a defect of edgeq; please report it.")
-    card = preprocessing.read(config / preprocessing.CONFIG).codes(preprocessing.test_card())
+    card = image_preprocessing.read(config / image_preprocessing.CONFIG).codes(image_preprocessing.test_card())
     return GoldenImages(tuple(names), images.codes, card, reference, embeddings)
 
 

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 
 from edgeq.bundle.checksums import SUMS
 from edgeq.errors import BundleCorrupt, ConfigError, Unsupported
-from edgeq.foreign import oversize, unsafe_name
-from edgeq.machine import machine, meets
 from edgeq.records import Manifest, ParityReport, Record, Target
+from edgeq.system.host import machine, meets
+from edgeq.system.untrusted import oversize, unsafe_name
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"

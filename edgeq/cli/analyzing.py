@@ -11,7 +11,7 @@ from edgeq.cli import console
 from edgeq.cli.making import TargetsDir
 
 if TYPE_CHECKING:
-    from edgeq.analysis import Analysis, Cost
+    from edgeq.analysis.scheme_search import Analysis, Cost
 
 _SHOWN = 12
 
@@ -44,25 +44,27 @@ def analyze(
     quiet: console.Quiet = False,
 ) -> None:
     """Rank MODEL's weight products by what their integer codes cost, with what mending each costs."""
-    from edgeq import analysis, pipeline, storage
-    from edgeq.cache import Cache
-    from edgeq.card import page
+    from edgeq.analysis import scheme_search
+    from edgeq.pipeline import export
+    from edgeq.reports import card_page
+    from edgeq.system import files
+    from edgeq.system.cache import Cache
     from edgeq.targets import load_target
 
     if auto is not None:
-        page.require(auto)
+        card_page.require(auto)
     store = Cache.temporary() if no_cache else Cache()
-    request = pipeline.ExportRequest(
+    request = export.ExportRequest(
         model=model, targets=(load_target(target, directory),), out=Path(), texts=texts, column=column,
         validation=validation, pooling=pooling, tower=tower, samples=samples, seed=seed, cache=store,
     )  # fmt: skip
     try:
         with console.stages() as report:
-            found = analysis.analyze(analysis.AnalysisRequest(request, cost, auto is not None), report)
+            found = scheme_search.analyze(scheme_search.AnalysisRequest(request, cost, auto is not None), report)
     finally:
         store.close()
     if auto is not None and found.found is not None:
-        storage.write_bytes(auto, (found.found.model_dump_json(indent=2) + "\n").encode())
+        files.write_bytes(auto, (found.found.model_dump_json(indent=2) + "\n").encode())
     if as_json:
         console.put_json(found.model_dump(mode="json"))
         return

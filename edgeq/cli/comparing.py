@@ -11,8 +11,7 @@ from edgeq.cli import console
 from edgeq.cli.proving import Against
 
 if TYPE_CHECKING:
-    from edgeq.card import Card
-    from edgeq.card.records import Row
+    from edgeq.reports.contents import Card, Row
 
 
 def compare(
@@ -37,13 +36,13 @@ def compare(
     quiet: console.Quiet = False,
 ) -> None:
     """Show the same texts through FP32, torch and every bundle of one model, side by side."""
-    from edgeq import card
-    from edgeq.cache import Cache
-    from edgeq.card import page
+    from edgeq.reports import card, card_page
+    from edgeq.reports.card import Request
+    from edgeq.system.cache import Cache
 
     if html is not None:
-        page.require(html)
-    request = card.Request(
+        card_page.require(html)
+    request = Request(
         bundles=tuple(bundles),
         cache=Cache().root,
         texts=texts,
@@ -58,7 +57,7 @@ def compare(
     with console.stages() as report:
         found = card.compare(request, report)
     if html is not None:
-        page.write(found, html)
+        card_page.write(found, html)
     if as_json:
         console.put_json(found.model_dump(mode="json"))
         return

@@ -12,9 +12,9 @@ from edgeq.cli import console
 from edgeq.errors import ToolMissing
 
 if TYPE_CHECKING:
-    from edgeq.pipeline import Exported, ExportRequest
+    from edgeq.pipeline.export import Exported, ExportRequest
+    from edgeq.pipeline.stages import Report
     from edgeq.records import Target
-    from edgeq.stages import Report
 
 TargetsDir = Annotated[
     Path | None, typer.Option("--targets", metavar="DIR", help="Read target files from here, not edgeq's own.")
@@ -112,9 +112,9 @@ def export(
     Raises:
         ParityFailed: an artifact's vectors miss the gate of its target.
     """
-    from edgeq import pipeline
-    from edgeq.cache import Cache
-    from edgeq.onnx_source import OnnxOptions
+    from edgeq.frontend.onnx.find import OnnxOptions
+    from edgeq.pipeline import export as pipeline
+    from edgeq.system.cache import Cache
     from edgeq.targets import load_target
 
     store = Cache.temporary() if no_cache else Cache()
@@ -154,7 +154,7 @@ def export(
 
 
 def _on_cluster(request: ExportRequest, report: Report, ray: str) -> tuple[Exported, ...]:
-    from edgeq.lab.exporting import export_on_cluster
+    from edgeq.devices.lab.export import export_on_cluster
 
     return export_on_cluster(request, report, None if ray == "local" else ray)
 
@@ -174,8 +174,8 @@ def check(
     Raises:
         Unsupported: an operator or a setting is refused, or more operators stay on the host than the gate allows.
     """
-    from edgeq import checking
-    from edgeq.cache import Cache
+    from edgeq.pipeline import check as checking
+    from edgeq.system.cache import Cache
     from edgeq.targets import load_target
 
     chosen = tuple(load_target(name, directory) for name in dict.fromkeys(target))
@@ -198,7 +198,7 @@ def doctor(
     quiet: console.Quiet = False,
 ) -> None:
     """Say which toolchains are installed, and what each missing one needs; --install makes one that lives apart."""
-    from edgeq import doctor as examining
+    from edgeq.backends import doctor as examining
 
     toolchains = (examining.install(install),) if install is not None else examining.examine()
     if as_json:
@@ -230,7 +230,7 @@ def cache(
     quiet: console.Quiet = False,
 ) -> None:
     """Show the cache of float models and calibrations, or purge it."""
-    from edgeq.cache import Cache
+    from edgeq.system.cache import Cache
 
     store = Cache()
     freed = store.purge() if action is CacheAction.PURGE else None
@@ -249,8 +249,8 @@ def cache(
 
 def _listed(target: Target) -> dict[str, Any]:
     """Describe a target as `targets --json` does, with what keeps this machine from running it."""
-    from edgeq.backends import find
     from edgeq.backends.contract import obstacle
+    from edgeq.backends.registry import find
     from edgeq.targets import availability
 
     is_available, reason = availability(target)

@@ -9,9 +9,9 @@ from edgeq.cli import console
 from edgeq.errors import EdgeqError, ParityFailed, error_of
 
 if TYPE_CHECKING:
-    from edgeq.device_report import DeviceReport
-    from edgeq.lab import LabResult
-    from edgeq.places import Place
+    from edgeq.devices.contract import Place
+    from edgeq.devices.lab.validate import LabResult
+    from edgeq.devices.report import DeviceReport
     from edgeq.records import Gate
 
 
@@ -22,8 +22,8 @@ def conclude(found: DeviceReport, place: Place, bundle: Path, as_json: bool) -> 
         ParityFailed: the vectors miss the gate.
         StorageFailed: the report cannot be written.
     """
-    from edgeq.bundle import load_manifest
-    from edgeq.device_report import keep_report
+    from edgeq.bundle.manifest import load_manifest
+    from edgeq.devices.report import keep_report
 
     manifest = load_manifest(bundle)
     path = keep_report(bundle, place.name, found)
@@ -73,15 +73,17 @@ def validate_lab(
     Raises:
         EdgeqError: a pair did not pass: of the kind of the first one that did not.
     """
-    from edgeq.lab import Plan, page, read_devices, validate_all
+    from edgeq.devices.lab import results_page
+    from edgeq.devices.lab.devices import read_devices
+    from edgeq.devices.lab.validate import Plan, validate_all
 
     if html is not None:
-        page.require(html)
+        results_page.require(html)
     known = read_devices(devices)
     with console.stages() as told:
         results = validate_all(bundles, known, Plan(runs=runs, ray=ray), told)
     if html is not None:
-        page.write(results, html)
+        results_page.write(results, html)
     if as_json:
         console.put_json({"results": [item.model_dump(mode="json") for item in results]})
     else:
@@ -94,7 +96,7 @@ def validate_lab(
 
 
 def _put_lab(results: tuple[LabResult, ...]) -> None:
-    from edgeq.lab.page import cells
+    from edgeq.devices.lab.results_page import cells
 
     columns = "bundle,device,result,ran on,cosine mean,cosine min,p50 at tokens,peak memory,CPU".split(",")
     console.put_table(columns, [[item.bundle, *cells(item)] for item in results])

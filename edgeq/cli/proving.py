@@ -11,7 +11,7 @@ from edgeq.cli import console
 from edgeq.errors import ConfigError, ParityFailed
 
 if TYPE_CHECKING:
-    from edgeq.evaluation import Comparison
+    from edgeq.evaluation.tasks import Comparison
     from edgeq.records import Manifest, ParityReport
 
 BundleDir = Annotated[Path, typer.Argument(metavar="BUNDLE", help="OUT/TARGET, as `edgeq export` wrote it.")]
@@ -37,8 +37,8 @@ def verify(
     Raises:
         ConfigError: a public key is given for what is no archive.
     """
-    from edgeq.bundle import verify as verify_bundle
-    from edgeq.release import verify_archive
+    from edgeq.bundle.verify import verify as verify_bundle
+    from edgeq.release.archives import verify_archive
 
     if bundle.is_file():
         found = verify_archive(bundle, public_key)
@@ -115,16 +115,17 @@ def validate(
     if on is not None:
         _refuse_beside_on(texts=texts, column=column, images=images, against=against)
         from edgeq.cli.placing import conclude
-        from edgeq.places import Access, Job, place_of
+        from edgeq.devices.contract import Job
+        from edgeq.devices.transports import Access, place_of
 
         place = place_of(on, Access(device_python, native, keep))
         with console.stages() as told:
             job = Job(bundle, runs=runs, threads=threads, time_limit_s=time_limit, progress=told)
             found_there = place.validate(job)
         return conclude(found_there, place, bundle, as_json)
-    from edgeq.bundle import load_manifest
-    from edgeq.validation import require_kind
-    from edgeq.validation import validate as validate_bundle
+    from edgeq.bundle.manifest import load_manifest
+    from edgeq.pipeline.validate import require_kind
+    from edgeq.pipeline.validate import validate as validate_bundle
 
     manifest = load_manifest(bundle)
     require_kind(manifest, bundle, texts, images)
@@ -162,25 +163,26 @@ def evaluate(
     """
     if sts is None and retrieval is None:
         raise ConfigError("evaluate: no data is named; give --sts FILE, --retrieval BEIR_DIR, or both.")
-    from edgeq import evaluation
-    from edgeq.bundle import load_manifest
-    from edgeq.samples import require_texts
-    from edgeq.validation import embedders
+    from edgeq.bundle.manifest import load_manifest
+    from edgeq.data.batches import require_texts
+    from edgeq.evaluation.datasets import load_beir, load_sts
+    from edgeq.evaluation.tasks import evaluate_retrieval, evaluate_sts
+    from edgeq.pipeline.validate import embedders
 
     # Data before models: a typo in a path should not cost a minute.
-    pairs = None if sts is None else evaluation.load_sts(sts)
-    data = None if retrieval is None else evaluation.load_beir(retrieval)
+    pairs = None if sts is None else load_sts(sts)
+    data = None if retrieval is None else load_beir(retrieval)
     manifest = load_manifest(bundle)
     require_texts(manifest.float_model.inputs, bundle, "Measure images with `edgeq validate BUNDLE --images FOLDER`.")
     sides = embedders(bundle, find_float_model(manifest, against))
     rows: list[list[str]] = []
     document: dict[str, object] = {}
     if pairs is not None:
-        sts_result = evaluation.evaluate_sts(pairs, *sides)
+        sts_result = evaluate_sts(pairs, *sides)
         document["sts"] = sts_result.model_dump(mode="json")
         rows.append(_figure("STS Spearman", sts_result.spearman))
     if data is not None:
-        result = evaluation.evaluate_retrieval(data, manifest.source.prompts, *sides)
+        result = evaluate_retrieval(data, manifest.source.prompts, *sides)
         document["retrieval"] = result.model_dump(mode="json")
         rows += [_figure("nDCG@10", result.ndcg_at_10), _figure("recall@10", result.recall_at_10)]
         rows.append(["top-10 overlap", "1", f"{result.top10_overlap:.4f}", f"{100 * result.top10_overlap:.2f} %"])
@@ -192,8 +194,8 @@ def evaluate(
 
 def find_float_model(manifest: Manifest, against: Path | None) -> Path:
     """Find a bundle's FP32 model: the named file, or the cache's."""
-    from edgeq.ancestry import float_model
-    from edgeq.cache import Cache
+    from edgeq.bundle.float_model import float_model
+    from edgeq.system.cache import Cache
 
     return float_model(manifest, against, Cache().root)
 
@@ -205,7 +207,7 @@ def _figure(name: str, figure: Comparison) -> list[str]:
 
 def _put_report(report: ParityReport) -> None:
     """Print what was measured beside its limit, and where."""
-    from edgeq.gate import norm_limit
+    from edgeq.evaluation.gate import norm_limit
     from edgeq.records import TextSet
 
     measures, gate = report.measures, report.gate

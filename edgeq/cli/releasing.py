@@ -51,7 +51,7 @@ def release(
     Raises:
         ReleaseRefused: a bundle is not fit; every reason is given.
     """
-    from edgeq.release import release as release_bundles
+    from edgeq.release.make import release as release_bundles
 
     with console.stages() as report:
         made = release_bundles(

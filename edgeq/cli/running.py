@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from edgeq.anatomy import Anatomy, Port
-    from edgeq.latency import Benchmark, Cell
+    from edgeq.analysis.inspect.report import Anatomy, Port
+    from edgeq.bundle.benchmark import Benchmark, Cell
     from edgeq.records import Manifest
 
 
@@ -58,7 +58,7 @@ def embed(
         ConfigError: the texts or images cannot be read or are not what BUNDLE takes, --out is no .npy file, or the
             prompt is not there or given twice.
     """
-    from edgeq import embedder
+    from edgeq.bundle import embedder
 
     if out.suffix != ".npy":
         raise ConfigError(f"--out: {out} does not end in .npy, the format that is written. Rename it.")
@@ -94,9 +94,9 @@ def bench(
     quiet: console.Quiet = False,
 ) -> None:
     """Measure latency and peak memory of BUNDLE beside FP32, each in a process of its own."""
-    from edgeq.bundle import load_manifest
-    from edgeq.latency import Shapes, measure
-    from edgeq.texts import token_limit
+    from edgeq.bundle.benchmark import Shapes, measure
+    from edgeq.bundle.manifest import load_manifest
+    from edgeq.data.tokens import token_limit
 
     manifest = load_manifest(bundle)
     limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
@@ -123,7 +123,7 @@ def inspect(
     quiet: console.Quiet = False,
 ) -> None:
     """Show a file's operators by dtype, its tensors by dtype, and sizes."""
-    from edgeq.anatomy import inspect as take_apart
+    from edgeq.analysis.inspect.model_file import inspect as take_apart
 
     anatomy = take_apart(file)
     if as_json:
@@ -138,10 +138,10 @@ def _given(bundle: Path, texts: str | None, images: Path | None, column: str | N
     Raises:
         ConfigError: they are not what the bundle takes, or cannot be read.
     """
-    from edgeq.bundle import load_manifest
-    from edgeq.corpora import read_texts
-    from edgeq.samples import require_texts
-    from edgeq.validation import require_kind
+    from edgeq.bundle.manifest import load_manifest
+    from edgeq.data.batches import require_texts
+    from edgeq.data.text_files import read_texts
+    from edgeq.pipeline.validate import require_kind
 
     manifest = load_manifest(bundle)
     if images is None:
@@ -150,7 +150,7 @@ def _given(bundle: Path, texts: str | None, images: Path | None, column: str | N
     require_kind(manifest, bundle, None if texts is None else Path(texts), images)
     if column is not None:
         raise ConfigError(f"--column {column}: is for texts, and {bundle} takes images. Leave it out.")
-    from edgeq.images import image_paths  # here: texts need no Pillow
+    from edgeq.data.images import image_paths  # here: texts need no Pillow
 
     return [str(path) for path in image_paths(images)]
 
@@ -179,7 +179,7 @@ def _save(out: Path, vectors: NDArray[np.float32]) -> None:
     """Write float32[texts, dim] as .npy, whole or not at all."""
     import numpy as np
 
-    from edgeq.storage import replacing
+    from edgeq.system.files import replacing
 
     with replacing(out) as partial, partial.open("wb") as file:
         np.save(file, vectors, allow_pickle=False)
@@ -199,7 +199,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 def _sequences(manifest: Manifest, max_sequence: int) -> tuple[int, ...]:
     """Choose the lengths to measure where none is asked for: one where every text is padded to the longest."""
-    from edgeq.text_towers import padded_to
+    from edgeq.frontend.torch.text_towers import padded_to
 
     if padded_to(manifest.source.modules):
         return (max_sequence,)

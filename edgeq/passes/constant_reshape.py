@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgeq.passes.graph import Rewrites, constant, dims, fix_shape
+from edgeq.graph.edit import Rewrites, constant, dims, fix_shape
 
 
 def constant_reshape(model: ir.Model) -> Rewrites:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeq.passes.graph import Rewrites, add_constant, constant, made_by, readers, replace_uses
+from edgeq.graph.edit import Rewrites, add_constant, constant, made_by, readers, replace_uses
 
 _SPREADING = (
     "Cast", "ConstantOfShape", "Expand", "Gather", "GatherElements", "Reshape", "Slice", "Squeeze", "Unsqueeze",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgeq.passes.graph import Rewrites, dims, readers, replace_uses
+from edgeq.graph.edit import Rewrites, dims, readers, replace_uses
 
 _BROADCASTING = {"Add", "Sub", "Mul", "Div", "Where", "Pow", "Min", "Max"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeq.passes.graph import Rewrites, constant, dims, made_by, replace_uses
+from edgeq.graph.edit import Rewrites, constant, dims, made_by, replace_uses
 
 
 def drop_open_mask(model: ir.Model) -> Rewrites:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgeq.passes.graph import Rewrites, dims, replace_uses
+from edgeq.graph.edit import Rewrites, dims, replace_uses
 
 
 def drop_reshape(model: ir.Model) -> Rewrites:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeq.passes.graph import Rewrites, add_constant, constant, readers
+from edgeq.graph.edit import Rewrites, add_constant, constant, readers
 
 FILL = -1e4  # below every token value; an infinite one would be the range of whatever it meets
 _INFINITE = -1e30

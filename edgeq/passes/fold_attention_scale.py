@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeq.passes.graph import (
+from edgeq.graph.edit import (
     Rewrites,
     add_constant,
     constant,
@@ -16,7 +16,7 @@ from edgeq.passes.graph import (
     replace_uses,
     scalar,
 )
-from edgeq.passes.norms import root_mean_square
+from edgeq.graph.rms_norm import root_mean_square
 
 _MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Neg")
 

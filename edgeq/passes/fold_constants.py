@@ -8,7 +8,7 @@ import onnx_ir as ir
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from edgeq.passes.graph import Rewrites, add_constant, constant, replace_uses
+from edgeq.graph.edit import Rewrites, add_constant, constant, replace_uses
 
 _OPSET = 21
 _LARGEST_ELEMENTS = 1 << 26  # a larger constant is left to the runtime: it may be a table over pairs of positions

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from edgeq.graph.edit import Rewrites, constant, is_read_once, made_by, scalar
 from edgeq.passes.fold_attention_scale import _scale_query
-from edgeq.passes.graph import Rewrites, constant, is_read_once, made_by, scalar
 
 
 def fold_side_scales(model: ir.Model) -> Rewrites:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeq.passes.graph import Rewrites, add_constant, constant, is_read_once, made_by, replace_uses, scalar
+from edgeq.graph.edit import Rewrites, add_constant, constant, is_read_once, made_by, replace_uses, scalar
 
 
 def fold_table_scale(model: ir.Model) -> Rewrites:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from edgeq.graph.edit import Rewrites, add_node, made_by, readers
 from edgeq.passes.finite_mask import MASK_SIZE
-from edgeq.passes.graph import Rewrites, add_node, made_by, readers
 
 
 def mask_last(model: ir.Model) -> Rewrites:

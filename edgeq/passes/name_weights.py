@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgeq.passes.graph import Rewrites, constant, made_by, readers
+from edgeq.graph.edit import Rewrites, constant, made_by, readers
 
 
 def name_weights(model: ir.Model) -> Rewrites:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from edgeq.passes.graph import Rewrites, add_constant, add_node, constant, dims, readers, replace_uses
+from edgeq.graph.edit import Rewrites, add_constant, add_node, constant, dims, readers, replace_uses
 
 
 @dataclass(frozen=True)

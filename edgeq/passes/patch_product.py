@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.passes.graph import Rewrites, add_constant, add_node, constant, dims, is_read_once, readers, replace_uses
+from edgeq.graph.edit import Rewrites, add_constant, add_node, constant, dims, is_read_once, readers, replace_uses
 
 
 def patch_product(model: ir.Model) -> Rewrites:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeq.passes.graph import Rewrites, add_constant, add_node, constant, made_by, replace_uses, scalar
+from edgeq.graph.edit import Rewrites, add_constant, add_node, constant, made_by, replace_uses, scalar
 
 POOLING = "pooling"  # begins the names of products whose weights add up to one
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.passes.graph import Rewrites, add_node, made_by, readers, replace_uses, scalar
+from edgeq.graph.edit import Rewrites, add_node, made_by, readers, replace_uses, scalar
 
 _GRID = np.linspace(-6.0, 6.0, 241)
 _NEAR = 1e-6  # constants in files are written in FP32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeq.passes.graph import Rewrites, add_constant, add_node, constant, replace_uses
+from edgeq.graph.edit import Rewrites, add_constant, add_node, constant, replace_uses
 
 
 def split_gemm(model: ir.Model) -> Rewrites:

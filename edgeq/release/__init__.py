@@ -4,8 +4,3 @@
 `.intoto.json` (SLSA provenance) and its device reports; `RELEASE_NOTES.md`; `SHA256SUMS` over all of it; and, with a
 key, a `.minisig` beside each archive and beside `SHA256SUMS`.
 """
-
-from edgeq.release.archives import verify_archive
-from edgeq.release.making import Release, release
-
-__all__ = ["Release", "release", "verify_archive"]

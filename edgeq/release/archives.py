@@ -6,15 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgeq import bundle
-from edgeq.bundle.verifying import Verification, read_whole
-from edgeq.device_report import REPORT, read_report
+from edgeq.bundle.verify import Verification, read_whole, verify
+from edgeq.devices.report import REPORT, read_report
 from edgeq.errors import ConfigError, EdgeqError
-from edgeq.release import signing
-from edgeq.release.judging import Candidate
+from edgeq.release import sign
+from edgeq.release.eligibility import Candidate
 from edgeq.release.notes import Packed
-from edgeq.release.unpacking import unpack
-from edgeq.storage import file_ref, work_dir
+from edgeq.release.unpack import unpack
+from edgeq.system.files import file_ref, work_dir
 
 
 def verify_archive(archive: Path, public_key: Path | None) -> Verification:
@@ -30,9 +29,9 @@ def verify_archive(archive: Path, public_key: Path | None) -> Verification:
     if not archive.is_file():
         raise ConfigError(f"{archive}: no such file; an archive of `edgeq release` is needed. Check the path.")
     if public_key is not None:
-        signing.check(archive, signing.read_public_key(public_key))
+        sign.check(archive, sign.read_public_key(public_key))
     with _unpacked(archive) as folder:
-        return bundle.verify(folder).model_copy(update={"path": str(archive)})
+        return verify(folder).model_copy(update={"path": str(archive)})
 
 
 def read_archive(archive: Path) -> Packed:

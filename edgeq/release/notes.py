@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from edgeq.records import FileRef, Manifest, ParityReport
 
 if TYPE_CHECKING:
-    from edgeq.release.judging import Candidate
+    from edgeq.release.eligibility import Candidate
 
 NOTES = "RELEASE_NOTES.md"
 TEMPLATE = "release_notes.md.j2"
@@ -45,7 +45,7 @@ def release_notes(
     """
     before = {each.name: each for each in previous or ()}
     environment = Environment(
-        loader=PackageLoader("edgeq"), undefined=StrictUndefined, autoescape=False,
+        loader=PackageLoader("edgeq.release"), undefined=StrictUndefined, autoescape=False,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_plain,
     )  # fmt: skip
     return environment.get_template(TEMPLATE).render(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edgeq.records import FileRef
 
 if TYPE_CHECKING:
-    from edgeq.release.judging import Candidate
+    from edgeq.release.eligibility import Candidate
 
 SUFFIX = ".intoto.json"
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -22,9 +22,7 @@ BUILD_TYPE = "urn:edgeq:release:1"  # what the parameters below mean: docs/relea
 BUILDER = "urn:edgeq:cli"
 
 
-def provenance(
-    candidate: Candidate, version: str, archive: FileRef, packer: dict[str, str], own_version: str
-) -> bytes:
+def provenance(candidate: Candidate, version: str, archive: FileRef, packer: dict[str, str], own_version: str) -> bytes:
     """Give the statement about one archive, in JSON.
 
     Args:

@@ -14,7 +14,7 @@ from edgeq.records import FileRef, ImageSet, TextSet
 if TYPE_CHECKING:
     from cyclonedx.model.component import Component
 
-    from edgeq.release.judging import Candidate
+    from edgeq.release.eligibility import Candidate
 
 SUFFIX = ".cdx.json"
 _NAMESPACE = uuid.UUID("a31cc7a5-8b0e-5c0f-9d1c-8a2f2ad5d1d7")  # drawn once, for names of this kind

@@ -19,8 +19,8 @@ from benchmark.figures import Figures
 from benchmark.goals import judged
 from benchmark.making import Made, Workshop, mirror, note, reference
 from benchmark.rows import GEMM, INT, MIRRORS, OWN, PEERS, chosen, private
-from edgeq.bundle import load_manifest
-from edgeq.machine import describe, place
+from edgeq.bundle.manifest import load_manifest
+from edgeq.system.host import describe, place
 
 PARTS = ("export", "device", "latency", "throughput", "tflite", "calibration", "quality", "npu")
 Part = Callable[[str, Callable[[], Figures]], None]

@@ -15,7 +15,7 @@ from benchmark.figures import Blank, Figures
 from benchmark.making import Workshop, note
 from benchmark.processes import last_line
 from benchmark.rows import GEMM, OWN
-from edgeq.corpora import deduplicate
+from edgeq.data.text_files import deduplicate
 
 SAMPLES = 512
 COUNTS = (128, 2048)
@@ -26,8 +26,8 @@ import json, sys
 from pathlib import Path
 import onnx
 from edgeq import calibrate
-from edgeq.latency import peak_memory_bytes
-from edgeq.texts import Tokenizer
+from edgeq.bundle.benchmark import peak_memory_bytes
+from edgeq.data.tokens import Tokenizer
 tokens = Tokenizer.from_file(Path(sys.argv[2]), 256).encode(json.loads(Path(sys.argv[3]).read_text()))
 calibrate.calibrate(onnx.load(sys.argv[1]), tokens, 0, lambda *_: None)
 print(peak_memory_bytes())

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmark.figures import Blank, Figures
 from benchmark.making import Made
 from benchmark.processes import last_line
-from edgeq.device_script import device_script
+from edgeq.bundle.device_script import device_script
 
 
 def validation(made: Made) -> Figures:

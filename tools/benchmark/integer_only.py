@@ -12,8 +12,8 @@ from benchmark.making import Made, Workshop, note
 from benchmark.processes import last_line, measured
 from edgeq.backends import tflite
 from edgeq.backends.tflite import SIGNATURE
-from edgeq.bundle import load_manifest
-from edgeq.children import Worker, pack
+from edgeq.bundle.manifest import load_manifest
+from edgeq.system.worker import Worker, pack
 
 _CHILD = Path(tflite.__file__).with_name("child.py")
 _RUNTIME = "litert"
@@ -22,9 +22,9 @@ _ROUNDS = 3
 _LOWER = """
 import sys
 from pathlib import Path
-from edgeq.backends import find
+from edgeq.backends.registry import find
 from edgeq.bundle import load_manifest
-from edgeq.storage import file_ref
+from edgeq.system.files import file_ref
 manifest = load_manifest(Path(sys.argv[1]))
 model = manifest.qdq_model.model_copy(update={"file": file_ref(Path(sys.argv[2]))})
 find(manifest.target.backend, sys.argv[1]).lower(model, manifest.target, Path(sys.argv[3]))

@@ -21,8 +21,8 @@ _STAGE = """
 import sys
 from pathlib import Path
 from edgeq import source, stages
-from edgeq.cache import Cache
-from edgeq.textsets import plan_texts
+from edgeq.system.cache import Cache
+from edgeq.data.splits import plan_texts
 folder, last = Path(sys.argv[1]), sys.argv[2]
 cache = Cache(folder / "cache")
 floats = stages.float_model(source.locate(str(folder / "model"), "mean"), True, cache)

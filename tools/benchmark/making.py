@@ -15,16 +15,16 @@ import numpy as np
 from benchmark.figures import Blank, Figures
 from benchmark.processes import Ran, first_line, last_line, measured
 from benchmark.rows import BUCKETS, FLOAT, OWN, Row, private
-from edgeq import environments
-from edgeq.ancestry import float_model
 from edgeq.backends.tflite import TFLITE_RUNTIME
-from edgeq.bundle import load_manifest
-from edgeq.cache import LOCATION_VARIABLE, Cache
-from edgeq.corpora import default_texts, read_texts, sample
+from edgeq.bundle.float_model import float_model
+from edgeq.bundle.manifest import load_manifest
+from edgeq.data.text_files import default_texts, read_texts, sample
+from edgeq.data.tokens import Tokenizer
 from edgeq.errors import ToolMissing
-from edgeq.storage import sha256_file
+from edgeq.system import environments
+from edgeq.system.cache import LOCATION_VARIABLE, Cache
+from edgeq.system.files import sha256_file
 from edgeq.targets import data_dir, load_target
-from edgeq.texts import Tokenizer
 
 MODEL = "all-MiniLM-L6-v2"
 MAX_SEQUENCE = 256

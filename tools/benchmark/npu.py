@@ -23,13 +23,13 @@ from benchmark.runners import Runner
 from edgeq.backends.qnn import compiling
 from edgeq.backends.qnn.static import static
 from edgeq.backends.rockchip import COMPILED, FEEDS, FOLDER, MODEL
-from edgeq.bundle import load_manifest
-from edgeq.cache import log_path
-from edgeq.machine import place
+from edgeq.bundle.manifest import load_manifest
+from edgeq.data.tokens import Tokenizer, fitted
+from edgeq.graph.static_shapes import fix_shapes
+from edgeq.quantization.vendor import vendor_form
 from edgeq.records import Manifest, VendorForm
-from edgeq.static_shapes import fix_shapes
-from edgeq.texts import Tokenizer, fitted
-from edgeq.vendor_form import vendor_form
+from edgeq.system.cache import log_path
+from edgeq.system.host import place
 
 TEXTS = 200  # emulating one takes seconds
 LONGEST = 128  # of the targets' buckets, in tokens

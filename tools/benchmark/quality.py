@@ -15,10 +15,11 @@ from benchmark.making import MAX_SEQUENCE, Made, note
 from benchmark.processes import first_line
 from benchmark.runners import Runner
 from benchmark.samples import Sample
-from edgeq import evaluation, parity
 from edgeq.backends.contract import Embeddings
+from edgeq.data.tokens import Tokenizer, batches
 from edgeq.errors import EdgeqError
-from edgeq.texts import Tokenizer, batches
+from edgeq.evaluation import parity
+from edgeq.evaluation.tasks import evaluate_retrieval, evaluate_sts
 
 _INVARIANCE_TEXTS = 200
 TASKS = ("sts_percent", "ndcg_percent")
@@ -117,8 +118,8 @@ def _figures(texts: Sequence[str], expected: Vectors, found: Vectors, smallest: 
 
 def _tasks(sample: Sample, expected: Vectors, found: Vectors) -> Figures:
     reference, artifact = (lambda texts, prompt, kept=kept: stacked(kept, texts) for kept in (expected, found))
-    sts = evaluation.evaluate_sts(sample.pairs, reference, artifact).spearman
-    ndcg = evaluation.evaluate_retrieval(sample.retrieval, {}, reference, artifact).ndcg_at_10
+    sts = evaluate_sts(sample.pairs, reference, artifact).spearman
+    ndcg = evaluate_retrieval(sample.retrieval, {}, reference, artifact).ndcg_at_10
     return dict(zip(TASKS, (sts.retention_percent, ndcg.retention_percent), strict=True))
 
 

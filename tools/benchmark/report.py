@@ -11,7 +11,7 @@ from benchmark.clock import BATCH, BATCH_SEQUENCE, RATIOS
 from benchmark.figures import Blank, Figures, plain, restored
 from benchmark.goals import judged
 from benchmark.merging import PARTS
-from edgeq.storage import write_bytes
+from edgeq.system.files import write_bytes
 
 _QUALITY = ("texts", "cosine_mean", "cosine_min", "sts_percent", "ndcg_percent", "top10_overlap", "invariance")
 _COMPILING = {"seconds": "seconds", "size_mb": "MB", "partitions": "partitions", "cpu_nodes": "nodes on the CPU"}

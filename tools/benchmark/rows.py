@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeq.backends.rockchip import TOOLKIT
-from edgeq.environments import Environment
+from edgeq.system.environments import Environment
 
 THREADS = 2
 BUCKETS = (16, 32, 64, 128, 256)

@@ -1,4 +1,4 @@
-"""Run one model in its runtime, in a process of its own: `python runner.py`, spoken to by `edgeq.children`.
+"""Run one model in its runtime, in a process of its own: `python runner.py`, spoken to by `edgeq.system.worker`.
 
 A script, not a module: it runs in environments where edgeq is not installed, and imports the standard library, numpy
 and the one runtime it is asked for. Requests, one JSON object per line:
@@ -214,12 +214,12 @@ class Edgeq:
 
     def __init__(self, path: str, threads: int) -> None:
         """Load the bundle."""
-        from edgeq import backends
-        from edgeq.bundle import load_manifest
-        from edgeq.texts import Feeds
+        from edgeq.backends.registry import find
+        from edgeq.bundle.manifest import load_manifest
+        from edgeq.data.tokens import Feeds
 
         manifest = load_manifest(Path(path))
-        backend = backends.find(manifest.artifact.backend, path)
+        backend = find(manifest.artifact.backend, path)
         self.session = backend.load(manifest.artifact, Path(path), manifest.target, threads)
         self.feeds = Feeds
         self.buckets = list(manifest.target.buckets_tokens)

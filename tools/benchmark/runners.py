@@ -12,16 +12,16 @@ import numpy as np
 
 from benchmark.making import Made, interpreter
 from edgeq.backends.contract import Embeddings
-from edgeq.children import Worker
+from edgeq.data.tokens import Batch, Feeds
 from edgeq.errors import EdgeqError
-from edgeq.texts import Batch, Feeds
+from edgeq.system.worker import Worker
 
 _RUNNER = Path(__file__).with_name("runner.py")
 _CALL_LIMIT_S = 3600.0
 
 
 class Runner:
-    """Keep a model loaded in a process of its own; a session of `edgeq.parity`, too."""
+    """Keep a model loaded in a process of its own; a session of `edgeq.evaluation.parity`, too."""
 
     def __init__(self, made: Made, threads: int) -> None:
         """Load the model.

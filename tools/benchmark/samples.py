@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeq import evaluation
-from edgeq.corpora import deduplicate
-from edgeq.evaluation import RetrievalSet, StsPairs
+from edgeq.data.text_files import deduplicate
+from edgeq.evaluation.datasets import RetrievalSet, StsPairs, load_beir, load_sts
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Sample:
 
 def load(data: Path) -> Sample:
     """Read the whole set."""
-    return Sample(evaluation.load_sts(data / "sts_dev.jsonl"), evaluation.load_beir(data / "squad11dev"))
+    return Sample(load_sts(data / "sts_dev.jsonl"), load_beir(data / "squad11dev"))
 
 
 def thinned(whole: Sample, every: int) -> Sample:

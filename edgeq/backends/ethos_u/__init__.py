@@ -20,10 +20,10 @@ import onnx_ir as ir
 from edgeq.backends import tflite
 from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, Session, has_buckets, reads_tokens, rejected
 from edgeq.backends.ethos_u import rules
+from edgeq.data.tokens import lengths
 from edgeq.errors import LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Estimate, HostOperator, Placement, QdqModel, Scheme, Target
-from edgeq.storage import file_ref, storage_errors, write_bytes
-from edgeq.texts import lengths
+from edgeq.system.files import file_ref, storage_errors, write_bytes
 
 if TYPE_CHECKING:
     from edgeq.backends.ethos_u.compiler import Compiled, Settings

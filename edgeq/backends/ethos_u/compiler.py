@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeq.backends.ethos_u import culprit
-from edgeq.cache import Cache
-from edgeq.children import fate
 from edgeq.errors import ConfigError, LoweringFailed, TimedOut, ToolMissing
-from edgeq.storage import storage_errors, work_dir, write_bytes
+from edgeq.system.cache import Cache
+from edgeq.system.files import storage_errors, work_dir, write_bytes
+from edgeq.system.worker import fate
 
 CONFIG_FILE = "Arm/vela.ini"
 TIME_LIMIT_S = 600.0

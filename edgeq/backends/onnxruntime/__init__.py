@@ -15,15 +15,15 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from edgeq.backends.contract import Embeddings, OperatorVerdict, Rejection, Rule, Session, Verdict, rejected
 from edgeq.backends.onnxruntime.joined_heads import JOINT, joined_heads
-from edgeq.dialect import OPERATORS
+from edgeq.data.batches import AnyFeeds
 from edgeq.errors import ConfigError, LoweringFailed
-from edgeq.flat_tokens import flat_tokens
-from edgeq.foreign import require_confined
-from edgeq.machine import meets
-from edgeq.passes.graph import checked
+from edgeq.graph.dialect import OPERATORS
+from edgeq.graph.edit import checked
+from edgeq.passes.matmul_to_gemm import flat_tokens
 from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
-from edgeq.samples import AnyFeeds
-from edgeq.storage import file_ref, storage_errors, write_bytes
+from edgeq.system.files import file_ref, storage_errors, write_bytes
+from edgeq.system.host import meets
+from edgeq.system.untrusted import require_confined
 
 MODEL = "onnx/model.onnx"  # the name sentence-transformers and text-embeddings-inference open by themselves
 
@@ -47,6 +47,7 @@ _FAILURES = (
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
 )
+
 
 def has_unsigned_activations(model: QdqModel, target: Target) -> str | None:
     """Activations must be uint8: ONNX Runtime's int8 x int8 products are three times slower on x86."""

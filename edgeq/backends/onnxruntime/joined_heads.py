@@ -9,7 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from edgeq.passes.graph import add_constant, add_node, constant, is_read_once, made_by, readers, replace_uses
+from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by, readers, replace_uses
 
 JOINT = " + "  # stands between the names of products that were made one
 

@@ -7,12 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from edgeq.backends.contract import Rejection, Rule, Session, Setting, reads_tokens, rejected
+from edgeq.backends.openvino.ir import read_ir
+from edgeq.data.tokens import lengths
 from edgeq.errors import ConfigError, DeviceUnavailable, LoweringFailed, ToolMissing
-from edgeq.machine import place
-from edgeq.openvino_ir import read_ir
 from edgeq.records import Artifact, Placement, QdqModel, Target
-from edgeq.storage import file_ref, storage_errors, write_bytes
-from edgeq.texts import lengths
+from edgeq.system.files import file_ref, storage_errors, write_bytes
+from edgeq.system.host import place
 
 _STATIC_DEVICES = frozenset({"NPU"})
 _CHOICES: dict[str, tuple[str, ...]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from edgeq.openvino_ir import Network
+from edgeq.backends.openvino.ir import Network
 from edgeq.records import Placement, QdqModel
 
 _PRODUCTS = frozenset(

@@ -10,10 +10,10 @@ import numpy as np
 
 from edgeq.backends.contract import Embeddings
 from edgeq.backends.openvino.lowering import refusals
+from edgeq.data.batches import PIXELS, AnyFeeds
+from edgeq.data.tokens import Feeds, fitted, rows_by_bucket, token_feeds
 from edgeq.errors import ConfigError
 from edgeq.records import Target
-from edgeq.samples import PIXELS, AnyFeeds
-from edgeq.texts import Feeds, fitted, rows_by_bucket, token_feeds
 
 OUTPUT = "sentence_embedding"
 _AGAIN = "Fetch or export the bundle again."

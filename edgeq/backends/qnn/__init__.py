@@ -24,13 +24,13 @@ from edgeq.backends.contract import (
     reads_tokens,
     rejected,
 )
-from edgeq.children import Worker, pack, unpack
+from edgeq.data.batches import AnyFeeds
+from edgeq.data.tokens import lengths
 from edgeq.errors import BundleCorrupt, LoweringFailed, ToolMissing
-from edgeq.foreign import require_confined
 from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
-from edgeq.samples import AnyFeeds
-from edgeq.storage import file_ref, replacing_dir
-from edgeq.texts import lengths
+from edgeq.system.files import file_ref, replacing_dir
+from edgeq.system.untrusted import require_confined
+from edgeq.system.worker import Worker, pack, unpack
 
 FOLDER = "qnn"
 

@@ -1,6 +1,6 @@
-"""Compile and run context binaries in a process of its own: `python -m edgeq.backends.qnn.child`.
+"""Compile and run context binaries in a process of its own: `python -m edgeq.backends.registry.qnn.child`.
 
-Spoken to by `edgeq.children`. Requests, one JSON object per line:
+Spoken to by `edgeq.system.worker`. Requests, one JSON object per line:
 
     {"do": "compile", "model", "context", "options", "log"}   -> {"partitions": [{"provider", "nodes": [[op, name]]}]}
     {"do": "describe", "path"}                                -> what `context_info` gives
@@ -26,7 +26,7 @@ import onnxruntime as ort
 import onnxruntime_qnn as qnn
 
 from edgeq.backends.qnn.context_info import context_info
-from edgeq.children import pack, unpack
+from edgeq.system.worker import pack, unpack
 
 PROVIDER = "QNNExecutionProvider"
 _WARNINGS, _ERRORS = 2, 3  # ONNX Runtime's log levels

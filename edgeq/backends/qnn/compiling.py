@@ -13,13 +13,13 @@ from typing import Any
 
 import onnx
 
-from edgeq.cache import log_path
-from edgeq.children import Worker
 from edgeq.errors import ChildDied, LoweringFailed
 from edgeq.records import Target
-from edgeq.storage import storage_errors
+from edgeq.system.cache import log_path
+from edgeq.system.files import storage_errors
+from edgeq.system.worker import Worker
 
-COMMAND = (sys.executable, "-m", "edgeq.backends.qnn.child")
+COMMAND = (sys.executable, "-m", "edgeq.backends.registry.qnn.child")
 CONTEXT, BINARY = "model_seq_{}_ctx.onnx", "model_seq_{}_ctx_qnn.bin"  # the second name is the compiler's own
 PROVIDER = "QNNExecutionProvider"
 LOGS = "qnn-logs"  # the kind `edgeq cache` lists and purges them under

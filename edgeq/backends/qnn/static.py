@@ -6,8 +6,8 @@ import onnx
 import onnx_ir as ir
 
 from edgeq.errors import LoweringFailed
-from edgeq.passes.graph import made_by
-from edgeq.static_shapes import fix_shapes
+from edgeq.graph.edit import made_by
+from edgeq.graph.static_shapes import fix_shapes
 
 
 def static(model: ir.Model, length: int, has_quantized_io: bool) -> onnx.ModelProto:

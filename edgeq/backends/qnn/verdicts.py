@@ -5,9 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeq.backends.contract import OperatorVerdict
-from edgeq.htp_refusals import known_part
-from edgeq.passes.graph import constant, made_by, made_of_sizes, readers
-from edgeq.quantize_htp import OPERATORS
+from edgeq.graph.edit import constant, made_by, made_of_sizes, readers
+from edgeq.quantization.htp.quantizer import OPERATORS
+from edgeq.quantization.htp.unsupported import known_part
 
 _UNIT_LENGTH = ("ReduceL2", "Clip", "Max")  # what stands between a vector and its division by its length
 _BY_PLACE = "GatherElements"  # the first token is sliced off, the last picked by a product

@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 
 from edgeq.backends.contract import Embeddings, Rejection, Rule, embed_by_bucket, has_buckets, reads_tokens, rejected
 from edgeq.backends.rockchip import listing
-from edgeq.cache import log_path
-from edgeq.children import Worker, pack, unpack
-from edgeq.environments import Environment, require
+from edgeq.data.batches import AnyFeeds
+from edgeq.data.tokens import fitted, lengths
 from edgeq.errors import BundleCorrupt, LoweringFailed
+from edgeq.graph.static_shapes import fix_shapes
 from edgeq.records import Artifact, HostOperator, Placement, QdqModel, Target
-from edgeq.samples import AnyFeeds
-from edgeq.static_shapes import fix_shapes
-from edgeq.storage import file_ref, replacing_dir, storage_errors, work_dir
-from edgeq.texts import fitted, lengths
+from edgeq.system.cache import log_path
+from edgeq.system.environments import Environment, require
+from edgeq.system.files import file_ref, replacing_dir, storage_errors, work_dir
+from edgeq.system.worker import Worker, pack, unpack
 
 FOLDER = "rockchip"
 COMPILED, MODEL, FEEDS = "model_seq_{}.rknn", "model.onnx", "feeds.json"

@@ -1,7 +1,7 @@
-"""Build .rknn files and run them in Rockchip's simulator: `python child.py`, spoken to by `edgeq.children`.
+"""Build .rknn files and run them in Rockchip's simulator: `python child.py`, spoken to by `edgeq.system.worker`.
 
 A script, not a module: it runs in an environment where edgeq is not installed, and imports the standard library, numpy
-and rknn-toolkit2 only. Requests, one JSON object per line, arrays as `edgeq.children` packs them:
+and rknn-toolkit2 only. Requests, one JSON object per line, arrays as `edgeq.system.worker` packs them:
 
     {"do": "build", "model", "platform", "feeds", "integer", "output", "log"}   -> {}
     {"do": "run_many", "model", "inputs": [arrays]}     -> {"output": array}; one run for each item of the leading axis

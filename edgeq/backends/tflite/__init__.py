@@ -24,13 +24,13 @@ from edgeq.backends.contract import (
     reads_tokens,
     rejected,
 )
-from edgeq.children import Worker, pack, unpack
-from edgeq.environments import Environment, interpreter
+from edgeq.data.batches import AnyFeeds
+from edgeq.data.tokens import fitted, lengths, rows_by_bucket, token_feeds
 from edgeq.errors import LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
-from edgeq.samples import AnyFeeds
-from edgeq.storage import file_ref, storage_errors, write_bytes
-from edgeq.texts import fitted, lengths, rows_by_bucket, token_feeds
+from edgeq.system.environments import Environment, interpreter
+from edgeq.system.files import file_ref, storage_errors, write_bytes
+from edgeq.system.worker import Worker, pack, unpack
 
 if TYPE_CHECKING:
     from edgeq.backends.tflite.emitter import Settings

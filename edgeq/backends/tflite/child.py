@@ -1,8 +1,8 @@
-"""Run .tflite files in one runtime, in a process of its own: `python child.py RUNTIME`, spoken to by `edgeq.children`.
+"""Run .tflite files in one runtime, in a process of its own: `python child.py RUNTIME`, for `edgeq.system.worker`.
 
 A script, not a module: it runs in environments where edgeq is not installed, and imports the standard library, numpy
-and one runtime only. RUNTIME is a key of `RUNTIMES`. Requests, one JSON object per line, arrays as `edgeq.children`
-packs them:
+and one runtime only. RUNTIME is a key of `RUNTIMES`. Requests, one JSON object per line, arrays as
+`edgeq.system.worker` packs them:
 
     {"do": "version"}                                           -> {"runtime", "version", "numpy", "python"}
     {"do": "load", "path", "threads"}                           -> {"signatures": [name, ...]}; threads 0: its choice

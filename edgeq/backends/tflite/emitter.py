@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgeq.backends.tflite.writer import DTYPES, Codes, SubgraphWriter, Tensor
 from edgeq.errors import LoweringFailed
-from edgeq.passes.graph import constant, made_by, readers
+from edgeq.graph.edit import constant, made_by, readers
 
 OPERATOR = schema.BuiltinOperator
 OPTIONS = schema.BuiltinOptions

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from edgeq.backends.contract import OperatorVerdict
-from edgeq.passes.graph import constant, made_by
+from edgeq.graph.edit import constant, made_by
 from edgeq.records import IntegerForm
 
 Written = tuple[str, str]  # operator, dtype of its result

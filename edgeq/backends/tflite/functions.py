@@ -10,7 +10,7 @@ from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
 from edgeq.backends.tflite.emitter import INT16_CODES, OPERATOR, OPTIONS, Emitter
-from edgeq.passes.graph import made_by, readers
+from edgeq.graph.edit import made_by, readers
 
 _STEP_OF_ONE = 1.0 / 2**15  # of what the 16-bit operators of tanh and sigmoid give
 

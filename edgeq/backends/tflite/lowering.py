@@ -10,7 +10,7 @@ from edgeq.backends.tflite import functions, masks, moves, pooling, products, sh
 from edgeq.backends.tflite.emitter import Emitter, Settings
 from edgeq.backends.tflite.writer import ModelWriter
 from edgeq.errors import LoweringFailed
-from edgeq.passes.graph import made_of_sizes
+from edgeq.graph.edit import made_of_sizes
 
 SIGNATURE = "seq_{}"
 

@@ -8,7 +8,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
 from edgeq.errors import LoweringFailed
-from edgeq.passes.graph import constant, made_by, readers
+from edgeq.graph.edit import constant, made_by, readers
 
 
 def gather(emit: Emitter, node: ir.Node) -> None:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
 from edgeq.backends.tflite.writer import Codes, Tensor
-from edgeq.computed import computed
 from edgeq.errors import LoweringFailed
-from edgeq.passes.graph import constant, made_by, readers
+from edgeq.graph.edit import constant, made_by, readers
+from edgeq.graph.evaluate import computed
 
 
 def is_share(quantizer: ir.Node) -> bool:

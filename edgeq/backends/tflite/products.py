@@ -14,7 +14,7 @@ from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
 from edgeq.backends.tflite.sums import exact_sum, is_exact_sum, outer_product
 from edgeq.backends.tflite.writer import Codes, Tensor
 from edgeq.errors import LoweringFailed
-from edgeq.passes.graph import constant, is_read_once, made_by, readers
+from edgeq.graph.edit import constant, is_read_once, made_by, readers
 
 _WEIGHT = 127  # of a channel, but for its sign
 _ADD_LIMIT = 2.0**14  # 16-bit sums: an input's scale over the output's, above which the kernel aborts

@@ -10,12 +10,12 @@ import numpy as np
 import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 
-from edgeq.attention_shares import LAST_INDEX
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
 from edgeq.backends.tflite.sums import raw
 from edgeq.backends.tflite.writer import Codes
 from edgeq.errors import LoweringFailed
-from edgeq.passes.graph import constant, made_by, readers
+from edgeq.graph.edit import constant, made_by, readers
+from edgeq.quantization.integer.deferred_softmax import LAST_INDEX
 
 
 def takes(node: ir.Node) -> bool:

@@ -16,7 +16,7 @@ from ai_edge_litert import schema_py_generated as schema
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
 from edgeq.backends.tflite.writer import Tensor
 from edgeq.errors import LoweringFailed
-from edgeq.passes.graph import constant, made_by, readers
+from edgeq.graph.edit import constant, made_by, readers
 
 _LIMITS = {"int8": (-128, 127), "int16": (-32768, 32767)}
 

@@ -1,0 +1,58 @@
+"""Take an ONNX file, an OpenVINO IR, a .tflite file or a bundle apart: operators by dtype, tensors by dtype, sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgeq.analysis.inspect import onnx, openvino, tflite
+from edgeq.analysis.inspect.onnx import read_onnx
+from edgeq.analysis.inspect.report import Anatomy, Port, Signature, StoredTensor, TensorGroup
+from edgeq.errors import BundleCorrupt, ConfigError
+
+__all__ = ["Anatomy", "Port", "Signature", "StoredTensor", "TensorGroup", "inspect", "read_onnx"]
+
+
+def inspect(path: Path) -> Anatomy:
+    """Take a model file, or a bundle's artifact, apart.
+
+    Raises:
+        ConfigError: nothing is there, or it is neither a readable model file nor a bundle of one.
+        BundleCorrupt: the manifest cannot be read or names an artifact that is not there.
+        ToolMissing: it is a .tflite file, and ai-edge-litert, which reads those, is not installed.
+    """
+    if path.is_dir():
+        model_path = _artifact_of(path)
+        found = sorted(file for file in path.rglob("*") if file.is_file())
+        bundle_files = {file.relative_to(path).as_posix(): file.stat().st_size for file in found}
+        name = model_path.relative_to(path).as_posix()
+    elif path.is_file():
+        model_path, bundle_files, name = path, {}, path.name
+    else:
+        raise ConfigError(f"{path}: nothing is there; a model file or a bundle is needed. Check the path.")
+    if model_path.suffix == ".tflite" or tflite.has_identifier(model_path):
+        anatomy = tflite.take_apart(model_path)
+    elif model_path.suffix == ".xml":
+        anatomy = openvino.take_apart(model_path)
+    else:
+        anatomy = onnx.take_apart(model_path)
+    return anatomy.model_copy(update={"file": name, "bundle_files": bundle_files})
+
+
+def _artifact_of(bundle: Path) -> Path:
+    """Find the file that the bundle's runtime loads."""
+    if not (bundle / "manifest.json").is_file():
+        raise ConfigError(
+            f"{bundle}: no manifest.json; inspect takes an ONNX file, an OpenVINO IR, a .tflite file or a bundle. "
+            "Name the file itself, or a directory that `edgeq export` wrote."
+        )
+    from edgeq.bundle.manifest import load_manifest
+
+    model_path = bundle / load_manifest(bundle).artifact.files[0].path
+    if model_path.suffix not in (".onnx", ".tflite", ".xml"):
+        raise ConfigError(
+            f"{model_path}: inspect takes ONNX and .tflite files and OpenVINO IRs. The bundle's manifest.json lists "
+            "this file's operators under artifact.placement; its toolchain's own viewer shows its tensors."
+        )
+    if not model_path.is_file():
+        raise BundleCorrupt(f"{model_path}: named by manifest.json, but not there. Export the bundle again.")
+    return model_path

@@ -1,0 +1,213 @@
+"""Measure where a QDQ model leaves its float model: the error of every tensor that both have.
+
+The two run in ONNX Runtime on the same tokens with the same tensors observed. A scheme that rewrites the float model
+before it puts codes on tensors (see `edgeq.quantization.rewrites.integer`) is compared with the rewritten one: what
+stands under one name is then the same quantity on both sides, and the error is that of codes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeq.calibration.observe import Statistics, equal_length_batches, observing
+from edgeq.data.tokens import Tokens
+from edgeq.errors import EdgeqError
+from edgeq.graph.edit import checked, constant, dims, readers
+from edgeq.graph.linear import SIDE
+from edgeq.quantization.rewrites.htp import htp_form
+from edgeq.quantization.rewrites.integer import integer_form
+from edgeq.records import Record, Scheme
+
+OUTPUT = "sentence_embedding"
+_STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze"})
+
+FloatArray = NDArray[np.float32]
+
+
+class TensorError(Record):
+    """Say how far one tensor of the QDQ model is from the float model's, over all tokens of all texts."""
+
+    name: str
+    after: str  # the last weight product or table before it in the graph
+    is_stream: bool  # one of the sums that the residual stream passes through, or the vectors
+    relative_error: float  # length of the difference over the length of the float model's
+    cosine_mean: float  # over tokens
+    cosine_min: float
+
+    @property
+    def weight(self) -> str:
+        """Name the weight before the tensor: most exporters number sums, and name weights."""
+        return self.name if self.name == OUTPUT else self.after.removesuffix(SIDE)
+
+    @property
+    def label(self) -> str:
+        """Name the tensor so that it is found in the model."""
+        return self.name if self.name == OUTPUT else f"{self.weight} ({self.name})"
+
+
+class LayerErrors(Record):
+    """Hold the errors of one QDQ model's tensors, in the order of the graph."""
+
+    scheme: str
+    texts: int
+    tensors: tuple[TensorError, ...]
+
+    @property
+    def stream(self) -> tuple[TensorError, ...]:
+        """Give the tensors of the residual stream."""
+        return tuple(tensor for tensor in self.tensors if tensor.is_stream)
+
+    @property
+    def entry(self) -> TensorError | None:
+        """Give the sum of the residual stream at which most error enters; None without a stream.
+
+        The angle counts, not the length: whatever reads the stream normalises it first. The vectors are no such sum:
+        a mean over tokens is nearer, or farther, than the tokens are.
+        """
+        sums = [tensor for tensor in self.stream if tensor.name != OUTPUT]
+        before = [1.0, *(tensor.cosine_mean for tensor in sums)]
+        loss = [last - tensor.cosine_mean for tensor, last in zip(sums, before, strict=False)]
+        return sums[int(np.argmax(loss))] if sums else None
+
+
+def counterpart(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> onnx.ModelProto:
+    """Give the float model whose tensors the scheme puts codes on.
+
+    Args:
+        model: equalised FP32 ONNX; not changed.
+        observed: the calibration's statistics.
+        scheme: of the QDQ model.
+    """
+    if scheme.htp is not None:
+        return checked(htp_form(model, observed, scheme.htp)[0])
+    if scheme.integer is None:
+        return model
+    return ir.to_proto(integer_form(model, observed, scheme.integer)[0])
+
+
+def residual_stream(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Name the tensors that LayerNormalization reads, in the order of the graph, and the vectors.
+
+    Every rewrite of a scheme keeps these names and what they stand for.
+
+    Args:
+        model: equalised FP32 ONNX.
+    """
+    return (*(node.input[0] for node in model.graph.node if node.op_type == "LayerNormalization"), OUTPUT)
+
+
+def measure(
+    float_model: onnx.ModelProto, qdq_model: onnx.ModelProto, tokens: Tokens, stream: Sequence[str]
+) -> tuple[TensorError, ...]:
+    """Run both models and compare every tensor of tokens by channels that has one name in both.
+
+    A tensor of the QDQ model is taken as its readers see it: behind its codes, where all of them read codes.
+
+    Args:
+        float_model: what `counterpart` gave.
+        qdq_model: made from it.
+        tokens: of the texts.
+        stream: what `residual_stream` gave.
+
+    Raises:
+        EdgeqError: a tensor is NaN or infinite, or the models have no tensor in common.
+    """
+    chosen = _common(ir.from_proto(float_model).graph, ir.from_proto(qdq_model).graph, frozenset(stream))
+    if not chosen:
+        raise EdgeqError(
+            "the float model and the QDQ model have no tensor in common; a QDQ model made from this float model is "
+            "needed. Give the one that the bundle's manifest names."
+        )
+    names, seen_as = [tensor.name for tensor in chosen], [tensor.seen_as for tensor in chosen]
+    reference, quantized = observing(float_model, names), observing(qdq_model, seen_as)
+    sums = [_Sums() for _ in chosen]
+    longest = max(len(ids) for ids in tokens.ids)
+    for batch in equal_length_batches(tokens, longest):
+        pairs = zip(reference.run(names, batch.feeds), quantized.run(seen_as, batch.feeds), strict=True)
+        for total, name, (expected, found) in zip(sums, names, pairs, strict=True):
+            total.add(name, expected, found)
+    return tuple(total.of(tensor) for tensor, total in zip(chosen, sums, strict=True))
+
+
+class _Common(Record):
+    """Name a tensor in both models."""
+
+    name: str
+    seen_as: str  # in the QDQ model
+    after: str
+    is_stream: bool
+
+
+class _Sums:
+    """Add up errors over batches; no tensor is kept."""
+
+    def __init__(self) -> None:
+        self._difference = self._length = self._cosines = 0.0
+        self._smallest, self._rows = 1.0, 0
+
+    def add(self, name: str, expected: FloatArray, found: FloatArray) -> None:
+        """Take float32[..., channels] of both models."""
+        rows, others = (array.reshape(-1, array.shape[-1]).astype(np.float64) for array in (expected, found))
+        difference, length = np.sum((others - rows) ** 2), np.sum(rows**2)
+        if not (np.isfinite(difference) and np.isfinite(length)):
+            raise EdgeqError(f"{name}: holds NaN or infinity in one of the models; export it again")
+        norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(others, axis=1)
+        cosines = np.clip(np.sum(rows * others, axis=1) / np.where(norms == 0.0, 1.0, norms), -1.0, 1.0)
+        self._difference += float(difference)
+        self._length += float(length)
+        self._cosines += float(cosines.sum())
+        self._smallest = min(self._smallest, float(cosines.min()))
+        self._rows += len(rows)
+
+    def of(self, tensor: _Common) -> TensorError:
+        """Give the means."""
+        return TensorError(
+            name=tensor.name,
+            after=tensor.after,
+            is_stream=tensor.is_stream,
+            relative_error=float(np.sqrt(self._difference / self._length)) if self._length else 0.0,
+            cosine_mean=self._cosines / self._rows,
+            cosine_min=self._smallest,
+        )
+
+
+def _common(reference: ir.Graph, quantized: ir.Graph, stream: frozenset[str]) -> list[_Common]:
+    """List what both graphs compute under one name: tensors of tokens by channels, and the vectors themselves."""
+    theirs = {str(value.name): value for node in quantized for value in node.outputs}
+    found: list[_Common] = []
+    after = ""
+    for node in reference:
+        value = node.outputs[0]
+        after = _weight_name(node) or after
+        name, shape = str(value.name), dims(value)
+        is_tokens = shape is not None and len(shape) == 3 and isinstance(shape[2], int) and shape[2] > 1
+        is_wanted = is_tokens or name in stream or name == OUTPUT  # the stream may be a flat list of tokens
+        is_compared = value.dtype == ir.DataType.FLOAT and node.op_type not in _STILL and is_wanted
+        if is_compared and name in theirs:
+            found.append(_Common(name=name, seen_as=_as_read(theirs[name]), after=after, is_stream=name in stream))
+    return found
+
+
+def _weight_name(node: ir.Node) -> str | None:
+    """Name a weight product after its node and a lookup after its table; None for any other node."""
+    position = {"Gemm": 1, "MatMul": 1, "Gather": 0}.get(node.op_type)
+    if position is None or constant(node.inputs[position]) is None:
+        return None
+    return str(node.name if node.op_type in ("Gemm", "MatMul") else node.inputs[0].name)  # type: ignore[union-attr]
+
+
+def _as_read(value: ir.Value) -> str:
+    """Give the name under which all readers see a value: that of its dequantised codes, if they read nothing else.
+
+    A lookup in a table of codes is codes itself.
+    """
+    reading = readers(value)
+    if len(reading) == 1 and reading[0].op_type == "QuantizeLinear":
+        reading = readers(reading[0].outputs[0])
+    is_read_as_codes = len(reading) == 1 and reading[0].op_type == "DequantizeLinear"
+    return str(reading[0].outputs[0].name if is_read_as_codes else value.name)

@@ -1,0 +1,238 @@
+"""Say where a target loses quality, what mending it costs, and find the cheapest scheme with which the gate holds."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from edgeq.analysis import layer_errors, sensitivity
+from edgeq.analysis.sensitivity import Product, Sensitivity
+from edgeq.backends.registry import find
+from edgeq.bundle import benchmark
+from edgeq.calibration import file
+from edgeq.data.splits import plan_texts
+from edgeq.data.tokens import Tokens, text_tokens, token_limit
+from edgeq.errors import ConfigError, ParityFailed, Unsupported
+from edgeq.frontend import locate
+from edgeq.graph import external_data
+from edgeq.pipeline import export as pipeline
+from edgeq.pipeline import stages
+from edgeq.pipeline.export import ExportRequest
+from edgeq.pipeline.stages import Report
+from edgeq.quantization import schemes
+from edgeq.records import Measures, Record, Scheme, Status, Target
+from edgeq.system import files
+
+MOST_TEXTS = 48  # each product runs all of them once: more texts do not change the ranking
+TIMED_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class AnalysisRequest:
+    """Hold what `edgeq analyze` was asked for."""
+
+    export: ExportRequest  # for one target; `out` is not used
+    is_costed: bool
+    is_automatic: bool
+
+
+class Cost(Record):
+    """Say what raising one product of a shape costs, from artifacts that differ in all products of that shape."""
+
+    channels: int
+    outputs: int
+    products: int
+    extra_bytes: int  # of the artifact, for each product
+    extra_ms: float | None  # of one text of 128 tokens, for each product; None where the artifact does not run here
+    reason: str | None  # why there is no time
+
+
+class Trial(Record):
+    """Say how the real artifact did with some products raised."""
+
+    raised: tuple[str, ...]
+    status: Status
+    measures: Measures | None
+    size_bytes: int
+
+
+class Analysis(Record):
+    """Hold what was found for one target."""
+
+    target: str
+    change: str  # what raising does in this scheme
+    sensitivity: Sensitivity
+    costs: tuple[Cost, ...]
+    trials: tuple[Trial, ...]
+    found: Scheme | None  # the cheapest scheme that was found to hold the gate; None when none was looked for
+
+
+def analyze(request: AnalysisRequest, report: Report) -> Analysis:
+    """Measure each product, price the shapes, and look for the cheapest scheme that holds, as far as asked for.
+
+    Args:
+        request: what is wanted.
+        report: called with (stage, done, total).
+
+    Raises:
+        Unsupported: the target's codes are made by a vendor's compiler.
+        ParityFailed: automatic, and the gate does not hold with every product raised either.
+        EdgeqError: any stage of an export.
+    """
+    (target,) = request.export.targets
+    own = schemes.find(target.scheme, target.name)
+    if own.vendor is not None:
+        raise Unsupported(
+            f"{target.name}: the scheme {own.name} leaves the codes to the vendor's compiler; one whose codes edgeq "
+            "makes is needed. Analyse the model for another target."
+        )
+    found = _sensitivity(request.export, target, report)
+    integer = own.leaves_nothing_float
+    with tempfile.TemporaryDirectory() as folder:
+        trials = _Trials(request.export, Path(folder), report)
+        costs = _costs(found.products, trials) if request.is_costed or request.is_automatic else ()
+        scheme = _cheapest(found.products, costs, trials) if request.is_automatic else None
+    return Analysis(
+        target=target.name,
+        change="16-bit activations in and out" if integer else "float weights and activations",
+        sensitivity=found,
+        costs=costs,
+        trials=tuple(trials.done),
+        found=scheme,
+    )
+
+
+def _sensitivity(request: ExportRequest, target: Target, report: Report) -> Sensitivity:
+    located = locate.locate(request.model, request.pooling, request.onnx, tower=request.tower)
+    if located.takes_images:
+        raise ConfigError(
+            f"{request.model}: takes images, and products are ranked on texts. Export the model with --images, and "
+            "measure its bundle with `edgeq validate BUNDLE --images FOLDER`."
+        )
+    texts = plan_texts(
+        request.texts, request.column, request.validation, request.evaluation, request.samples, request.seed
+    )
+    find(target.backend, target.name).tools()
+    report("export", 0, 1)
+    floats = stages.float_model(located, request.hidden_state, request.cache)
+    report("export", 1, 1)
+    calibrated = stages.calibrated(floats, texts, request.seed, request.cache, report)
+    model = stages.quantized(target, calibrated, request.cache)
+    equalized = external_data.load(Path(calibrated.equalized.file.path))
+    statistics = file.load(Path(calibrated.calibration.file.path))
+    counterpart = layer_errors.counterpart(equalized, statistics, model.scheme)
+    limit = token_limit(target.buckets_tokens, model.max_sequence)
+    tokens = text_tokens(stages.validation(floats, texts, request.cache, limit).samples)
+    by_length = sorted(range(len(tokens.ids)), key=lambda row: len(tokens.ids[row]))
+    rows = np.linspace(0, len(by_length) - 1, min(MOST_TEXTS, len(by_length))).round().astype(int)
+    few = Tokens(tuple(tokens.ids[by_length[row]] for row in rows), 0, tokens.pad_id)
+    qdq = external_data.load(Path(model.file.path))
+    return sensitivity.measure(counterpart, qdq, model.scheme, model.integer_matmuls, few, report)
+
+
+class _Trials:
+    """Export the target with products raised, each set once, and keep what came out."""
+
+    def __init__(self, request: ExportRequest, folder: Path, report: Report) -> None:
+        self._request = request
+        self._folder = folder
+        self._report = report
+        self._known: dict[tuple[str, ...], tuple[Trial, Path]] = {}
+
+    @property
+    def done(self) -> list[Trial]:
+        return [trial for trial, _ in self._known.values()]
+
+    def scheme(self, names: Sequence[str]) -> Scheme:
+        (target,) = self._request.targets
+        return schemes.raising(schemes.find(target.scheme, target.name), names)
+
+    def run(self, names: Sequence[str]) -> tuple[Trial, Path]:
+        """Give the trial, and its bundle."""
+        scheme = self.scheme(names)
+        if scheme.raised not in self._known:
+            number = len(self._known)
+            path = self._folder / f"scheme_{number}.json"
+            files.write_bytes(path, scheme.model_dump_json().encode())
+            out = self._folder / str(number)
+            wanted = replace(self._request, scheme=path, out=out, keep_failed=True, dry_run=False)
+            (made,) = pipeline.export(wanted, self._report)
+            trial = Trial(raised=scheme.raised, status=made.status, measures=made.parity, size_bytes=made.size_bytes)
+            self._known[scheme.raised] = trial, Path(made.path)
+        return self._known[scheme.raised]
+
+    def milliseconds(self, bundle: Path) -> tuple[float | None, str | None]:
+        """Give the median time of one text, or None and why."""
+        from edgeq.bundle.manifest import load_manifest
+
+        manifest = load_manifest(bundle)
+        limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
+        shapes = benchmark.Shapes(
+            sequences=(min(TIMED_TOKENS, limit),), batches=(1,), threads=(1,), num_runs=40, warmup_runs=10
+        )
+        measured = benchmark.measure(bundle, shapes, None, self._report)
+        time = measured.cells[0].latency
+        return (time.p50_ms, None) if time else (None, f"it runs here on {measured.ran_on}, not on the device")
+
+
+def _costs(products: Sequence[Product], trials: _Trials) -> tuple[Cost, ...]:
+    base, bundle = trials.run(())
+    before, reason = trials.milliseconds(bundle)
+    costs = []
+    for channels, outputs in sorted({(item.channels, item.outputs) for item in products}):
+        names = [item.name for item in products if (item.channels, item.outputs) == (channels, outputs)]
+        trial, bundle = trials.run(names)
+        after = trials.milliseconds(bundle)[0] if before is not None else None
+        costs.append(
+            Cost(
+                channels=channels,
+                outputs=outputs,
+                products=len(names),
+                extra_bytes=round((trial.size_bytes - base.size_bytes) / len(names)),
+                extra_ms=(after - before) / len(names) if after is not None and before is not None else None,
+                reason=reason,
+            )
+        )
+    return tuple(costs)
+
+
+def _cheapest(products: Sequence[Product], costs: Sequence[Cost], trials: _Trials) -> Scheme:
+    """Raise what gains most for its cost first, and find the fewest products with which the gate holds."""
+    ordered = [item.name for item in by_value(products, costs)]
+    if trials.run(())[0].status == "passed":
+        return trials.scheme(())
+    low, high = 0, 1
+    while trials.run(ordered[:high])[0].status != "passed":
+        if high >= len(ordered):
+            failed = trials.run(ordered)[0].measures
+            raise ParityFailed(
+                f"with all {len(ordered)} products raised the gate does not hold either (cosine mean "
+                f"{failed.cosine_mean if failed else math.nan:.5f}): the loss is elsewhere. See the layers in "
+                "edgeq compare --html, calibrate on texts like your own, or choose another target."
+            )
+        low, high = high, min(2 * high, len(ordered))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if trials.run(ordered[:middle])[0].status == "passed" else (middle, high)
+    return trials.scheme(ordered[:high])
+
+
+def by_value(products: Sequence[Product], costs: Sequence[Cost]) -> list[Product]:
+    """Order products by gain over cost: milliseconds where they were measured, else bytes; what costs nothing first.
+
+    Times differ by noise: none counts as less than a thousandth of the largest.
+    """
+    prices = {(item.channels, item.outputs): item for item in costs}
+    is_timed = bool(costs) and all(item.extra_ms is not None for item in costs)
+
+    def price(item: Product) -> float:
+        cost = prices[item.channels, item.outputs]
+        return float(cost.extra_ms or 0.0) if is_timed else float(cost.extra_bytes)
+
+    floor = max((abs(price(item)) for item in products), default=1.0) * 1e-3 or 1.0
+    return sorted(products, key=lambda item: (-item.gain / max(price(item), floor), item.name))

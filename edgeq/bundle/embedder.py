@@ -1,0 +1,166 @@
+"""Run a bundle: texts in, vectors out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.backends.contract import Session, embed_batches
+from edgeq.backends.registry import find
+from edgeq.bundle.manifest import load_manifest, require_cpu
+from edgeq.data.batches import PIXELS
+from edgeq.data.tokens import Tokenizer, batches, token_limit
+from edgeq.errors import ConfigError, Unsupported
+from edgeq.records import Manifest
+from edgeq.system.host import machine, place
+
+_log = logging.getLogger(__name__)
+
+# The prompts of a role, in the order in which sentence-transformers looks for them.
+_QUERY, _DOCUMENT = ("query",), ("document", "passage", "corpus")
+
+
+class Embedder:
+    """Keep a loaded artifact and its tokenizer; `load` makes one."""
+
+    def __init__(self, session: Session, tokenizer: Tokenizer, manifest: Manifest) -> None:
+        """Take what `load` prepared, or any other session that answers for the same model (FP32, for one).
+
+        Args:
+            session: the loaded model.
+            tokenizer: the bundle's.
+            manifest: the bundle's.
+        """
+        self._session = session
+        self._tokenizer = tokenizer
+        self.manifest = manifest
+        self.dim = manifest.source.dim
+        self.max_sequence = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        batch_size: int = 32,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+    ) -> NDArray[np.float32]:
+        """Embed texts, batched by length.
+
+        Args:
+            texts: any number; one that is longer than the model's limit is cut, and a warning logged.
+            batch_size: the most texts run at once.
+            prompt_name: which of the model's prompts goes before each text; None takes the model's default, if any.
+            prompt: what goes before each text, instead of a prompt of the model's; "" is none at all.
+
+        Returns:
+            float32[texts, dim], in the order of the texts.
+
+        Raises:
+            ConfigError: `texts` is a single string or holds something else than strings, the batch size is not
+                positive, the model has no prompt of this name, or both prompts are given.
+        """
+        if prompt is None:
+            prompt = self._prompt(prompt_name)
+        elif prompt_name is not None:
+            raise ConfigError(f"encode: prompt is {prompt!r} and prompt_name {prompt_name!r}; give one of them.")
+        if isinstance(texts, str):
+            raise ConfigError(f'encode: texts is the string {texts[:40]!r}; a list is needed. Write encode(["..."]).')
+        prompted: list[str] = []
+        for position, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ConfigError(f"encode: texts[{position}] is of type {type(text).__name__}; a string is needed.")
+            prompted.append(prompt + text)
+        if batch_size < 1:
+            raise ConfigError(f"encode: batch_size is {batch_size}; at least 1 is needed.")
+        if not prompted:
+            return np.empty((0, self.dim), np.float32)
+        tokens = self._tokenizer.encode(prompted)
+        if tokens.truncated:
+            _log.warning("%d of %d texts are cut at %d tokens", tokens.truncated, len(prompted), self.max_sequence)
+        return embed_batches(self._session, batches(tokens, batch_size=batch_size), len(prompted))
+
+    def encode_query(
+        self, texts: Sequence[str], batch_size: int = 32, prompt_name: str | None = None, prompt: str | None = None
+    ) -> NDArray[np.float32]:
+        """Embed texts that search: the model's prompt "query" goes before each, if it has one, else none.
+
+        Args, returned vectors and errors are those of `encode`.
+        """
+        return self._encode_as(_QUERY, texts, batch_size, prompt_name, prompt)
+
+    def encode_document(
+        self, texts: Sequence[str], batch_size: int = 32, prompt_name: str | None = None, prompt: str | None = None
+    ) -> NDArray[np.float32]:
+        """Embed texts that are found: the first prompt of "document", "passage" and "corpus" goes before each, if any.
+
+        Args, returned vectors and errors are those of `encode`.
+        """
+        return self._encode_as(_DOCUMENT, texts, batch_size, prompt_name, prompt)
+
+    def _encode_as(
+        self, names: Sequence[str], texts: Sequence[str], batch_size: int, prompt_name: str | None, prompt: str | None
+    ) -> NDArray[np.float32]:
+        """Embed texts with the first of these prompts that the model has, unless another is asked for."""
+        if prompt_name is None and prompt is None:
+            prompt_name = next((name for name in names if name in self.manifest.source.prompts), None)
+            prompt = "" if prompt_name is None else None  # a role without a prompt does not fall back to the default
+        return self.encode(texts, batch_size, prompt_name, prompt)
+
+    def _prompt(self, name: str | None) -> str:
+        """Give the prompt of this name, or the model's default, or nothing."""
+        prompts = self.manifest.source.prompts
+        if name is None:
+            default = self.manifest.source.default_prompt_name
+            return prompts.get(default, "") if default is not None else ""
+        if name not in prompts:
+            raise ConfigError(f"encode: prompt_name is {name!r}; the model has {', '.join(prompts) or 'no prompts'}.")
+        return prompts[name]
+
+
+def load(bundle: str | Path, threads: int = 0, allow_failed: bool = False) -> Embedder:
+    """Load a bundle.
+
+    Args:
+        bundle: OUT/TARGET, as `edgeq export` wrote it.
+        threads: 0 leaves the choice to the target.
+        allow_failed: load a bundle that missed its gate, too.
+
+    Returns:
+        What embeds texts; for a bundle of an image model, what embeds images.
+
+    Raises:
+        ConfigError: there is no bundle at this path, or edgeq lacks its backend.
+        BundleCorrupt: its manifest is not what edgeq writes.
+        Unsupported: this CPU lacks flags the target needs, or the bundle missed its gate.
+    """
+    path = Path(bundle)
+    manifest = load_manifest(path)
+    target = manifest.target
+    if manifest.status == "failed" and not allow_failed:
+        raise Unsupported(
+            f"{path}: missed the gate of {target.name} (its parity.json says where); a bundle that passed is needed. "
+            "Export another, or give allow_failed=True."
+        )
+    backend = find(manifest.artifact.backend, str(path))
+    require_cpu(target)
+    if machine() != target.runs_on.machine:
+        _log.warning(
+            "%s is made for %s; this machine is %s: its vectors come from what stands in for it (%s)",
+            target.name,
+            target.runs_on.machine,
+            machine(),
+            place(target.runs_on),
+        )
+    session = backend.load(manifest.artifact, path, target, threads)
+    if manifest.float_model.inputs == (PIXELS,):
+        from edgeq.bundle.image_embedder import ImageEmbedder
+        from edgeq.data import image_preprocessing  # here: texts need no Pillow
+
+        return ImageEmbedder(session, image_preprocessing.read(path / image_preprocessing.CONFIG), manifest)
+    limit = token_limit(target.buckets_tokens, manifest.source.max_sequence)
+    tokenizer = Tokenizer.from_file(path / "tokenizer.json", limit)
+    return Embedder(session, tokenizer, manifest)

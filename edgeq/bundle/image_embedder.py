@@ -1,0 +1,72 @@
+"""Run a bundle of an image model: images in, vectors out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.backends.contract import Session, embed_batches
+from edgeq.bundle.embedder import Embedder
+from edgeq.data.image_preprocessing import Preprocessing
+from edgeq.data.images import Images
+from edgeq.data.tokens import batches
+from edgeq.errors import ConfigError
+from edgeq.records import Manifest
+
+
+class ImageEmbedder(Embedder):
+    """Keep a loaded artifact and its preprocessing; `edgeq.load` makes one."""
+
+    def __init__(self, session: Session, preprocessing: Preprocessing, manifest: Manifest) -> None:
+        """Take what `load` prepared, or any other session that answers for the same model.
+
+        Args:
+            session: the loaded model.
+            preprocessing: the bundle's.
+            manifest: the bundle's.
+        """
+        self._session = session
+        self._preprocessing = preprocessing
+        self.manifest = manifest
+        self.dim = manifest.source.dim
+        self.max_sequence = manifest.source.max_sequence
+
+    def encode(
+        self, texts: Sequence[object], batch_size: int = 32, prompt_name: str | None = None, prompt: str | None = None
+    ) -> NDArray[np.float32]:
+        """Embed images, resized, cropped and normalised as the model's own processor does.
+
+        Args:
+            texts: images: paths, Pillow images, or uint8[height, width, 3] (or [height, width]), of any sizes.
+            batch_size: the most images prepared and run at once.
+            prompt_name: images have no prompt: leave it out.
+            prompt: likewise.
+
+        Returns:
+            float32[images, dim], in the order of the images.
+
+        Raises:
+            ConfigError: one image was given bare, one cannot be decoded, the batch size is not positive, or a prompt
+                was named.
+        """
+        if isinstance(texts, str | Path) or not isinstance(texts, Sequence):
+            raise ConfigError("encode: a list of images is needed. Write encode([image]).")
+        if prompt_name is not None or prompt is not None:
+            raise ConfigError(f"encode: a prompt is given, {prompt_name or prompt!r}; images have none. Leave it out.")
+        if batch_size < 1:
+            raise ConfigError(f"encode: batch_size is {batch_size}; at least 1 is needed.")
+        made = [np.empty((0, self.dim), np.float32)]
+        for start in range(0, len(texts), batch_size):
+            some = texts[start : start + batch_size]
+            names = [_name(image, start + row) for row, image in enumerate(some)]
+            images = Images.of(some, names, self._preprocessing)
+            made.append(embed_batches(self._session, batches(images, batch_size=batch_size), len(some)))
+        return np.concatenate(made)
+
+
+def _name(image: object, row: int) -> str:
+    """Say which image is meant."""
+    return f"encode: images[{row}]" + (f" ({image})" if isinstance(image, str | Path) else "")

@@ -1,0 +1,111 @@
+"""Render a bundle's model card: the numbers, where they come from, and how to run it without edgeq."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from edgeq.data.tokens import lengths
+from edgeq.evaluation.gate import norm_limit
+from edgeq.frontend.torch import text_towers
+from edgeq.frontend.torch.sentence_transformers import TABLE, truncated_to
+from edgeq.records import Manifest, ParityReport, Place
+
+if TYPE_CHECKING:
+    from edgeq.data.image_preprocessing import Preprocessing
+
+TEMPLATE = "model_card.md.j2"
+CONTEXT_SUFFIX = "_ctx.onnx"  # ONNX around a compiled binary, which only its provider can run
+# What sentence-transformers opens by itself -> the name of its backend, and of its extra.
+SENTENCE_TRANSFORMERS_FILES = {"onnx/model.onnx": "onnx", "openvino/openvino_model.xml": "openvino"}
+
+_PLACES: dict[Place, str] = {
+    "device": "the runtime that ships, on a machine that meets the target",
+    "host-kernels": "the same runtime and file, on another kind of CPU than the target's",
+    "emulator": "an emulated processor; its vectors count, its timings do not",
+    "simulator": "a functional model of the device; its timings do not count",
+    "not-run": "nowhere: nothing was measured",
+}
+
+
+def render_card(
+    manifest: Manifest, report: ParityReport, pad_id: int, preprocessing: Preprocessing | None = None
+) -> str:
+    """Give the text of the model card.
+
+    Args:
+        manifest: of the bundle.
+        report: of the bundle.
+        pad_id: the token that pads, for the example.
+        preprocessing: of a model of images.
+    """
+    # Markdown, not HTML; a name that the template misspells must fail, not print nothing.
+    environment = Environment(
+        loader=PackageLoader("edgeq.bundle"),
+        undefined=StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
+    is_context = manifest.artifact.files[0].path.endswith(CONTEXT_SUFFIX)
+    is_onnx = manifest.artifact.files[0].path.endswith(".onnx") and not is_context
+    is_tflite = manifest.artifact.files[0].path.endswith(".tflite")
+    is_openvino = manifest.artifact.files[0].path.endswith(".xml")
+    buckets = lengths(manifest.target.buckets_tokens, manifest.source.max_sequence)
+    padded_to = text_towers.padded_to(manifest.source.modules)
+    return environment.get_template(TEMPLATE).render(
+        manifest=manifest,
+        report=report,
+        limits=_limits(report),
+        place=_PLACES[report.ran_on],
+        pad_id=pad_id,
+        padded_to=padded_to,
+        preprocessing=preprocessing,
+        model_path=_runnable(manifest),
+        placement=manifest.artifact.placement,
+        interpreter=manifest.target.runtime.get("interpreter", "litert"),
+        is_onnx=is_onnx,
+        is_tflite=is_tflite,
+        is_context=is_context,
+        is_openvino=is_openvino,
+        is_rknn=manifest.artifact.files[0].path.endswith(".rknn"),
+        weights_path=manifest.artifact.files[-1].path,
+        sentence_transformers_backend=SENTENCE_TRANSFORMERS_FILES.get(manifest.artifact.files[0].path),
+        buckets=buckets,
+        token_limit=max(buckets, default=manifest.source.max_sequence),
+        opens_in_sentence_transformers=(
+            manifest.artifact.files[0].path in SENTENCE_TRANSFORMERS_FILES
+            and preprocessing is None
+            and "last_hidden_state" in manifest.qdq_model.outputs
+            and manifest.source.modules[0] != TABLE
+            and not manifest.source.modules[0].startswith(text_towers.TOWER)
+        ),
+        truncation=truncated_to(manifest.source.modules),
+        size_mb=sum(file.size_bytes for file in manifest.artifact.files) / 1e6,
+    )
+
+
+def _runnable(manifest: Manifest) -> str:
+    """Name the file that runs anywhere: a compiled one runs on its device only."""
+    compiled = {item.file for item in manifest.artifact.placement.estimates}
+    return next(file.path for file in manifest.artifact.files if file.path not in compiled)
+
+
+def _limits(report: ParityReport) -> list[tuple[str, str, str]]:
+    """Give a row for each measure: its name, its value, its limit."""
+    measured, gate = report.measures, report.gate
+    if measured is None:
+        return []
+    return [
+        ("cosine with FP32, mean", f"{measured.cosine_mean:.5f}", f">= {gate.cosine_mean_min:g}"),
+        ("cosine with FP32, worst text", f"{measured.cosine_min:.5f}", f">= {gate.cosine_min_min:g}"),
+        ("top-10 overlap", f"{measured.top10_overlap:.4f}", f">= {gate.top10_overlap_min:g}"),
+        ("Spearman of pairwise similarities", f"{measured.spearman:.5f}", f">= {gate.spearman_min:g}"),
+        ("same text, other padding or batch: cosine", f"{measured.invariance_min:.6f}", f">= {gate.invariance_min:g}"),
+        ("error of the norm", f"{measured.norm_error_max:.1e}", f"<= {norm_limit(measured, gate):g}"),
+        ("largest absolute error", f"{measured.max_abs_error:.4f}", "-"),
+    ]

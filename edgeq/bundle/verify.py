@@ -1,0 +1,281 @@
+"""Verify a bundle: every byte, the chain of records, and the golden texts run again here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.backends.contract import embed_batches
+from edgeq.backends.registry import find
+from edgeq.bundle.checksums import bundle_files, check_sums
+from edgeq.bundle.golden import VECTORS, GoldenData, read_golden
+from edgeq.bundle.golden_images import GoldenImages, read_golden_images
+from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle, load_manifest, load_report, require_cpu
+from edgeq.data.batches import PIXELS, Samples
+from edgeq.data.tokens import Tokenizer, Tokens, batches, token_limit
+from edgeq.errors import BundleCorrupt, DeviceUnavailable, ParityFailed
+from edgeq.evaluation.gate import judge, judge_placement, judge_settings
+from edgeq.evaluation.parity import unit
+from edgeq.quantization import schemes
+from edgeq.records import FileRef, Manifest, ParityReport, Place, Record, Status
+from edgeq.system.files import file_ref
+from edgeq.system.host import describe, place
+
+AnyGolden = GoldenData | GoldenImages
+
+SAME_PLACE_ERROR_MAX = 1e-3
+SAME_PLACE_COSINE_MIN = 0.9999
+
+
+class Verification(Record):
+    """Say what was verified, and how the golden texts did here."""
+
+    path: str
+    target: str
+    status: Status  # of the bundle, as recorded
+    files: int  # hashed and whole, SHA256SUMS not counted
+    golden_texts: int
+    ran_on: Place  # here
+    machine: str  # this one
+    max_abs_error: float | None  # against the recorded vectors; None when there are none, or it was not run here
+    cosine_min: float | None  # the same
+    float32_cosine_min: float | None  # against FP32's recorded vectors; None when it was not run here
+    reason: str | None = None  # why it was not run here
+
+
+def verify(path: Path) -> Verification:
+    """Hash every file, walk the chain from source to artifact, and run the golden texts again.
+
+    On a machine of the kind where the bundle was measured the vectors must be the recorded ones to 1e-3 and cosine
+    0.9999; elsewhere they must be as near to FP32 as the target's gate asks. A bundle that was never run is hashed and
+    walked only, unless its device is here.
+
+    Raises:
+        ConfigError: there is no bundle at this path, or edgeq lacks its backend.
+        BundleCorrupt: a file, a link of the chain or a token id does not agree; the message names it.
+        Unsupported: this CPU lacks flags the target needs.
+        ParityFailed: the golden texts give other vectors here.
+        DeviceUnavailable: the bundle was measured on a device that is not here.
+    """
+    manifest, report = read_whole(path)
+    golden, samples = _golden(path, manifest)
+    require_cpu(manifest.target)
+    ran_on = place(manifest.target.runs_on)
+    verification = Verification(
+        path=str(path),
+        target=manifest.target.name,
+        status=manifest.status,
+        files=len(bundle_files(path)),
+        golden_texts=len(golden.texts),
+        ran_on="not-run",
+        machine=describe(),
+        max_abs_error=None,
+        cosine_min=None,
+        float32_cosine_min=None,
+    )
+    try:
+        vectors = _run(path, manifest, golden, samples)
+    except DeviceUnavailable as error:
+        if report.measures is not None:
+            raise
+        return verification.model_copy(update={"reason": str(error)})
+    verification = verification.model_copy(update={"ran_on": ran_on} | _errors(golden, vectors))
+    judge_golden(path, manifest, verification, is_same_place=(ran_on, describe()) == (report.ran_on, report.machine))
+    return verification
+
+
+def read_whole(path: Path) -> tuple[Manifest, ParityReport]:
+    """Hash every file and walk the chain, and give what the bundle records.
+
+    Raises:
+        ConfigError: there is no bundle at this path.
+        BundleCorrupt: a file or a link of the chain does not agree; the message names it.
+    """
+    if not is_bundle(path):
+        load_manifest(path)  # says what is missing, if it is the manifest
+    check_sums(path)
+    manifest, report = load_manifest(path), load_report(path)
+    _walk(path, manifest, report)
+    return manifest, report
+
+
+def _errors(golden: AnyGolden, vectors: NDArray[np.float32]) -> dict[str, float]:
+    """Compare vectors, float32[texts, dim], with FP32's and, where there are any, with the recorded ones."""
+    found = {"float32_cosine_min": float(_cosines(golden.reference, vectors).min())}
+    if golden.embeddings is not None:
+        found["max_abs_error"] = float(np.abs(golden.embeddings.astype(np.float64) - vectors).max())
+        found["cosine_min"] = float(_cosines(golden.embeddings, vectors).min())
+    return found
+
+
+def _walk(path: Path, manifest: Manifest, report: ParityReport) -> None:
+    """Follow each record to its parents, and each file to its record."""
+    source, calibration, qdq, artifact = manifest.source, manifest.calibration, manifest.qdq_model, manifest.artifact
+    float_model, equalized = manifest.float_model, manifest.equalized_model
+    parent = equalized.file.sha256
+    links = (
+        ("float_model.source_sha256", float_model.source_sha256, "source.sha256", source.sha256),
+        ("equalized_model.source_sha256", equalized.source_sha256, "source.sha256", source.sha256),
+        ("calibration.float_model_sha256", calibration.float_model_sha256, "equalized_model.file", parent),
+        ("qdq_model.float_model_sha256", qdq.float_model_sha256, "equalized_model.file", parent),
+        ("qdq_model.calibration_sha256", qdq.calibration_sha256, "calibration.file", calibration.file.sha256),
+        ("artifact.qdq_sha256", artifact.qdq_sha256, "qdq_model.file", qdq.file.sha256),
+        ("artifact.target", artifact.target, "target.name", manifest.target.name),
+        ("artifact.backend", artifact.backend, "target.backend", manifest.target.backend),
+        ("qdq_model.scheme.name", schemes.base_name(qdq.scheme), "target.scheme", manifest.target.scheme),
+        ("float_model.dim", float_model.dim, "source.dim", source.dim),
+        ("qdq_model.dim", qdq.dim, "source.dim", source.dim),
+        (f"{PARITY}: target", report.target, "target.name", manifest.target.name),
+        (f"{PARITY}: status", report.status, "status", manifest.status),
+        (f"{PARITY}: gate", report.gate, "target.gate", manifest.target.gate),
+    )
+    broken = [f"{name} is {found}, but {other} is {needed}" for name, found, other, needed in links if found != needed]
+    for ref in (*artifact.files, manifest.parity, manifest.golden.vectors, manifest.golden.texts):
+        broken += _broken_file(path, ref)
+    broken += _broken_vendor(manifest)
+    broken += _broken_verdict(manifest, report)
+    if broken:
+        raise BundleCorrupt(f"{path / MANIFEST}: the chain is broken: {'; '.join(broken)}. Export the bundle again.")
+
+
+def _broken_file(path: Path, ref: FileRef) -> list[str]:
+    """Say what keeps a file from being the one that a record names."""
+    file = path / ref.path
+    if not file.resolve().is_relative_to(path.resolve()) or not file.is_file():
+        return [f"{ref.path} is not in the bundle"]
+    return [] if file_ref(file, path) == ref else [f"{ref.path} is not the file with sha256 {ref.sha256}"]
+
+
+def _broken_vendor(manifest: Manifest) -> list[str]:
+    """Say what a vendor's compiler was given and the bundle does not hold: without it nobody can build again."""
+    qdq, vendor = manifest.qdq_model, manifest.qdq_model.scheme.vendor
+    if vendor is None:
+        return [] if qdq.feeds is None else [f"qdq_model.feeds is there, but {qdq.scheme.name} asks for none"]
+    if (qdq.feeds is None) != (vendor.feeds == 0):
+        found = "missing" if qdq.feeds is None else "there"
+        return [f"qdq_model.feeds is {found}, but the scheme asks for {vendor.feeds}"]
+    shipped = {ref.sha256 for ref in manifest.artifact.files}
+    given = {"qdq_model.file": qdq.file, "qdq_model.feeds": qdq.feeds}
+    return [
+        f"{name} (sha256 {ref.sha256}) is none of the artifact's files"
+        for name, ref in given.items()
+        if ref is not None and ref.sha256 not in shipped
+    ]
+
+
+def _broken_verdict(manifest: Manifest, report: ParityReport) -> list[str]:
+    """Judge the recorded measures again: a report that says `passed` must have earned it."""
+    placement, others = manifest.artifact.placement, judge_settings(report.other_settings, report.gate)
+    if report.measures is None and report.status == "not-run":
+        failures = judge_placement(placement, report.gate) + others
+        is_told = report.reason is not None and report.ran_on == "not-run" and "not-run" in report.gate.export_places
+        return [] if is_told and not failures else [f"{PARITY} says not-run, but {' '.join(failures) or 'not why'}"]
+    if report.measures is None:
+        return [f"{PARITY} says passed without measures"] if report.status == "passed" else []
+    failures = judge(report.measures, placement, report.gate, report.ran_on) + others
+    if failures != report.failures or (report.status == "passed") != (not failures):
+        return [f"{PARITY} says {report.status}, but its measures say: {' '.join(failures) or 'passed'}"]
+    return []
+
+
+def _golden(path: Path, manifest: Manifest) -> tuple[AnyGolden, Samples]:
+    """Read the golden texts or images, and check that this machine prepares them as they were prepared."""
+    if manifest.float_model.inputs == (PIXELS,):
+        pictures = read_golden_images(path)
+        _check_vectors(path, manifest, pictures)
+        return pictures, _same_images(path, pictures)
+    golden = read_golden(path)
+    _check_vectors(path, manifest, golden)
+    return golden, _same_tokens(path, manifest, golden)
+
+
+def _same_images(path: Path, golden: GoldenImages) -> Samples:
+    """Prepare the test card here, and give the golden images if it is the recorded one to one code."""
+    from edgeq.data import image_preprocessing, images
+
+    how = image_preprocessing.read(path / image_preprocessing.CONFIG)
+    found = how.codes(image_preprocessing.test_card())
+    same = found.shape == golden.test_card.shape
+    if not same or int(np.abs(found.astype(np.int16) - golden.test_card).max()) > 1:
+        raise BundleCorrupt(
+            f"{path / VECTORS}: the test card became other pixels than {image_preprocessing.CONFIG} gives here. "
+            "Install the Pillow version that made it, or export again."
+        )
+    return images.Images(golden.codes, how)
+
+
+def _check_vectors(path: Path, manifest: Manifest, golden: AnyGolden) -> None:
+    """Compare count and dimension with the manifest."""
+    if (golden.embeddings is None) != (manifest.status == "not-run") and manifest.status != "failed":
+        raise BundleCorrupt(
+            f"{path / VECTORS}: the artifact's vectors do not fit a bundle recorded as {manifest.status}. "
+            "Export the bundle again."
+        )
+    if len(golden.texts) != manifest.golden.count or golden.reference.shape[1] != manifest.source.dim:
+        raise BundleCorrupt(
+            f"{path / VECTORS}: {len(golden.texts)} texts of dimension {golden.reference.shape[1]}; the manifest "
+            f"says {manifest.golden.count} of {manifest.source.dim}. Export the bundle again."
+        )
+
+
+def _same_tokens(path: Path, manifest: Manifest, golden: GoldenData) -> Tokens:
+    """Give the golden texts' token ids if the bundle's tokenizer gives the recorded ones."""
+    limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
+    tokens = Tokenizer.from_file(path / "tokenizer.json", limit).encode(golden.texts)
+    for row, (found, recorded) in enumerate(zip(tokens.ids, golden.token_ids(), strict=True), start=1):
+        if list(found) != recorded:
+            raise BundleCorrupt(
+                f"{path / VECTORS}: text {row} has the token ids {recorded[:8]}...; the bundle's tokenizer.json "
+                f"gives {list(found)[:8]}... Install the tokenizers version that made it, or export again."
+            )
+    return tokens
+
+
+def _run(path: Path, manifest: Manifest, golden: AnyGolden, samples: Samples) -> NDArray[np.float32]:
+    """Run the golden texts through the artifact, float32[texts, dim]."""
+    session = find(manifest.artifact.backend, str(path)).load(manifest.artifact, path, manifest.target)
+    vectors = embed_batches(session, batches(samples), len(golden.texts))
+    if vectors.shape != golden.reference.shape or not np.isfinite(vectors).all():
+        raise ParityFailed(
+            f"{path}: the golden texts give vectors of shape {vectors.shape}, finite: {np.isfinite(vectors).all()}; "
+            f"finite ones of shape {golden.reference.shape} are needed. Compare the runtime's version with the "
+            "manifest's."
+        )
+    return vectors
+
+
+def judge_golden(path: Path, manifest: Manifest, found: Verification, is_same_place: bool) -> None:
+    """Refuse golden vectors that are not the recorded ones, or, run elsewhere, too far from FP32.
+
+    Raises:
+        ParityFailed: they are.
+    """
+    error, cosine, float_cosine = found.max_abs_error, found.cosine_min, found.float32_cosine_min
+    if is_same_place:
+        is_near = error is not None and error <= SAME_PLACE_ERROR_MAX
+        if is_near and cosine is not None and cosine >= SAME_PLACE_COSINE_MIN:
+            return
+        wanted = f"at most {SAME_PLACE_ERROR_MAX:g} and at least {SAME_PLACE_COSINE_MIN:g} are"
+    else:
+        limit = manifest.target.gate.cosine_min_min
+        if manifest.status == "failed" or (float_cosine is not None and float_cosine >= limit):
+            return
+        wanted = f"at least {limit:g} with FP32 is"
+    raise ParityFailed(
+        f"{path}: every file is whole, but on this machine ({found.ran_on}) the golden texts give vectors with error "
+        f"{_spell(error, '.2e')} and cosine {_spell(cosine, '.6f')} against the recorded ones, and cosine "
+        f"{_spell(float_cosine, '.6f')} with FP32; {wanted} needed. Compare the runtime's version with the "
+        "manifest's, or export on this machine."
+    )
+
+
+def _spell(number: float | None, form: str) -> str:
+    return "unknown" if number is None else format(number, form)
+
+
+def _cosines(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Give the cosine of each row, float64[texts]."""
+    cosines: NDArray[np.float64] = np.sum(unit(first) * unit(second), axis=1)
+    return cosines

@@ -1,0 +1,215 @@
+"""Write a bundle: built beside its place, then renamed, so that no half of one is ever seen."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from edgeq.bundle.checksums import SUMS, check_sums, write_sums
+from edgeq.bundle.device_script import SCRIPT, device_script
+from edgeq.bundle.golden import TEXTS, VECTORS, GoldenData, write_golden
+from edgeq.bundle.golden_images import GoldenImages, write_golden_images
+from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle
+from edgeq.bundle.model_card import render_card
+from edgeq.errors import ConfigError, EdgeqError
+from edgeq.records import (
+    Artifact,
+    Calibration,
+    FileRef,
+    FloatModel,
+    Golden,
+    Manifest,
+    ParityReport,
+    QdqModel,
+    Record,
+    Source,
+    Target,
+)
+from edgeq.system.files import file_ref, replacing_dir, storage_errors
+
+CARD = "README.md"
+
+FiledT = TypeVar("FiledT", FloatModel, Calibration, QdqModel)
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Hold the records that a manifest chains, as the stages gave them."""
+
+    edgeq: str
+    command: tuple[str, ...]
+    target: Target
+    source: Source
+    float_model: FloatModel
+    equalized_model: FloatModel
+    calibration: Calibration
+    qdq_model: QdqModel
+    artifact: Artifact
+    tools: dict[str, str]
+
+
+def write(
+    bundle_dir: Path,
+    lineage: Lineage,
+    artifact_dir: Path,
+    config_dir: Path,
+    golden: GoldenData | GoldenImages,
+    report: ParityReport,
+    overwrite: bool = False,
+) -> Manifest:
+    """Write a bundle. The same inputs give the same bytes.
+
+    A bundle that is there already and holds the same bytes is checked and kept.
+
+    Args:
+        bundle_dir: OUT/TARGET; its parents are made.
+        lineage: the records.
+        artifact_dir: where the artifact's files lie, under the paths its record gives.
+        config_dir: tokenizer, config and module files, copied as they lie.
+        golden: the golden texts.
+        report: its status becomes the bundle's.
+        overwrite: replace a bundle that holds something else.
+
+    Raises:
+        ConfigError: something else is at that place, or another bundle and `overwrite` is not given.
+        BundleCorrupt: the same bundle is there already, but damaged.
+        StorageFailed: the disk refuses.
+        EdgeqError: the inputs do not belong together.
+    """
+    require_place(bundle_dir)
+    with storage_errors(f"writing the bundle {bundle_dir}"):
+        bundle_dir.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_dir(bundle_dir) as partial:
+            manifest = _fill(partial, lineage, artifact_dir, config_dir, golden, report)
+            if is_bundle(bundle_dir) and not overwrite:
+                _require_same(bundle_dir, partial)
+    return manifest
+
+
+def take(made: Path, bundle_dir: Path, overwrite: bool = False) -> None:
+    """Put a bundle that was made elsewhere in its place, as `write` would have written it there.
+
+    Raises:
+        ConfigError: something else is at that place, or another bundle and `overwrite` is not given.
+        BundleCorrupt: it is damaged, or the same bundle that is there already is.
+        StorageFailed: the disk refuses.
+    """
+    check_sums(made)
+    require_place(bundle_dir)
+    with storage_errors(f"writing the bundle {bundle_dir}"), replacing_dir(bundle_dir) as partial:
+        shutil.copytree(made, partial, dirs_exist_ok=True)
+        if is_bundle(bundle_dir) and not overwrite:
+            _require_same(bundle_dir, partial)
+
+
+def require_place(bundle_dir: Path) -> None:
+    """Refuse to replace anything but a bundle or an empty folder.
+
+    Raises:
+        ConfigError: something else is there.
+    """
+    if not bundle_dir.exists() or is_bundle(bundle_dir):
+        return
+    if not bundle_dir.is_dir() or any(bundle_dir.iterdir()):
+        raise ConfigError(
+            f"{bundle_dir}: is there and is no edgeq bundle, so it is left alone, with --overwrite too. "
+            "Move it away, or give another --out."
+        )
+
+
+def _require_same(bundle_dir: Path, partial: Path) -> None:
+    """Refuse to replace a bundle by another, or a damaged one without being asked."""
+    if (bundle_dir / SUMS).read_bytes() != (partial / SUMS).read_bytes():
+        raise ConfigError(
+            f"{bundle_dir}: holds a bundle made from other inputs. Give --overwrite to replace it, or another --out."
+        )
+    check_sums(bundle_dir)
+
+
+def _fill(
+    directory: Path,
+    lineage: Lineage,
+    artifact_dir: Path,
+    config_dir: Path,
+    golden: GoldenData | GoldenImages,
+    report: ParityReport,
+) -> Manifest:
+    """Write every file of a bundle, the sums last."""
+    needed = "tokenizer.json" if isinstance(golden, GoldenData) else "preprocessor_config.json"
+    if not (config_dir / needed).is_file():
+        raise EdgeqError(f"{config_dir}: {needed} is not there; a bundle cannot be used without. Export again.")
+    for ref in lineage.artifact.files:
+        _copy(artifact_dir / ref.path, directory / ref.path)
+        if file_ref(directory / ref.path, directory) != ref:
+            raise EdgeqError(f"{artifact_dir / ref.path}: is not the file its record names. Export again.")
+    for path in sorted(config_dir.rglob("*")):
+        if path.is_file():
+            _copy(path, directory / path.relative_to(config_dir))
+    _copy(device_script(), directory / SCRIPT)
+    if isinstance(golden, GoldenData):
+        write_golden(directory, golden)
+    else:
+        write_golden_images(directory, golden)
+    _write_record(directory / PARITY, report)
+    manifest = Manifest(
+        format=1,
+        edgeq=lineage.edgeq,
+        command=lineage.command,
+        status=report.status,
+        target=lineage.target,
+        source=lineage.source,
+        float_model=_unshipped(lineage.float_model),
+        equalized_model=_unshipped(lineage.equalized_model),
+        calibration=_unshipped(lineage.calibration),
+        qdq_model=_without_feeds_path(_unshipped(lineage.qdq_model)),
+        artifact=lineage.artifact,
+        parity=file_ref(directory / PARITY, directory),
+        golden=Golden(
+            count=len(golden.texts),
+            vectors=file_ref(directory / VECTORS, directory),
+            texts=file_ref(directory / TEXTS, directory),
+        ),
+        tools=dict(sorted(lineage.tools.items())),
+    )
+    _write_record(directory / MANIFEST, manifest)
+    (directory / CARD).write_text(_card(directory, manifest, report, golden), encoding="utf-8", newline="\n")
+    write_sums(directory)
+    return manifest
+
+
+def _card(directory: Path, manifest: Manifest, report: ParityReport, golden: GoldenData | GoldenImages) -> str:
+    """Render the model card."""
+    if isinstance(golden, GoldenData):
+        return render_card(manifest, report, golden.pad_id)
+    from edgeq.data import image_preprocessing  # here: texts need no Pillow
+
+    return render_card(manifest, report, 0, image_preprocessing.read(directory / image_preprocessing.CONFIG))
+
+
+def _unshipped(record: FiledT) -> FiledT:
+    """Name a file that is not in the bundle by its bare name: where it lay means nothing elsewhere."""
+    bare: FileRef = record.file.model_copy(update={"path": Path(record.file.path).name})
+    return record.model_copy(update={"file": bare})
+
+
+def _without_feeds_path(record: QdqModel) -> QdqModel:
+    """Name the feeds of a vendor's calibration by their bare name, too."""
+    if record.feeds is None:
+        return record
+    bare = record.feeds.model_copy(update={"path": Path(record.feeds.path).name})
+    return record.model_copy(update={"feeds": bare})
+
+
+def _write_record(path: Path, record: Record) -> None:
+    """Write a record as JSON."""
+    path.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
+def _copy(origin: Path, place: Path) -> None:
+    """Copy a file's content; two files for one place are a defect."""
+    if place.exists():
+        raise EdgeqError(f"{origin}: {place.name} is in the bundle already. Rename it in the model.")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(origin, place)

@@ -1,0 +1,268 @@
+"""Run a float model over texts and keep statistics of its tensors in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from edgeq.data.batches import Batch, Samples
+from edgeq.errors import EdgeqError
+from edgeq.graph import external_data
+from edgeq.graph.float_session import FloatSession
+
+BINS = 2048
+MOMENT_ROWS = 4096  # tokens that enter a second moment: more do not change the rounding that follows from it
+MOMENT_BLOCK = 512
+GROUP_BYTES = 512 << 20  # of observed tensors handed over by one run
+LOWEST, HIGHEST = "/lowest", "/highest"
+_FLOAT_BYTES = 4
+_ATTENTION_COPIES = 3  # scores, masked scores and probabilities live at once
+
+
+@dataclass
+class Histogram:
+    """Count values in 2 x 2048 bins over [-limit, limit]; the limit doubles, merging bins, when values pass it."""
+
+    limit: float = 0.0
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2 * BINS, np.int64))
+
+    def add(self, values: NDArray[np.float32], magnitude: float) -> None:
+        """Count values whose largest magnitude is given."""
+        if self.limit == 0.0:
+            self.limit = 2.0 ** np.ceil(np.log2(max(magnitude, 1e-30)))
+        while magnitude > self.limit:
+            middle = self.counts.reshape(-1, 2).sum(1)
+            self.counts = np.concatenate([np.zeros(BINS // 2, np.int64), middle, np.zeros(BINS // 2, np.int64)])
+            self.limit *= 2.0
+        codes = (values.reshape(-1) * np.float32(BINS / self.limit) + np.float32(BINS)).astype(np.int32)
+        np.minimum(codes, 2 * BINS - 1, out=codes)
+        self.counts += np.bincount(codes, minlength=2 * BINS)
+
+
+@dataclass
+class Statistics:
+    """Hold what is kept of one tensor.
+
+    Attributes:
+        minimum: float32[channels], smallest value per channel (last axis).
+        maximum: float32[channels], largest value per channel.
+        histogram: of all values, when asked for.
+        mean: float32[channels], mean over tokens, when asked for; with a moment, over the same tokens.
+        moment: float32[channels, channels], mean of x xᵀ over tokens, when asked for.
+        seen: tokens so far.
+        rows: tokens that entered the moment, evenly spread over those seen.
+        waiting: rows that have not entered it yet.
+    """
+
+    minimum: NDArray[np.float32]
+    maximum: NDArray[np.float32]
+    histogram: Histogram | None = None
+    moment: NDArray[np.float32] | None = None
+    mean: NDArray[np.float32] | None = None
+    seen: int = 0
+    rows: int = 0
+    waiting: list[NDArray[np.float32]] = field(default_factory=list, repr=False)
+
+
+def equal_length_batches(samples: Samples, longest: int) -> list[Batch]:
+    """Batch texts of exactly the same length, so that no padding exists that could enter a statistic.
+
+    No batch holds more tokens than the longest text alone, so memory does not grow with the number of texts.
+    """
+    return samples.unpadded(longest)
+
+
+def observe(
+    model: onnx.ModelProto,
+    tensors: Sequence[str],
+    batches: Sequence[Batch],
+    progress: Callable[[int, int], None],
+    histograms: Iterable[str] = (),
+    moments: Iterable[str] = (),
+    means: Iterable[str] = (),
+) -> dict[str, Statistics]:
+    """Run the model over the batches and keep statistics of the named tensors.
+
+    Args:
+        model: FP32 ONNX.
+        tensors: names to keep minimum and maximum of, per channel.
+        batches: without padding, see `equal_length_batches`.
+        progress: called with (done, total) after each batch.
+        histograms: names to keep a histogram of.
+        moments: names to keep a second moment and a mean of.
+        means: names to keep the mean of only, each a tensor of tokens.
+
+    Raises:
+        EdgeqError: a tensor held NaN or infinity.
+    """
+    if not tensors:  # no weight product: a table of tokens and their mean
+        return {}
+    with_histogram, with_moment, with_mean = set(histograms), set(moments), set(means)
+    count = sum(batch.feeds.size for batch in batches)
+    kept: dict[str, Statistics] = {}
+
+    def add(name: str, array: NDArray[np.float32], size: int) -> None:
+        rows = array.reshape(-1, array.shape[-1]) if array.ndim > 1 else array.reshape(1, -1)
+        total = count * max(1, len(rows) // size)  # an image has many rows, a token one
+        low, high = rows.min(0), rows.max(0)
+        if array.ndim == 4:  # of a shape that the model does not state
+            low, high = low.min(keepdims=True), high.max(keepdims=True)
+        statistics = _widen(kept, name, low, high)
+        if name in with_histogram:
+            statistics.histogram = statistics.histogram or Histogram()
+            statistics.histogram.add(array, float(max(-low.min(), high.max())))
+        if name in with_mean:
+            share = rows.sum(0) / np.float32(total)
+            statistics.mean = share if statistics.mean is None else statistics.mean + share
+        if name in with_moment:
+            _add_moment(statistics, rows, max(1, total // MOMENT_ROWS))
+
+    inputs = [name for name in tensors if name in {item.name for item in model.graph.input}]
+    made = [name for name in tensors if name not in inputs]
+    shapes = tensor_shapes(model)
+    # The last axis of attention is no channel, and neither is one that grows with the text.
+    positions = [name for name in made if _has_no_channels(shapes.get(name, ())) and name not in with_histogram]
+    groups = _groups([name for name in made if name not in positions], shapes, _longest(batches), with_moment)
+    runs = len(groups) * len(batches)
+    for number, group in enumerate(groups):
+        ends = [] if number else [end for name in positions for end in (name + LOWEST, name + HIGHEST)]
+        session = observing(model, group, () if number else positions)
+        for done, batch in enumerate(batches, start=1):
+            names = [*group, *ends]
+            found = dict(zip(names, session.run(names, batch.feeds) if names else (), strict=True))
+            for name, array in batch.feeds.named(inputs).items() if inputs and not number else ():
+                add(name, array, batch.feeds.size)
+            for name in group:
+                add(name, found.pop(name), batch.feeds.size)  # freed at once: the next run hands over as much again
+            for name in () if number else positions:
+                _widen(kept, name, found[name + LOWEST].reshape(1), found[name + HIGHEST].reshape(1))
+            progress(number * len(batches) + done, runs)
+        del session
+        for name in (*group, *(inputs if not number else ())):
+            _finish_moment(kept[name])
+    return {name: kept[name] for name in tensors}
+
+
+def _has_no_channels(shape: tuple[int | None, ...]) -> bool:
+    return len(shape) == 4 or (len(shape) > 1 and shape[-1] is None)
+
+
+def _widen(kept: dict[str, Statistics], name: str, low: NDArray[np.float32], high: NDArray[np.float32]) -> Statistics:
+    """Take in the smallest and largest values of one more batch, float32[channels]."""
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise EdgeqError(f"{name}: FP32 gave NaN or infinity on the calibration texts; the float model is broken")
+    statistics = kept.get(name)
+    if statistics is None:
+        statistics = kept[name] = Statistics(low, high)
+    else:
+        np.minimum(statistics.minimum, low, out=statistics.minimum)
+        np.maximum(statistics.maximum, high, out=statistics.maximum)
+    return statistics
+
+
+def tensor_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
+    """Give the shapes that the model states; None is an axis that varies."""
+    return {
+        item.name: tuple(axis.dim_value if axis.HasField("dim_value") else None for axis in shape.dim)
+        for item in (*model.graph.value_info, *model.graph.output)
+        if (shape := item.type.tensor_type.shape) is not None
+    }
+
+
+def peak_bytes(model: onnx.ModelProto, longest: int) -> int:
+    """Bound what observing takes above the bare process, for texts of up to `longest` tokens.
+
+    The weights twice (ONNX Runtime packs them anew; it does not where they are large), one layer's attention, and one
+    group of observed tensors.
+    """
+    copies = 1 if external_data.is_large(model) else 2
+    attention = max((_size(shape, longest) for shape in tensor_shapes(model).values() if len(shape) == 4), default=0)
+    return copies * external_data.size_bytes(model) + _ATTENTION_COPIES * attention + GROUP_BYTES
+
+
+def _longest(batches: Sequence[Batch]) -> int:
+    return max((batch.feeds.size for batch in batches), default=0)
+
+
+def _size(shape: tuple[int | None, ...], longest: int) -> int:
+    """Give the bytes of a tensor, float32[batch, ...], of texts that have `longest` tokens together."""
+    return int(np.prod([longest if axis is None else axis for axis in shape[1:]], dtype=np.int64)) * _FLOAT_BYTES
+
+
+def _groups(
+    tensors: Sequence[str], shapes: dict[str, tuple[int | None, ...]], longest: int, moments: set[str]
+) -> list[list[str]]:
+    """Part tensors so that those of one run stay below GROUP_BYTES with their moments; each group costs a run."""
+    groups: list[list[str]] = [[]]
+    left = GROUP_BYTES
+    for name in tensors:
+        shape = shapes.get(name, (None, None, 1))
+        size = _size(shape, longest) + ((shape[-1] or 0) ** 2 * _FLOAT_BYTES if name in moments else 0)
+        if size > left and groups[-1]:
+            groups.append([])
+            left = GROUP_BYTES
+        groups[-1].append(name)
+        left -= size
+    return groups
+
+
+def observing(model: onnx.ModelProto, tensors: Sequence[str], reduced: Sequence[str] = ()) -> FloatSession:
+    """Load the model with the tensors as outputs; what only the sentence embedding needs is not run.
+
+    Of `reduced` tensors the smallest and the largest value are outputs, float32[] each: attention over 4,096 tokens is
+    too large to hand over.
+    """
+    outputs = len(model.graph.output)
+    have = {output.name for output in model.graph.output}
+    extra = [name for name in tensors if name not in have]
+    added = [
+        (name, onnx.helper.make_node(operator, [name], [name + end], keepdims=0))
+        for name in reduced
+        for end, operator in ((LOWEST, "ReduceMin"), (HIGHEST, "ReduceMax"))
+    ]
+    ends = {node.output[0] for _, node in added}
+    for name, node in added:  # right behind what makes the tensor, so that it can be freed
+        made = next(place for place, item in enumerate(model.graph.node) if name in item.output)
+        model.graph.node.insert(made + 1, node)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in (*extra, *sorted(ends)))
+    try:
+        return FloatSession.of(model)
+    finally:
+        del model.graph.output[outputs:]
+        for place in reversed(range(len(model.graph.node))):
+            if model.graph.node[place].output[0] in ends:
+                del model.graph.node[place]
+
+
+def _add_moment(statistics: Statistics, rows: NDArray[np.float32], stride: int) -> None:
+    """Gather rows and multiply them in blocks: one large product costs far less than many small ones."""
+    statistics.waiting.append(rows[-statistics.seen % stride :: stride].copy())
+    statistics.seen += len(rows)
+    if sum(map(len, statistics.waiting)) >= MOMENT_BLOCK:
+        _flush_moment(statistics)
+
+
+def _flush_moment(statistics: Statistics) -> None:
+    if not statistics.waiting:
+        return
+    block = np.concatenate(statistics.waiting)
+    statistics.waiting.clear()
+    if statistics.moment is None or statistics.mean is None:
+        statistics.moment = np.zeros((block.shape[1], block.shape[1]), np.float32)
+        statistics.mean = np.zeros(block.shape[1], np.float32)
+    statistics.moment += block.T @ block
+    statistics.mean += block.sum(0)
+    statistics.rows += len(block)
+
+
+def _finish_moment(statistics: Statistics) -> None:
+    """Turn sums into means; a large moment of a large model waits in a file."""
+    _flush_moment(statistics)
+    if statistics.moment is not None and statistics.mean is not None:
+        statistics.moment /= statistics.rows
+        statistics.mean /= statistics.rows
+        statistics.moment = external_data.mapped(statistics.moment)

@@ -1,0 +1,1 @@
+"""Texts and images: read, split, tokenise or resize them, and batch them for a model."""

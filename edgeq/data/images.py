@@ -1,0 +1,181 @@
+"""Hold images as pixel batches, and decide which calibrate and which validate."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.data import image_preprocessing
+from edgeq.data.batches import Batch, PixelFeeds
+from edgeq.data.image_preprocessing import Preprocessing
+from edgeq.data.splits import FEWEST_CALIBRATION, FEWEST_VALIDATION
+from edgeq.errors import ConfigError
+from edgeq.records import ImageSet
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Images:
+    """Hold images, resized and cropped; they are normalised batch by batch.
+
+    Attributes:
+        codes: uint8[images, 3, height, width].
+        preprocessing: how codes become pixel values.
+    """
+
+    codes: NDArray[np.uint8]
+    preprocessing: Preprocessing
+
+    @classmethod
+    def of(cls, pictures: Sequence[object], names: Sequence[str], how: Preprocessing) -> Images:
+        """Prepare pictures: paths, Pillow images or uint8 arrays.
+
+        Raises:
+            ConfigError: one cannot be decoded.
+        """
+        codes = np.empty((len(pictures), 3, how.height, how.width), np.uint8)
+        for row, (picture, name) in enumerate(zip(pictures, names, strict=True)):
+            codes[row] = how.codes(image_preprocessing.opened(picture, name))
+        return cls(codes, how)
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self.codes)
+
+    @property
+    def longest(self) -> int:
+        """Give the size of one image, as feeds count: 1."""
+        return 1
+
+    def chosen(self, rows: Sequence[int]) -> Images:
+        """Give the images at these positions."""
+        return Images(self.codes[list(rows)], self.preprocessing)
+
+    def swept(self, vocabulary: int, seed: int) -> Images:
+        """Invert the images and exchange their colours: they keep their edges, and look like no photograph."""
+        rng = np.random.default_rng(seed)
+        turned = [255 - codes[rng.permutation(3)] for codes in self.codes]
+        return Images(np.stack(turned), self.preprocessing)
+
+    def batches(self, batch_size: int, most: int) -> list[Batch]:
+        """Batch the images in their order; `most` bounds tokens, of which images have none."""
+        starts = range(0, len(self), batch_size)
+        return [self._batch(tuple(range(start, min(start + batch_size, len(self))))) for start in starts]
+
+    def unpadded(self, most: int) -> list[Batch]:
+        """Batch the images in their order, `most` at a time."""
+        return self.batches(most, most)
+
+    def _batch(self, rows: tuple[int, ...]) -> Batch:
+        return Batch(rows, PixelFeeds(self.preprocessing.pixel_values(self.codes[list(rows)])))
+
+    def record(self, origin: str) -> ImageSet:
+        """Describe the images by their content."""
+        shape = self.codes.shape
+        digest = hashlib.sha256(f"{shape}:".encode() + self.codes.tobytes()).hexdigest()
+        return ImageSet(origin=origin, sha256=digest, count=shape[0], height=shape[2], width=shape[3])
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """Name a file, and hash what it shows."""
+
+    path: Path
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """Hold the image files of an export.
+
+    Attributes:
+        calibration: observed.
+        validation: compared on; shows nothing that `calibration` shows.
+        origin: the name of the folder.
+        validation_origin: the same for the validation images.
+    """
+
+    calibration: tuple[ImageFile, ...]
+    validation: tuple[ImageFile, ...]
+    origin: str
+    validation_origin: str
+
+
+def plan_images(folder: Path, validation: Path | None, samples: int | None, seed: int) -> ImagePlan:
+    """Read, split and sample the images of an export.
+
+    Without a folder of validation images a fifth of them, chosen by the hash of what each shows, validates.
+
+    Raises:
+        ConfigError: a folder or file cannot be read, too few images are left, or one stands on both sides.
+    """
+    given = read_folder(folder)
+    if validation is not None:
+        compared, compared_origin = read_folder(validation), validation.name
+        _refuse_overlap(given, folder, compared, validation)
+    else:
+        compared = [item for item in given if bytes.fromhex(item.sha256)[0] % 5 == 0]
+        given = [item for item in given if bytes.fromhex(item.sha256)[0] % 5 != 0]
+        compared_origin = f"{folder.name} (a fifth, by hash)"
+    if samples is not None and samples < len(given):
+        rows = np.random.default_rng(seed).choice(len(given), samples, replace=False)
+        given = [given[row] for row in sorted(rows)]
+    if len(given) < FEWEST_CALIBRATION or len(compared) < FEWEST_VALIDATION:
+        raise ConfigError(
+            f"{folder}: {len(given)} different images are left to calibrate and {len(compared)} to validate; "
+            f"{FEWEST_CALIBRATION} and {FEWEST_VALIDATION} are needed. Give more with --images, more --samples, or a "
+            "folder with --validation."
+        )
+    return ImagePlan(tuple(given), tuple(compared), folder.name, compared_origin)
+
+
+def image_paths(folder: Path) -> list[Path]:
+    """List the image files below a folder by name.
+
+    Raises:
+        ConfigError: no folder, or no images in it.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; a folder of image files is needed")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise ConfigError(f"{folder}: holds no image ({', '.join(sorted(SUFFIXES))})")
+    return paths
+
+
+def read_folder(folder: Path) -> list[ImageFile]:
+    """List the images below a folder by name; of those that show the same, the first.
+
+    Raises:
+        ConfigError: no folder, no images in it, or one that cannot be decoded.
+    """
+    found: dict[str, ImageFile] = {}
+    for path in image_paths(folder):
+        sha256 = image_preprocessing.sha256_image(image_preprocessing.opened(path, str(path)))
+        found.setdefault(sha256, ImageFile(path, path.relative_to(folder).as_posix(), sha256))
+    return list(found.values())
+
+
+def _refuse_overlap(given: Sequence[ImageFile], folder: Path, compared: Sequence[ImageFile], validation: Path) -> None:
+    names = {item.sha256: item.name for item in given}
+    both = [(names[item.sha256], item.name) for item in compared if item.sha256 in names]
+    if both:
+        shown = "\n".join(f"  - {one} and {two}" for one, two in both[:_SHOWN])
+        more = f"\n  … and {len(both) - _SHOWN} more" if len(both) > _SHOWN else ""
+        raise ConfigError(
+            f"{len(both)} images stand in {folder} and in {validation}, which flatters the figures:\n{shown}{more}\n"
+            "Remove them from one of the two."
+        )
+
+
+def prepared(files: Sequence[ImageFile], how: Preprocessing) -> Images:
+    """Decode, resize and crop image files."""
+    return Images.of([item.path for item in files], [str(item.path) for item in files], how)

@@ -1,0 +1,319 @@
+"""Turn texts into token batches, bucketed by length."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from edgeq.data.batches import PIXELS, AnyFeeds, Batch, Samples
+from edgeq.errors import ConfigError
+from edgeq.records import TextSet
+from edgeq.system.untrusted import oversize, parse_json
+
+_MOST_BYTES = 1 << 30
+_LONGEST = 1 << 20  # tokens
+SWEEP_TOKENS, SWEEP_LENGTH = 8192, 30
+
+
+@dataclass(frozen=True)
+class Feeds:
+    """Hold one padded batch of tokens.
+
+    Attributes:
+        input_ids: int64[batch, sequence].
+        attention_mask: int64[batch, sequence], 1 for tokens and 0 for padding.
+    """
+
+    input_ids: NDArray[np.int64]
+    attention_mask: NDArray[np.int64]
+
+    @property
+    def size(self) -> int:
+        """Count the tokens, padding included."""
+        return int(self.input_ids.size)
+
+    def named(self, inputs: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        """Give the arrays by graph input name; `token_type_ids` is all zero, as for single texts.
+
+        Raises:
+            ConfigError: the graph wants images.
+        """
+        if PIXELS in inputs:
+            raise ConfigError(f"the model reads {', '.join(inputs)}, and was given texts. Give it images.")
+        known = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "token_type_ids": np.zeros_like(self.input_ids),
+        }
+        return {name: known[name] for name in inputs}
+
+
+def token_feeds(feeds: AnyFeeds) -> Feeds:
+    """Give feeds to what takes tokens only.
+
+    Raises:
+        ConfigError: they are no tokens.
+    """
+    if not isinstance(feeds, Feeds):
+        raise ConfigError("this artifact takes the tokens of texts, and was given something else. Give it texts.")
+    return feeds
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Hold the token ids of texts, special tokens included.
+
+    Attributes:
+        ids: one tuple for each text, at most the model's limit long.
+        truncated: how many texts were cut at the limit.
+        pad_id: the id that fills a batch up.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    truncated: int
+    pad_id: int
+
+    def __len__(self) -> int:
+        """Count the texts."""
+        return len(self.ids)
+
+    @property
+    def longest(self) -> int:
+        """Give the length of the longest text."""
+        return max(len(ids) for ids in self.ids)
+
+    def chosen(self, rows: Sequence[int]) -> Tokens:
+        """Give the texts at these positions."""
+        return Tokens(tuple(self.ids[row] for row in rows), 0, self.pad_id)
+
+    def swept(self, vocabulary: int, seed: int) -> Tokens:
+        """Make sequences of tokens drawn evenly from the vocabulary, between the special tokens all texts share."""
+        length = max(1, min(SWEEP_LENGTH, vocabulary, self.longest - 2))
+        count = min(SWEEP_TOKENS, vocabulary) // length
+        rng = np.random.default_rng(seed)
+        drawn = rng.permutation(vocabulary)[: count * length].reshape(count, length).tolist()
+        first, last = ({ids[end] for ids in self.ids if ids} for end in (0, -1))
+        before, after = (tuple(ends) if len(ends) == 1 else () for ends in (first, last))
+        return Tokens(tuple((*before, *row, *after) for row in drawn), 0, self.pad_id)
+
+    def batches(self, batch_size: int, most: int) -> list[Batch]:
+        """Batch texts of like length, so that padding is small; a text longer than `most` is a batch of its own."""
+        order = sorted(range(len(self.ids)), key=lambda row: len(self.ids[row]))
+        made: list[Batch] = []
+        rows: list[int] = []
+        for row in order:
+            width = len(self.ids[row])
+            if rows and (len(rows) == batch_size or (len(rows) + 1) * width > most):
+                made.append(_batch(self, rows))
+                rows = []
+            rows.append(row)
+        return [*made, _batch(self, rows)] if rows else made
+
+    def unpadded(self, most: int) -> list[Batch]:
+        """Batch texts of exactly the same length; a text without a token counts as one token of padding."""
+        by_length: dict[int, list[int]] = {}
+        for row, ids in enumerate(self.ids):
+            by_length.setdefault(max(1, len(ids)), []).append(row)
+        made = []
+        for length in sorted(by_length, reverse=True):
+            rows, width = by_length[length], max(1, most // length)
+            for start in range(0, len(rows), width):
+                chosen = tuple(rows[start : start + width])
+                block = np.array([self.ids[row] or (self.pad_id,) for row in chosen], np.int64)
+                made.append(Batch(chosen, Feeds(block, np.ones_like(block))))
+        return made
+
+
+def text_tokens(samples: Samples) -> Tokens:
+    """Give samples to what takes texts only.
+
+    Raises:
+        ConfigError: they are no texts.
+    """
+    if not isinstance(samples, Tokens):
+        raise ConfigError("this takes texts, and was given images. Choose a model that embeds texts.")
+    return samples
+
+
+class Tokenizer:
+    """Turn texts into token ids."""
+
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, max_sequence: int, padded_to: int = 0, pad_token: str | None = None
+    ) -> None:
+        """Take a tokenizer; texts are cut at `max_sequence` tokens, and padded with tokens up to `padded_to`."""
+        self._tokenizer = tokenizer
+        self._limit = max_sequence
+        self._padded_to = padded_to
+        padding = tokenizer.padding or {}
+        stated = tokenizer.token_to_id(pad_token) if padded_to and pad_token else None
+        self.pad_id = int(padding.get("pad_id", _pad_id(tokenizer)) if stated is None else stated)
+        tokenizer.no_padding()
+        # The side at which a text is cut is the model's; the limit is not.
+        tokenizer.enable_truncation(max_sequence, direction=(tokenizer.truncation or {}).get("direction", "right"))
+        self.vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def from_file(cls, path: Path, max_sequence: int) -> Tokenizer:
+        """Read a tokenizer.json.
+
+        Raises:
+            ConfigError: it is not there or not one.
+        """
+        if (path.parent / "preprocessor_config.json").is_file() and not path.is_file():
+            raise ConfigError(f"{path.parent}: is of a model that takes images, and this takes texts; choose another")
+        if not path.is_file():
+            raise ConfigError(f"{path}: not there; a fast tokenizer's tokenizer.json is needed")
+        reason = oversize(path, _MOST_BYTES)
+        if reason is not None:
+            raise ConfigError(f"{path}: {reason}; a fast tokenizer's tokenizer.json is needed")
+        padded_to, pad_token = _padding_as_text(path.with_name("tokenizer_config.json"))
+        if max_sequence < padded_to:
+            raise ConfigError(
+                f"{path.parent}: the model reads texts padded to {padded_to} tokens, and {max_sequence} are asked for. "
+                f"Choose a target that takes {padded_to}."
+            )
+        with _tokenizer_errors(str(path)):
+            tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            return cls(tokenizer, max_sequence, padded_to, pad_token)
+
+    def encode(self, texts: Sequence[str]) -> Tokens:
+        """Give the token ids of the texts, and count those that were cut.
+
+        Raises:
+            ConfigError: the tokenizer cannot be used: it was damaged, or made to do harm.
+        """
+        with _tokenizer_errors("tokenizer.json"):
+            encoded = self._tokenizer.encode_batch(list(texts))
+        filler = (self.pad_id,) * self._padded_to
+        ids = tuple((*item.ids, *filler[len(item.ids) :]) for item in encoded)
+        return Tokens(ids, sum(1 for item in encoded if item.overflowing), self.pad_id)
+
+
+def _padding_as_text(path: Path) -> tuple[int, str | None]:
+    """Read how long texts are made with tokens that pad, and with which: 0 where padding is none of the model's."""
+    reason = oversize(path, _MOST_BYTES)
+    if reason is not None:
+        raise ConfigError(f"{path}: {reason}; restore it from the model's origin")
+    try:
+        config = parse_json(path.read_bytes()) if path.is_file() else {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error}); restore it from the model's origin") from error
+    if not isinstance(config, dict) or config.get("padding") != "max_length":
+        return 0, None
+    inputs = config.get("model_input_names")
+    if not isinstance(inputs, list) or "attention_mask" in inputs:
+        return 0, None
+    token, length = config.get("pad_token"), config.get("max_length")
+    name = token.get("content") if isinstance(token, dict) else token
+    if type(length) is not int or not 0 < length <= _LONGEST or not isinstance(name, str | None):
+        raise ConfigError(f"{path}: pads texts to {length!r} with {name!r}; restore it from the model's origin")
+    return length, name
+
+
+@contextmanager
+def _tokenizer_errors(where: str) -> Iterator[None]:
+    """Be the boundary to the tokenizers library, which raises bare Exception, and panics, which are no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError, ConfigError):
+        raise
+    except BaseException as error:
+        raise ConfigError(f"{where}: no tokenizer that works ({error}); restore it from the model's origin") from error
+
+
+def _pad_id(tokenizer: tokenizers.Tokenizer) -> int:
+    for token in ("[PAD]", "<pad>", "<|endoftext|>"):
+        found = tokenizer.token_to_id(token)
+        if found is not None:
+            return int(found)
+    return 0
+
+
+def lengths(buckets_tokens: Sequence[int], max_sequence: int) -> tuple[int, ...]:
+    """Give the sequence lengths of a static artifact, none above the model's limit; empty for dynamic shapes."""
+    return tuple(sorted({min(bucket, max_sequence) for bucket in buckets_tokens}))
+
+
+def token_limit(buckets_tokens: Sequence[int], max_sequence: int) -> int:
+    """Give how many tokens a target takes: what the model takes, or its largest bucket holds."""
+    return max(lengths(buckets_tokens, max_sequence), default=max_sequence)
+
+
+def rows_by_bucket(feeds: Feeds, buckets: Sequence[int]) -> dict[int, list[int]]:
+    """Give the smallest bucket for each text, as the rows that belong to each bucket.
+
+    A text alone takes the length it is given in; among others it counts its own tokens.
+
+    Args:
+        feeds: of any texts.
+        buckets: sequence lengths, ascending.
+
+    Raises:
+        ConfigError: a text is longer than the largest bucket.
+    """
+    sizes = feeds.attention_mask.sum(axis=1).tolist()
+    if len(sizes) == 1:
+        sizes = [feeds.input_ids.shape[1]]
+    longest = max(sizes)
+    if longest > buckets[-1]:
+        raise ConfigError(f"a text has {longest} tokens; the largest bucket holds {buckets[-1]}. Cut it first.")
+    rows: dict[int, list[int]] = {}
+    for row, size in enumerate(sizes):
+        rows.setdefault(next(bucket for bucket in buckets if bucket >= size), []).append(row)
+    return rows
+
+
+def fitted(rows: NDArray[np.int64], width: int) -> NDArray[np.int64]:
+    """Cut or pad each row with zeros to the width, int64[rows, width]. A masked id may be any."""
+    kept = rows[:, :width]
+    return np.pad(kept, ((0, 0), (0, width - kept.shape[1])))
+
+
+def batches(samples: Samples, batch_size: int = 32, max_tokens: int = 4096) -> list[Batch]:
+    """Batch samples of like size, so that padding is small.
+
+    Args:
+        samples: tokens of texts, or images.
+        batch_size: most samples in a batch.
+        max_tokens: most tokens in a batch, padding included; a longer text is a batch of its own.
+    """
+    return samples.batches(batch_size, max_tokens)
+
+
+def _batch(tokens: Tokens, rows: Sequence[int]) -> Batch:
+    width = max(1, *(len(tokens.ids[row]) for row in rows))  # a text may have no token, a batch must have a column
+    ids = np.full((len(rows), width), tokens.pad_id, np.int64)
+    mask = np.zeros((len(rows), width), np.int64)
+    for line, row in enumerate(rows):
+        length = len(tokens.ids[row])
+        ids[line, :length] = tokens.ids[row]
+        mask[line, :length] = 1
+    return Batch(tuple(rows), Feeds(ids, mask))
+
+
+def sha256_texts(texts: Sequence[str]) -> str:
+    """Hash texts in order, so that a set is known again."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(f"{len(text)}:".encode() + text.encode())
+    return digest.hexdigest()
+
+
+def text_set(origin: str, texts: Sequence[str], tokens: Tokens) -> TextSet:
+    """Describe a set of texts by its content."""
+    return TextSet(
+        origin=origin,
+        sha256=sha256_texts(texts),
+        count=len(texts),
+        tokens=sum(len(ids) for ids in tokens.ids),
+        truncated=tokens.truncated,
+    )

@@ -1,0 +1,1 @@
+"""Run the device script where an artifact will run, and read its report."""

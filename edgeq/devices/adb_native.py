@@ -1,0 +1,189 @@
+"""Run golden inputs on a phone without Python, through LiteRT's own `benchmark_model`, and compare on this machine.
+
+The binary is the user's: it is fed one text a run and writes the vector's codes to a file. Its limits: only .tflite
+files, only texts, and no times, because the binary gives averages where a report needs percentiles. ONNX Runtime's
+`onnxruntime_perf_test` writes no outputs, so nothing can be compared with it: bundles for it are refused.
+Source: tensorflow 2.16, lite/tools/benchmark: README.md (inputs) and benchmark_tflite_model.cc (signature_to_run_for,
+output_filepath).
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.backends.contract import Embeddings, embed_batches, embed_by_bucket
+from edgeq.bundle.golden import read_golden
+from edgeq.bundle.manifest import MANIFEST, load_manifest
+from edgeq.data.batches import AnyFeeds
+from edgeq.data.tokens import Tokens, batches, lengths, token_limit
+from edgeq.devices.blobs import Blobs
+from edgeq.devices.contract import Job
+from edgeq.devices.report import Agreement, Conditions, DeviceMachine, DeviceReport, judged
+from edgeq.errors import BundleCorrupt, ParityFailed, Unsupported
+from edgeq.evaluation import parity
+from edgeq.evaluation.parity import unit
+from edgeq.records import Manifest, Measures, RunsOn
+from edgeq.system.files import sha256_file, work_dir
+
+if TYPE_CHECKING:
+    from edgeq.devices.adb import Adb
+
+_INPUTS = ("input_ids", "attention_mask")
+_MACHINES = {"arm64": "aarch64", "armv8l": "aarch64"}
+
+
+def validate_natively(phone: Adb, binary: Path, blobs: Blobs, folder: str, job: Job) -> DeviceReport:
+    """Feed the golden texts to the binary on the phone, one a run, and report.
+
+    Args:
+        phone: that the bundle's files were sent to.
+        binary: LiteRT's benchmark_model for it.
+        blobs: what was sent.
+        folder: an empty one on the phone.
+        job: what to validate.
+
+    Raises:
+        Unsupported: the artifact is no .tflite file of texts, or the binary is another.
+        EdgeqError: as `Place.validate` says.
+    """
+    manifest = load_manifest(job.bundle)
+    artifact = manifest.artifact.files[0]
+    if manifest.target.backend != "tflite":
+        raise Unsupported(
+            f"{job.bundle}: --native runs .tflite files; this is a bundle of {manifest.target.backend}, whose native "
+            "tools write no vectors. Give --device-python a Python on the phone."
+        )
+    phone.push(binary, f"{folder}/native")
+    phone.shell(["chmod", "755", f"{folder}/native"], "making the binary executable")
+    session = _Native(phone, folder, dict((name, sha) for name, sha in blobs.files)[artifact.path], manifest, job)
+    golden = read_golden(job.bundle)
+    tokens = Tokens(tuple(tuple(row) for row in golden.token_ids()), 0, golden.pad_id)
+    vectors = embed_batches(session, batches(tokens), len(tokens))
+    limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
+    job.progress("invariance", 0, 1)
+    few = manifest.target.gate.parity_texts
+    invariance = parity.invariance(session, tokens, limit, manifest.target.buckets_tokens, few)
+    measures, failures = None, ("the vectors cannot be compared.",)
+    try:
+        measures = parity.measure(golden.reference, vectors, golden.texts, invariance)
+    except ParityFailed as error:
+        failures = (str(error),)
+    host = None if golden.embeddings is None or measures is None else _agreement(golden.embeddings, vectors)
+    return _report(phone, manifest, sha256_file(job.bundle / MANIFEST), measures, host, failures)
+
+
+class _Native:
+    """Run each text through the binary; a session, as `parity` takes it."""
+
+    def __init__(self, phone: Adb, folder: str, sha256: str, manifest: Manifest, job: Job) -> None:
+        """Read from the file how codes become vectors."""
+        from edgeq.backends.tflite import SIGNATURE, output_codes
+
+        self._phone, self._folder, self._job, self._signature = phone, folder, job, SIGNATURE
+        self._graph = f"{phone.root}/store/{sha256}"
+        self._threads = job.threads or int(manifest.target.runtime["threads"])
+        self._buckets = lengths(manifest.target.buckets_tokens, manifest.source.max_sequence)
+        self._scale, self._zero_point = output_codes(job.bundle / manifest.artifact.files[0].path)
+        self._dim, self._runs, self._count = manifest.source.dim, 0, manifest.golden.count
+
+    def __call__(self, feeds: AnyFeeds) -> Embeddings:
+        """Give float32[batch, dim]."""
+        return embed_by_bucket(feeds, self._buckets, self._run)
+
+    def _run(self, bucket: int, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> Embeddings:
+        rows = [
+            self._one(bucket, dict(zip(_INPUTS, pair, strict=True)))
+            for pair in zip(input_ids, attention_mask, strict=True)
+        ]
+        codes = np.stack(rows).astype(np.float32)
+        embeddings: Embeddings = (codes - self._zero_point) * np.float32(self._scale)
+        return embeddings
+
+    def _one(self, bucket: int, arrays: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int8]:
+        """Run one text; give its codes, int8[dim].
+
+        Raises:
+            BundleCorrupt: the binary wrote something of another size.
+        """
+        with work_dir() as here:
+            for name, array in arrays.items():
+                (here / name).write_bytes(array.astype("<i4").tobytes())
+                self._phone.push(here / name, f"{self._folder}/{name}")
+            out = f"{self._folder}/vector"
+            self._phone.script(f"rm -f {shlex.quote(out)} && {shlex.join(self._words(bucket, out))}", "benchmark_model")
+            self._phone.pull(out, here / "vector")
+            found = np.frombuffer((here / "vector").read_bytes()[: self._dim + 1], np.int8)
+        if len(found) != self._dim:
+            raise BundleCorrupt(
+                f"{self._phone.name}: benchmark_model wrote {len(found)} bytes for a vector of {self._dim} codes. Give "
+                "--native a benchmark_model of TensorFlow 2.16 or newer."
+            )
+        self._runs += 1
+        if self._runs <= self._count:
+            self._job.progress("run", self._runs, self._count)
+        return found
+
+    def _words(self, bucket: int, out: str) -> list[str]:
+        """Give the binary's command line."""
+        files = ",".join(f"{name}:{self._folder}/{name}" for name in _INPUTS)
+        return [
+            f"{self._folder}/native", f"--graph={self._graph}", f"--num_threads={self._threads or -1}", "--num_runs=1",
+            "--warmup_runs=0", "--max_secs=0", f"--signature_to_run_for={self._signature.format(bucket)}",
+            f"--input_layer={','.join(_INPUTS)}", f"--input_layer_shape=1,{bucket}:1,{bucket}",
+            f"--input_layer_value_files={files}", f"--output_filepath={out}",
+        ]  # fmt: skip
+
+
+def _agreement(recorded: Embeddings, vectors: Embeddings) -> Agreement:
+    """Compare vectors with the exporting machine's."""
+    cosines = np.clip(np.sum(unit(recorded) * unit(vectors), axis=1), -1.0, 1.0)
+    return Agreement(
+        cosine_mean=float(cosines.mean()),
+        cosine_min=float(cosines.min()),
+        max_abs_error=float(np.abs(recorded.astype(np.float64) - vectors).max()),
+    )
+
+
+def _report(
+    phone: Adb, manifest: Manifest, sha256: str, measures: Measures | None, host: Agreement | None,
+    failures: tuple[str, ...],
+) -> DeviceReport:  # fmt: skip
+    """Judge, and describe the phone."""
+    machine = _machine(phone, manifest.target.runs_on)
+    nothing = Conditions(temperatures_c={}, frequencies_mhz={})
+    report = DeviceReport(
+        format=1, target=manifest.target.name, manifest_sha256=sha256, place="adb-native",
+        ran_on=manifest.target.runs_on.elsewhere if machine.lacks else "device", status="failed", failures=failures,
+        measures=measures, host=host, machine=machine, tools={"benchmark_model": "given by its path"},
+        threads=int(manifest.target.runtime["threads"]), load_ms=None, peak_memory_bytes=None, cells=(), before=nothing,
+        after=nothing,
+    )  # fmt: skip
+    found = judged(report, manifest)
+    return report.model_copy(update={"failures": found, "status": "failed" if found else "passed"})
+
+
+def _machine(phone: Adb, runs_on: RunsOn) -> DeviceMachine:
+    """Ask the phone what it is."""
+    name = phone.shell(["uname", "-m"], "asking for the processor").strip()[:40]
+    cpuinfo = phone.shell(["cat", "/proc/cpuinfo"], "asking for the processor")
+    told: dict[str, Any] = {}
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        told.setdefault(key.strip(), value.strip())
+    flags = tuple(sorted(set(str(told.get("Features", "")).split())))
+    model = phone.script("getprop ro.product.model 2>/dev/null || true", "asking for the model").strip()
+    spelled = _MACHINES.get(name, name)
+    lacks = [f"the CPU lacks {flag}" for flag in runs_on.cpu_flags_all if flag not in flags]
+    if spelled != runs_on.machine:
+        lacks = [f"the machine is {spelled}, {runs_on.machine} is needed"]
+    return DeviceMachine(
+        machine=spelled, accelerator=None, cpu=(model or str(told.get("Hardware", spelled)))[:200],
+        cores=max(1, cpuinfo.count("processor")), cpu_flags=flags, system="Android", memory_bytes=None,
+        lacks=tuple(lacks),
+    )  # fmt: skip

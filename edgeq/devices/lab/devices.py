@@ -1,0 +1,93 @@
+"""Read the devices of a lab from a TOML file."""
+
+from __future__ import annotations
+
+import fnmatch
+import tomllib
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from edgeq.devices.contract import DEFAULT_TIME_LIMIT_S, Place
+from edgeq.devices.report import report_path
+from edgeq.devices.ssh import DEFAULT_PYTHON
+from edgeq.devices.transports import Access, place_of
+from edgeq.errors import ConfigError
+from edgeq.records import Record
+from edgeq.system.files import storage_errors
+
+_LARGEST_BYTES = 1_000_000
+
+
+class LabDevice(Record):
+    """Name one device, how it is reached, and what is validated on it: one `[[device]]` of the file."""
+
+    name: str = Field(min_length=1)
+    where: str  # as `edgeq validate --on` takes it
+    targets: tuple[str, ...] = ("*",)  # names of targets, or patterns as a shell's
+    python: str = DEFAULT_PYTHON
+    native: Path | None = None
+    time_limit_s: float = Field(default=DEFAULT_TIME_LIMIT_S, gt=0)  # for one bundle, sending included
+
+    def place(self) -> Place:
+        """Give the place.
+
+        Raises:
+            ConfigError: `where` is no address of one.
+        """
+        return place_of(self.where, Access(self.python, self.native))
+
+    def takes(self, target: str) -> bool:
+        """Say whether a target's bundles are validated on it."""
+        return any(fnmatch.fnmatchcase(target, pattern) for pattern in self.targets)
+
+
+def read_devices(path: Path) -> tuple[LabDevice, ...]:
+    """Read the file; every problem is told, not the first.
+
+    Raises:
+        ConfigError: it is no such file, two devices have one name, or an address is none.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; a TOML list of devices is needed, as docs/device.md shows it")
+    with storage_errors(f"reading {path}"), path.open("rb") as file:
+        content = file.read(_LARGEST_BYTES + 1)
+    try:
+        if len(content) > _LARGEST_BYTES:
+            raise ValueError(f"it is larger than {_LARGEST_BYTES} bytes")
+        document = tomllib.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # of TOML and of UTF-8, too
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    entries = document.get("device")
+    if set(document) != {"device"} or not isinstance(entries, list) or not entries:
+        raise ConfigError(f"{path}: holds {', '.join(sorted(document)) or 'nothing'}; [[device]] entries are needed")
+    devices, problems = [], []
+    for number, entry in enumerate(entries, start=1):
+        try:
+            devices.append(LabDevice.model_validate(entry, strict=False))
+        except ValidationError as error:
+            problems += [f"device {number}: {_problem(item)}" for item in error.errors()]
+    problems += [problem for device in devices if (problem := _wrong(device, path)) is not None]
+    files = [report_path(path, device.name).name.casefold() for device in devices if _wrong(device, path) is None]
+    twice = sorted({name for name in files if files.count(name) > 1})
+    problems += [f"{name}: two devices would write this report; name them otherwise" for name in twice]
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise ConfigError(f"{path}: no valid list of devices:\n{listed}")
+    return tuple(devices)
+
+
+def _problem(item: object) -> str:
+    fields = item if isinstance(item, dict) else {}
+    where = ".".join(str(part) for part in fields.get("loc", ())) or "the entry"
+    return f"{where}: {fields.get('msg')}"
+
+
+def _wrong(device: LabDevice, path: Path) -> str | None:
+    """Say what keeps a device from being used."""
+    try:
+        device.place()
+        report_path(path, device.name)
+    except ConfigError as error:
+        return f"{device.name}: {error}"
+    return None

@@ -1,0 +1,121 @@
+"""Make the bundles of one export on the machines of a cluster; what they share is made once, here, and sent."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from edgeq import errors
+from edgeq.bundle.write import take
+from edgeq.devices.lab.cluster import RESTARTS, cluster, gathered, packed, require, said, unpack
+from edgeq.errors import DeviceUnavailable, EdgeqError
+from edgeq.pipeline import export
+from edgeq.pipeline.export import Exported, ExportRequest, Shared
+from edgeq.pipeline.stages import Report
+from edgeq.records import Target
+from edgeq.system.cache import Cache
+from edgeq.system.files import write_bytes
+
+_SILENT_S = 7200.0  # one bundle of an emulated target may take long
+
+
+def export_on_cluster(request: ExportRequest, report: Report, address: str | None) -> tuple[Exported, ...]:
+    """Export as `pipeline.export` does, each target's bundle on a machine of the cluster.
+
+    Args:
+        request: what is wanted. Images must lie at the same path on every machine.
+        report: called with (stage, done, total).
+        address: host:port of a running cluster; None works on this machine, as many targets at once as it has cores.
+
+    Raises:
+        ToolMissing: ray is not installed.
+        DeviceUnavailable: there is no cluster, or it gives nothing.
+        EdgeqError: any stage; of several targets that fail, the first one's. The bundles of the others are written.
+    """
+
+    def spread(shared: Shared, request: ExportRequest, report: Report) -> tuple[Exported, ...]:
+        with cluster(address) as ray:
+            return _spread(ray, shared, request, report)
+
+    require(address)
+    return export.export(request, report, spread)
+
+
+def _spread(ray: Any, shared: Shared, request: ExportRequest, report: Report) -> tuple[Exported, ...]:
+    """Give each target to a machine, and write what comes back."""
+    found: dict[str, Exported | EdgeqError] = {}
+    content = ray.put(packed([shared.floats.folder, shared.calibrated.folder]))
+    scheme = None if request.scheme is None else request.scheme.read_bytes()
+    is_kept = not request.cache.is_temporary
+    sent = replace(request, cache=Cache(Path()), targets=())
+    remote = ray.remote(_made).options(num_cpus=1, max_retries=RESTARTS, scheduling_strategy="SPREAD")
+    waiting = {remote.remote(content, shared, sent, target, scheme, is_kept): target for target in request.targets}
+    total = len(waiting)
+
+    def each(target: Target, result: Any) -> None:
+        found[target.name] = _written(target, result, request.out, request.overwrite)
+
+    report("bundles", 0, total)
+    gathered(ray, waiting, each, _SILENT_S, lambda done: report("bundles", done, total))
+    for item in found.values():
+        if isinstance(item, EdgeqError):
+            raise item
+    return tuple(item for target in request.targets if isinstance(item := found[target.name], Exported))
+
+
+def _made(
+    content: bytes, shared: Shared, request: ExportRequest, target: Target, scheme: bytes | None, is_kept: bool
+) -> tuple[str, str, Mapping[str, bytes]]:
+    """Make one bundle on a machine of the cluster; give the result as JSON and the files by what they are.
+
+    What went wrong comes back as the name of an error and its message.
+    """
+    cache = Cache() if is_kept else Cache.temporary()
+    with tempfile.TemporaryDirectory(prefix="edgeq-lab-") as name:
+        folder = Path(name)
+        unpack(content, folder / "shared")
+        local = shared.at(cache, folder / "shared")
+        if scheme is not None and request.scheme is not None:
+            (folder / request.scheme.name).write_bytes(scheme)
+            request = replace(request, scheme=folder / request.scheme.name)
+        request = replace(request, cache=cache, out=folder / "out", targets=(target,))
+        try:
+            exported = export.bundled(target, local, request, lambda *_: None)
+        except EdgeqError as error:
+            return type(error).__name__, str(error), {}
+        finally:
+            cache.close()
+        files = {"bundle": packed([Path(exported.path)])} if exported.path else {}
+        if exported.report:
+            files["report"] = Path(exported.report).read_bytes()
+        return "", exported.model_dump_json(), files
+
+
+def _written(target: Target, result: Any, out: Path, overwrite: bool) -> Exported | EdgeqError:
+    """Put a bundle, or the report of a missed gate, where it belongs."""
+    if isinstance(result, Exception):
+        return DeviceUnavailable(
+            f"{target.name}: its machine in the cluster was lost, or died of a defect: {said(result)}"
+        )
+    error, content, files = result
+    if error:
+        kind: type[EdgeqError] = getattr(errors, error)
+        return kind(content)
+    exported = Exported.model_validate_json(content)
+    changes = {"path": "", "report": ""}
+    if "bundle" in files:
+        with tempfile.TemporaryDirectory(prefix="edgeq-lab-") as name:
+            unpack(files["bundle"], Path(name))
+            take(Path(name) / target.name, out / target.name, overwrite)
+        changes["path"] = str(out / target.name)
+    kept = out / f"{target.name}.parity.json"
+    if "report" in files:
+        out.mkdir(parents=True, exist_ok=True)
+        write_bytes(kept, files["report"])
+        changes["report"] = str(kept)
+    else:
+        kept.unlink(missing_ok=True)
+    return exported.model_copy(update=changes)

@@ -1,0 +1,131 @@
+"""Export a source to a float model: FP32 ONNX with pooling and normalisation inside, proved against its source."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from edgeq import errors
+from edgeq.data.batches import AnyFeeds
+from edgeq.errors import EdgeqError, Unsupported
+from edgeq.frontend.locate import Located
+from edgeq.frontend.onnx.export import Raw, prepare
+from edgeq.frontend.torch import export as torch_export
+from edgeq.graph import dialect, external_data, origins
+from edgeq.graph.float_session import FloatSession
+from edgeq.passes.apply import apply
+from edgeq.records import FloatModel, Source
+from edgeq.system.files import file_ref
+
+TOLERANCE = 1e-5
+MODEL, CONFIG = "model.onnx", torch_export.CONFIG
+_LOG_LINES = 15
+
+
+def export(
+    located: Located, out_dir: Path, hidden_state: bool = True, float_ops: Sequence[str] = ()
+) -> tuple[Source, FloatModel]:
+    """Write `model.onnx` and the folder `config/` below `out_dir`.
+
+    Args:
+        located: the model.
+        out_dir: an existing empty folder.
+        hidden_state: also give `last_hidden_state`, float32[batch, sequence, hidden], for tools that pool themselves.
+        float_ops: operators outside the dialect that may stay, for targets that keep floats.
+
+    Returns:
+        The records. Outputs: `sentence_embedding`, float32[batch, dim], and `last_hidden_state` if asked for.
+
+    Raises:
+        ToolMissing: torch, or for an ONNX file onnxscript, is not installed.
+        ConfigError: the model cannot be loaded.
+        Unsupported: torch cannot export it, or the graph leaves the dialect.
+        EdgeqError: the graph does not reproduce torch, or the given file, to 1e-5.
+    """
+    with tempfile.TemporaryDirectory(dir=out_dir) as folder, external_data.outside(Path(folder) / "weights"):
+        if located.onnx is not None:
+            raw = prepare(located, located.onnx, out_dir / CONFIG, hidden_state)
+        else:
+            raw = _from_torch(located, out_dir, Path(folder) / "raw", hidden_state)
+        return raw.source, _float_model(located, raw, out_dir / MODEL, float_ops)
+
+
+def _float_model(located: Located, raw: Raw, path: Path, float_ops: Sequence[str]) -> FloatModel:
+    """Rewrite a graph, prove it against its source, and write it."""
+    rewritten, reports = apply(raw.model, raw.feeds)
+    name = located.display_name if located.onnx is not None else located.name
+    dialect.verify(rewritten, name, float_ops)
+    origins.strip(rewritten)
+    error = _largest_error(rewritten, raw.feeds, raw.expected)
+    if not error <= TOLERANCE:
+        raise EdgeqError(
+            f"{name}: the graph differs from its source by {error:.2e}; at most {TOLERANCE:.0e} is allowed. "
+            "This is a defect of edgeq: please report the model"
+        )
+    external_data.save(rewritten, path)
+    return FloatModel(
+        file=file_ref(path),
+        source_sha256=located.sha256,
+        inputs=raw.source.inputs,
+        outputs=tuple(output.name for output in rewritten.graph.output),
+        dim=raw.source.dim,
+        max_sequence=raw.source.max_sequence,
+        max_abs_error=error,
+        passes=reports,
+    )
+
+
+def _from_torch(located: Located, out_dir: Path, raw_dir: Path, hidden_state: bool) -> Raw:
+    """Export with torch, and read what its process wrote; the weights of a large model stay in `raw_dir`."""
+    raw_dir.mkdir()
+    _run_torch(located, raw_dir, hidden_state)
+    record = Source.model_validate_json((raw_dir / torch_export.SOURCE).read_bytes())
+    raw = external_data.load(raw_dir / torch_export.RAW)
+    feeds, expected = torch_export.load_probes(raw_dir / torch_export.PROBES)
+    (raw_dir / CONFIG).rename(out_dir / CONFIG)
+    return Raw(record, raw, feeds, expected)
+
+
+def _run_torch(located: Located, out_dir: Path, hidden_state: bool) -> None:
+    """Run `edgeq.frontend.torch.export` in a child process and turn its failure into ours."""
+    request = json.dumps({**asdict(located), "out_dir": str(out_dir), "hidden_state": hidden_state}, default=str)
+    child = subprocess.run(
+        [sys.executable, "-m", "edgeq.frontend.torch.export", request],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if child.returncode == 0:
+        return
+    try:
+        answer = json.loads(child.stdout.strip().splitlines()[-1])
+        kind = getattr(errors, answer["error"])
+    except (json.JSONDecodeError, IndexError, KeyError, AttributeError, TypeError):
+        log = "\n".join(child.stderr.strip().splitlines()[-_LOG_LINES:])
+        raise Unsupported(
+            f"{located.name}: exporting stopped with exit code {child.returncode}; its last lines:\n{log}"
+        ) from None
+    raise kind(answer["message"])
+
+
+def _largest_error(
+    exported: onnx.ModelProto, feeds: tuple[AnyFeeds, ...], expected: list[NDArray[np.float32]]
+) -> float:
+    """Give the largest absolute difference to the source's embeddings, relative where their largest value exceeds 1."""
+    session = FloatSession.of(exported)
+    worst = 0.0
+    for feed, embeddings in zip(feeds, expected, strict=True):
+        scale = max(1.0, float(np.abs(embeddings).max()))
+        error = float(np.abs(embeddings - session(feed)).max()) / scale
+        worst = max(worst, error if np.isfinite(error) else float("inf"))
+    return worst

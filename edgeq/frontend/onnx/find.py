@@ -1,0 +1,192 @@
+"""Find an ONNX file, the tokenizer that belongs to it, and what its folder says about pooling."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from edgeq.errors import ConfigError
+from edgeq.frontend.onnx.read import external_files
+from edgeq.system.files import sha256_file
+
+MODULES, TOKENIZER, CONFIG = "modules.json", "tokenizer.json", "config.json"
+SUFFIX = ".onnx"
+
+_FOLDER, _USUAL = "onnx", "model.onnx"
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_LARGEST_LIMIT = 1_000_000  # tokenizers without a limit state 1e30
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """Hold what a user may add to an ONNX file.
+
+    Attributes:
+        tokenizer: a tokenizer.json, or the folder that holds it and the model's configuration.
+        max_sequence: the longest sequence in tokens; None asks the configuration.
+        normalize: whether vectors get length 1; None asks modules.json, and without it leaves them as they are.
+        kind: where the file came from: a user's file, or a torch module that edgeq exported.
+    """
+
+    tokenizer: Path | None = None
+    max_sequence: int | None = None
+    normalize: bool | None = None
+    kind: Literal["onnx", "module"] = "onnx"
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """Hold an ONNX file and what belongs to it.
+
+    Attributes:
+        path: the file.
+        tokenizer: its tokenizer.json.
+        config_dir: the folder with configuration, or None when only a tokenizer.json is known.
+        max_sequence: in tokens, special tokens included.
+        normalize: as OnnxOptions has it.
+        kind: as OnnxOptions has it.
+        sha256: over all that decides the vectors.
+    """
+
+    path: Path
+    tokenizer: Path
+    config_dir: Path | None
+    max_sequence: int
+    normalize: bool | None
+    kind: Literal["onnx", "module"]
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        """Give the file's name, or its folder's where the file has the name that all have."""
+        if self.kind == "module":
+            return self.path.stem
+        folder = self.path.parent.parent if self.path.parent.name == _FOLDER else self.path.parent
+        return folder.name if self.path.name == _USUAL and folder.name else self.path.name
+
+
+def find(model: str, pooling: str | None, options: OnnxOptions) -> OnnxFile | None:
+    """Find the ONNX file that the user named, or that lies in a directory without torch weights.
+
+    Args:
+        model: what the user named.
+        pooling: of a file that gives hidden states.
+        options: what the user added.
+
+    Returns:
+        None where the model is no ONNX file.
+
+    Raises:
+        ConfigError: the tokenizer or the longest sequence is not known, or `options` are given for another source.
+    """
+    path = _file(Path(model).expanduser())
+    if path is None:
+        given = [name for name, value in _spelled(options).items() if value is not None]
+        if given:
+            raise ConfigError(f"{model}: {', '.join(given)} belong to an ONNX file, and this is none. Leave them out.")
+        return None
+    tokenizer = tokenizer_file(options.tokenizer) if options.tokenizer is not None else _tokenizer_beside(path)
+    config_dir = tokenizer.parent if any((tokenizer.parent / name).is_file() for name in (MODULES, CONFIG)) else None
+    limit = options.max_sequence or token_limit(tokenizer)
+    if limit is None:
+        raise ConfigError(
+            f"{path}: neither {tokenizer.name} nor a configuration beside it says how long a text may be; "
+            "give --max-sequence with the model's limit in tokens."
+        )
+    return OnnxFile(
+        path, tokenizer, config_dir, limit, options.normalize, options.kind,
+        _identity(path, tokenizer, config_dir, (pooling, options.normalize, limit)),
+    )  # fmt: skip
+
+
+def _spelled(options: OnnxOptions) -> dict[str, object]:
+    return {
+        "--tokenizer": options.tokenizer,
+        "--max-sequence": options.max_sequence,
+        "--normalize": options.normalize,
+    }
+
+
+def _file(path: Path) -> Path | None:
+    if path.is_file() and path.suffix == SUFFIX:
+        return path.resolve()
+    if not path.is_dir():
+        return None
+    has_weights = any(any(place.glob(item)) for place in (path, path / "0_Transformer") for item in _WEIGHTS)
+    if has_weights:
+        return None
+    for folder in (path / _FOLDER, path):
+        if (folder / _USUAL).is_file():
+            return (folder / _USUAL).resolve()
+        files = sorted(folder.glob(f"*{SUFFIX}"))
+        if len(files) == 1:
+            return files[0].resolve()
+        if files:
+            names = ", ".join(file.name for file in files)
+            raise ConfigError(f"{folder}: holds {names}, and none is {_USUAL}; name the FP32 one among them.")
+    return None
+
+
+def tokenizer_file(given: Path) -> Path:
+    """Give the tokenizer.json that a user named, or that lies in the folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    file = given if given.is_file() else given / TOKENIZER
+    if not file.is_file():
+        raise ConfigError(f"--tokenizer {given}: neither a tokenizer.json nor a folder that holds one")
+    return file.resolve()
+
+
+def _tokenizer_beside(path: Path) -> Path:
+    places = [path.parent, *([path.parent.parent] if path.parent.name == _FOLDER else [])]
+    for folder in places:
+        if (folder / TOKENIZER).is_file():
+            return folder / TOKENIZER
+    raise ConfigError(
+        f"{path}: no {TOKENIZER} lies beside it, and texts cannot become tokens without one; "
+        "give --tokenizer with the file or its folder."
+    )
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file, or give an empty object where there is none.
+
+    Raises:
+        ConfigError: it is not JSON.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error}); restore it from the model's origin") from error
+
+
+def token_limit(tokenizer: Path) -> int | None:
+    """Ask, in this order, sentence-transformers' limit, the tokenizer's, its truncation, and the position table's."""
+    folder = tokenizer.parent
+    truncation = read_json(tokenizer).get("truncation") or {}
+    found = (
+        read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
+        read_json(folder / "tokenizer_config.json").get("model_max_length"),
+        truncation.get("max_length"),
+        read_json(folder / CONFIG).get("max_position_embeddings"),
+    )
+    return next((int(value) for value in found if value is not None and 0 < value < _LARGEST_LIMIT), None)
+
+
+def _identity(path: Path, tokenizer: Path, config_dir: Path | None, options: tuple[object, ...]) -> str:
+    """Hash the graph, its external data, the tokenizer, the modules and the options; no path and no file's name."""
+    digest = hashlib.sha256(f"{options}\n".encode())
+    files = [path, tokenizer, *(path.parent / name for name in external_files(path))]
+    if config_dir is not None:
+        files += [config_dir / MODULES, *sorted(config_dir.glob("[0-9]*_*/*"))]
+    for file in files:
+        if file.is_file():
+            digest.update(f"{sha256_file(file)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,160 @@
+"""Export a torch module that the caller holds to an ONNX file, proved against it: from there it is an ONNX source."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeq.data.batches import PIXELS
+from edgeq.errors import ConfigError, EdgeqError, Unsupported
+from edgeq.frontend.onnx.interface import EMBEDDING, HIDDEN, IDS, MASK, SEGMENTS
+from edgeq.frontend.torch.errors import explain
+from edgeq.frontend.torch.export import to_onnx
+from edgeq.graph import external_data
+
+if TYPE_CHECKING:
+    import torch
+
+TOLERANCE = 1e-5  # float rounding between torch and ONNX Runtime, of the largest value
+HALF_TOLERANCE = 2e-2  # the same where the module computes in half precision
+_KEYS = (EMBEDDING, HIDDEN, "token_embeddings")  # of outputs that are mappings, the likeliest first
+
+
+def write_onnx(
+    module: torch.nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] | None, folder: Path, max_sequence: int
+) -> Path:
+    """Write FOLDER/CLASS.onnx and give its path.
+
+    Args:
+        module: takes token ids and mask, each int64[batch, sequence], and gives `sentence_embedding` or token vectors.
+        example_inputs: tensors in the order of `forward`, or by name; None makes ids and a mask, as far as `forward`
+            has parameters of those names.
+        folder: exists.
+        max_sequence: the longest sequence in tokens.
+
+    Raises:
+        ConfigError: the example inputs do not fit `forward`.
+        Unsupported: torch cannot run or export the module; the message names the line.
+        EdgeqError: the graph does not give the module's output.
+    """
+    import torch
+
+    name = type(module).__name__
+    tensors = _tensors(module, example_inputs)
+
+    class Graph(torch.nn.Module):
+        """Call the module by parameter names, and pick the output."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *values: torch.Tensor) -> torch.Tensor:
+            return _picked(self.module(**dict(zip(tensors, values, strict=True))), name)
+
+    with _evaluating(module):
+        try:
+            with torch.no_grad():
+                expected = Graph()(*tensors.values())
+        except EdgeqError:
+            raise
+        except Exception as error:  # the boundary to the caller's module, which may raise anything
+            raise Unsupported(f"{name}: running it on the example inputs failed: {explain(error)}") from error
+        if expected.ndim not in (2, 3):
+            raise Unsupported(
+                f"{name}: gives {list(expected.shape)}; vectors [batch, dim] or token vectors [batch, sequence, dim] "
+                "are needed. Wrap it in a module that gives one of them."
+            )
+        output = EMBEDDING if expected.ndim == 2 else HIDDEN
+        path = folder / f"{name}.onnx"
+        with external_data.outside(folder / "weights"):
+            external_data.save(to_onnx(Graph().eval(), tensors, (output,), name, max_sequence), path)
+    _prove(path, tensors, expected, name)
+    return path
+
+
+def _tensors(
+    module: torch.nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] | None
+) -> dict[str, torch.Tensor]:
+    """Name the example inputs after the parameters of `forward`."""
+    import torch
+
+    parameters = list(inspect.signature(module.forward).parameters)
+    if isinstance(example_inputs, Mapping):
+        named = dict(example_inputs)
+    elif example_inputs is not None:
+        named = dict(zip(parameters, example_inputs, strict=False))
+        if len(named) != len(example_inputs):
+            raise ConfigError(
+                f"{type(module).__name__}: {len(example_inputs)} example inputs for forward({', '.join(parameters)})"
+            )
+    else:
+        ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 0, 0, 0]])
+        made = {IDS: ids, MASK: (ids > 0).to(torch.int64), SEGMENTS: torch.zeros_like(ids)}
+        named = {key: value for key, value in made.items() if key in parameters}
+        if PIXELS in parameters:
+            raise ConfigError(
+                f"{type(module).__name__}: forward({', '.join(parameters)}) takes images; "
+                "modules come in for texts only. Save the model and its image processor with save_pretrained, and give "
+                "the directory and images="
+            )
+        if IDS not in named:
+            raise ConfigError(
+                f"{type(module).__name__}: forward({', '.join(parameters)}) has no parameter {IDS}; give example_inputs"
+            )
+    for key, value in named.items():
+        if not isinstance(value, torch.Tensor) or value.ndim != 2 or value.is_floating_point():
+            raise ConfigError(f"example_inputs: {key} is no tensor of whole numbers, [batch, sequence]")
+        if value.shape[0] < 2 or value.shape[1] < 3:
+            raise ConfigError(f"example_inputs: {key} is {list(value.shape)}; at least 2 texts of 3 tokens are needed")
+    return named
+
+
+def _picked(output: Any, name: str) -> torch.Tensor:
+    """Give the vectors or token vectors out of what a module gives."""
+    import torch
+
+    if isinstance(output, Mapping):
+        found = next((output[key] for key in _KEYS if key in output), None)
+        found = next(iter(output.values())) if found is None else found
+    else:
+        found = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(found, torch.Tensor):
+        raise Unsupported(f"{name}: gives a {type(found).__name__}; a tensor, or a mapping or tuple of them, is needed")
+    return found
+
+
+@contextmanager
+def _evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off, and back on afterwards."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+def _prove(path: Path, tensors: Mapping[str, torch.Tensor], expected: torch.Tensor, name: str) -> None:
+    """Compare what ONNX Runtime gives for the example inputs with what torch gave."""
+    import onnxruntime as ort
+    import torch
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    kept = {item.name for item in session.get_inputs()}  # an input that nothing reads is not in the graph
+    (found,) = session.run(None, {key: value.numpy() for key, value in tensors.items() if key in kept})
+    wanted = expected.to(torch.float32).numpy()
+    error = float(np.abs(found.astype(np.float32) - wanted).max() / max(1.0, float(np.abs(wanted).max())))
+    allowed = TOLERANCE if expected.dtype == torch.float32 else HALF_TOLERANCE
+    if not error <= allowed:
+        raise EdgeqError(
+            f"{name}: the exported graph differs from the module by {error:.2e}; at most {allowed:.0e} is allowed. "
+            "Does its forward do the same each time? Else this is a defect of torch's exporter: please report it"
+        )

@@ -1,0 +1,169 @@
+"""Define the closed set of ops a float model is written in, and verify a model against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from edgeq.data.batches import PIXELS
+from edgeq.errors import Unsupported
+from edgeq.graph import external_data
+from edgeq.graph.origins import origin
+
+OPSET = 21
+
+# op -> why a float model may hold it. Adding an op is one row here, and one row or file in each backend that takes it.
+OPERATORS: dict[str, str] = {
+    "Abs": "distances between positions",
+    "Add": "bias, residual, mask, positions",
+    "And": "pooling of the last token",
+    "ArgMax": "pooling of the last token",
+    "Cast": "mask to float",
+    "Ceil": "distances between positions in buckets",
+    "Clip": "divisors kept off zero",
+    "Cos": "rotation by position",
+    "CumSum": "weighted mean pooling, positions of tokens that are no padding",
+    "Concat": "pooling modes side by side, class token",
+    "Conv": "maps of an image",
+    "Div": "pooling, normalisation",
+    "Equal": "pooling of the last token",
+    "Erf": "activations that are not GELU",
+    "Expand": "pooling",
+    "Gather": "embedding tables, first token",
+    "GatherElements": "pooling of the last token",
+    "GatherND": "pooling of the last token",
+    "Gelu": "activation",
+    "Greater": "distances between positions",
+    "GreaterOrEqual": "distances between positions",
+    "GlobalAveragePool": "pooling of maps",
+    "HardSigmoid": "activation, gates of maps",
+    "HardSwish": "activation",
+    "Identity": "Dense without activation",
+    "LayerNormalization": "normalisation inside the encoder",
+    "Less": "distances between positions",
+    "LessOrEqual": "causal and local attention",
+    "Log": "distances between positions in buckets",
+    "MatMul": "weights, attention, pooling",
+    "Max": "divisors kept off zero",
+    "Min": "distances between positions in buckets",
+    "MaxPool": "maps of an image",
+    "Mul": "scales, gates",
+    "Neg": "pooling of the last token, rotation by position",
+    "Not": "pooling masks",
+    "Or": "local attention",
+    "Pow": "activations, squares",
+    "Range": "positions",
+    "Reciprocal": "normalisation by the root of the mean square",
+    "ReduceL2": "unit length",
+    "ReduceMax": "max pooling",
+    "ReduceMean": "pooling",
+    "ReduceSum": "pooling",
+    "Relu": "activation",
+    "Reshape": "heads",
+    "ScatterElements": "pooling of the last token",
+    "Shape": "symbolic sizes",
+    "Sigmoid": "activation, gates",
+    "Sign": "distances between positions",
+    "Sin": "rotation by position",
+    "Slice": "positions, first token",
+    "Softmax": "attention",
+    "Split": "heads, gates",
+    "Sqrt": "mean_sqrt_len pooling, normalisation by the root of the mean square",
+    "Squeeze": "pooling",
+    "Sub": "mask",
+    "Tanh": "activation, Dense",
+    "Tile": "projections of positions for each head, the query of a pooling head for each image",
+    "Transpose": "heads",
+    "Unsqueeze": "mask",
+    "Where": "max pooling",
+}
+
+# What torch's activations are made of, one of which a Dense behind the pooling may have.
+for _name in (
+    "Abs", "Celu", "Elu", "Greater", "HardSigmoid", "HardSwish", "LeakyRelu", "LessOrEqual", "Log", "LogSoftmax",
+    "Mish", "PRelu", "Selu", "Sign", "Softplus",
+):  # fmt: skip
+    OPERATORS.setdefault(_name, "activation of a Dense")
+
+LARGEST_CONSTANT = 1e30  # an infinite mask ruins every range it meets
+
+
+class OutsideDialect(Unsupported):
+    """Refuse a graph that leaves the dialect; `operators` are the standard's own among those it should not hold."""
+
+    def __init__(self, message: str, operators: Sequence[str]) -> None:
+        """Take the message and the operators."""
+        super().__init__(message)
+        self.operators = tuple(operators)
+
+
+def verify(model: onnx.ModelProto, name: str, float_ops: Sequence[str] = ()) -> None:
+    """Check ops, opset, dtypes, constants, names and symbolic axes.
+
+    Args:
+        model: an ONNX model.
+        name: for messages.
+        float_ops: operators outside the dialect that may stay.
+
+    Raises:
+        OutsideDialect: with every violation, not only the first.
+    """
+    unknown = _unknown_nodes(model, float_ops)
+    others = [*_opset_problems(model), *_constant_problems(model), *_interface_problems(model)]
+    problems = [*map(_operator_problem, unknown), *others]
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        standard = sorted({node.op_type for node in unknown if node.domain in ("", "ai.onnx")})
+        raise OutsideDialect(f"{name}: the graph leaves the dialect of float models:\n{listed}", standard)
+
+
+def _unknown_nodes(model: onnx.ModelProto, float_ops: Sequence[str]) -> list[onnx.NodeProto]:
+    known = {*OPERATORS, *float_ops}
+    return [node for node in model.graph.node if node.domain not in ("", "ai.onnx") or node.op_type not in known]
+
+
+def _operator_problem(node: onnx.NodeProto) -> str:
+    where = f" ({origin(node)})" if origin(node) else ""
+    domain = f"{node.domain}::" if node.domain else ""
+    return f"{node.name or node.output[0]}{where}: op {domain}{node.op_type}"
+
+
+def _opset_problems(model: onnx.ModelProto) -> list[str]:
+    problems = []
+    opsets = {item.domain: item.version for item in model.opset_import}
+    if opsets.get("") != OPSET:
+        problems.append(f"opset {opsets.get('')}; {OPSET} is needed")
+    return problems
+
+
+def _constant_problems(model: onnx.ModelProto) -> list[str]:
+    problems = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE):
+            problems.append(f"{tensor.name}: {TensorProto.DataType.Name(tensor.data_type)}; FLOAT is needed")
+        elif tensor.data_type == TensorProto.FLOAT:
+            array = external_data.array(tensor)
+            if array.size and not max(float(array.max()), -float(array.min())) < LARGEST_CONSTANT:
+                problems.append(f"{tensor.name}: holds {array.flat[np.abs(array).argmax()]:g}; finite masks are needed")
+    return problems
+
+
+def _interface_problems(model: onnx.ModelProto) -> list[str]:
+    problems = []
+    inputs = [item.name for item in model.graph.input]
+    takes_images = inputs == [PIXELS]
+    if inputs != ["input_ids", "attention_mask"] and not takes_images:
+        problems.append(f"inputs {inputs}; input_ids and attention_mask, or {PIXELS}, are needed")
+    if not model.graph.output or model.graph.output[0].name != "sentence_embedding":
+        problems.append("the first output is not sentence_embedding")
+    for item in model.graph.input:
+        shape = item.type.tensor_type.shape.dim
+        if takes_images:
+            is_image = len(shape) == 4 and shape[0].dim_param and all(dim.dim_value > 0 for dim in shape[1:])
+            problems += [] if is_image else [f"{item.name}: its axes are not [batch, and three fixed sizes]"]
+        elif len(shape) != 2 or any(not dim.dim_param for dim in shape):
+            problems.append(f"{item.name}: its axes are not symbolic [batch, sequence]")
+    return problems

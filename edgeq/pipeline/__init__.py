@@ -1,0 +1,1 @@
+"""Run the stages in order: what the verbs export, check, validate and the Python API call."""

@@ -1,0 +1,177 @@
+"""Export from Python: what `edgeq export` does, for models and texts that the caller holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeq.errors import ConfigError
+from edgeq.frontend.onnx.find import OnnxOptions, token_limit, tokenizer_file
+from edgeq.pipeline import export as pipeline
+from edgeq.pipeline.export import Exported
+from edgeq.pipeline.stages import Report
+from edgeq.records import Target
+from edgeq.system import files
+from edgeq.system.cache import Cache
+from edgeq.targets import load_target
+
+if TYPE_CHECKING:
+    import torch
+
+_MODULE_LIMIT = 512  # tokens, where neither the caller nor the tokenizer says more
+
+
+def export(
+    model: str | Path | torch.nn.Module,
+    targets: Sequence[str | Target],
+    out: str | Path,
+    texts: Sequence[str] | str | Path | None = None,
+    *,
+    images: str | Path | None = None,
+    validation: Sequence[str] | str | Path | None = None,
+    pooling: str | None = None,
+    dim: int | None = None,
+    tower: str | None = None,
+    normalize: bool | None = None,
+    tokenizer: str | Path | Any | None = None,
+    max_sequence: int | None = None,
+    example_inputs: Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None = None,
+    column: str | None = None,
+    evaluation: Sequence[str | Path] = (),
+    samples: int | None = None,
+    seed: int = 0,
+    scheme: str | Path | None = None,
+    hidden_state: bool = True,
+    float_ops: Sequence[str] = (),
+    keep_failed: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    cache: Cache | None = None,
+    report: Report | None = None,
+) -> tuple[Exported, ...]:
+    """Take a model to a verified bundle for each target; the options are those of `edgeq export`.
+
+    Args:
+        model: a directory, an ONNX file, a hub id in the local cache, a packaged name, or a torch module that takes
+            token ids and mask.
+        targets: names as `edgeq targets` lists them, or targets that `edgeq.targets.load_target` read.
+        out: bundles go to OUT/TARGET.
+        texts: to calibrate on: a list, or a .txt, .jsonl or .csv file; None takes the default set.
+        images: a folder of images to calibrate on, for a model of images.
+        validation: to compare on, in the same forms; None takes a fifth of `texts` or `images`.
+        pooling: how token vectors become one, where the model does not say it.
+        dim: keep the first dimensions, of unit length again if the model's are; not of an ONNX file or a module.
+        tower: "text" or "image", of a model that embeds both.
+        normalize: of an ONNX file or a module: give its vectors length 1.
+        tokenizer: of an ONNX file or a module: a tokenizer.json, the folder that holds it, or a tokenizer of
+            `tokenizers` or `transformers`.
+        max_sequence: of an ONNX file or a module: its longest text in tokens.
+        example_inputs: of a module: tensors for `forward`, by position or name.
+        column: of text files.
+        evaluation: files whose texts must not be calibrated on.
+        samples: calibrate on so many of the texts.
+        seed: which ones.
+        scheme: the file that `edgeq analyze --auto` wrote.
+        hidden_state: keep the output last_hidden_state.
+        float_ops: operators outside the dialect that may stay in float.
+        keep_failed: write a bundle that misses its gate, and return it instead of raising.
+        overwrite: replace a bundle made from other inputs.
+        dry_run: check everything, convert nothing.
+        cache: for intermediate results; None takes the user's.
+        report: called as `report(stage, done, total)`.
+
+    Returns:
+        One result for each target, in order.
+
+    Raises:
+        ParityFailed: an artifact's vectors miss the gate of its target, and `keep_failed` is not set.
+        EdgeqError: any other failure; see `edgeq.errors`.
+    """
+    if isinstance(targets, str):
+        raise ConfigError(f'export: targets is the string {targets!r}; a list is needed. Write targets=["{targets}"].')
+    with files.work_dir() as folder:
+        options = OnnxOptions(_tokenizer(tokenizer, folder), max_sequence, normalize)
+        if isinstance(model, str | Path):
+            if example_inputs is not None:
+                raise ConfigError("export: example_inputs belong to a torch module; leave them out")
+            name = str(model)
+        else:
+            name, options = _module(model, example_inputs, options, folder)
+        request = pipeline.ExportRequest(
+            model=name,
+            targets=tuple(load_target(item) if isinstance(item, str) else item for item in targets),
+            out=Path(out),
+            texts=_texts(texts, folder / "texts.jsonl"),
+            images=Path(images) if images is not None else None,
+            column=column,
+            validation=_texts(validation, folder / "validation.jsonl"),
+            evaluation=tuple(map(Path, evaluation)),
+            pooling=pooling,
+            dim=dim,
+            tower=tower,
+            onnx=options,
+            samples=samples,
+            seed=seed,
+            scheme=Path(scheme) if scheme is not None else None,
+            hidden_state=hidden_state,
+            float_ops=tuple(float_ops),
+            keep_failed=keep_failed,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            cache=cache or Cache(),
+        )
+        results = pipeline.export(request, report or _silent)
+    if not keep_failed:
+        pipeline.require_passed(results)
+    return results
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Report to nobody."""
+
+
+def _texts(texts: Sequence[str] | str | Path | None, place: Path) -> Path | None:
+    """Give the file of texts; a list is written to one."""
+    if texts is None or isinstance(texts, str | Path):
+        return Path(texts) if texts is not None else None
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ConfigError(f"export: texts[{position}] is of type {type(text).__name__}; a string is needed.")
+    place.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return place
+
+
+def _tokenizer(tokenizer: str | Path | Any | None, folder: Path) -> Path | None:
+    """Give the place of a tokenizer; one in memory is saved first."""
+    if tokenizer is None or isinstance(tokenizer, str | Path):
+        return Path(tokenizer) if tokenizer is not None else None
+    place = folder / "tokenizer"
+    place.mkdir()
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(str(place))
+    elif hasattr(tokenizer, "save"):
+        tokenizer.save(str(place / "tokenizer.json"))
+    else:
+        raise ConfigError(
+            f"export: tokenizer is a {type(tokenizer).__name__}; a path, or a tokenizer of tokenizers or transformers "
+            "is needed"
+        )
+    return place
+
+
+def _module(
+    model: Any, example_inputs: Sequence[Any] | Mapping[str, Any] | None, options: OnnxOptions, folder: Path
+) -> tuple[str, OnnxOptions]:
+    """Write a torch module as an ONNX file, and give its path and options."""
+    if not callable(model) or not hasattr(model, "state_dict"):
+        raise ConfigError(f"export: model is a {type(model).__name__}; a path, a name or a torch.nn.Module is needed")
+    from edgeq.frontend.torch import module
+
+    if options.tokenizer is None:
+        raise ConfigError(f"export: {type(model).__name__} is a module, and texts need its tokenizer; give tokenizer=")
+    limit = options.max_sequence or token_limit(tokenizer_file(options.tokenizer)) or _MODULE_LIMIT
+    path = module.write_onnx(model, example_inputs, folder, limit)
+    return str(path), replace(options, kind="module")

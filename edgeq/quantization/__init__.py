@@ -1,0 +1,1 @@
+"""Turn an equalised float model and its calibration into a QDQ model, as a scheme says."""

@@ -1,0 +1,89 @@
+"""Let a LayerNormalization that was taken apart multiply each of its values once.
+
+Its gain and the length of the row become one factor, an outer product of two small tensors; every rewrite is exact in
+FP32. It serves schemes whose sums are exact in 32 bits: there a product of two 16-bit tensors needs no codes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from edgeq.graph.edit import add_constant, add_node, constant, made_by, readers
+from edgeq.graph.linear import SIDE
+from edgeq.quantization.rewrites.decompose_norms import GAINED, NORMALIZED
+from edgeq.quantization.rewrites.fold_norm_bias import Observed
+
+FACTOR = "/factor_of_rows"
+
+
+def outer_gains(graph: ir.Graph, observed: Observed) -> int:
+    """Multiply gain by inverse length first, and centred rows by that; give how many products there are.
+
+    Before::
+
+        centred ─ Mul(inverse) ─┬─ Mul(gain) ─┬─ sum
+                                │             └─ pooling
+                                └─ Mul(scaled gain) ─ MatMul
+
+    After::
+
+        inverse ─┬─ Mul(gain) ───────── Mul(centred) ─ sum
+                 ├─ Mul(gain) ───────── Mul(centred) ─ pooling
+                 └─ Mul(scaled gain) ── Mul(centred) ─ MatMul
+    """
+    count = 0
+    for node in list(graph):
+        normalized = made_by(node.inputs[0], "Mul") if node.op_type == "Mul" else None
+        gain = constant(node.inputs[1]) if normalized is not None else None
+        if normalized is None or gain is None or not str(normalized.name).endswith(NORMALIZED):
+            continue
+        centred, inverse = normalized.inputs
+        if centred is None or inverse is None or not _share_input(graph, node, observed):
+            continue
+        first = add_node(node, "Mul", [inverse, node.inputs[1]], f"{node.name}{FACTOR}")  # type: ignore[list-item]
+        node.replace_input_with(0, centred)
+        node.replace_input_with(1, first)
+        count += 1 + _own_product(node, observed)
+    return count
+
+
+def _share_input(graph: ir.Graph, node: ir.Node, observed: Observed) -> bool:
+    """Let the side path read what the other products of this LayerNormalization read, its weights scaled to fit."""
+    sides = [use for use in readers(node.outputs[0]) if use.op_type == "MatMul" and str(use.name).endswith(SIDE)]
+    normalized = node.inputs[0]
+    others = [use for use in readers(normalized) if use is not node and use.op_type == "Mul"] if normalized else []
+    scaled = next((use for use in others if not str(use.name).endswith(GAINED)), None)
+    factor = constant(scaled.inputs[1]) if scaled is not None else None
+    gain = constant(node.inputs[1])
+    if scaled is None or factor is None or gain is None or np.any(factor == 0.0):
+        return True
+    for side in sides:
+        weight = constant(side.inputs[1])
+        if weight is None:
+            return False
+        fitted = weight * (gain / factor)[:, None]
+        name = str(side.inputs[1].name)  # type: ignore[union-attr]
+        side.replace_input_with(0, scaled.outputs[0])
+        side.replace_input_with(1, add_constant(graph, name, fitted.astype(np.float32)))
+    return True
+
+
+def _own_product(node: ir.Node, observed: Observed) -> int:
+    """Give every reader that is no product with weights a product of its own: each rounds it to codes of its own."""
+    output = node.outputs[0]
+    name = str(output.name)
+    sums = [use for use in tuple(output.uses()) if use.node.op_type != "MatMul" or constant(use.node.inputs[1]) is None]
+    keep = 0 if len(sums) == len(output.uses()) else 1
+    for number, use in enumerate(sums[1 - keep :], start=1):
+        centred, factor = node.inputs
+        gain_of = made_by(factor, "Mul")
+        if centred is None or gain_of is None:
+            raise ValueError(f"{node.name} is no product of rows")
+        inputs = [value for value in gain_of.inputs if value is not None]
+        own = add_node(node, "Mul", inputs, f"{node.name}/{number}{FACTOR}")
+        copy = add_node(node, "Mul", [centred, own], f"{name}/{number}")
+        copy.shape, copy.dtype = output.shape, ir.DataType.FLOAT
+        observed[f"{name}/{number}"] = observed[name]
+        use.node.replace_input_with(use.idx, copy)
+    return max(0, len(sums) - 1 + keep)

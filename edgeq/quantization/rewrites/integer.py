@@ -1,0 +1,77 @@
+"""Bring an equalised float model into the operators that integer-only runtimes have, all exact in FP32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
+
+from edgeq.calibration.observe import Statistics
+from edgeq.graph.edit import add_constant, constant, made_by
+from edgeq.graph.linear import bias_of
+from edgeq.quantization.rewrites.decompose_norms import primitives
+from edgeq.quantization.rewrites.factor_layernorm_gain import outer_gains
+from edgeq.quantization.rewrites.fold_norm_bias import (
+    Observed,
+    even_values,
+    fold_norm_biases,
+    serve_gains,
+    widen_outputs,
+)
+from edgeq.quantization.rewrites.single_token_last_layer import follow_one_token
+from edgeq.quantization.rewrites.split_outlier_weights import fine_sides
+from edgeq.records import IntegerForm
+
+FINE_BITS = 8  # of weights, in every scheme that leaves nothing float
+
+
+def integer_form(
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], form: IntegerForm
+) -> tuple[ir.Model, Observed]:
+    """Take norms apart and fold constants, all exact in FP32: what is left is to put codes on every tensor.
+
+    Args:
+        model: equalised FP32 ONNX; not changed.
+        observed: statistics of the tensors of the model and of its primitives.
+        form: says which outputs are scaled down.
+
+    Returns:
+        A float model with `sentence_embedding` as its one output, and the statistics of its tensors.
+    """
+    seen: Observed = dict(observed)
+    graph_model = ir.from_proto(model)
+    graph = graph_model.graph
+    del graph.outputs[1:]
+    primitives(graph_model)
+    serve_gains(graph, seen)
+    join_positions(graph)
+    even_values(graph, seen)
+    fold_norm_biases(graph, seen)
+    if form.gemm_bits == 8:
+        widen_outputs(graph, seen, form.widen_quantile)
+    if form.sum_bits == 32:
+        outer_gains(graph, seen)
+    fine_sides(graph, seen, FINE_BITS)
+    RemoveUnusedNodesPass()(graph_model)
+    TopologicalSortPass()(graph_model)
+    if follow_one_token(graph_model, seen):
+        RemoveUnusedNodesPass()(graph_model)
+        TopologicalSortPass()(graph_model)
+    return graph_model, seen
+
+
+def join_positions(graph: ir.Graph) -> None:
+    """Add a constant row, such as the token type's, to the table of positions."""
+    for node in list(graph):
+        sliced = made_by(node.inputs[1], "Slice") if node.op_type == "Add" else None
+        first = made_by(node.inputs[0], "Add") if sliced is not None else None
+        table = constant(sliced.inputs[0]) if sliced is not None else None
+        row = bias_of(first) if first is not None else None
+        if sliced is None or first is None or table is None or row is None or row[1].ndim > 1:
+            continue
+        name = f"{sliced.inputs[0].name}/joined"  # type: ignore[union-attr]
+        sliced.replace_input_with(0, add_constant(graph, name, (table + row[1]).astype(np.float32)))
+        node.replace_input_with(0, first.inputs[1 - row[0]])

@@ -1,0 +1,96 @@
+"""Give the side path of large neurons weights of 16 bits, in two products of 8 bits, where it is most of a sum."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from edgeq.calibration.observe import Statistics
+from edgeq.graph.edit import add_constant, add_node, constant, made_by, readers
+from edgeq.graph.linear import SIDE
+from edgeq.quantization import weight_rounding
+from edgeq.quantization.rewrites.fold_norm_bias import Observed
+
+DOMINANT = 2.0  # times the block that the side path left: rounding its weights then costs more than all else
+FINE = "/fine"
+
+
+def fine_sides(graph: ir.Graph, observed: Observed, bits: int) -> int:
+    """Add what rounding the weights of a dominant side path takes away as a second product; give how many.
+
+    Before::
+
+        x ─ MatMul(W) ─ …
+
+    After, with W' the weights rounded to the scheme's bits::
+
+        x ─┬─ MatMul(W') ───── Add ─ …
+           └─ MatMul(W - W') ──┘
+
+    The sum is exact in FP32. Both products have few columns or few rows, so that they cost little.
+    """
+    count = 0
+    for node in list(graph):
+        if node.op_type != "Add" or not str(node.name).endswith(f".total{SIDE}"):
+            continue
+        second = made_by(node.inputs[1], "MatMul")
+        if second is None or not _dominates(node, observed):
+            continue
+        for product in [second, *_firsts(second)]:
+            count += _part(graph, product, observed, bits)
+    return count
+
+
+def _dominates(total: ir.Node, observed: Observed) -> bool:
+    """Tell whether half of the channels get most of their size from the side path."""
+    block, side = (observed.get(str(value.name)) for value in total.inputs if value is not None)
+    if block is None or side is None:
+        return False
+    sizes = [np.maximum(-seen.minimum, seen.maximum) for seen in (block, side)]
+    return bool(np.median(sizes[1] / np.maximum(sizes[0], 1e-9)) > DOMINANT)
+
+
+def _firsts(second: ir.Node) -> list[ir.Node]:
+    """Find the side path's first products."""
+    found: list[ir.Node] = []
+    waiting = [second.inputs[0]]
+    while waiting:
+        value = waiting.pop()
+        node = value.producer() if value is not None else None
+        if node is None or node in found or not str(node.name).endswith(SIDE):
+            continue
+        if node.op_type == "MatMul":
+            found.append(node)
+        else:
+            waiting += node.inputs
+    return found
+
+
+def _part(graph: ir.Graph, product: ir.Node, observed: Observed, bits: int) -> int:
+    weight, x = constant(product.inputs[1]), product.inputs[0]
+    seen = observed.get(str(x.name)) if x is not None else None
+    if weight is None or x is None or seen is None:
+        return 0
+    codes, scales = weight_rounding.nearest(weight, bits)
+    coarse = (codes * scales.astype(np.float64)).astype(np.float32)
+    rest = (weight.astype(np.float64) - coarse).astype(np.float32)
+    stem, output = str(product.name).removesuffix(SIDE), product.outputs[0]
+    following = readers(output)
+    biased = following[0] if len(following) == 1 and following[0].op_type == "Add" else None
+    has_bias = biased is not None and any(constant(value) is not None for value in biased.inputs)
+    end = biased.outputs[0] if biased is not None and has_bias else output
+    product.replace_input_with(1, add_constant(graph, f"{stem}.weight/coarse{SIDE}", coarse))
+    place = next(each for each in graph if each in set(readers(end)))
+    fine = add_node(
+        place, "MatMul", [x, add_constant(graph, f"{stem}.weight{FINE}{SIDE}", rest)], f"{stem}{FINE}{SIDE}"
+    )
+    both = add_node(place, "Add", [end, fine], f"{stem}/both{SIDE}")
+    for value in (fine, both):
+        value.shape, value.dtype = end.shape, ir.DataType.FLOAT
+    for use in tuple(end.uses()):
+        if use.node is not both.producer():
+            use.node.replace_input_with(use.idx, both)
+    largest = np.maximum(-seen.minimum, seen.maximum).astype(np.float64) @ np.abs(rest)
+    observed[str(fine.name)] = Statistics((-largest).astype(np.float32), largest.astype(np.float32))
+    observed[str(both.name)] = observed[str(end.name)]
+    return 1

@@ -1,0 +1,75 @@
+"""Round weights to integer codes so that the product, not each weight, is nearest to FP32's."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.quantization import affine
+
+BLOCK = 128
+COLUMNS = 1 << 14
+DAMPING = 1e-4
+
+
+def nearest(weight: NDArray[np.float32], bits: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Round each weight to its nearest code.
+
+    Args:
+        weight: float32[channels, out].
+        bits: of the codes, at most 8.
+
+    Returns:
+        codes int8[channels, out] and scales float32[out].
+    """
+    scales = affine.symmetric_scales(np.maximum(weight.max(axis=0), -weight.min(axis=0)), bits)
+    limit = 2 ** (bits - 1) - 1
+    codes = np.empty(weight.shape, np.int8)
+    for start in range(0, weight.shape[1], COLUMNS):  # a table of tokens has gigabytes: no copy of it as a whole
+        part = slice(start, start + COLUMNS)
+        codes[:, part] = np.clip(np.rint(weight[:, part] / scales[part]), -limit, limit)
+    return codes, scales
+
+
+def compensated(
+    weight: NDArray[np.float32], moment: NDArray[np.float32], step: float, bits: int
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Round channel by channel and let the channels still to come make up for each one's error.
+
+    Minimises E‖x W - x̂ Ŵ‖² for the observed second moment of x, where x̂ is x rounded to `step`: the rounding adds
+    step²/12 to the diagonal of the moment. Channels with the largest moment are rounded first.
+
+    Args:
+        weight: float32[channels, out].
+        moment: float32[channels, channels], mean of x xᵀ.
+        step: the scale of x's codes.
+        bits: of the codes, at most 8.
+
+    Returns:
+        codes int8[channels, out] and scales float32[out].
+
+    Source: Frantar et al. 2023, GPTQ, algorithm 1.
+    """
+    codes_scale = nearest(weight, bits)[1]
+    limit = 2 ** (bits - 1) - 1
+    hessian = moment.astype(np.float64)
+    diagonal = np.diag(hessian).copy()
+    hessian[np.diag_indices_from(hessian)] += step * step / 12.0 + DAMPING * float(diagonal.mean())
+    order = np.argsort(-diagonal, kind="stable")
+    upper = np.linalg.cholesky(np.linalg.inv(hessian[np.ix_(order, order)])).T
+    left = weight.astype(np.float64)[order]
+    codes = np.empty(left.shape, np.int8)
+    scales = codes_scale.astype(np.float64)
+    for start in range(0, len(left), BLOCK):
+        stop = min(start + BLOCK, len(left))
+        errors = np.empty((stop - start, left.shape[1]))
+        for row in range(start, stop):
+            rounded = np.clip(np.rint(left[row] / scales), -limit, limit)
+            codes[row] = rounded
+            error = (left[row] - rounded * scales) / upper[row, row]
+            left[row + 1 : stop] -= upper[row, row + 1 : stop, None] * error
+            errors[row - start] = error
+        left[stop:] -= upper[start:stop, stop:].T @ errors
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
+    return codes[back], codes_scale

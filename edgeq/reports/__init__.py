@@ -1,0 +1,1 @@
+"""Show the same texts through every runtime, side by side: the parity card."""

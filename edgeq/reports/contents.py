@@ -1,0 +1,113 @@
+"""Hold what a parity card says; the page and the tables are made from it alone."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from edgeq.analysis.layer_errors import LayerErrors
+from edgeq.bundle.benchmark import Latency
+from edgeq.records import Measures, Place, Record, Sha256, Status, TextSet
+
+
+class RunTime(Record):
+    """Give the time of one text at one length, over several rounds in processes of their own."""
+
+    tokens: int
+    threads: int
+    num_runs: int
+    latency: Latency
+    peak_memory_bytes: int
+
+
+class BundleFacts(Record):
+    """Say what a bundle states of itself."""
+
+    target: str
+    summary: str
+    backend: str
+    scheme: str
+    status: Status  # as recorded
+    token_limit: int
+    qdq_sha256: Sha256
+    recorded: Measures | None  # by the export, on its own validation texts
+    recorded_on: Place
+
+
+class Row(Record):
+    """Describe one runtime: what it gave for the texts, and where; what could not be had has a reason instead.
+
+    `measures` compares with FP32 and is missing for FP32 itself.
+    """
+
+    name: str
+    kind: Literal["float32", "torch", "artifact"]
+    bundle: BundleFacts | None  # of an artifact
+    ran_on: Place
+    reason: str | None  # why there are no measures, or no vectors at all
+    size_bytes: int | None
+    measures: Measures | None
+    cosine_percentiles: tuple[float, ...]  # with FP32, of the texts: percentile 0, 1, ... 100; empty without measures
+    sts_spearman: float | None
+    ndcg_at_10: float | None
+    latency: tuple[RunTime, ...]
+    latency_reason: str | None
+    operators: dict[str, dict[str, int]]  # operator -> dtypes it computes on -> count
+    operators_reason: str | None
+
+
+class Pair(Record):
+    """Compare the vectors of two runtimes with each other."""
+
+    first: str
+    second: str
+    cosine_mean: float
+    cosine_min: float
+
+
+class TextError(Record):
+    """Say how far one runtime's vector of one text is from FP32's."""
+
+    name: str  # of the row
+    cosine: float
+    max_abs_error: float
+
+
+class WorstText(Record):
+    """Show a text on which some artifact is far from FP32."""
+
+    text: str  # its beginning
+    tokens: int
+    errors: tuple[TextError, ...]
+
+
+class Layers(Record):
+    """Give the error of each layer's tensors for the artifacts of one QDQ model, or the reason why it is not there."""
+
+    scheme: str
+    names: tuple[str, ...]  # of the rows
+    errors: LayerErrors | None
+    reason: str | None
+
+
+class Card(Record):
+    """Put the bundles of one model side by side."""
+
+    format: Literal[1]
+    edgeq: str
+    model: str
+    source_sha256: Sha256
+    float_model_sha256: Sha256
+    machine: str
+    texts: TextSet
+    token_limit: int  # all texts are cut here, for every runtime
+    rows: tuple[Row, ...]
+    pairs: tuple[Pair, ...]
+    worst_texts: tuple[WorstText, ...]
+    layers: tuple[Layers, ...]
+    sts_pairs: int | None
+    retrieval_queries: int | None
+    notes: tuple[str, ...]
+
+    def artifacts(self) -> tuple[Row, ...]:
+        """Give the rows of bundles."""
+        return tuple(row for row in self.rows if row.kind == "artifact")

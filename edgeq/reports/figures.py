@@ -1,0 +1,87 @@
+"""Turn vectors into the figures of a card: each runtime against FP32, and against every other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.backends.contract import Embeddings
+from edgeq.data.tokens import Tokens
+from edgeq.evaluation import parity
+from edgeq.records import Measures
+from edgeq.reports.contents import Pair, TextError, WorstText
+
+WORST_TEXTS = 10
+_SHOWN_CHARS = 200
+
+DoubleArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Hold one runtime's vectors, float32[texts, dim], with what they measure against FP32's."""
+
+    name: str
+    embeddings: Embeddings
+    measures: Measures
+    cosines: DoubleArray  # float64[texts]
+
+
+def compare(
+    name: str, reference: Embeddings, embeddings: Embeddings, texts: Sequence[str], invariance: float
+) -> Compared:
+    """Measure one runtime against FP32.
+
+    Raises:
+        ParityFailed: its vectors cannot be compared.
+    """
+    measures = parity.measure(reference, embeddings, texts, invariance)
+    return Compared(name, embeddings, measures, cosines(reference, embeddings))
+
+
+def cosines(first: Embeddings, second: Embeddings) -> DoubleArray:
+    """Give the cosine of each text's two vectors, float64[texts]."""
+    found: DoubleArray = np.clip(np.sum(parity.unit(first) * parity.unit(second), axis=1), -1.0, 1.0)
+    return found
+
+
+def percentiles(values: DoubleArray) -> tuple[float, ...]:
+    """Give percentiles 0, 1, ... 100; each is the value of a text."""
+    return tuple(float(value) for value in np.percentile(values, np.arange(101), method="nearest"))
+
+
+def pairs(vectors: Sequence[tuple[str, Embeddings]]) -> tuple[Pair, ...]:
+    """Compare every two runtimes' vectors of the same texts."""
+    made = []
+    for (first, ours), (second, theirs) in combinations(vectors, 2):
+        found = cosines(ours, theirs)
+        made.append(Pair(first=first, second=second, cosine_mean=float(found.mean()), cosine_min=float(found.min())))
+    return tuple(made)
+
+
+def worst_texts(
+    artifacts: Sequence[Compared], reference: Embeddings, texts: Sequence[str], tokens: Tokens
+) -> tuple[WorstText, ...]:
+    """Give the texts that some artifact is farthest from FP32 on, the worst first, with every artifact's error."""
+    if not artifacts:
+        return ()
+    lowest = np.min([item.cosines for item in artifacts], axis=0)
+    return tuple(
+        WorstText(
+            text=texts[row] if len(texts[row]) <= _SHOWN_CHARS else f"{texts[row][:_SHOWN_CHARS]}…",
+            tokens=len(tokens.ids[row]),
+            errors=tuple(
+                TextError(
+                    name=item.name,
+                    cosine=float(item.cosines[row]),
+                    max_abs_error=float(np.abs(item.embeddings[row].astype(np.float64) - reference[row]).max()),
+                )
+                for item in artifacts
+            ),
+        )
+        for row in np.argsort(lowest, kind="stable")[:WORST_TEXTS].tolist()
+    )

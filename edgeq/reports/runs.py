@@ -1,0 +1,151 @@
+"""Run the same texts through every runtime; what cannot run here has a reason instead of vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from edgeq.backends.contract import Embeddings, Session, embed_batches
+from edgeq.backends.registry import find
+from edgeq.bundle.embedder import Embedder
+from edgeq.bundle.manifest import require_cpu
+from edgeq.data.tokens import Tokenizer, batches
+from edgeq.errors import (
+    ConfigError,
+    DeviceUnavailable,
+    EdgeqError,
+    LoweringFailed,
+    TimedOut,
+    ToolMissing,
+    Unsupported,
+)
+from edgeq.evaluation import parity, tasks
+from edgeq.evaluation.datasets import RetrievalSet, StsPairs
+from edgeq.evaluation.tasks import prompt_names
+from edgeq.frontend.torch.session import TorchSession, reopen
+from edgeq.graph.float_session import FloatSession
+from edgeq.pipeline.validate import embed_with
+from edgeq.records import Manifest, Place
+from edgeq.reports.bundles import Found
+from edgeq.system.host import place
+
+# What keeps one runtime from running and is no reason to give up on the others.
+_BLANK = (ToolMissing, Unsupported, LoweringFailed, DeviceUnavailable, TimedOut)
+FLOAT, TORCH = "FP32 ONNX", "torch"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Hold what every runtime is given: texts, the number of tokens they are cut at, and the data sets named."""
+
+    texts: tuple[str, ...]
+    limit: int
+    sts: StsPairs | None
+    retrieval: RetrievalSet | None
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Know how to load one runtime.
+
+    Attributes:
+        name: of the row.
+        kind: which row.
+        open: loads it; may raise what leaves the row blank.
+        ran_on: where it runs when it runs here.
+        buckets_tokens: the lengths a static artifact takes.
+        tokenizer: the file of its own tokenizer.
+        manifest: of the bundle, or of any bundle of the model.
+    """
+
+    name: str
+    kind: Literal["float32", "torch", "artifact"]
+    open: Callable[[], Session]
+    ran_on: Place
+    buckets_tokens: tuple[int, ...]
+    tokenizer: Path
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class Run:
+    """Hold what one runtime gave, or the error that left it blank; `embeddings`: float32[texts, dim]."""
+
+    runner: Runner
+    embeddings: Embeddings | None
+    error: EdgeqError | None
+    invariance: float
+    sts_spearman: float | None
+    ndcg_at_10: float | None
+    figures_error: str | None
+
+
+def runners(found: Sequence[Found], float_model: Path | None, model: str | None) -> tuple[Runner, ...]:
+    """List FP32 (where its file is at hand), torch, and every artifact in its runtime."""
+    manifest, tokenizer = found[0].manifest, found[0].path / "tokenizer.json"
+
+    def open_torch() -> Session:
+        try:
+            return TorchSession(reopen(manifest.source, model))
+        except ConfigError as error:
+            raise Unsupported(f"the source cannot be opened: {error}") from error
+
+    made = []
+    if float_model is not None:
+        made.append(Runner(FLOAT, "float32", lambda: FloatSession.of(float_model), "device", (), tokenizer, manifest))
+    made.append(Runner(TORCH, "torch", open_torch, "device", (), tokenizer, manifest))
+    return (*made, *(_artifact(item) for item in found))
+
+
+def run(runner: Runner, data: Data) -> Run:
+    """Load one runtime, embed all texts, and score the data sets.
+
+    Its own tokenizer is used, cut at the common limit.
+    """
+    try:
+        session = runner.open()
+        tokenizer = Tokenizer.from_file(runner.tokenizer, data.limit)
+        tokens = tokenizer.encode(data.texts)
+        embeddings = embed_batches(session, batches(tokens), len(tokens.ids))
+        invariance = parity.invariance(session, tokens, data.limit, runner.buckets_tokens)
+        sts, ndcg, problem = _figures(Embedder(session, tokenizer, runner.manifest), data)
+    except _BLANK as error:
+        return Run(runner, None, error, 0.0, None, None, None)
+    return Run(runner, embeddings, None, invariance, sts, ndcg, problem)
+
+
+def _artifact(found: Found) -> Runner:
+    """Load a bundle's artifact through its backend."""
+    manifest = found.manifest
+    target = manifest.target
+
+    def load() -> Session:
+        try:
+            backend = find(manifest.artifact.backend, found.name)
+        except ConfigError as error:
+            raise Unsupported(f"{error}. Use the edgeq that wrote the bundle.") from error
+        backend.tools()
+        require_cpu(target)
+        return backend.load(manifest.artifact, found.path, target)
+
+    tokenizer = found.path / "tokenizer.json"
+    return Runner(found.name, "artifact", load, place(target.runs_on), target.buckets_tokens, tokenizer, manifest)
+
+
+def _figures(embedder: Embedder, data: Data) -> tuple[float | None, float | None, str | None]:
+    """Score the data sets that were given: Spearman, nDCG@10, and what kept them from being scored."""
+    embed = embed_with(embedder)
+    sts = ndcg = None
+    try:
+        if data.sts is not None:
+            vectors = (embed(data.sts.first, None), embed(data.sts.second, None))
+            sts = tasks.sts_spearman(*vectors, data.sts.scores)
+        if data.retrieval is not None:
+            query, document = prompt_names(embedder.manifest.source.prompts)
+            queries, documents = embed(data.retrieval.queries, query), embed(data.retrieval.documents, document)
+            ndcg = tasks.retrieval(queries, documents, data.retrieval.qrels).ndcg_at_10
+    except ConfigError as error:
+        return sts, ndcg, str(error)
+    return sts, ndcg, None

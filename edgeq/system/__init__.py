@@ -1,0 +1,1 @@
+"""Files, the cache, child processes, environments and the host: what every stage stands on."""

@@ -1,0 +1,178 @@
+"""Keep what is expensive to make, found again by the content it was made from."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+from filelock import FileLock
+
+from edgeq.system.files import replacing_dir, sha256_file, storage_errors
+
+LOCATION_VARIABLE = "EDGEQ_CACHE_DIR"
+INDEX = "SHA256SUMS"
+
+_log = logging.getLogger(__name__)
+
+
+def key(**inputs: object) -> str:
+    """Give the sha256 over everything that decides an entry's content, edgeq's own code among it."""
+    text = json.dumps({"edgeq": _own_code(), **inputs}, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def _own_code() -> str:
+    """Hash the package: a version stands for many states of a checkout, and none may serve another's entries."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Describe one entry: what kind, its key, where it lies and how large it is."""
+
+    kind: str
+    key: str
+    path: Path
+    size_bytes: int
+
+
+class Cache:
+    """Hold entries, each a folder of files with an index of their hashes."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        """Use a folder; without one, the variable EDGEQ_CACHE_DIR names it, or the user's cache directory holds it."""
+        named = os.environ.get(LOCATION_VARIABLE)
+        self.root = root or (Path(named) if named else platformdirs.user_cache_path("edgeq", appauthor=False))
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def temporary(cls) -> Cache:
+        """Make a cache that is gone when it is closed or no longer referred to."""
+        with storage_errors("making a temporary cache"):
+            folder = tempfile.TemporaryDirectory(prefix="edgeq-cache-")
+        cache = cls(Path(folder.name))
+        cache._temporary = folder
+        return cache
+
+    @property
+    def is_temporary(self) -> bool:
+        """Tell whether it is gone when it is closed."""
+        return self._temporary is not None
+
+    def close(self) -> None:
+        """Remove a temporary cache; keep any other."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def entry(self, kind: str, name: str, make: Callable[[Path], None]) -> Path:
+        """Give the folder of an entry; make it first if it is not there or damaged.
+
+        Two processes that want the same entry at once wait for each other. A killed `make` leaves nothing behind.
+
+        Args:
+            kind: what it is, e.g. "calibration".
+            name: from `key`.
+            make: fills the folder it is given.
+
+        Raises:
+            StorageFailed: the cache cannot be written.
+        """
+        place = self.root / kind / name
+        with storage_errors(f"the cache {self.root}"):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(place.with_suffix(".lock"))
+            lock.acquire()
+        try:
+            if place.is_dir():
+                problem = _damage(place)
+                if problem is None:
+                    return place
+                _log.warning("the cache entry %s/%s is damaged (%s); it is made again", kind, name[:12], problem)
+                shutil.rmtree(place)
+            with replacing_dir(place) as partial:
+                make(partial)
+                _write_index(partial)
+        finally:
+            lock.release()
+        return place
+
+    def entries(self) -> Iterator[Entry]:
+        """Give every entry, in the order of kinds and keys."""
+        for kind in sorted(path for path in self.root.glob("*") if path.is_dir()):
+            for place in sorted(path for path in kind.iterdir() if path.is_dir() and not path.name.startswith(".")):
+                size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+                yield Entry(kind.name, place.name, place, size)
+
+    def size(self) -> int:
+        """Give the size of all entries, in bytes."""
+        return sum(entry.size_bytes for entry in self.entries())
+
+    def purge(self, kind: str | None = None) -> int:
+        """Remove the entries of one kind, or all; give how many bytes they took.
+
+        Raises:
+            StorageFailed: the cache cannot be written.
+        """
+        freed = 0
+        with storage_errors(f"the cache {self.root}"):
+            for entry in list(self.entries()):
+                if kind is None or entry.kind == kind:
+                    with FileLock(entry.path.with_suffix(".lock")):
+                        shutil.rmtree(entry.path)
+                    freed += entry.size_bytes
+        return freed
+
+
+def log_path(kind: str, target: str, stem: str) -> Path:
+    """Give the place of a compiler's log, which stays until the cache is purged; an earlier one is removed.
+
+    Args:
+        kind: the kind that `edgeq cache` lists and purges it under.
+        target: whose compiling it is of.
+        stem: of the file's name.
+    """
+    path = Cache().root / kind / target / f"{stem}.log"
+    with storage_errors(f"the cache {path.parent}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+    return path
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / INDEX)
+
+
+def _write_index(folder: Path) -> None:
+    lines = [f"{sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in _files(folder)]
+    (folder / INDEX).write_text("".join(lines), encoding="utf-8")
+
+
+def _damage(folder: Path) -> str | None:
+    """Say what is wrong with an entry, or None."""
+    index = folder / INDEX
+    if not index.is_file():
+        return "its index is gone"
+    try:
+        lines = [line.split("  ", 1) for line in index.read_text(encoding="utf-8").splitlines()]
+        listed = {name: digest for digest, name in lines}
+    except (ValueError, UnicodeDecodeError):
+        return "its index cannot be read"
+    found = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+    if listed.keys() != found.keys():
+        return "files are missing or extra"
+    changed = [name for name, path in found.items() if sha256_file(path) != listed[name]]
+    return f"{changed[0]} has changed" if changed else None
