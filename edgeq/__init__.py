@@ -6,11 +6,13 @@ Names are loaded when first used: `import edgeq` costs nothing but this file.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from edgeq.version import VERSION as __version__
+
 if TYPE_CHECKING:
-    from edgeq.bundle.embedder import Embedder, load
+    from edgeq.bundle.embedder import Embedder
+    from edgeq.bundle.load import load
     from edgeq.errors import (
         BundleCorrupt,
         ConfigError,
@@ -42,7 +44,7 @@ _HOMES = {
     "ToolMissing": "edgeq.errors",
     "Unsupported": "edgeq.errors",
     "export": "edgeq.pipeline.api",
-    "load": "edgeq.bundle.embedder",
+    "load": "edgeq.bundle.load",
 }
 
 __all__ = [
@@ -63,11 +65,6 @@ __all__ = [
     "export",
     "load",
 ]
-
-try:
-    __version__ = version("edgeq")
-except PackageNotFoundError:  # a checkout on the path, not installed
-    __version__ = "0+unknown"
 
 
 def __getattr__(name: str) -> object:

@@ -10,7 +10,7 @@ from onnx import TensorProto
 from test_passes import Node, graph, operators, run
 from test_passes_text import array, numbers, with_inputs
 
-from edgeq.calibration.observe import Statistics
+from edgeq.calibration.statistics import Statistics
 from edgeq.errors import EdgeqError
 from edgeq.graph.evaluate import computed
 from edgeq.quantization.rewrites import split_outlier_weights as fine

@@ -461,15 +461,16 @@ def test_a_real_interpreter_stands_beside_the_others(tmp_path: Path, monkeypatch
 def test_torch_gives_the_sources_vectors(tmp_path: Path) -> None:
     import tiny_source
 
-    from edgeq.backends.contract import embed_batches
+    from edgeq.data.sessions import embed_batches
     from edgeq.data.tokens import Tokenizer, batches
     from edgeq.frontend import locate
+    from edgeq.frontend.torch.load import describe, load
     from edgeq.frontend.torch.session import TorchSession, reopen
 
     folder = tiny_source.sentence_transformer(tmp_path / "model")
     located = locate.locate(str(folder))
-    model = locate.load(located)
-    record = locate.describe(located, model)
+    model = load(located)
+    record = describe(located, model)
     with pytest.raises(ConfigError, match="no such directory"):
         reopen(record)
     with pytest.raises(ConfigError, match="--model"):

@@ -313,8 +313,8 @@ def test_embed_writes_vectors_from_a_file(path: Path, tmp_path: Path, capsys: py
 def _embed_stdin(path: Path, out: Path, data: bytes) -> subprocess.CompletedProcess[bytes]:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from tiny_bundle import TinyBackend; from edgeq import backends, cli\n"
-        "backends.BACKENDS['tiny'] = TinyBackend()\n"
+        "from tiny_bundle import TinyBackend; from edgeq import cli; from edgeq.backends import registry\n"
+        "registry.BACKENDS['tiny'] = TinyBackend()\n"
         "sys.exit(cli.run(['embed', sys.argv[2], '--out', sys.argv[3]]))\n"
     )
     command = [sys.executable, "-c", code, str(Path(__file__).parent), str(path), str(out)]
@@ -455,7 +455,7 @@ def test_a_closed_pipe_is_no_traceback() -> None:
 
 
 def test_make_target_is_accepted_by_the_listing() -> None:
-    from edgeq.cli.making import _listed
+    from edgeq.cli.targets import _listed
 
     assert _listed(make_target())["available"] is True
 

@@ -10,6 +10,7 @@ from tiny_bundle import DIM, MAX_SEQUENCE, MEASURES, TEXTS, TinyBackend, make_bu
 from edgeq.backends.registry import BACKENDS
 from edgeq.bundle import embedder
 from edgeq.bundle.golden import read_golden
+from edgeq.bundle.load import load
 from edgeq.bundle.manifest import load_manifest
 from edgeq.data.tokens import Tokenizer
 from edgeq.errors import ConfigError, Unsupported
@@ -29,7 +30,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_vectors_are_the_golden_ones_in_order(path: Path) -> None:
-    loaded = embedder.load(path)
+    loaded = load(path)
     golden = read_golden(path)
     vectors = loaded.encode(list(TEXTS))
     assert vectors.dtype == np.float32
@@ -39,7 +40,7 @@ def test_vectors_are_the_golden_ones_in_order(path: Path) -> None:
 
 
 def test_it_knows_its_model(path: Path, tiny: TinyBackend) -> None:
-    loaded = embedder.load(str(path), threads=2)
+    loaded = load(str(path), threads=2)
     assert (loaded.dim, loaded.max_sequence) == (DIM, MAX_SEQUENCE)
     assert loaded.manifest == load_manifest(path)
     assert tiny.loads == [2]
@@ -59,18 +60,18 @@ def test_no_batch_is_larger_than_asked(path: Path, tiny: TinyBackend, monkeypatc
         return embed
 
     monkeypatch.setattr(tiny, "load", watched)
-    embedder.load(path).encode(TEXTS, batch_size=5)
+    load(path).encode(TEXTS, batch_size=5)
     assert max(sizes) <= 5
     assert sum(sizes) == len(TEXTS)
 
 
 def test_no_texts_give_no_rows(path: Path) -> None:
-    vectors = embedder.load(path).encode([])
+    vectors = load(path).encode([])
     assert (vectors.shape, vectors.dtype) == ((0, DIM), np.float32)
 
 
 def test_what_is_no_list_of_texts_is_refused(path: Path) -> None:
-    loaded = embedder.load(path)
+    loaded = load(path)
     with pytest.raises(ConfigError, match=r'Write encode\(\["..."\]\)'):
         loaded.encode("how do i")
     with pytest.raises(ConfigError, match=r"texts\[1\] is of type int"):
@@ -80,7 +81,7 @@ def test_what_is_no_list_of_texts_is_refused(path: Path) -> None:
 
 
 def test_a_cut_text_is_counted(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    loaded = embedder.load(path)
+    loaded = load(path)
     with caplog.at_level(logging.WARNING, logger="edgeq"):
         whole = loaded.encode(["how " * MAX_SEQUENCE])
     assert caplog.messages == []
@@ -92,7 +93,7 @@ def test_a_cut_text_is_counted(path: Path, caplog: pytest.LogCaptureFixture) -> 
 
 def test_prompts_go_before_each_text(tmp_path: Path) -> None:
     path, _ = make_bundle(tmp_path / "out", prompts={"query": "please send "})
-    loaded = embedder.load(path)
+    loaded = load(path)
     expected = loaded.encode(["please send it", "please send password"])
     np.testing.assert_array_equal(loaded.encode(["it", "password"], prompt_name="query"), expected)
     assert not np.allclose(loaded.encode(["it", "password"]), expected)
@@ -104,7 +105,7 @@ def test_the_default_prompt_is_used(tmp_path: Path) -> None:
     path, manifest = make_bundle(tmp_path / "out", prompts={"query": "please send "})
     session = BACKENDS["tiny"].load(manifest.artifact, path, manifest.target)
     source = manifest.source.model_copy(update={"default_prompt_name": "query"})
-    plain = embedder.load(path)
+    plain = load(path)
     default = embedder.Embedder(session, plain._tokenizer, manifest.model_copy(update={"source": source}))
     np.testing.assert_array_equal(default.encode(["it"]), plain.encode(["please send it"]))
 
@@ -131,7 +132,7 @@ def test_roles_take_the_prompts_that_sentence_transformers_takes(
 ) -> None:
     path, manifest = make_bundle(tmp_path / "out")
     loaded = with_default(path, manifest, prompts, next(iter(prompts)))
-    plain = embedder.load(path)
+    plain = load(path)
     for encode, prompt in ((loaded.encode_query, query), (loaded.encode_document, document)):
         np.testing.assert_array_equal(encode(["it"]), plain.encode([f"{prompt}it"]))
         np.testing.assert_array_equal(encode(["it"], prompt=""), plain.encode(["it"]))
@@ -145,7 +146,7 @@ def test_roles_take_the_prompts_that_sentence_transformers_takes(
 
 def test_a_model_without_prompts_has_none(path: Path) -> None:
     with pytest.raises(ConfigError, match="the model has no prompts"):
-        embedder.load(path).encode(["it"], prompt_name="query")
+        load(path).encode(["it"], prompt_name="query")
 
 
 def test_a_failed_bundle_is_loaded_only_when_asked(tmp_path: Path) -> None:
@@ -153,8 +154,8 @@ def test_a_failed_bundle_is_loaded_only_when_asked(tmp_path: Path) -> None:
     report = make_report(make_target(), status="failed", measures=measures, failures=("cosine min is 0.5",))
     path, _ = make_bundle(tmp_path / "out", report=report)
     with pytest.raises(Unsupported, match="missed the gate of tiny-target"):
-        embedder.load(path)
-    assert embedder.load(path, allow_failed=True).encode(["how"]).shape == (1, DIM)
+        load(path)
+    assert load(path, allow_failed=True).encode(["how"]).shape == (1, DIM)
 
 
 def test_a_cpu_without_the_flags_is_refused_with_what_to_use_instead(
@@ -168,7 +169,7 @@ def test_a_cpu_without_the_flags_is_refused_with_what_to_use_instead(
     foreign = make_target(name="other-backend", backend="other")
     monkeypatch.setattr("edgeq.targets.list_targets", lambda: (target, plain, foreign))
     with pytest.raises(Unsupported) as caught:
-        embedder.load(path)
+        load(path)
     message = str(caught.value)
     assert "no_such_flag" in message
     assert "nor_this" in message
@@ -176,14 +177,14 @@ def test_a_cpu_without_the_flags_is_refused_with_what_to_use_instead(
     assert "other-backend" not in message
     monkeypatch.setattr("edgeq.targets.list_targets", lambda: (target,))
     with pytest.raises(Unsupported, match="edgeq targets"):
-        embedder.load(path)
+        load(path)
 
 
 def test_another_isa_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     runs_on = RunsOn(machine="another-isa", cpu_flags_all=("its_flag",), cpu_flags_any=())
     path, _ = make_bundle(tmp_path / "out", target=make_target(runs_on=runs_on))
     with caplog.at_level(logging.WARNING, logger="edgeq"):
-        loaded = embedder.load(path)
+        loaded = load(path)
     assert "tiny-target is made for another-isa" in caplog.text
     assert loaded.encode(["how"]).shape == (1, DIM)
 
@@ -192,6 +193,6 @@ def test_an_unknown_backend_and_no_bundle_are_said(tmp_path: Path, monkeypatch: 
     path, _ = make_bundle(tmp_path / "out")
     monkeypatch.delitem(BACKENDS, "tiny")
     with pytest.raises(ConfigError, match='backend is "tiny"'):
-        embedder.load(path)
+        load(path)
     with pytest.raises(ConfigError, match="no such folder"):
-        embedder.load(tmp_path / "nowhere")
+        load(tmp_path / "nowhere")

@@ -16,10 +16,10 @@ from ai_edge_litert import schema_py_generated as schema
 
 from edgeq import targets
 from edgeq.backends import ethos_u, tflite
-from edgeq.backends.contract import embed_batches
 from edgeq.backends.ethos_u import compiler, culprit, finished, rules
 from edgeq.backends.tflite import emitter
 from edgeq.backends.tflite.writer import Codes, ModelWriter
+from edgeq.data.sessions import embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import ConfigError, LoweringFailed, TimedOut, ToolMissing
 from edgeq.evaluation import parity

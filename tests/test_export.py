@@ -16,7 +16,7 @@ pytest.importorskip("sentence_transformers", reason="needs the extra `export`")
 
 import tiny_source  # noqa: E402
 
-from edgeq.backends.contract import embed_batches  # noqa: E402
+from edgeq.data.sessions import embed_batches  # noqa: E402
 from edgeq.data.tokens import Tokenizer, batches  # noqa: E402
 from edgeq.frontend.export import CONFIG, MODEL, export  # noqa: E402
 from edgeq.graph import dialect  # noqa: E402

@@ -13,8 +13,8 @@ import onnxruntime as ort
 import pytest
 
 from edgeq.backends import onnxruntime as backend
-from edgeq.backends.contract import embed_batches
 from edgeq.backends.onnxruntime.joined_heads import JOINT, joined_heads
+from edgeq.data.sessions import embed_batches
 from edgeq.data.tokens import Feeds, Tokens, batches
 from edgeq.graph.edit import add_constant, add_node, made_by, readers
 from edgeq.graph.float_session import FloatSession

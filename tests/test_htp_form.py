@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
 
-from edgeq.backends.contract import Embeddings, embed_batches
+from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph.edit import checked, constant, made_by, readers

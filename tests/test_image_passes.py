@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from test_passes import graph, operators, rewritten, run
 
-from edgeq.calibration.observe import Statistics
+from edgeq.calibration.statistics import Statistics
 from edgeq.graph.edit import checked
 from edgeq.passes.drop_open_mask import drop_open_mask
 from edgeq.passes.patch_product import patch_product

@@ -19,12 +19,13 @@ from PIL import Image  # noqa: E402
 
 import edgeq  # noqa: E402
 from edgeq import cli  # noqa: E402
-from edgeq.backends.contract import embed_batches  # noqa: E402
 from edgeq.backends.registry import find  # noqa: E402
 from edgeq.bundle.golden_images import read_golden_images  # noqa: E402
 from edgeq.bundle.manifest import load_manifest  # noqa: E402
 from edgeq.bundle.verify import verify  # noqa: E402
 from edgeq.data import image_preprocessing, images  # noqa: E402
+from edgeq.data.plans import plan_images  # noqa: E402
+from edgeq.data.sessions import embed_batches  # noqa: E402
 from edgeq.data.tokens import batches  # noqa: E402
 from edgeq.errors import BundleCorrupt, ConfigError, Unsupported  # noqa: E402
 from edgeq.evaluation import parity  # noqa: E402
@@ -34,6 +35,7 @@ from edgeq.frontend.torch import export as torch_export  # noqa: E402
 from edgeq.graph import dialect  # noqa: E402
 from edgeq.graph.float_session import FloatSession  # noqa: E402
 from edgeq.passes.apply import apply  # noqa: E402
+from edgeq.passes.float_passes import FLOAT_PASSES  # noqa: E402
 from edgeq.pipeline import calibrate, check, validate  # noqa: E402
 from edgeq.pipeline.export import ExportRequest, export  # noqa: E402
 from edgeq.quantization import quantize, schemes  # noqa: E402
@@ -69,7 +71,7 @@ def floats(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     located = locate.locate(str(directory), POOLING.get(name), tower=None if name in POOLING else "image")
     record = torch_export.run(located, folder / "raw", hidden_state=True)
     feeds, expected = torch_export.load_probes(folder / "raw" / torch_export.PROBES)
-    rewritten, reports = apply(onnx.load(folder / "raw" / torch_export.RAW), feeds)
+    rewritten, reports = apply(onnx.load(folder / "raw" / torch_export.RAW), feeds, FLOAT_PASSES)
     dialect.verify(rewritten, name)
     error = _largest_error(rewritten, feeds, expected)
     how = image_preprocessing.read(folder / "raw" / torch_export.CONFIG / image_preprocessing.CONFIG)
@@ -277,7 +279,7 @@ def test_what_does_not_fit_is_said_before_anything_is_done(made, changed, senten
 def test_a_fifth_of_the_images_validates_whatever_the_file_format(tmp_path: Path) -> None:
     folder = tiny_vision.folder_of_pictures(tmp_path / "photos", 110)
     Image.open(folder / "000.png").save(folder / "copy of 000.bmp")
-    plan = images.plan_images(folder, None, 40, 0)
+    plan = plan_images(folder, None, 40, 0)
     assert len(plan.calibration) == 40
     names = {item.name for item in plan.calibration} | {item.name for item in plan.validation}
     assert len(names & {"000.png", "copy of 000.bmp"}) <= 1
@@ -289,7 +291,7 @@ def test_an_image_on_both_sides_is_refused(tmp_path: Path) -> None:
     other = tiny_vision.folder_of_pictures(tmp_path / "others", 20, seed=500)
     Image.open(folder / "003.png").save(other / "again.bmp")
     with pytest.raises(ConfigError, match=r"003\.png and again\.bmp"):
-        images.plan_images(folder, other, None, 0)
+        plan_images(folder, other, None, 0)
 
 
 @pytest.mark.parametrize(("name", "content"), [("broken.png", b"no image"), (None, b"")])
@@ -299,7 +301,7 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, name: str | None,
     if name is not None:
         (folder / name).write_bytes(content)
     with pytest.raises(ConfigError, match=name or "holds no image"):
-        images.plan_images(folder, None, None, 0)
+        plan_images(folder, None, None, 0)
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:

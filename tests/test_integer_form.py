@@ -9,8 +9,9 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from edgeq.backends.contract import Embeddings, embed_batches
-from edgeq.calibration.observe import Statistics, equal_length_batches, observe
+from edgeq.calibration.observe import equal_length_batches, observe
+from edgeq.calibration.statistics import Statistics
+from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph.float_session import FloatSession

@@ -11,10 +11,10 @@ from tiny_bundle import make_bundle
 
 from edgeq.analysis import layer_errors
 from edgeq.analysis.layer_errors import LayerErrors, TensorError
-from edgeq.backends.contract import embed_batches
 from edgeq.bundle.manifest import load_report
 from edgeq.calibration import file
 from edgeq.calibration.observe import equal_length_batches
+from edgeq.data.sessions import embed_batches
 from edgeq.data.tokens import Tokens
 from edgeq.errors import EdgeqError
 from edgeq.graph.float_session import FloatSession

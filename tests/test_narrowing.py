@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnxruntime import InferenceSession
 
-from edgeq.calibration.observe import Statistics
+from edgeq.calibration.statistics import Statistics
 from edgeq.errors import EdgeqError
 from edgeq.quantization import affine
 from edgeq.quantization.rewrites import npu_operators

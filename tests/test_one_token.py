@@ -10,8 +10,8 @@ import pytest
 from onnx import numpy_helper
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from edgeq.backends.contract import Embeddings, embed_batches
-from edgeq.calibration.observe import Statistics
+from edgeq.calibration.statistics import Statistics
+from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.graph.edit import add_constant, dims
 from edgeq.graph.float_session import FloatSession

@@ -17,9 +17,9 @@ pytest.importorskip("openvino", reason="needs the extra `openvino`")
 from edgeq import targets
 from edgeq.analysis.inspect.model_file import inspect
 from edgeq.backends import openvino as backend
-from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.backends.openvino import lowering
 from edgeq.backends.openvino.ir import read_ir
+from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Feeds, Tokens, batches
 from edgeq.errors import ConfigError, DeviceUnavailable, LoweringFailed
 from edgeq.evaluation import parity

@@ -18,8 +18,8 @@ import tiny_source  # noqa: E402
 from edgeq import cli  # noqa: E402
 from edgeq.backends import openvino  # noqa: E402
 from edgeq.bundle.checksums import write_sums  # noqa: E402
-from edgeq.bundle.embedder import load  # noqa: E402
 from edgeq.bundle.golden import read_golden  # noqa: E402
+from edgeq.bundle.load import load  # noqa: E402
 from edgeq.bundle.manifest import load_manifest, load_report  # noqa: E402
 from edgeq.bundle.verify import verify  # noqa: E402
 from edgeq.errors import BundleCorrupt, ConfigError, DeviceUnavailable, StorageFailed  # noqa: E402

@@ -18,8 +18,9 @@ pytest.importorskip("onnxruntime_qnn", reason="needs the extra `qnn`")
 import edgeq
 from edgeq import cli, targets
 from edgeq.backends import qnn
-from edgeq.backends.contract import Embeddings, TimesItself, embed_batches
+from edgeq.backends.contract import TimesItself
 from edgeq.backends.qnn import compiling
+from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Feeds, Tokens, batches
 from edgeq.errors import BundleCorrupt, ChildDied, ConfigError, LoweringFailed, ToolMissing
 from edgeq.evaluation import parity

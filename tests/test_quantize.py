@@ -10,10 +10,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.calibration import file, outlier_neurons, smooth_scales
 from edgeq.calibration import observe as observe_module
-from edgeq.calibration.observe import Histogram, Statistics, equal_length_batches, observe
+from edgeq.calibration.observe import equal_length_batches, observe
+from edgeq.calibration.statistics import Histogram, Statistics
+from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.graph.float_session import FloatSession

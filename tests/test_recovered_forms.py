@@ -15,8 +15,8 @@ from test_passes import LAST, Node, graph, norm_constants, operators, rewritten,
 from edgeq.data.tokens import Feeds
 from edgeq.graph.edit import Rewrites
 from edgeq.graph.float_session import FloatSession
-from edgeq.passes.apply import FLOAT_PASSES
 from edgeq.passes.drop_nan_guard import drop_nan_guard
+from edgeq.passes.float_passes import FLOAT_PASSES
 from edgeq.passes.fold_side_scales import fold_side_scales
 from edgeq.passes.measured_reshape import measured_reshape
 from edgeq.passes.recover_gelu import recover_gelu

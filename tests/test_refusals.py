@@ -233,6 +233,7 @@ def test_a_decoder_behind_an_encoder_is_refused_and_the_encoder_alone_exported(t
     import transformers
 
     from edgeq.frontend import locate
+    from edgeq.frontend.torch.load import load
 
     config = transformers.BartConfig(
         vocab_size=600, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
@@ -242,7 +243,7 @@ def test_a_decoder_behind_an_encoder_is_refused_and_the_encoder_alone_exported(t
     whole = transformers.BartForConditionalGeneration(config)
     folder = with_tokenizer(tokenizer, tmp_path / "both", whole)
     with pytest.raises(Unsupported, match=r"both: BartModel has a decoder behind its encoder.*get_encoder\(\)"):
-        locate.load(locate.locate(str(folder), "mean"))
+        load(locate.locate(str(folder), "mean"))
     encoder = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").get_encoder()
     (made,) = export(encoder, folder, tmp_path)
     assert made.parity is not None and made.parity.cosine_mean > 0.99

@@ -16,8 +16,9 @@ from onnx import numpy_helper
 
 from edgeq import targets
 from edgeq.backends import rockchip
-from edgeq.backends.contract import Embeddings, TimesItself, embed_batches
+from edgeq.backends.contract import TimesItself
 from edgeq.backends.rockchip import listing
+from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import BundleCorrupt, LoweringFailed, ToolMissing
 from edgeq.graph.float_session import FloatSession

@@ -9,8 +9,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeq.backends.contract import embed_batches
 from edgeq.data import tokens as texts
+from edgeq.data.sessions import embed_batches
 from edgeq.graph import dialect
 from edgeq.graph.edit import infer_shapes
 from edgeq.graph.float_session import FloatSession

@@ -11,8 +11,8 @@ import pytest
 
 from edgeq.analysis import layer_errors, scheme_search, sensitivity
 from edgeq.analysis.sensitivity import Product, Quality
-from edgeq.backends.contract import embed_batches
 from edgeq.calibration.observe import equal_length_batches
+from edgeq.data.sessions import embed_batches
 from edgeq.data.tokens import Tokens
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.graph.float_session import FloatSession

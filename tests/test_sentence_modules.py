@@ -31,6 +31,7 @@ from edgeq.frontend import export as exporting  # noqa: E402
 from edgeq.frontend import locate  # noqa: E402
 from edgeq.frontend.torch import sentence_transformers  # noqa: E402
 from edgeq.frontend.torch.export import _pooling_config, run  # noqa: E402
+from edgeq.frontend.torch.load import load  # noqa: E402
 from edgeq.frontend.torch.session import reopen  # noqa: E402
 from edgeq.pipeline.export import ExportRequest, export  # noqa: E402
 from edgeq.records import Target  # noqa: E402
@@ -260,7 +261,7 @@ def test_openvino_takes_chains_as_they_are(work: Path, bundles: dict[str, Path])
 
 def refused(directory: Path, dim: int | None = None) -> str:
     with pytest.raises((ConfigError, Unsupported)) as caught:
-        locate.load(locate.locate(str(directory), dim=dim))
+        load(locate.locate(str(directory), dim=dim))
     return str(caught.value)
 
 
@@ -349,7 +350,7 @@ def test_a_limit_beyond_the_positions_is_lowered(tmp_path: Path) -> None:
     model = tiny_modules.save(
         tmp_path / "model", modules.Pooling(DIM), encoder=plain, transformer={"max_seq_length": 500}
     )
-    loaded = locate.load(locate.locate(str(model)))
+    loaded = load(locate.locate(str(model)))
     assert loaded.max_seq_length == 39  # the row of padding is no position
     (tmp_path / "out").mkdir()
     longest = " ".join(tiny_source.WORDS)
@@ -360,7 +361,7 @@ def test_a_dropout_changes_nothing(encoder: Path, tmp_path: Path) -> None:
     model = tiny_modules.save(
         tmp_path / "model", modules.Pooling(DIM), modules.Dropout(0.5), modules.Normalize(), encoder=encoder
     )
-    loaded = locate.load(replace(locate.locate(str(model)), dim=8))
+    loaded = load(replace(locate.locate(str(model)), dim=8))
     assert sentence_transformers.names(loaded) == (
         "Transformer",
         "Pooling:mean",

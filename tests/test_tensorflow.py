@@ -18,10 +18,10 @@ from ai_edge_litert import schema_py_generated as schema
 from tensorflow_reader import Reading, compared
 from tiny_integer import BUCKETS, TOKENS, cosines, is_added, make_model, meant, mirror, with_wrong_scale
 
-from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.backends.tflite import kernels
 from edgeq.backends.tflite.emitter import Settings
 from edgeq.backends.tflite.lowering import lower_model
+from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import batches
 from edgeq.records import QdqModel
 

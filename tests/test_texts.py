@@ -12,6 +12,7 @@ import tokenizers
 
 from edgeq.calibration.observe import equal_length_batches
 from edgeq.data import splits, text_files, tokens
+from edgeq.data.plans import TextPlan, plan_texts, spread_validation
 from edgeq.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -82,7 +83,7 @@ def test_sampling_is_repeatable_and_keeps_the_order() -> None:
 
 def test_a_plan_with_own_texts_splits_them(tmp_path: Path) -> None:
     path = write(tmp_path, "own.txt", "\n".join(f"text number {row}" for row in range(200)))
-    plan = splits.plan_texts(path, None, None, (), 50, 0)
+    plan = plan_texts(path, None, None, (), 50, 0)
     assert len(plan.calibration) == 50 and not set(plan.calibration) & set(plan.validation)
     assert plan.origin == "own.txt"
 
@@ -158,6 +159,6 @@ def test_few_texts_are_spread_over_all_of_them() -> None:
     few = splits.spread(every, 4)
     assert few == ("text 0", "text 33", "text 66", "text 99")
     assert splits.spread(every, None) == splits.spread(every, 100) == every
-    plan = splits.TextPlan(every, every[:9], "a", "b")
-    kept = splits.spread_validation(plan, 3)
+    plan = TextPlan(every, every[:9], "a", "b")
+    kept = spread_validation(plan, 3)
     assert (kept.calibration, kept.validation) == (every, ("text 0", "text 4", "text 8"))

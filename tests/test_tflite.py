@@ -19,10 +19,10 @@ pytest.importorskip("ai_edge_litert", reason="needs the extra `tflite`")
 from ai_edge_litert import schema_py_generated as schema
 
 from edgeq.backends import tflite
-from edgeq.backends.contract import embed_batches
 from edgeq.backends.tflite import kernels, moves
 from edgeq.backends.tflite.emitter import Settings
 from edgeq.backends.tflite.lowering import lower_model
+from edgeq.data.sessions import embed_batches
 from edgeq.data.tokens import Feeds, batches
 from edgeq.errors import ConfigError, LoweringFailed
 from edgeq.evaluation import parity

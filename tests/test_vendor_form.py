@@ -11,8 +11,8 @@ import pytest
 import tiny_integer
 from onnx import helper
 
-from edgeq.backends.contract import embed_batches
-from edgeq.calibration.observe import Statistics
+from edgeq.calibration.statistics import Statistics
+from edgeq.data.sessions import embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import Unsupported
 from edgeq.graph.float_session import FloatSession

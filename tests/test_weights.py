@@ -11,13 +11,15 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from edgeq.backends.contract import embed_batches, fits_one_file
+from edgeq.backends.contract import fits_one_file
 from edgeq.calibration import file
+from edgeq.data.sessions import embed_batches
 from edgeq.data.tokens import Feeds, Tokens, batches
 from edgeq.errors import ConfigError, StorageFailed
 from edgeq.graph import external_data
 from edgeq.graph.float_session import FloatSession
 from edgeq.passes.apply import apply
+from edgeq.passes.float_passes import FLOAT_PASSES
 from edgeq.pipeline import calibrate
 from edgeq.quantization.quantize import quantize
 from edgeq.quantization.schemes import SCHEMES
@@ -124,7 +126,7 @@ def test_passes_rewrite_a_large_model_without_taking_it_in(tmp_path: Path) -> No
     made = saved(tmp_path)
     feeds = Feeds(np.array([[1, 2, 3, 4], [5, 6, 0, 0]]), np.array([[1, 1, 1, 1], [1, 1, 0, 0]]))
     with external_data.outside(tmp_path / "work"):
-        rewritten, _ = apply(made, (feeds,))
+        rewritten, _ = apply(made, (feeds,), FLOAT_PASSES)
         assert sum(map(external_data.is_external, rewritten.graph.initializer)) > 8
         assert rewritten.ByteSize() < 60_000
         error = np.abs(FloatSession.of(rewritten)(feeds) - FloatSession.of(encoder.encoder())(feeds)).max()

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from tiny_bundle import TinyBackend, make_config, make_golden, make_lineage, make_model, make_report, make_target
 
 from edgeq.backends import tflite
-from edgeq.backends.contract import Session
 from edgeq.bundle.write import write
+from edgeq.data.sessions import Session
 from edgeq.data.tokens import Feeds
 from edgeq.errors import ToolMissing
 from edgeq.records import Artifact, Manifest, Target

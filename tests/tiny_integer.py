@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from edgeq import targets
-from edgeq.backends.contract import Embeddings, embed_batches
+from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline import calibrate

@@ -14,7 +14,8 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.calibration.observe import Statistics, equal_length_batches, observing
+from edgeq.calibration.observe import equal_length_batches, observing
+from edgeq.calibration.statistics import Statistics
 from edgeq.data.tokens import Tokens
 from edgeq.errors import EdgeqError
 from edgeq.graph.edit import checked, constant, dims, readers

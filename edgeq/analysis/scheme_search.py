@@ -15,7 +15,7 @@ from edgeq.analysis.sensitivity import Product, Sensitivity
 from edgeq.backends.registry import find
 from edgeq.bundle import benchmark
 from edgeq.calibration import file
-from edgeq.data.splits import plan_texts
+from edgeq.data.plans import plan_texts
 from edgeq.data.tokens import Tokens, text_tokens, token_limit
 from edgeq.errors import ConfigError, ParityFailed, Unsupported
 from edgeq.frontend import locate

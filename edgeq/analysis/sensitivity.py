@@ -13,8 +13,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.calibration.observe import equal_length_batches
+from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Tokens
 from edgeq.errors import EdgeqError
 from edgeq.evaluation.parity import unit

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from edgeq.data.batches import PIXELS, AnyFeeds, Batch
-from edgeq.data.tokens import fitted, rows_by_bucket, token_feeds
-from edgeq.errors import ConfigError
+from edgeq.data.batches import PIXELS, AnyFeeds
+from edgeq.data.sessions import Session
 from edgeq.graph import external_data
 from edgeq.records import Artifact, Place, QdqModel, Scheme, Target
 from edgeq.system.environments import Environment
 
-Embeddings = NDArray[np.float32]
 Verdict = Literal["supported", "on-host", "refused", "unknown"]
 
 
@@ -71,14 +67,6 @@ def rejected(rules: Iterable[Rule], model: QdqModel, target: Target) -> tuple[Re
     """Hold a model and a target against every rule, and the one of all runtimes."""
     found = [(rule.__doc__ or rule.__name__, rule(model, target)) for rule in (fits_one_file, *rules)]
     return tuple(Rejection(sentence, detail) for sentence, detail in found if detail is not None)
-
-
-class Session(Protocol):
-    """Keep a loaded artifact: loading costs seconds, running milliseconds."""
-
-    def __call__(self, feeds: AnyFeeds) -> Embeddings:
-        """Give float32[batch, dim]."""
-        ...
 
 
 @runtime_checkable
@@ -139,56 +127,6 @@ def reads_tokens(model: QdqModel, target: Target) -> str | None:
 def obstacle(backend: Backend, target: Target) -> str | None:
     """Say why this machine cannot run the target's artifacts, or None; what its CPU lacks is `machine.meets`'s."""
     return backend.obstacle(target) if isinstance(backend, NeedsDevice) else None
-
-
-def embed_batches(session: Session, batches: Iterable[Batch], count: int) -> Embeddings:
-    """Run every batch and put each text's vector back in its place.
-
-    Args:
-        session: the loaded artifact.
-        batches: as `texts.batches` makes them; `rows` of all batches together are 0..count-1.
-        count: how many texts there are.
-
-    Returns:
-        float32[count, dim], in the order of the texts.
-    """
-    embeddings: Embeddings | None = None
-    for batch in batches:
-        vectors = session(batch.feeds)
-        if embeddings is None:
-            embeddings = np.empty((count, vectors.shape[1]), np.float32)
-        embeddings[list(batch.rows)] = vectors
-    if embeddings is None:
-        raise ConfigError("no texts to embed: give at least one")
-    return embeddings
-
-
-def embed_by_bucket(
-    feeds: AnyFeeds, buckets: Sequence[int], run: Callable[[int, NDArray[np.int64], NDArray[np.int64]], Embeddings]
-) -> Embeddings:
-    """Run each text in the smallest bucket that it fits.
-
-    A text alone runs at the length it is given in; among others it is cut back to its own tokens first.
-
-    Args:
-        feeds: the texts.
-        buckets: lengths in tokens, in ascending order.
-        run: takes a bucket, ids and mask, each int64[texts, bucket], and gives their vectors, float32[texts, dim].
-
-    Raises:
-        ConfigError: there are no texts, they are something else, or one is longer than the largest bucket.
-    """
-    embeddings: Embeddings | None = None
-    tokens = token_feeds(feeds)
-    for bucket, members in rows_by_bucket(tokens, buckets).items():
-        ids, mask = (fitted(rows[members], bucket) for rows in (tokens.input_ids, tokens.attention_mask))
-        vectors = run(bucket, ids, mask)
-        if embeddings is None:
-            embeddings = np.empty((len(tokens.input_ids), vectors.shape[1]), np.float32)
-        embeddings[members] = vectors
-    if embeddings is None:
-        raise ConfigError("no texts to embed: give at least one")
-    return embeddings
 
 
 class Backend(Protocol):

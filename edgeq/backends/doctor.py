@@ -67,9 +67,9 @@ def install(name: str) -> Toolchain:
 def _environments() -> list[tuple[Environment, str]]:
     """Give each environment that a backend needs, and the backend's name."""
     from edgeq.backends.contract import NeedsEnvironments
-    from edgeq.backends.registry import BACKENDS
+    from edgeq.backends.registry import all_backends
 
-    asking = {name: backend for name, backend in BACKENDS.items() if isinstance(backend, NeedsEnvironments)}
+    asking = {name: backend for name, backend in all_backends() if isinstance(backend, NeedsEnvironments)}
     return [(found, name) for name, backend in asking.items() for found in backend.environments()]
 
 
@@ -105,10 +105,10 @@ def _extra(name: str) -> Toolchain:
 
 def _backends() -> tuple[Toolchain, ...]:
     """Ask each backend for its tools."""
-    from edgeq.backends.registry import BACKENDS
+    from edgeq.backends.registry import all_backends
 
     found: list[Toolchain] = []
-    for name, backend in BACKENDS.items():
+    for name, backend in all_backends():
         versions: dict[str, str] = {}
         missing: tuple[str, ...] = ()
         install: str | None = None

@@ -20,8 +20,8 @@ from edgeq.errors import ConfigError, EdgeqError, TimedOut, error_of
 from edgeq.records import Manifest, Place, Record
 
 if TYPE_CHECKING:
-    from edgeq.backends.contract import Embeddings, Session
     from edgeq.data.batches import AnyFeeds
+    from edgeq.data.sessions import Embeddings, Session
 
 Report = Callable[[str, int, int], None]
 
@@ -222,11 +222,11 @@ def _session(job: Job) -> Session:
     path = Path(job.model)
     if path.is_file():
         return _float_session(job)
-    from edgeq.backends.registry import BACKENDS
+    from edgeq.backends.registry import find
     from edgeq.bundle.manifest import load_manifest
 
     manifest = load_manifest(path)
-    backend = BACKENDS[manifest.artifact.backend]
+    backend = find(manifest.artifact.backend, job.model)
     return backend.load(manifest.artifact, path, manifest.target, threads=job.threads)
 
 
@@ -234,7 +234,7 @@ def _float_session(job: Job) -> Session:
     """Load a float model with ONNX Runtime's own defaults: what a user gets who does nothing about it."""
     import onnxruntime as ort
 
-    from edgeq.analysis.inspect.onnx import read_onnx
+    from edgeq.graph.read import read_onnx
 
     read_onnx(Path(job.model))
     options = ort.SessionOptions()

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import Session, embed_batches
 from edgeq.bundle.embedder import Embedder
 from edgeq.data.image_preprocessing import Preprocessing
 from edgeq.data.images import Images
+from edgeq.data.sessions import Session, embed_batches
 from edgeq.data.tokens import batches
 from edgeq.errors import ConfigError
 from edgeq.records import Manifest

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import embed_batches
 from edgeq.backends.registry import find
 from edgeq.bundle.checksums import bundle_files, check_sums
 from edgeq.bundle.golden import VECTORS, GoldenData, read_golden
 from edgeq.bundle.golden_images import GoldenImages, read_golden_images
 from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle, load_manifest, load_report, require_cpu
 from edgeq.data.batches import PIXELS, Samples
+from edgeq.data.sessions import embed_batches
 from edgeq.data.tokens import Tokenizer, Tokens, batches, token_limit
 from edgeq.errors import BundleCorrupt, DeviceUnavailable, ParityFailed
 from edgeq.evaluation.gate import judge, judge_placement, judge_settings

@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.calibration.observe import BINS, Histogram, Statistics
+from edgeq.calibration.statistics import BINS, Histogram, Statistics
 from edgeq.errors import ConfigError
 from edgeq.graph import external_data
 from edgeq.system.files import replacing

@@ -8,19 +8,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.calibration.observe import Statistics
-from edgeq.graph.edit import add_constant, add_node, constant, made_by, readers
+from edgeq.calibration.statistics import Statistics, magnitudes
+from edgeq.graph.edit import add_constant, add_node, constant, made_by, readers, replace_constant
 from edgeq.graph.linear import SIDE, FeedForward, bias_of, feed_forwards
 
 SIDE_WIDTH = 16  # neurons move in blocks of this many: integer kernels work on such blocks
 SIDE_SHARE = 0.02
 SIDE_RATIO = 4.0  # a path of its own pays where a neuron would otherwise take two of the eight bits from all others
-
-
-def magnitudes(statistics: Statistics) -> NDArray[np.float64]:
-    """Give the largest absolute value per channel, float64[channels], kept off zero."""
-    largest = np.maximum(np.abs(statistics.minimum), np.abs(statistics.maximum)).astype(np.float64)
-    return np.maximum(largest, 1e-3 * max(float(np.median(largest)), 1e-6))
 
 
 def split_neurons(
@@ -159,14 +153,3 @@ def _width(block: FeedForward) -> int:
     if weight is None:
         raise ValueError(f"{block.second.name}: has no constant weight")
     return int(weight.shape[0])
-
-
-def replace_constant(graph: ir.Graph, node: ir.Node, position: int, array: NDArray[np.floating]) -> None:
-    """Give the node a changed constant; an initializer that nobody else reads keeps its name."""
-    old = node.inputs[position]
-    if old is None:
-        return
-    name = str(old.name)
-    if old.name in graph.initializers and len(old.uses()) == 1:
-        graph.initializers.pop(name)
-    node.replace_input_with(position, add_constant(graph, name, array.astype(np.float32)))

@@ -17,13 +17,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.calibration.observe import Statistics
-from edgeq.calibration.outlier_neurons import magnitudes, replace_constant
-from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by
+from edgeq.calibration.statistics import Statistics, magnitudes
+from edgeq.graph.attention_mask import MASK_SIZE, is_mask
+from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by, replace_constant
 from edgeq.graph.linear import Site, bias_of, sites, value_sum
 from edgeq.graph.rms_norm import root_mean_square
-from edgeq.passes.finite_mask import MASK_SIZE
-from edgeq.passes.mask_last import is_mask
 
 SCALED = "/scaled"
 EXP_UNDERFLOW = 30.0  # exp(-30) is 1e-13: below the rounding of a float32 sum

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import inspect
+import inspect as introspection
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,8 +12,23 @@ from typing import Annotated
 
 import typer
 
-from edgeq.cli import analyzing, comparing, console, making, proving, releasing, running
+from edgeq.cli import console
+from edgeq.cli.analyze import analyze
+from edgeq.cli.bench import bench
+from edgeq.cli.cache import cache
+from edgeq.cli.check import check
+from edgeq.cli.compare import compare
+from edgeq.cli.doctor import doctor
+from edgeq.cli.embed import embed
+from edgeq.cli.evaluate import evaluate
+from edgeq.cli.export import export
+from edgeq.cli.inspect import inspect
+from edgeq.cli.release import release
+from edgeq.cli.targets import targets
+from edgeq.cli.validate import validate
+from edgeq.cli.verify import verify
 from edgeq.errors import EdgeqError, StorageFailed
+from edgeq.version import VERSION
 
 _INTERRUPTED = 130
 # What the operating system says when a place to write is full, read-only, forbidden, over quota, failing or gone.
@@ -27,32 +42,30 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _VERBS: tuple[Callable[..., None], ...] = (
-    making.targets,
-    making.doctor,
-    making.check,
-    making.export,
-    running.inspect,
-    proving.verify,
-    proving.validate,
-    proving.evaluate,
-    running.bench,
-    comparing.compare,
-    analyzing.analyze,
-    running.embed,
-    releasing.release,
-    making.cache,
+    targets,
+    doctor,
+    check,
+    export,
+    inspect,
+    verify,
+    validate,
+    evaluate,
+    bench,
+    compare,
+    analyze,
+    embed,
+    release,
+    cache,
 )
 for _verb in _VERBS:
     # What a verb raises is for who reads the code; its exit codes are in the README.
-    app.command(help=(inspect.getdoc(_verb) or "").split("\n\nRaises:")[0])(_verb)
+    app.command(help=(introspection.getdoc(_verb) or "").split("\n\nRaises:")[0])(_verb)
 
 
 def _show_version(is_wanted: bool) -> None:
     """Print the version and stop."""
     if is_wanted:
-        from edgeq import __version__
-
-        console.put(f"edgeq {__version__}")
+        console.put(f"edgeq {VERSION}")
         raise typer.Exit
 
 

@@ -13,12 +13,10 @@ from numpy.typing import NDArray
 from edgeq.data import image_preprocessing
 from edgeq.data.batches import Batch, PixelFeeds
 from edgeq.data.image_preprocessing import Preprocessing
-from edgeq.data.splits import FEWEST_CALIBRATION, FEWEST_VALIDATION
 from edgeq.errors import ConfigError
 from edgeq.records import ImageSet
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -92,51 +90,6 @@ class ImageFile:
     sha256: str
 
 
-@dataclass(frozen=True)
-class ImagePlan:
-    """Hold the image files of an export.
-
-    Attributes:
-        calibration: observed.
-        validation: compared on; shows nothing that `calibration` shows.
-        origin: the name of the folder.
-        validation_origin: the same for the validation images.
-    """
-
-    calibration: tuple[ImageFile, ...]
-    validation: tuple[ImageFile, ...]
-    origin: str
-    validation_origin: str
-
-
-def plan_images(folder: Path, validation: Path | None, samples: int | None, seed: int) -> ImagePlan:
-    """Read, split and sample the images of an export.
-
-    Without a folder of validation images a fifth of them, chosen by the hash of what each shows, validates.
-
-    Raises:
-        ConfigError: a folder or file cannot be read, too few images are left, or one stands on both sides.
-    """
-    given = read_folder(folder)
-    if validation is not None:
-        compared, compared_origin = read_folder(validation), validation.name
-        _refuse_overlap(given, folder, compared, validation)
-    else:
-        compared = [item for item in given if bytes.fromhex(item.sha256)[0] % 5 == 0]
-        given = [item for item in given if bytes.fromhex(item.sha256)[0] % 5 != 0]
-        compared_origin = f"{folder.name} (a fifth, by hash)"
-    if samples is not None and samples < len(given):
-        rows = np.random.default_rng(seed).choice(len(given), samples, replace=False)
-        given = [given[row] for row in sorted(rows)]
-    if len(given) < FEWEST_CALIBRATION or len(compared) < FEWEST_VALIDATION:
-        raise ConfigError(
-            f"{folder}: {len(given)} different images are left to calibrate and {len(compared)} to validate; "
-            f"{FEWEST_CALIBRATION} and {FEWEST_VALIDATION} are needed. Give more with --images, more --samples, or a "
-            "folder with --validation."
-        )
-    return ImagePlan(tuple(given), tuple(compared), folder.name, compared_origin)
-
-
 def image_paths(folder: Path) -> list[Path]:
     """List the image files below a folder by name.
 
@@ -162,18 +115,6 @@ def read_folder(folder: Path) -> list[ImageFile]:
         sha256 = image_preprocessing.sha256_image(image_preprocessing.opened(path, str(path)))
         found.setdefault(sha256, ImageFile(path, path.relative_to(folder).as_posix(), sha256))
     return list(found.values())
-
-
-def _refuse_overlap(given: Sequence[ImageFile], folder: Path, compared: Sequence[ImageFile], validation: Path) -> None:
-    names = {item.sha256: item.name for item in given}
-    both = [(names[item.sha256], item.name) for item in compared if item.sha256 in names]
-    if both:
-        shown = "\n".join(f"  - {one} and {two}" for one, two in both[:_SHOWN])
-        more = f"\n  … and {len(both) - _SHOWN} more" if len(both) > _SHOWN else ""
-        raise ConfigError(
-            f"{len(both)} images stand in {folder} and in {validation}, which flatters the figures:\n{shown}{more}\n"
-            "Remove them from one of the two."
-        )
 
 
 def prepared(files: Sequence[ImageFile], how: Preprocessing) -> Images:

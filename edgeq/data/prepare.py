@@ -12,8 +12,8 @@ from edgeq.data.tokens import Tokenizer, text_set
 from edgeq.records import ImageSet, TextSet
 
 if TYPE_CHECKING:
-    from edgeq.data.images import ImageFile, ImagePlan
-    from edgeq.data.splits import TextPlan
+    from edgeq.data.images import ImageFile
+    from edgeq.data.plans import ImagePlan, TextPlan
 
     Plan = TextPlan | ImagePlan
     Items = Sequence[str] | Sequence[ImageFile]

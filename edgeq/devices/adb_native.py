@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import Embeddings, embed_batches, embed_by_bucket
 from edgeq.bundle.golden import read_golden
 from edgeq.bundle.manifest import MANIFEST, load_manifest
 from edgeq.data.batches import AnyFeeds
+from edgeq.data.sessions import Embeddings, embed_batches, embed_by_bucket
 from edgeq.data.tokens import Tokens, batches, lengths, token_limit
 from edgeq.devices.blobs import Blobs
-from edgeq.devices.contract import Job
+from edgeq.devices.contract import Job, Phone
 from edgeq.devices.report import Agreement, Conditions, DeviceMachine, DeviceReport, judged
 from edgeq.errors import BundleCorrupt, ParityFailed, Unsupported
 from edgeq.evaluation import parity
@@ -32,13 +32,13 @@ from edgeq.records import Manifest, Measures, RunsOn
 from edgeq.system.files import sha256_file, work_dir
 
 if TYPE_CHECKING:
-    from edgeq.devices.adb import Adb
+    pass
 
 _INPUTS = ("input_ids", "attention_mask")
 _MACHINES = {"arm64": "aarch64", "armv8l": "aarch64"}
 
 
-def validate_natively(phone: Adb, binary: Path, blobs: Blobs, folder: str, job: Job) -> DeviceReport:
+def validate_natively(phone: Phone, binary: Path, blobs: Blobs, folder: str, job: Job) -> DeviceReport:
     """Feed the golden texts to the binary on the phone, one a run, and report.
 
     Args:
@@ -81,7 +81,7 @@ def validate_natively(phone: Adb, binary: Path, blobs: Blobs, folder: str, job: 
 class _Native:
     """Run each text through the binary; a session, as `parity` takes it."""
 
-    def __init__(self, phone: Adb, folder: str, sha256: str, manifest: Manifest, job: Job) -> None:
+    def __init__(self, phone: Phone, folder: str, sha256: str, manifest: Manifest, job: Job) -> None:
         """Read from the file how codes become vectors."""
         from edgeq.backends.tflite import SIGNATURE, output_codes
 
@@ -151,7 +151,7 @@ def _agreement(recorded: Embeddings, vectors: Embeddings) -> Agreement:
 
 
 def _report(
-    phone: Adb, manifest: Manifest, sha256: str, measures: Measures | None, host: Agreement | None,
+    phone: Phone, manifest: Manifest, sha256: str, measures: Measures | None, host: Agreement | None,
     failures: tuple[str, ...],
 ) -> DeviceReport:  # fmt: skip
     """Judge, and describe the phone."""
@@ -168,7 +168,7 @@ def _report(
     return report.model_copy(update={"failures": found, "status": "failed" if found else "passed"})
 
 
-def _machine(phone: Adb, runs_on: RunsOn) -> DeviceMachine:
+def _machine(phone: Phone, runs_on: RunsOn) -> DeviceMachine:
     """Ask the phone what it is."""
     name = phone.shell(["uname", "-m"], "asking for the processor").strip()[:40]
     cpuinfo = phone.shell(["cat", "/proc/cpuinfo"], "asking for the processor")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -41,6 +41,34 @@ class Job:
         """Give the device script's options."""
         numbers = {"--runs": self.runs, "--warmup": self.warmup, "--threads": self.threads}
         return [word for name, value in numbers.items() for word in (name, str(value))] + ["--place", kind]
+
+
+class Phone(Protocol):
+    """Run commands on a phone and move files between it and this machine.
+
+    Attributes:
+        name: for messages.
+        root: the folder of the phone that holds all that is sent.
+    """
+
+    name: str
+    root: str
+
+    def shell(self, words: Sequence[str], what: str) -> str:
+        """Run a command and give what it wrote."""
+        ...
+
+    def script(self, text: str, what: str) -> str:
+        """Run a line of shell whose words are quoted already."""
+        ...
+
+    def push(self, local: Path, remote: str) -> None:
+        """Copy a file to the phone."""
+        ...
+
+    def pull(self, remote: str, local: Path) -> None:
+        """Copy a file from the phone."""
+        ...
 
 
 class Place(Protocol):

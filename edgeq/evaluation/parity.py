@@ -20,7 +20,7 @@ from edgeq.records import ImageSet, Measures, ParityReport, Place, Placement, Se
 from edgeq.system.host import describe
 
 if TYPE_CHECKING:
-    from edgeq.backends.contract import Session
+    from edgeq.data.sessions import Session
 
 NEIGHBOURS = 10
 MIN_TEXTS = 3  # two texts have one similarity, which ranks nothing

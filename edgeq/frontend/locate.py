@@ -10,19 +10,16 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeq.errors import ConfigError, EdgeqError, ToolMissing, Unsupported
+from edgeq.errors import ConfigError, Unsupported
 from edgeq.frontend.onnx.find import OnnxFile, OnnxOptions, find
-from edgeq.frontend.torch import sentence_transformers, text_towers
-from edgeq.records import Source
 from edgeq.system.files import sha256_file
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+    pass
 
 IMAGE = "image"
 TOWERS = ("text", IMAGE)
@@ -276,86 +273,3 @@ def _identity(directory: Path, pooling: str | None, dim: int | None, tower: str 
         ):
             digest.update(f"{path.relative_to(directory).as_posix()} {sha256_file(path)}\n".encode())
     return digest.hexdigest()
-
-
-def load(located: Located) -> SentenceTransformer:
-    """Load the model in FP32 on the CPU, in evaluation mode.
-
-    Raises:
-        ToolMissing: torch or sentence-transformers is not installed.
-        ConfigError: the loaders refuse the directory, or it has fewer dimensions than asked for.
-        Unsupported: one of its modules has no form in a graph.
-    """
-    try:
-        import torch
-        from sentence_transformers import SentenceTransformer
-        from sentence_transformers.sentence_transformer import modules
-        from transformers.utils import logging as transformers_logging
-    except ImportError as error:
-        raise ToolMissing(
-            f"exporting needs torch and sentence-transformers ({error}); install: {EXPORT_EXTRA}"
-        ) from error
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
-    options = {"attn_implementation": "eager", "dtype": torch.float32}
-    where = str(located.directory)
-    try:
-        if located.is_sentence_transformers:
-            model = SentenceTransformer(where, device="cpu", model_kwargs=options, local_files_only=True)
-        else:
-            body = modules.Transformer(where, model_kwargs=options)
-            if located.takes_images:
-                from edgeq.frontend.torch import vision
-
-                model = SentenceTransformer(modules=vision.assembled(body, located.pooling), device="cpu")
-            elif located.tower is not None and body.module_output_name == "sentence_embedding":
-                model = SentenceTransformer(modules=text_towers.unfolded(body, located.name), device="cpu")
-            else:
-                pooling = modules.Pooling(
-                    body.get_embedding_dimension(), pooling_mode=(located.pooling or "").split("+")
-                )
-                model = SentenceTransformer(modules=[body, pooling], device="cpu")
-    except EdgeqError:
-        raise
-    except Exception as error:  # the boundary to foreign loaders, which may raise anything
-        raise ConfigError(f"{where}: sentence-transformers cannot load this model: {_first_line(error)}") from error
-    if not located.takes_images:
-        sentence_transformers.prepare(model, located.directory, located.name, located.dim)
-    return model.eval()
-
-
-def describe(located: Located, model: SentenceTransformer) -> Source:
-    """Say what a loaded model is made of.
-
-    Raises:
-        Unsupported: it states neither its dimension nor its longest sequence.
-    """
-    dim = model.get_embedding_dimension()
-    limit = model.max_seq_length
-    if dim is None or limit is None:
-        raise Unsupported(f"{located.name}: the model states neither its dimension nor its longest sequence")
-    return Source(
-        name=located.display_name,
-        kind="sentence-transformers" if located.is_sentence_transformers else "transformers",
-        sha256=located.sha256,
-        modules=sentence_transformers.names(model),
-        inputs=("input_ids", "attention_mask"),
-        dim=int(dim),
-        max_sequence=int(limit),
-        prompts=dict(model.prompts) if any(model.prompts.values()) else {},
-        default_prompt_name=model.default_prompt_name,
-    )
-
-
-def pooling_width(module: object) -> int:
-    """Give the width of the token vectors that a Pooling module reads."""
-    for name in ("embedding_dimension", "word_embedding_dimension"):
-        width = getattr(module, name, None)
-        if isinstance(width, int):
-            return width
-    raise Unsupported("the Pooling module states no width; sentence-transformers 6 is needed")
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

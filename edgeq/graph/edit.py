@@ -181,3 +181,14 @@ def dims(value: ir.Value | None) -> list[int | str | None] | None:
     if value is None or value.shape is None:
         return None
     return [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+
+
+def replace_constant(graph: ir.Graph, node: ir.Node, position: int, array: NDArray[np.floating]) -> None:
+    """Give the node a changed constant; an initializer that nobody else reads keeps its name."""
+    old = node.inputs[position]
+    if old is None:
+        return
+    name = str(old.name)
+    if old.name in graph.initializers and len(old.uses()) == 1:
+        graph.initializers.pop(name)
+    node.replace_input_with(position, add_constant(graph, name, array.astype(np.float32)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from edgeq.data.batches import PIXELS, AnyFeeds, PixelFeeds
+from edgeq.data.tokens import Feeds
 from edgeq.errors import EdgeqError
-from edgeq.graph.edit import constant
+from edgeq.graph.edit import constant, dims
+from edgeq.graph.float_session import FloatSession
 
 _OPSET = 21
 
@@ -57,3 +61,35 @@ def computed(value: ir.Value | None, feeds: Mapping[str, NDArray[np.int64]]) -> 
     with np.errstate(all="ignore"):  # what is computed for both branches of a Where need not be a number
         (result,) = ReferenceEvaluator(model).run(None, {name: feeds[name] for name in inputs})
     return np.asarray(result)
+
+
+def outputs_of(model: ir.Model, values: Sequence[ir.Value], shapes: bool = False) -> FloatSession:
+    """Load the part of a graph that computes some values; the model is left as it is.
+
+    Args:
+        model: whose inputs are input_ids and attention_mask.
+        values: any of its nodes' outputs.
+        shapes: give their shapes, int64[dimensions], instead of themselves.
+    """
+    part = ir.from_proto(ir.to_proto(model))
+    found = {value.name: value for node in part.graph for value in node.outputs}
+    found |= {value.name: value for value in part.graph.inputs}
+    part.graph.outputs.clear()
+    for row, value in enumerate(values):
+        node = ir.node("Shape" if shapes else "Identity", [found[value.name]], name=f"measured_{row}")
+        node.outputs[0].name = f"measured_{row}"
+        node.outputs[0].type = ir.TensorType(ir.DataType.INT64) if shapes else value.type
+        part.graph.append(node)
+        part.graph.outputs.append(node.outputs[0])
+    RemoveUnusedNodesPass()(part)
+    return FloatSession.of(ir.to_proto(part))
+
+
+def feeds_of_ones(model: ir.Model, batch: int, sequence: int) -> AnyFeeds:
+    """Make a batch of texts of so many tokens, or of images of the size that the model takes."""
+    images = next((value for value in model.graph.inputs if value.name == PIXELS), None)
+    if images is not None:
+        sizes = [size for size in dims(images) or () if isinstance(size, int)]
+        return PixelFeeds(np.ones((batch, *sizes), np.float32))
+    ones = np.ones((batch, sequence), np.int64)
+    return Feeds(ones, ones)

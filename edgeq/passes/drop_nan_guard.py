@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from edgeq.graph.attention_mask import MASK_SIZE
 from edgeq.graph.edit import Rewrites, made_by, replace_uses, scalar
-from edgeq.passes.finite_mask import MASK_SIZE
 
 
 def drop_nan_guard(model: ir.Model) -> Rewrites:

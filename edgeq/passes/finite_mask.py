@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from edgeq.graph.attention_mask import MASK_SIZE
 from edgeq.graph.edit import (
     Rewrites,
     add_constant,
@@ -17,7 +18,6 @@ from edgeq.graph.edit import (
 )
 from edgeq.passes.known_truths import truth
 
-MASK_SIZE = "attention_mask_size"
 INFINITE = 1e30
 START_SIZE = 1e4  # exp(-1e4) is 0 in FP32; equalising replaces it by a size derived from the observed scores
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from edgeq.graph.attention_mask import is_mask
 from edgeq.graph.edit import Rewrites, add_node, made_by, readers
-from edgeq.passes.finite_mask import MASK_SIZE
 
 
 def mask_last(model: ir.Model) -> Rewrites:
@@ -41,9 +41,3 @@ def mask_last(model: ir.Model) -> Rewrites:
             count += 1
             break
     return Rewrites(count, tuple(near))
-
-
-def is_mask(value: ir.Value | None) -> bool:
-    """Tell whether a value is a mask as `finite_mask` writes it."""
-    product = made_by(value, "Mul")
-    return product is not None and any(item is not None and item.name == MASK_SIZE for item in product.inputs)

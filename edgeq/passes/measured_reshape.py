@@ -7,7 +7,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.graph.edit import Rewrites, constant, fix_shape, replace_uses
-from edgeq.graph.measuring import feeds_of_ones, outputs_of
+from edgeq.graph.evaluate import feeds_of_ones, outputs_of
 
 # Batch and sequence differ from one another, from feed to feed, and from sizes that models have.
 _SIZES = ((3, 5), (7, 11))

@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 
 from edgeq.data.tokens import Feeds
 from edgeq.errors import ConfigError
+from edgeq.graph.attention_mask import MASK_SIZE
 from edgeq.graph.edit import Rewrites, add_constant, add_node, constant, is_read_once, readers, replace_uses, scalar
-from edgeq.graph.measuring import outputs_of
-from edgeq.passes.finite_mask import MASK_SIZE, START_SIZE
+from edgeq.graph.evaluate import outputs_of
+from edgeq.passes.finite_mask import START_SIZE
 
 _MASK, _BIAS = "attention_mask", "attention_bias"
 _SHUTS = -1e3  # what is added at least to a score that must not count

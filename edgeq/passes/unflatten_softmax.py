@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeq.graph.edit import Rewrites, add_node, is_read_once, made_by, readers, replace_uses
-from edgeq.graph.measuring import feeds_of_ones, outputs_of
+from edgeq.graph.evaluate import feeds_of_ones, outputs_of
 
 
 def unflatten_softmax(model: ir.Model) -> Rewrites:

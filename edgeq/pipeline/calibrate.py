@@ -11,11 +11,12 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.calibration import outlier_neurons, smooth_scales
-from edgeq.calibration.observe import Statistics, equal_length_batches, observe
+from edgeq.calibration.observe import equal_length_batches, observe
+from edgeq.calibration.statistics import Statistics
 from edgeq.data.batches import Batch, Samples
-from edgeq.data.splits import FEWEST_CALIBRATION
+from edgeq.data.plans import FEWEST_CALIBRATION
+from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.graph import external_data
 from edgeq.graph.edit import constant, dims, readers

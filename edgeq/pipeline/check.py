@@ -8,12 +8,12 @@ from typing import Literal
 
 import onnx
 
-from edgeq.analysis.inspect.onnx import read_onnx
 from edgeq.backends.contract import JudgesOperators, OperatorVerdict
 from edgeq.backends.registry import find
 from edgeq.errors import Unsupported
 from edgeq.frontend import locate
 from edgeq.graph import external_data
+from edgeq.graph.read import read_onnx
 from edgeq.pipeline import stages
 from edgeq.quantization import schemes
 from edgeq.records import FileRef, QdqModel, Record, Scheme, Target

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from edgeq.backends.contract import Backend, Embeddings, HasOtherSettings, Session, embed_batches, obstacle
+from edgeq.backends.contract import Backend, HasOtherSettings, obstacle
+from edgeq.data.sessions import Embeddings, Session, embed_batches
 from edgeq.data.tokens import batches, token_limit
 from edgeq.errors import DeviceUnavailable
 from edgeq.evaluation import parity

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeq import __version__
-from edgeq.backends.contract import Backend, Embeddings
+from edgeq.backends.contract import Backend
 from edgeq.backends.registry import find
 from edgeq.bundle.golden import GoldenData
 from edgeq.bundle.golden_images import GoldenImages, golden_images
 from edgeq.bundle.write import Lineage, require_place, write
-from edgeq.data.splits import plan_texts, spread, spread_validation
+from edgeq.data.plans import plan_texts, spread_validation
+from edgeq.data.sessions import Embeddings
+from edgeq.data.splits import spread
 from edgeq.data.tokens import Tokens, batches, token_feeds, token_limit
 from edgeq.errors import ConfigError, ParityFailed, Unsupported
 from edgeq.frontend import locate
@@ -29,6 +30,7 @@ from edgeq.quantization import schemes
 from edgeq.records import Measures, ParityReport, Place, QdqModel, Record, Scheme, Status, Target
 from edgeq.system import files
 from edgeq.system.cache import Cache
+from edgeq.version import VERSION
 
 if TYPE_CHECKING:
     from edgeq.data.prepare import Plan
@@ -165,7 +167,7 @@ def _plan(request: ExportRequest, located: locate.Located) -> Plan:
         raise ConfigError(f"{request.model}: takes texts, and was given images ({request.images}); {way_out}")
     if request.texts is not None or request.column is not None or request.evaluation:
         raise ConfigError("--images stands alone: drop --texts, --column and --evaluation")
-    from edgeq.data.images import plan_images  # here: texts need no Pillow
+    from edgeq.data.plans import plan_images  # here: texts need no Pillow
 
     return plan_images(request.images, request.validation, request.samples, request.seed)
 
@@ -202,7 +204,7 @@ def bundled(target: Target, shared: Shared, request: ExportRequest, report: Repo
         if is_written:
             command = _command(request, floats.source.name, target)
             lineage = Lineage(
-                __version__, command, target, floats.source, floats.model, calibrated.equalized,
+                VERSION, command, target, floats.source, floats.model, calibrated.equalized,
                 calibrated.calibration, model, artifact, stages.versions(stages.EXPORT_TOOLS) | dict(backend.tools()),
             )  # fmt: skip
             golden = _golden(floats, validation, embeddings)

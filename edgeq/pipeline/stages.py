@@ -14,11 +14,11 @@ import numpy as np
 import onnx
 import psutil
 
-from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.calibration import observe
 from edgeq.calibration.file import load, save
 from edgeq.data.batches import PIXELS, Samples
 from edgeq.data.prepare import identities, prepare
+from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.frontend import export

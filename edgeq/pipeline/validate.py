@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from edgeq.backends.contract import Embeddings, embed_batches
 from edgeq.backends.registry import find
-from edgeq.bundle.embedder import Embedder, load
+from edgeq.bundle.embedder import Embedder
+from edgeq.bundle.load import load
 from edgeq.bundle.manifest import load_manifest, require_cpu
 from edgeq.data.batches import PIXELS
 from edgeq.data.prepare import Prepared, prepare
+from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.splits import spread
 from edgeq.data.text_files import deduplicate, default_texts, read_texts
 from edgeq.data.tokens import Tokenizer, batches, token_limit

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.calibration.observe import Statistics
+from edgeq.calibration.statistics import Statistics
 from edgeq.errors import EdgeqError
 from edgeq.graph.edit import (
     add_constant,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgeq.calibration.observe import Statistics
+from edgeq.calibration.statistics import Statistics
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.qdq import symmetric
 

@@ -12,18 +12,15 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from edgeq.calibration.observe import Statistics
+from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph.edit import add_constant, add_node, add_node_after, checked, readers
 from edgeq.quantization import affine
 from edgeq.quantization.affine import Affine
-from edgeq.quantization.htp import unsupported
-from edgeq.quantization.rewrites.fold_norm_bias import Observed
 
 LOWEST_IR_VERSION = 10  # of opset 21
 HEADROOM = 1.25  # of 16-bit ranges over what was observed: it costs a third of a bit, and saturation costs the text
 INTEGER_DTYPES: Mapping[int, type[np.integer[Any]]] = {8: np.int8, 16: np.int16}
-UNSIGNED_DTYPES: Mapping[int, type[np.integer[Any]]] = {8: np.uint8, 16: np.uint16}
 
 
 @dataclass(frozen=True)
@@ -166,24 +163,6 @@ class CodedGraph:
         stored = add_constant(self.graph, f"{name}/codes", affine.quantize(array, codes).astype(self.dtypes[bits]))
         inputs = [stored, *self.parameters(name, codes, bits)]
         return Coded(add_node(node, "DequantizeLinear", inputs, f"{name}/dequantized"), codes, bits)
-
-
-class UnsignedGraph(CodedGraph):
-    """The same with unsigned codes, whose zero point is wherever the range puts it, in 16 bits too: HTP's."""
-
-    dtypes = UNSIGNED_DTYPES
-
-    def refusal(self, node: ir.Node, found: str) -> str:
-        """Write why a node cannot be coded: the part of the model, its module, and the way out."""
-        return unsupported.refusal(node, found)
-
-    def cover(self, low: float, high: float, bits: int) -> Affine:
-        """Give codes for a range."""
-        return affine.asymmetric(low, max(high, low + 1e-9), bits)
-
-    def wider(self, codes: Affine) -> Affine:
-        """Give 16-bit codes for all that 8-bit codes hold: 257 steps for each, so that both hold the same values."""
-        return Affine(codes.scale / 257, codes.zero_point * 257, 0, 65535)
 
 
 def finished(model: ir.Model) -> onnx.ModelProto:

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.calibration.observe import Statistics
+from edgeq.calibration.statistics import Statistics
 from edgeq.errors import EdgeqError
 from edgeq.graph.edit import add_constant, add_node, checked, constant, dims, replace_uses
 from edgeq.graph.linear import Site, sites

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.calibration.observe import BINS, Histogram, Statistics
+from edgeq.calibration.statistics import BINS, Histogram, Statistics
 from edgeq.errors import EdgeqError
 from edgeq.quantization import affine
 from edgeq.records import Scheme
@@ -85,3 +85,11 @@ def _divergence(histogram: Histogram, low: float, high: float, scheme: Scheme) -
     spread = mass[group] / np.maximum(members[group], 1.0)
     inside = filled & (spread > 0)
     return float(np.sum(original[inside] * np.log(original[inside] / spread[inside])))
+
+
+# How far a masked score lies below the smallest maximum of a row, by how attention divides.
+MASKED_BELOW = {
+    "softmax": 20.0,  # exp(-20) = 2e-9: what is left of a masked position
+    "exact": 12.0,  # exp(-6.3) is half a code: nothing at all is left, for maxima 5.7 below those observed, too
+}
+GELU_FLOOR = -4.0  # GELU(-4) = -1.3e-4: below, nothing is left to tell apart

@@ -10,8 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from edgeq.calibration.observe import Statistics
-from edgeq.calibration.outlier_neurons import magnitudes
+from edgeq.calibration.statistics import Statistics, magnitudes
 from edgeq.errors import Unsupported
 from edgeq.graph.edit import add_constant, add_node, checked, constant, made_by, readers, replace_uses
 from edgeq.graph.linear import sites

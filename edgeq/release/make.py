@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import edgeq
 from edgeq.bundle.checksums import SUMS, check_sums, write_sums
 from edgeq.errors import BundleCorrupt, ConfigError, ReleaseRefused
 from edgeq.records import FileRef, Record
@@ -15,6 +14,7 @@ from edgeq.release.archives import read_archive
 from edgeq.release.eligibility import Candidate, examine, find_bundles
 from edgeq.release.notes import NOTES, Packed, release_notes
 from edgeq.system.files import file_ref, replacing_dir, storage_errors
+from edgeq.version import VERSION
 
 Report = Callable[[str, int, int], None]
 
@@ -149,7 +149,7 @@ def _describe(
             (folder / f"{stem}.{name}").write_bytes((device.model_dump_json(indent=2) + "\n").encode())
         bill = sbom.sbom(each.candidate, version, each.archive, model_licence)
         (folder / f"{stem}{sbom.SUFFIX}").write_bytes(bill)
-        said = provenance.provenance(each.candidate, version, each.archive, packer, edgeq.__version__)
+        said = provenance.provenance(each.candidate, version, each.archive, packer, VERSION)
         (folder / f"{stem}{provenance.SUFFIX}").write_bytes(said)
 
 

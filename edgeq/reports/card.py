@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeq import __version__
-from edgeq.backends.contract import Embeddings
 from edgeq.bundle.float_model import float_model
 from edgeq.data.batches import require_texts
+from edgeq.data.sessions import Embeddings
 from edgeq.data.tokens import Tokenizer, text_set
 from edgeq.errors import ConfigError, EdgeqError, ParityFailed
 from edgeq.evaluation.datasets import load_beir, load_sts
@@ -23,6 +22,7 @@ from edgeq.reports.layers import layers
 from edgeq.reports.rows import Outcome, Times, float_row, row
 from edgeq.reports.runs import FLOAT, Data, Run, run, runners
 from edgeq.system.host import describe
+from edgeq.version import VERSION
 
 __all__ = ["Card", "Request", "compare"]
 
@@ -87,7 +87,7 @@ def compare(request: Request, report: Report) -> Card:
     compared = [item.compared for item in outcomes if item.compared is not None]
     card = Card(
         format=1,
-        edgeq=__version__,
+        edgeq=VERSION,
         model=found[0].manifest.source.name,
         source_sha256=found[0].manifest.source.sha256,
         float_model_sha256=found[0].manifest.float_model.file.sha256,

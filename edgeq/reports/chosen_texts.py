@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeq.backends.contract import Embeddings
 from edgeq.bundle.golden import read_golden
+from edgeq.data.sessions import Embeddings
 from edgeq.data.text_files import deduplicate, default_texts, read_texts, split
 from edgeq.data.tokens import sha256_texts
 from edgeq.errors import ConfigError

@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import Embeddings
+from edgeq.data.sessions import Embeddings
 from edgeq.data.tokens import Tokens
 from edgeq.evaluation import parity
 from edgeq.records import Measures

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edgeq.backends.contract import Embeddings, Session, embed_batches
 from edgeq.backends.registry import find
 from edgeq.bundle.embedder import Embedder
 from edgeq.bundle.manifest import require_cpu
+from edgeq.data.sessions import Embeddings, Session, embed_batches
 from edgeq.data.tokens import Tokenizer, batches
 from edgeq.errors import (
     ConfigError,

@@ -15,7 +15,7 @@ from benchmark.making import MAX_SEQUENCE, Made, note
 from benchmark.processes import first_line
 from benchmark.runners import Runner
 from benchmark.samples import Sample
-from edgeq.backends.contract import Embeddings
+from edgeq.data.sessions import Embeddings
 from edgeq.data.tokens import Tokenizer, batches
 from edgeq.errors import EdgeqError
 from edgeq.evaluation import parity

@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 
 from benchmark.making import Made, interpreter
-from edgeq.backends.contract import Embeddings
+from edgeq.data.sessions import Embeddings
 from edgeq.data.tokens import Batch, Feeds
 from edgeq.errors import EdgeqError
 from edgeq.system.worker import Worker

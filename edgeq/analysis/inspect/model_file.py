@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgeq.analysis.inspect import onnx, openvino, tflite
-from edgeq.analysis.inspect.onnx import read_onnx
 from edgeq.analysis.inspect.report import Anatomy, Port, Signature, StoredTensor, TensorGroup
 from edgeq.errors import BundleCorrupt, ConfigError
+from edgeq.graph.read import read_onnx
 
 __all__ = ["Anatomy", "Port", "Signature", "StoredTensor", "TensorGroup", "inspect", "read_onnx"]
 

@@ -13,9 +13,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from edgeq.backends.contract import Embeddings, OperatorVerdict, Rejection, Rule, Session, Verdict, rejected
+from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, Verdict, rejected
 from edgeq.backends.onnxruntime.joined_heads import JOINT, joined_heads
 from edgeq.data.batches import AnyFeeds
+from edgeq.data.sessions import Embeddings, Session
 from edgeq.errors import ConfigError, LoweringFailed
 from edgeq.graph.dialect import OPERATORS
 from edgeq.graph.edit import checked

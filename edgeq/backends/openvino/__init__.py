@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from edgeq.backends.contract import Rejection, Rule, Session, Setting, reads_tokens, rejected
+from edgeq.backends.contract import Rejection, Rule, Setting, reads_tokens, rejected
 from edgeq.backends.openvino.ir import read_ir
+from edgeq.data.sessions import Session
 from edgeq.data.tokens import lengths
 from edgeq.errors import ConfigError, DeviceUnavailable, LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Placement, QdqModel, Target

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from edgeq.backends.contract import Embeddings
 from edgeq.backends.openvino.lowering import refusals
 from edgeq.data.batches import PIXELS, AnyFeeds
+from edgeq.data.sessions import Embeddings
 from edgeq.data.tokens import Feeds, fitted, rows_by_bucket, token_feeds
 from edgeq.errors import ConfigError
 from edgeq.records import Target

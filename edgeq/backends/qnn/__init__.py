@@ -14,17 +14,9 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import (
-    Embeddings,
-    OperatorVerdict,
-    Rejection,
-    Rule,
-    embed_by_bucket,
-    has_buckets,
-    reads_tokens,
-    rejected,
-)
+from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, has_buckets, reads_tokens, rejected
 from edgeq.data.batches import AnyFeeds
+from edgeq.data.sessions import Embeddings, embed_by_bucket
 from edgeq.data.tokens import lengths
 from edgeq.errors import BundleCorrupt, LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target

@@ -16,9 +16,10 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import Embeddings, Rejection, Rule, embed_by_bucket, has_buckets, reads_tokens, rejected
+from edgeq.backends.contract import Rejection, Rule, has_buckets, reads_tokens, rejected
 from edgeq.backends.rockchip import listing
 from edgeq.data.batches import AnyFeeds
+from edgeq.data.sessions import Embeddings, embed_by_bucket
 from edgeq.data.tokens import fitted, lengths
 from edgeq.errors import BundleCorrupt, LoweringFailed
 from edgeq.graph.static_shapes import fix_shapes

@@ -25,10 +25,11 @@ from edgeq.data.batches import PIXELS, AnyFeeds, PixelFeeds
 from edgeq.data.probes import probe_feeds
 from edgeq.data.tokens import Feeds
 from edgeq.errors import EdgeqError, Unsupported
-from edgeq.frontend import locate, tokenizer_config
+from edgeq.frontend import tokenizer_config
 from edgeq.frontend.locate import Located
 from edgeq.frontend.torch import sentence_transformers, text_towers
 from edgeq.frontend.torch.errors import explain
+from edgeq.frontend.torch.load import describe, load, pooling_width
 from edgeq.graph import external_data, origins
 from edgeq.records import Source
 
@@ -59,10 +60,10 @@ def run(located: Located, out_dir: Path, hidden_state: bool) -> Source:
         ConfigError: the model cannot be loaded.
         Unsupported: torch cannot export it.
     """
-    model = locate.load(located)
+    model = load(located)
     if located.takes_images:
         return _run_images(located, model, out_dir, hidden_state)
-    record = locate.describe(located, model)
+    record = describe(located, model)
     feeds = probe_feeds(len(model.tokenizer), record.max_sequence)
     _require_own_vectors(model, feeds[1], located.name)
     expected = torch_embeddings(model, feeds)
@@ -291,7 +292,7 @@ def _pooling_config(module: torch.nn.Module) -> dict[str, object]:
     flags: dict[str, object] = {f"pooling_mode_{key}": name in modes for name, key in _FLAGS.items()}
     order = {} if list(modes) == [name for name in _FLAG_ORDER if name in modes] else {"pooling_mode": list(modes)}
     rest = {"include_prompt": getattr(module, "include_prompt", True), **order}
-    return {"word_embedding_dimension": locate.pooling_width(module), **flags, **rest}
+    return {"word_embedding_dimension": pooling_width(module), **flags, **rest}
 
 
 def _write_json(path: Path, content: object) -> None:

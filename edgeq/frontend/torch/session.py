@@ -14,8 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edgeq.backends.contract import Embeddings
 from edgeq.data.batches import AnyFeeds
+from edgeq.data.sessions import Embeddings
 from edgeq.data.tokens import Feeds, token_feeds
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.frontend.locate import Located, locate
@@ -74,8 +74,8 @@ class TorchSession:
 
 def _load(request: dict[str, Any]) -> Callable[[Feeds], Embeddings]:
     """Load the model in this process."""
-    from edgeq.frontend.locate import load
     from edgeq.frontend.torch import export
+    from edgeq.frontend.torch.load import load
 
     fields = request["located"]
     model = load(Located(**{**fields, "directory": Path(fields["directory"])}))

@@ -14,18 +14,18 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.calibration.observe import Statistics
+from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph.edit import add_constant, add_node, add_node_after, constant, readers
 from edgeq.graph.linear import SIDE
 from edgeq.quantization import affine, weight_rounding
 from edgeq.quantization.affine import Affine
+from edgeq.quantization.htp.attention_mask import LookedUpMasks
+from edgeq.quantization.htp.qdq import UnsignedGraph
 from edgeq.quantization.htp.unsupported import refusal
-from edgeq.quantization.integer.attention_mask import LookedUpMasks
-from edgeq.quantization.integer.quantizer import GELU_FLOOR, MASKED_BELOW
-from edgeq.quantization.qdq import HEADROOM, Coded, UnsignedGraph, finished
+from edgeq.quantization.qdq import HEADROOM, Coded, finished
+from edgeq.quantization.ranges import GELU_FLOOR, MASKED_BELOW
 from edgeq.quantization.rewrites.decompose_norms import ROW_MAXIMUM
-from edgeq.quantization.rewrites.fold_norm_bias import Observed
 from edgeq.quantization.rewrites.htp import htp_form
 from edgeq.records import HtpForm, Scheme
 

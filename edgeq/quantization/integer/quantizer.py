@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from edgeq.calibration.observe import Statistics
+from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph.edit import add_constant, add_node, add_node_after, constant, dims, readers
 from edgeq.graph.linear import SIDE, bias_of
@@ -22,19 +22,13 @@ from edgeq.quantization.integer.embedding_rows import is_pooled, scaled_rows
 from edgeq.quantization.integer.int32_sums import ExactSums
 from edgeq.quantization.output_precision import vector_codes
 from edgeq.quantization.qdq import HEADROOM, INTEGER_DTYPES, Coded, CodedGraph, finished, symmetric
+from edgeq.quantization.ranges import GELU_FLOOR, MASKED_BELOW
 from edgeq.quantization.rewrites.decompose_norms import ROW_MAXIMUM
-from edgeq.quantization.rewrites.fold_norm_bias import Observed
 from edgeq.quantization.rewrites.integer import integer_form
 from edgeq.quantization.rewrites.npu_operators import CHOICE, ROOT_HEADROOM, Fixed, narrow
 from edgeq.quantization.rewrites.single_token_last_layer import ONE_TOKEN
 from edgeq.records import IntegerForm, Scheme
 
-# How far a masked score lies below the smallest maximum of a row, by how attention divides.
-MASKED_BELOW = {
-    "softmax": 20.0,  # exp(-20) = 2e-9: what is left of a masked position
-    "exact": 12.0,  # exp(-6.3) is half a code: nothing at all is left, for maxima 5.7 below those observed, too
-}
-GELU_FLOOR = -4.0  # GELU(-4) = -1.3e-4: below, nothing is left to tell apart
 SOFTMAX = {8: Affine(1 / 256, -128, -128, 127), 16: Affine(1 / 32768, 0, -32768, 32767)}
 SIGMOID = Affine(1 / 32768, 0, -32768, 32767)
 SHARE = Affine(1 / 32767, 0, -32768, 32767)  # of a token in the mean

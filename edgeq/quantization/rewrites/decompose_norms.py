@@ -10,9 +10,9 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from edgeq.graph.attention_mask import is_mask
 from edgeq.graph.edit import add_constant, add_node, constant, dims, made_by, readers, replace_uses
 from edgeq.graph.rms_norm import root_mean_square
-from edgeq.passes.mask_last import is_mask
 from edgeq.quantization.rewrites.attention import biased, counted_positions, shared_heads, turned_halves
 from edgeq.quantization.rewrites.token_pooling import cap_padding, last_token
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from edgeq.calibration.statistics import Observed
 from edgeq.graph.edit import add_constant, add_node, constant, made_by, readers
 from edgeq.graph.linear import SIDE
 from edgeq.quantization.rewrites.decompose_norms import GAINED, NORMALIZED
-from edgeq.quantization.rewrites.fold_norm_bias import Observed
 
 FACTOR = "/factor_of_rows"
 

@@ -12,14 +12,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.calibration.observe import Statistics
+from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by, readers
 from edgeq.graph.linear import Site, bias_of, sites, value_sum
 from edgeq.passes.pool_by_matmul import POOLING
 from edgeq.quantization.rewrites.decompose_norms import GAINED, NORMALIZED
 
 WIDENED = "/widened"
-Observed = dict[str, Statistics]
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from edgeq.calibration.observe import Statistics
+from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.graph.edit import add_node, checked, constant, dims, made_by, readers, replace_uses
 from edgeq.passes.matmul_to_gemm import flat_tokens
 from edgeq.quantization.rewrites.decompose_norms import NORMALIZED, first_token
-from edgeq.quantization.rewrites.fold_norm_bias import Observed, even_values, widen_outputs
-from edgeq.quantization.rewrites.integer import join_positions
+from edgeq.quantization.rewrites.fold_norm_bias import even_values, widen_outputs
+from edgeq.quantization.rewrites.join_positions import join_positions
 from edgeq.quantization.rewrites.token_pooling import last_token
 from edgeq.records import HtpForm
 

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from edgeq.calibration.observe import Statistics
-from edgeq.graph.edit import add_constant, constant, made_by
-from edgeq.graph.linear import bias_of
+from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.quantization.rewrites.decompose_norms import primitives
 from edgeq.quantization.rewrites.factor_layernorm_gain import outer_gains
-from edgeq.quantization.rewrites.fold_norm_bias import (
-    Observed,
-    even_values,
-    fold_norm_biases,
-    serve_gains,
-    widen_outputs,
-)
+from edgeq.quantization.rewrites.fold_norm_bias import even_values, fold_norm_biases, serve_gains, widen_outputs
+from edgeq.quantization.rewrites.join_positions import join_positions
 from edgeq.quantization.rewrites.single_token_last_layer import follow_one_token
 from edgeq.quantization.rewrites.split_outlier_weights import fine_sides
 from edgeq.records import IntegerForm
@@ -61,17 +53,3 @@ def integer_form(
         RemoveUnusedNodesPass()(graph_model)
         TopologicalSortPass()(graph_model)
     return graph_model, seen
-
-
-def join_positions(graph: ir.Graph) -> None:
-    """Add a constant row, such as the token type's, to the table of positions."""
-    for node in list(graph):
-        sliced = made_by(node.inputs[1], "Slice") if node.op_type == "Add" else None
-        first = made_by(node.inputs[0], "Add") if sliced is not None else None
-        table = constant(sliced.inputs[0]) if sliced is not None else None
-        row = bias_of(first) if first is not None else None
-        if sliced is None or first is None or table is None or row is None or row[1].ndim > 1:
-            continue
-        name = f"{sliced.inputs[0].name}/joined"  # type: ignore[union-attr]
-        sliced.replace_input_with(0, add_constant(graph, name, (table + row[1]).astype(np.float32)))
-        node.replace_input_with(0, first.inputs[1 - row[0]])

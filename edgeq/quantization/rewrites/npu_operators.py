@@ -12,13 +12,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.calibration.observe import Statistics
+from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph.edit import add_constant, add_node, constant, made_by, readers, replace_uses
 from edgeq.graph.linear import SIDE
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.qdq import HEADROOM, symmetric
-from edgeq.quantization.rewrites.fold_norm_bias import Observed
 from edgeq.records import IntegerForm
 
 CHOICE = "/choice"  # ends the names of products with zeros and ones, which add or pick channels

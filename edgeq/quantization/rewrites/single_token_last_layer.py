@@ -27,6 +27,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from edgeq.calibration.statistics import Observed
+from edgeq.graph.attention_mask import is_mask
 from edgeq.graph.edit import (
     add_constant,
     add_node,
@@ -39,9 +41,7 @@ from edgeq.graph.edit import (
     replace_uses,
 )
 from edgeq.graph.evaluate import computed
-from edgeq.passes.mask_last import is_mask
 from edgeq.passes.pool_by_matmul import POOLING
-from edgeq.quantization.rewrites.fold_norm_bias import Observed
 from edgeq.quantization.rewrites.token_pooling import PICKED
 
 ONE_TOKEN = "edgeq.one_token"  # in the `meta` of nodes that compute one token of each text

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeq.calibration.observe import Statistics
+from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.graph.edit import add_constant, add_node, constant, made_by, readers
 from edgeq.graph.linear import SIDE
 from edgeq.quantization import weight_rounding
-from edgeq.quantization.rewrites.fold_norm_bias import Observed
 
 DOMINANT = 2.0  # times the block that the side path left: rounding its weights then costs more than all else
 FINE = "/fine"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgeq.cli import console
-from edgeq.cli.proving import Against
+from edgeq.cli.arguments import Against
 
 if TYPE_CHECKING:
     from edgeq.reports.contents import Card, Row

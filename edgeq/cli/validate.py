@@ -1,4 +1,4 @@
-"""The verbs that prove what a bundle is worth: verify, validate, evaluate."""
+"""The verb `validate`: measure a bundle's parity again, here or on a device."""
 
 from __future__ import annotations
 
@@ -11,56 +11,8 @@ from edgeq.cli import console
 from edgeq.errors import ConfigError, ParityFailed
 
 if TYPE_CHECKING:
-    from edgeq.evaluation.tasks import Comparison
-    from edgeq.records import Manifest, ParityReport
-
-BundleDir = Annotated[Path, typer.Argument(metavar="BUNDLE", help="OUT/TARGET, as `edgeq export` wrote it.")]
-Against = Annotated[
-    Path | None,
-    typer.Option("--against", metavar="FILE", help="The bundle's FP32 model; else it is looked for in the cache."),
-]
-
-
-def verify(
-    bundle: Annotated[
-        Path, typer.Argument(metavar="BUNDLE", help="OUT/TARGET, as `edgeq export` wrote it, or a release's archive.")
-    ],
-    public_key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Check an archive's signature with it (PEM or minisign).")
-    ] = None,
-    as_json: console.AsJson = False,
-    verbose: console.Verbose = 0,
-    quiet: console.Quiet = False,
-) -> None:
-    """Hash every file of BUNDLE, walk its chain of records, and run its golden texts here.
-
-    Raises:
-        ConfigError: a public key is given for what is no archive.
-    """
-    from edgeq.bundle.verify import verify as verify_bundle
-    from edgeq.release.archives import verify_archive
-
-    if bundle.is_file():
-        found = verify_archive(bundle, public_key)
-    elif public_key is not None:
-        raise ConfigError(f"{bundle}: is no archive, and only archives are signed. Leave --public-key out.")
-    else:
-        found = verify_bundle(bundle)
-    if as_json:
-        console.put_json(found.model_dump(mode="json"))
-        return
-    if found.max_abs_error is not None:
-        told = f"the same vectors on {found.machine} ({found.ran_on}; max abs error {found.max_abs_error:.1e})"
-    elif found.float32_cosine_min is not None:
-        told = f"cosine {found.float32_cosine_min:.6f} with FP32 or more on {found.machine} ({found.ran_on})"
-    else:
-        told = "no vectors, because they were not run"
-        console.note(f"not run: {found.reason}")
-    whole = f"{found.files} files are whole" if public_key is None else f"signed, {found.files} files are whole"
-    console.put(
-        f"{found.path}: {whole}, the chain holds, and {found.golden_texts} golden texts give "
-        f"{told}. The bundle for {found.target} is recorded as {found.status}."
-    )
+    from edgeq.records import ParityReport
+from edgeq.cli.proving import Against, find_float_model
 
 
 def validate(
@@ -106,15 +58,15 @@ def validate(
     """
     if lab is not None:
         _refuse_beside_on(texts=texts, column=column, images=images, against=against, on=on, native=native)
-        from edgeq.cli import placing
+        from edgeq.cli import devices
 
-        return placing.validate_lab(bundles, lab, runs, ray, html, as_json)
+        return devices.validate_lab(bundles, lab, runs, ray, html, as_json)
     if html is not None or ray is not None or len(bundles) > 1:
         raise ConfigError("validate: several bundles, --html and --ray are for --lab FILE. Name one bundle.")
     (bundle,) = bundles
     if on is not None:
         _refuse_beside_on(texts=texts, column=column, images=images, against=against)
-        from edgeq.cli.placing import conclude
+        from edgeq.cli.devices import conclude
         from edgeq.devices.contract import Job
         from edgeq.devices.transports import Access, place_of
 
@@ -145,64 +97,6 @@ def _refuse_beside_on(**given: object) -> None:
     found = [f"--{name}" for name, value in given.items() if value is not None]
     if found:
         raise ConfigError(f"--on and --lab run the golden inputs of the bundle; drop {' and '.join(found)}.")
-
-
-def evaluate(
-    bundle: BundleDir,
-    sts: Annotated[Path | None, typer.Option(metavar="FILE", help="Pairs with sentence1, sentence2, score.")] = None,
-    retrieval: Annotated[Path | None, typer.Option(metavar="BEIR_DIR", help="corpus, queries and qrels.")] = None,
-    against: Against = None,
-    as_json: console.AsJson = False,
-    verbose: console.Verbose = 0,
-    quiet: console.Quiet = False,
-) -> None:
-    """Score BUNDLE and FP32 side by side on sentence similarity, on retrieval, or on both.
-
-    Raises:
-        ConfigError: neither --sts nor --retrieval is given.
-    """
-    if sts is None and retrieval is None:
-        raise ConfigError("evaluate: no data is named; give --sts FILE, --retrieval BEIR_DIR, or both.")
-    from edgeq.bundle.manifest import load_manifest
-    from edgeq.data.batches import require_texts
-    from edgeq.evaluation.datasets import load_beir, load_sts
-    from edgeq.evaluation.tasks import evaluate_retrieval, evaluate_sts
-    from edgeq.pipeline.validate import embedders
-
-    # Data before models: a typo in a path should not cost a minute.
-    pairs = None if sts is None else load_sts(sts)
-    data = None if retrieval is None else load_beir(retrieval)
-    manifest = load_manifest(bundle)
-    require_texts(manifest.float_model.inputs, bundle, "Measure images with `edgeq validate BUNDLE --images FOLDER`.")
-    sides = embedders(bundle, find_float_model(manifest, against))
-    rows: list[list[str]] = []
-    document: dict[str, object] = {}
-    if pairs is not None:
-        sts_result = evaluate_sts(pairs, *sides)
-        document["sts"] = sts_result.model_dump(mode="json")
-        rows.append(_figure("STS Spearman", sts_result.spearman))
-    if data is not None:
-        result = evaluate_retrieval(data, manifest.source.prompts, *sides)
-        document["retrieval"] = result.model_dump(mode="json")
-        rows += [_figure("nDCG@10", result.ndcg_at_10), _figure("recall@10", result.recall_at_10)]
-        rows.append(["top-10 overlap", "1", f"{result.top10_overlap:.4f}", f"{100 * result.top10_overlap:.2f} %"])
-    if as_json:
-        console.put_json({"bundle": str(bundle), "target": manifest.target.name, **document})
-    else:
-        console.put_table(("figure", "FP32", manifest.target.name, "kept"), rows)
-
-
-def find_float_model(manifest: Manifest, against: Path | None) -> Path:
-    """Find a bundle's FP32 model: the named file, or the cache's."""
-    from edgeq.bundle.float_model import float_model
-    from edgeq.system.cache import Cache
-
-    return float_model(manifest, against, Cache().root)
-
-
-def _figure(name: str, figure: Comparison) -> list[str]:
-    """Turn a figure into a table row."""
-    return [name, f"{figure.float32:.4f}", f"{figure.artifact:.4f}", f"{figure.retention_percent:.2f} %"]
 
 
 def _put_report(report: ParityReport) -> None:

@@ -1,49 +1,18 @@
-"""The verbs around making bundles: targets, check, export, doctor, cache."""
+"""The verb `export`: a model to one bundle for each target."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgeq.cli import console
-from edgeq.errors import ToolMissing
+from edgeq.cli.targets import TargetsDir
 
 if TYPE_CHECKING:
     from edgeq.pipeline.export import Exported, ExportRequest
     from edgeq.pipeline.stages import Report
-    from edgeq.records import Target
-
-TargetsDir = Annotated[
-    Path | None, typer.Option("--targets", metavar="DIR", help="Read target files from here, not edgeq's own.")
-]
-
-
-def targets(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this target in full.")] = None,
-    directory: TargetsDir = None,
-    as_json: console.AsJson = False,
-    verbose: console.Verbose = 0,
-    quiet: console.Quiet = False,
-) -> None:
-    """List the targets and whether this machine can run them, or show one."""
-    from edgeq.targets import list_targets, load_target
-
-    if name is not None:
-        target = load_target(name, directory)
-        console.put_json({"targets": [_listed(target)]}) if as_json else console.put(target.model_dump_json(indent=2))
-        return
-    listed = [_listed(target) for target in list_targets(directory)]
-    if as_json:
-        console.put_json({"targets": listed})
-        return
-    rows = [
-        [item["name"], item["backend"], item["scheme"], _spell(item["runs_on"]), item["reason"] or "yes"]
-        for item in listed
-    ]
-    console.put_table(("target", "backend", "scheme", "runs on", "available here"), rows)
 
 
 def export(
@@ -157,127 +126,6 @@ def _on_cluster(request: ExportRequest, report: Report, ray: str) -> tuple[Expor
     from edgeq.devices.lab.export import export_on_cluster
 
     return export_on_cluster(request, report, None if ray == "local" else ray)
-
-
-def check(
-    model: Annotated[str, typer.Argument(help="What `export` takes, or the ONNX file of a float model.")],
-    target: Annotated[list[str], typer.Option(help="What to check for; repeatable. `edgeq targets` lists them.")],
-    pooling: Annotated[str | None, typer.Option(help="How to pool a model that does not say it.")] = None,
-    tower: Annotated[str | None, typer.Option(help="Which tower of a model of both: text or image.")] = None,
-    directory: TargetsDir = None,
-    as_json: console.AsJson = False,
-    verbose: console.Verbose = 0,
-    quiet: console.Quiet = False,
-) -> None:
-    """Say what becomes of each operator of MODEL on each target, before anything is calibrated or converted.
-
-    Raises:
-        Unsupported: an operator or a setting is refused, or more operators stay on the host than the gate allows.
-    """
-    from edgeq.pipeline import check as checking
-    from edgeq.system.cache import Cache
-    from edgeq.targets import load_target
-
-    chosen = tuple(load_target(name, directory) for name in dict.fromkeys(target))
-    found = checking.check(model, chosen, pooling, Cache(), tower)
-    if as_json:
-        console.put_json({"checks": [item.model_dump(mode="json") for item in found]})
-    else:
-        for item in found:
-            rows = [[line.operator, str(line.count), line.verdict, line.why] for line in item.operators]
-            console.put_table(("operator", "nodes", item.target, "why"), rows)
-    checking.require(found)
-
-
-def doctor(
-    install: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Make the environment of this toolchain, from its pins, first.")
-    ] = None,
-    as_json: console.AsJson = False,
-    verbose: console.Verbose = 0,
-    quiet: console.Quiet = False,
-) -> None:
-    """Say which toolchains are installed, and what each missing one needs; --install makes one that lives apart."""
-    from edgeq.backends import doctor as examining
-
-    toolchains = (examining.install(install),) if install is not None else examining.examine()
-    if as_json:
-        console.put_json({"toolchains": [toolchain.model_dump(mode="json") for toolchain in toolchains]})
-        return
-    rows = [
-        [
-            toolchain.name,
-            ", ".join(f"{name} {version}" for name, version in toolchain.versions.items()) or "-",
-            toolchain.install or "nothing is missing",
-            toolchain.purpose,
-        ]
-        for toolchain in toolchains
-    ]
-    console.put_table(("toolchain", "found", "needs", "for"), rows)
-
-
-class CacheAction(StrEnum):
-    """Say what to do with the cache."""
-
-    SHOW = "show"
-    PURGE = "purge"
-
-
-def cache(
-    action: Annotated[CacheAction, typer.Argument(help="Show its size, or delete what it holds.")] = CacheAction.SHOW,
-    as_json: console.AsJson = False,
-    verbose: console.Verbose = 0,
-    quiet: console.Quiet = False,
-) -> None:
-    """Show the cache of float models and calibrations, or purge it."""
-    from edgeq.system.cache import Cache
-
-    store = Cache()
-    freed = store.purge() if action is CacheAction.PURGE else None
-    entries = [{"kind": entry.kind, "key": entry.key, "size_bytes": entry.size_bytes} for entry in store.entries()]
-    if as_json:
-        sizes = {"size_bytes": store.size(), "freed_bytes": freed}
-        console.put_json({"path": str(store.root), **sizes, "entries": entries})
-        return
-    if freed is not None:
-        console.put(f"{store.root}: {console.megabytes(freed)} freed")
-        return
-    rows = [[entry.kind, entry.key[:12], console.megabytes(entry.size_bytes)] for entry in store.entries()]
-    console.put_table(("kind", "key", "size"), rows)
-    console.put(f"{store.root}: {console.megabytes(store.size())} in {len(rows)} entries")
-
-
-def _listed(target: Target) -> dict[str, Any]:
-    """Describe a target as `targets --json` does, with what keeps this machine from running it."""
-    from edgeq.backends.contract import obstacle
-    from edgeq.backends.registry import find
-    from edgeq.targets import availability
-
-    is_available, reason = availability(target)
-    backend = find(target.backend, target.name)
-    try:
-        backend.tools()
-        missing = obstacle(backend, target)
-    except ToolMissing as error:
-        missing = str(error)
-    if missing is not None:
-        is_available, reason = False, "; ".join(filter(None, (reason, missing)))
-    return {
-        "name": target.name,
-        "backend": target.backend,
-        "scheme": target.scheme,
-        "runs_on": target.runs_on.model_dump(mode="json"),
-        "available": is_available,
-        "reason": reason or None,
-    }
-
-
-def _spell(runs_on: dict[str, Any]) -> str:
-    """Put what a machine must be into a few words."""
-    words = [runs_on["machine"], *runs_on["cpu_flags_all"]]
-    if runs_on["cpu_flags_any"]:
-        words.append(" or ".join(runs_on["cpu_flags_any"]))
-    return ", ".join(words)
 
 
 def _bundle(exported: Exported) -> dict[str, Any]:

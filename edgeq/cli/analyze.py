@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgeq.cli import console
-from edgeq.cli.making import TargetsDir
+from edgeq.cli.targets import TargetsDir
 
 if TYPE_CHECKING:
     from edgeq.analysis.scheme_search import Analysis, Cost

@@ -1,0 +1,25 @@
+"""Arguments and options that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from edgeq.records import Manifest
+
+BundleDir = Annotated[Path, typer.Argument(metavar="BUNDLE", help="OUT/TARGET, as `edgeq export` wrote it.")]
+Against = Annotated[
+    Path | None,
+    typer.Option("--against", metavar="FILE", help="The bundle's FP32 model; else it is looked for in the cache."),
+]
+
+
+def find_float_model(manifest: Manifest, against: Path | None) -> Path:
+    """Find a bundle's FP32 model: the named file, or the cache's."""
+    from edgeq.bundle.float_model import float_model
+    from edgeq.system.cache import Cache
+
+    return float_model(manifest, against, Cache().root)

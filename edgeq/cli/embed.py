@@ -1,0 +1,124 @@
+"""The verb `embed`: texts or images to vectors."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgeq.cli import console
+from edgeq.cli.arguments import BundleDir
+from edgeq.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Role(StrEnum):
+    """Say what texts are to a search."""
+
+    QUERY = "query"
+    DOCUMENT = "document"
+
+
+def embed(
+    bundle: BundleDir,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the vectors go, float32[texts, dim], as .npy.")],
+    texts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Texts: .txt, .jsonl, .csv; - reads lines from standard input, the default."),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Images, by name, for a bundle that embeds images.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="The column of --texts that holds the text.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="The most texts run at once.")] = 32,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Put this of the model's prompts before each.")
+    ] = None,
+    role: Annotated[
+        Role | None, typer.Option(help="What the texts are: the prompt that the model has for it goes before each.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=0, help="0 leaves it to the target.")] = 0,
+    as_json: console.AsJson = False,
+    verbose: console.Verbose = 0,
+    quiet: console.Quiet = False,
+) -> None:
+    """Turn texts or images into vectors with BUNDLE.
+
+    Raises:
+        ConfigError: the texts or images cannot be read or are not what BUNDLE takes, --out is no .npy file, or the
+            prompt is not there or given twice.
+    """
+    from edgeq.bundle.load import load
+
+    if out.suffix != ".npy":
+        raise ConfigError(f"--out: {out} does not end in .npy, the format that is written. Rename it.")
+    if prompt is not None and role is not None:
+        raise ConfigError(f"--prompt {prompt}, --role {role}: both say what goes before each text. Give one of them.")
+    chosen = _given(bundle, texts, images, column)
+    loaded = load(bundle, threads)
+    encode = {None: loaded.encode, Role.QUERY: loaded.encode_query, Role.DOCUMENT: loaded.encode_document}[role]
+    vectors = encode(chosen, batch_size=batch_size, prompt_name=prompt)
+    _save(out, vectors)
+    if as_json:
+        kind = "texts" if images is None else "images"
+        console.put_json({"path": str(out), kind: vectors.shape[0], "dim": vectors.shape[1]})
+    else:
+        console.put(str(out))
+
+
+def _given(bundle: Path, texts: str | None, images: Path | None, column: str | None) -> list[str]:
+    """Read texts, or list the paths of images.
+
+    Raises:
+        ConfigError: they are not what the bundle takes, or cannot be read.
+    """
+    from edgeq.bundle.manifest import load_manifest
+    from edgeq.data.batches import require_texts
+    from edgeq.data.text_files import read_texts
+    from edgeq.pipeline.validate import require_kind
+
+    manifest = load_manifest(bundle)
+    if images is None:
+        require_texts(manifest.float_model.inputs, bundle, "Give a folder with --images.")
+        return _standard_input() if texts in (None, "-") else read_texts(Path(texts), column)
+    require_kind(manifest, bundle, None if texts is None else Path(texts), images)
+    if column is not None:
+        raise ConfigError(f"--column {column}: is for texts, and {bundle} takes images. Leave it out.")
+    from edgeq.data.images import image_paths  # here: texts need no Pillow
+
+    return [str(path) for path in image_paths(images)]
+
+
+def _standard_input() -> list[str]:
+    """Read texts from standard input, one a line; blank lines are left out.
+
+    Raises:
+        ConfigError: the bytes are no UTF-8, or no line holds a text.
+    """
+    data = typer.get_binary_stream("stdin").read()
+    try:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"standard input, line {number}: byte {data[error.start]:#04x} is no UTF-8. Convert the text to UTF-8."
+        ) from error
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise ConfigError("standard input: no text; a line that is not blank is needed. Give lines, or --texts FILE.")
+    return texts
+
+
+def _save(out: Path, vectors: NDArray[np.float32]) -> None:
+    """Write float32[texts, dim] as .npy, whole or not at all."""
+    import numpy as np
+
+    from edgeq.system.files import replacing
+
+    with replacing(out) as partial, partial.open("wb") as file:
+        np.save(file, vectors, allow_pickle=False)

@@ -1,0 +1,147 @@
+"""Decide which texts or images calibrate and which validate, and refuse one that would do both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from edgeq.data.images import ImageFile, read_folder
+from edgeq.data.splits import spread
+from edgeq.data.text_files import deduplicate, default_texts, read_texts, refuse_overlap, sample, split
+from edgeq.errors import ConfigError
+
+FEWEST_CALIBRATION = 16
+FEWEST_VALIDATION = 16
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """Hold the texts of an export.
+
+    Attributes:
+        calibration: observed.
+        validation: compared on; shares no text with `calibration`.
+        origin: what the user named, or "default".
+        validation_origin: the same for the validation texts.
+    """
+
+    calibration: tuple[str, ...]
+    validation: tuple[str, ...]
+    origin: str
+    validation_origin: str
+
+
+def plan_texts(
+    texts: Path | None,
+    column: str | None,
+    validation: Path | None,
+    evaluation: tuple[Path, ...],
+    samples: int | None,
+    seed: int,
+) -> TextPlan:
+    """Read, split and sample the texts of an export.
+
+    Without `texts` the default sets serve. With it, and without `validation`, a fifth of the texts, chosen by the hash
+    of each text, validates.
+
+    Raises:
+        ConfigError: a file cannot be read, too few texts are left, or a text stands on both sides.
+    """
+    default_calibration, default_validation = default_texts()
+    given = deduplicate(read_texts(texts or default_calibration, column if texts else None))
+    origin = texts.name if texts else "default"
+    if validation is not None or texts is None:
+        compared = deduplicate(read_texts(validation or default_validation, column if validation else None))
+        compared_origin = validation.name if validation else "default"
+        refuse_overlap(
+            given,
+            str(texts or "the default calibration texts"),
+            compared,
+            str(validation or "the default validation texts"),
+        )
+    else:
+        given, compared = split(given)
+        compared_origin = f"{origin} (a fifth, by hash)"
+    for file in evaluation:
+        others = read_texts(file, column)
+        refuse_overlap(given, str(texts or "the default calibration texts"), others, str(file))
+    chosen = sample(given, samples, seed) if samples is not None else given
+    if len(chosen) < FEWEST_CALIBRATION:
+        raise ConfigError(
+            f"{len(chosen)} calibration texts are left; {FEWEST_CALIBRATION} are needed. "
+            "Give more with --texts, or more --samples."
+        )
+    if len(compared) < FEWEST_VALIDATION:
+        raise ConfigError(
+            f"{validation or texts}: {len(compared)} validation texts are left; {FEWEST_VALIDATION} are needed. "
+            "Give more texts, or a file with --validation."
+        )
+    return TextPlan(tuple(chosen), tuple(compared), origin, compared_origin)
+
+
+def spread_validation(plan: TextPlan | ImagePlan, most: int | None) -> TextPlan | ImagePlan:
+    """Keep at most so many of a plan's validation texts or images."""
+    if isinstance(plan, TextPlan):
+        return replace(plan, validation=spread(plan.validation, most))
+    return replace(plan, validation=spread(plan.validation, most))
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """Hold the image files of an export.
+
+    Attributes:
+        calibration: observed.
+        validation: compared on; shows nothing that `calibration` shows.
+        origin: the name of the folder.
+        validation_origin: the same for the validation images.
+    """
+
+    calibration: tuple[ImageFile, ...]
+    validation: tuple[ImageFile, ...]
+    origin: str
+    validation_origin: str
+
+
+def plan_images(folder: Path, validation: Path | None, samples: int | None, seed: int) -> ImagePlan:
+    """Read, split and sample the images of an export.
+
+    Without a folder of validation images a fifth of them, chosen by the hash of what each shows, validates.
+
+    Raises:
+        ConfigError: a folder or file cannot be read, too few images are left, or one stands on both sides.
+    """
+    given = read_folder(folder)
+    if validation is not None:
+        compared, compared_origin = read_folder(validation), validation.name
+        _refuse_overlap(given, folder, compared, validation)
+    else:
+        compared = [item for item in given if bytes.fromhex(item.sha256)[0] % 5 == 0]
+        given = [item for item in given if bytes.fromhex(item.sha256)[0] % 5 != 0]
+        compared_origin = f"{folder.name} (a fifth, by hash)"
+    if samples is not None and samples < len(given):
+        rows = np.random.default_rng(seed).choice(len(given), samples, replace=False)
+        given = [given[row] for row in sorted(rows)]
+    if len(given) < FEWEST_CALIBRATION or len(compared) < FEWEST_VALIDATION:
+        raise ConfigError(
+            f"{folder}: {len(given)} different images are left to calibrate and {len(compared)} to validate; "
+            f"{FEWEST_CALIBRATION} and {FEWEST_VALIDATION} are needed. Give more with --images, more --samples, or a "
+            "folder with --validation."
+        )
+    return ImagePlan(tuple(given), tuple(compared), folder.name, compared_origin)
+
+
+def _refuse_overlap(given: Sequence[ImageFile], folder: Path, compared: Sequence[ImageFile], validation: Path) -> None:
+    names = {item.sha256: item.name for item in given}
+    both = [(names[item.sha256], item.name) for item in compared if item.sha256 in names]
+    if both:
+        shown = "\n".join(f"  - {one} and {two}" for one, two in both[:_SHOWN])
+        more = f"\n  … and {len(both) - _SHOWN} more" if len(both) > _SHOWN else ""
+        raise ConfigError(
+            f"{len(both)} images stand in {folder} and in {validation}, which flatters the figures:\n{shown}{more}\n"
+            "Remove them from one of the two."
+        )
