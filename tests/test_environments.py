@@ -111,6 +111,8 @@ def leftovers(cache: Path) -> list[str]:
     return [path.name for path in (cache / KIND).iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.pip
+@pytest.mark.one_interpreter
 def test_what_is_forced_is_installed_without_what_it_asks_for(index: Path) -> None:
     write_wheel(index, "edgeq-asking", "2.0", requires="Requires-Dist: edgeq-nowhere==9\n")
     forced = Environment("asking", ("edgeq-probe==1.0",), (RUNNING,), forced=("edgeq-asking==2.0",))
@@ -125,6 +127,7 @@ def test_what_is_forced_is_installed_without_what_it_asks_for(index: Path) -> No
         interpreter(Environment("asking", ("edgeq-asking==2.0",), (RUNNING,)))
 
 
+@pytest.mark.pip
 def test_an_environment_is_made_once_and_purged(index: Path) -> None:
     python = interpreter(PROBE)
     assert version_of(python, "edgeq_probe") == "1.0" and python.parent.parent.name.startswith("probe-")
@@ -141,6 +144,8 @@ def test_an_environment_is_made_once_and_purged(index: Path) -> None:
     assert Cache().purge() == entry.size_bytes and not python.exists() and list(Cache().entries()) == []
 
 
+@pytest.mark.pip
+@pytest.mark.one_interpreter
 def test_two_that_want_the_same_make_it_once(index: Path, nowhere: Path) -> None:
     write_python(nowhere / "bin" / "python3.99", "3.99", then=f'exec {sys.executable} "$@"')
     environment = Environment("probe", PROBE.requirements, ("3.99",))
@@ -160,6 +165,8 @@ def test_other_pins_and_another_python_make_another_environment(index: Path, now
     assert len(names) == 3
 
 
+@pytest.mark.pip
+@pytest.mark.one_interpreter
 def test_an_environment_whose_python_is_gone_is_made_again(index: Path) -> None:
     python = interpreter(PROBE)
     (python.parent / "python").unlink()
@@ -168,6 +175,8 @@ def test_an_environment_whose_python_is_gone_is_made_again(index: Path) -> None:
     assert leftovers(Cache().root) == []
 
 
+@pytest.mark.pip
+@pytest.mark.one_interpreter
 def test_what_pip_cannot_install_is_said_with_the_command_to_run(index: Path) -> None:
     with pytest.raises(ToolMissing) as caught:
         interpreter(Environment("probe", ("edgeq-probe==2.0", "more>1"), (RUNNING,)))
@@ -188,6 +197,8 @@ def test_a_python_that_cannot_make_an_environment_after_all_is_said(nowhere: Pat
         interpreter(Environment("probe", PROBE.requirements, ("3.99",)))
 
 
+@pytest.mark.pip
+@pytest.mark.one_interpreter
 def test_a_killed_pip_leaves_nothing_that_is_taken_for_complete(index: Path, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     write_slow_source(index, "edgeq-slow", begun)
@@ -225,6 +236,8 @@ def made_from(environment: Environment) -> str:
     return found or str(caught.value)
 
 
+@pytest.mark.pip
+@pytest.mark.one_interpreter
 def test_the_running_python_comes_first(nowhere: Path) -> None:
     write_python(nowhere / "bin" / "python3.99", "3.99")
     write_python(nowhere / "bin" / f"python{RUNNING}", RUNNING)

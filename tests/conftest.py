@@ -1,0 +1,60 @@
+"""Spread the tests over the workers of pytest-xdist, the slowest first, and mark what one interpreter is enough for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+
+# These compute with numpy, onnx and ONNX Runtime, which are compiled code: what differs between interpreters is whether
+# edgeq's modules can be imported, and collecting these files imports them. The runs of the base package on every Python
+# collect them all, and leave running them to the main environment.
+ONE_INTERPRETER = (
+    "test_affine", "test_attention_forms", "test_attention_shares", "test_flat_tokens", "test_htp_form",
+    "test_image_passes", "test_integer_form", "test_layer_errors", "test_narrowing", "test_one_token", "test_parity",
+    "test_passes", "test_passes_text", "test_quantize", "test_recovered_forms", "test_row_tables", "test_sensitivity",
+    "test_vendor_form",
+)  # fmt: skip
+
+# Files that take a minute or more, the longest first: a worker that meets one of them last works alone at the end.
+LONGEST_FIRST: tuple[str, ...] = ()
+
+# A file's tests go to one worker, which makes the fixtures of the module once. In these files the costly fixture has
+# parameters and shares nothing between them, so each parameter may go to another worker.
+BY_PARAMETER = ("test_architectures", "test_long_texts")
+
+
+def pytest_configure() -> None:
+    """Refuse a name that is no test file's, which would mark nothing."""
+    for name in (*ONE_INTERPRETER, *LONGEST_FIRST, *BY_PARAMETER):
+        if not (TESTS / f"{name}.py").is_file():
+            raise pytest.UsageError(f"tests/conftest.py names {name}, but tests/{name}.py is not there")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what one interpreter is enough for, and put the longest files first where workers share them."""
+    for item in items:
+        if item.path.stem in ONE_INTERPRETER:
+            item.add_marker(pytest.mark.one_interpreter)
+    if hasattr(config, "workerinput"):
+        places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+        items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Give a worker whole files, in the order of collection; of some files, all tests of one parameter."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            if Path(file).stem in BY_PARAMETER:
+                return f"{file}[{test.partition('[')[2].rstrip(']').partition('-')[0]}]"
+            return file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
