@@ -12,7 +12,7 @@ from edgeq.errors import ConfigError
 
 if TYPE_CHECKING:
     from edgeq.evaluation.tasks import Comparison
-from edgeq.cli.proving import Against, BundleDir, find_float_model
+from edgeq.cli.arguments import Against, BundleDir, find_float_model
 
 
 def evaluate(

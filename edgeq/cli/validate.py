@@ -12,7 +12,7 @@ from edgeq.errors import ConfigError, ParityFailed
 
 if TYPE_CHECKING:
     from edgeq.records import ParityReport
-from edgeq.cli.proving import Against, find_float_model
+from edgeq.cli.arguments import Against, find_float_model
 
 
 def validate(

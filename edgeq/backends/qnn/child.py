@@ -1,4 +1,4 @@
-"""Compile and run context binaries in a process of its own: `python -m edgeq.backends.registry.qnn.child`.
+"""Compile and run context binaries in a process of its own: `python -m edgeq.backends.qnn.child`.
 
 Spoken to by `edgeq.system.worker`. Requests, one JSON object per line:
 

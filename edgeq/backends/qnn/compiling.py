@@ -19,7 +19,7 @@ from edgeq.system.cache import log_path
 from edgeq.system.files import storage_errors
 from edgeq.system.worker import Worker
 
-COMMAND = (sys.executable, "-m", "edgeq.backends.registry.qnn.child")
+COMMAND = (sys.executable, "-m", "edgeq.backends.qnn.child")
 CONTEXT, BINARY = "model_seq_{}_ctx.onnx", "model_seq_{}_ctx_qnn.bin"  # the second name is the compiler's own
 PROVIDER = "QNNExecutionProvider"
 LOGS = "qnn-logs"  # the kind `edgeq cache` lists and purges them under

@@ -1,6 +1,6 @@
 """Write poolings that pick tokens with operators that integer-only runtimes have, the FP32 function kept.
 
-A mean is a product with the tokens' shares already (`edgeq.passes.apply.pool_by_matmul`).
+A mean is a product with the tokens' shares already (`edgeq.passes.pool_by_matmul`).
 """
 
 from __future__ import annotations
