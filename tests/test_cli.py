@@ -21,6 +21,7 @@ from edgeq.backends import doctor
 from edgeq.backends.registry import BACKENDS
 from edgeq.bundle.golden import read_golden
 from edgeq.cli import console
+from edgeq.pipeline import export as pipeline
 from edgeq.pipeline.export import Exported, ExportRequest
 
 TARGET = "x86-64-onnxruntime"
@@ -68,7 +69,7 @@ def stand_in(
         report("observe", 2, 2)
         return act(request)
 
-    monkeypatch.setattr(export, "export", export)
+    monkeypatch.setattr(pipeline, "export", export)
     return requests
 
 

@@ -48,10 +48,10 @@ def test_it_knows_its_model(path: Path, tiny: TinyBackend) -> None:
 
 def test_no_batch_is_larger_than_asked(path: Path, tiny: TinyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    load = tiny.load
+    load_tiny = tiny.load
 
     def watched(*arguments: object, **options: object) -> object:
-        session = load(*arguments, **options)  # type: ignore[arg-type]
+        session = load_tiny(*arguments, **options)  # type: ignore[arg-type]
 
         def embed(feeds):  # type: ignore[no-untyped-def]
             sizes.append(len(feeds.input_ids))
