@@ -41,7 +41,7 @@ class Server:
                 self._process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
                 )
-            request = {"arguments": list(arguments), "cwd": os.getcwd(), "env": dict(os.environ), "folder": folder}
+            request = {"arguments": list(arguments), "cwd": str(Path.cwd()), "env": dict(os.environ), "folder": folder}
             assert self._process.stdin is not None and self._process.stdout is not None
             print(json.dumps(request), file=self._process.stdin, flush=True)
             answer = self._process.stdout.readline()
@@ -74,16 +74,14 @@ def forked(server: Server, below: Path, run: Callable[..., Any] = subprocess.run
 
 def _warm_up() -> None:
     """Export a small model, with one thread: a process that has started others cannot be forked safely."""
-    import random
     import warnings
 
-    import numpy as np
     import tiny_source
     import torch
 
     from edgeq import source, torch_export
 
-    threads, states = torch.get_num_threads(), (torch.get_rng_state(), random.getstate(), np.random.get_state())
+    threads, seeded = torch.get_num_threads(), torch.get_rng_state()  # the same in every new process
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -92,9 +90,7 @@ def _warm_up() -> None:
         located = source.locate(str(tiny_source.sentence_transformer(folder / "model")))
         torch_export.run(located, folder / "out", True)
     torch.set_num_threads(threads)
-    torch.set_rng_state(states[0])
-    random.setstate(states[1])
-    np.random.set_state(states[2])
+    torch.set_rng_state(seeded)
 
 
 def _run(request: dict[str, Any]) -> None:
