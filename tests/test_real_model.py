@@ -35,23 +35,23 @@ SENTENCE_TRANSFORMERS = os.environ.get("EDGEQ_SENTENCE_TRANSFORMERS_PYTHON")
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundles(tmp_path_factory: pytest.TempPathFactory, real_model_cache: Path) -> Path:
     out = tmp_path_factory.mktemp("real") / "out"
     targets = [word for name in (VNNI, AVX2, "arm64-onnxruntime") for word in ("--target", name)]
     command = ["export", "all-MiniLM-L6-v2", *targets, "--samples", "256", "--out", str(out), "--json", "-q"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EDGEQ_CACHE_DIR", str(out.parent / "cache"))
+        patch.setenv("EDGEQ_CACHE_DIR", str(real_model_cache))
         assert cli.run(command) == 0
     return out
 
 
 @pytest.fixture(scope="module")
-def openvino_bundle(bundles: Path) -> Path:
+def openvino_bundle(bundles: Path, real_model_cache: Path) -> Path:
     """Export for OpenVINO from what the other targets left in the cache."""
     pytest.importorskip("openvino", reason="needs the extra `openvino`")
     command = ["export", "all-MiniLM-L6-v2", "--target", OPENVINO, "--samples", "256", "--out", str(bundles), "-q"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EDGEQ_CACHE_DIR", str(bundles.parent / "cache"))
+        patch.setenv("EDGEQ_CACHE_DIR", str(real_model_cache))
         assert cli.run(command) == 0
     return bundles / OPENVINO
 
@@ -198,9 +198,9 @@ LENGTHS = (32, 128)
 
 
 @pytest.fixture(scope="module", params=["android-litert", "integer-only-w8a16"])
-def integer(request: pytest.FixtureRequest, bundles: Path) -> QdqModel:
+def integer(request: pytest.FixtureRequest, real_model_cache: Path) -> QdqModel:
     """Quantise again what the bundles were made from."""
-    cache = Cache(bundles.parent / "cache")
+    cache = Cache(real_model_cache)
     floats = stages.float_model(locate.locate("all-MiniLM-L6-v2", None), True, cache)
     texts = plan_texts(None, None, None, (), 256, 0)
     calibrated = stages.calibrated(floats, texts, 0, cache, lambda stage, done, total: None)
@@ -255,11 +255,11 @@ EXPECTED = {"ethos-u85-256": (19.0, 4.5, 0), "ethos-u55-256": (160.0, 40.0, 4)}
 
 @pytest.mark.tflite
 @pytest.mark.ethos_u
-def test_ethos_u_takes_it_within_its_goals(bundles: Path, tmp_path: Path) -> None:
+def test_ethos_u_takes_it_within_its_goals(bundles: Path, real_model_cache: Path, tmp_path: Path) -> None:
     pytest.importorskip("ethosu", reason="needs the extra `ethos-u`")
     from edgeq.backends import ethos_u
 
-    cache = Cache(bundles.parent / "cache")
+    cache = Cache(real_model_cache)
     floats = stages.float_model(locate.locate("all-MiniLM-L6-v2", None), True, cache)
     texts = plan_texts(None, None, None, (), 256, 0)
     calibrated = stages.calibrated(floats, texts, 0, cache, lambda stage, done, total: None)

@@ -1,5 +1,6 @@
 # Sourced by tools/test and tools/demo: finds Python and makes virtual environments from pinned constraints.
-# An environment is used again as long as constraints, pyproject.toml, interpreter and purpose are the same.
+# An environment is used again as long as constraints, interpreter, purpose and what pip reads of pyproject.toml, which is
+# all above the settings of ruff, mypy and pytest, are the same.
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -29,7 +30,7 @@ make_environment() {
     local directory=$1 python=$2 constraints=$3 stamp torch options=()
     shift 3
     torch=$("$python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null) || torch=
-    stamp=$({ cat "$constraints" "$repository/pyproject.toml"; "$python" -VV; printf '%s\n' "$repository" "$torch" "$@"; } | sha256sum)
+    stamp=$({ cat "$constraints"; sed '/^\[tool\.ruff\]/,$d' "$repository/pyproject.toml"; "$python" -VV; printf '%s\n' "$repository" "$torch" "$@"; } | sha256sum)
     if [ "$(cat "$directory/.stamp" 2>/dev/null)" = "$stamp" ]; then
         return
     fi
