@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from edgeq.backends import tflite
 from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, has_buckets, reads_tokens, rejected
+from edgeq.backends.ethos_u import rules
 from edgeq.data.sessions import Session
 from edgeq.data.tokens import lengths
 from edgeq.errors import LoweringFailed, ToolMissing
@@ -26,8 +27,7 @@ from edgeq.records import Artifact, Estimate, HostOperator, Placement, QdqModel,
 from edgeq.system.files import file_ref, storage_errors, write_bytes
 
 if TYPE_CHECKING:
-    from edgeq.backends.ethos_u import rules
-from edgeq.backends.ethos_u.compiler import Compiled, Settings
+    from edgeq.backends.ethos_u.compiler import Compiled, Settings
 
 COMPILED = "ethos_u/model_seq_{}_vela.tflite"
 INTEGER_MODEL = "ethos_u/model.tflite"  # what the compiled files were made from, a signature for each
