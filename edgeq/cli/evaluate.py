@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgeq.cli import console
+from edgeq.cli.arguments import Against, BundleDir, find_float_model
 from edgeq.errors import ConfigError
 
 if TYPE_CHECKING:
     from edgeq.evaluation.tasks import Comparison
-from edgeq.cli.arguments import Against, BundleDir, find_float_model
 
 
 def evaluate(

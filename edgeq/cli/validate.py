@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgeq.cli import console
+from edgeq.cli.arguments import Against, find_float_model
 from edgeq.errors import ConfigError, ParityFailed
 
 if TYPE_CHECKING:
     from edgeq.records import ParityReport
-from edgeq.cli.arguments import Against, find_float_model
 
 
 def validate(

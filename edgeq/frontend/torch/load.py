@@ -6,12 +6,12 @@ import logging
 from typing import TYPE_CHECKING
 
 from edgeq.errors import ConfigError, EdgeqError, ToolMissing, Unsupported
+from edgeq.frontend.locate import EXPORT_EXTRA, Located
 from edgeq.frontend.torch import sentence_transformers, text_towers
 from edgeq.records import Source
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-from edgeq.frontend.locate import EXPORT_EXTRA, Located
 
 
 def load(located: Located) -> SentenceTransformer:
