@@ -74,7 +74,7 @@ def quantize_convolutions(graph: ir.Graph, observed: Mapping[str, Statistics], s
     Raises:
         EdgeqError: a map has no statistics.
     """
-    found = [node for node in convolutions(graph) if node.name not in scheme.raised]
+    found = [node for node in convolutions(graph) if node.name not in scheme.promoted]
     codes: dict[ir.Value, Affine] = {}
     for node in found:
         for value in (node.inputs[0], _settled(node)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -21,6 +21,14 @@ from edgeq.quantization.affine import Affine
 LOWEST_IR_VERSION = 10  # of opset 21
 HEADROOM = 1.25  # of 16-bit ranges over what was observed: it costs a third of a bit, and saturation costs the text
 INTEGER_DTYPES: Mapping[int, type[np.integer[Any]]] = {8: np.int8, 16: np.int16}
+
+
+class Quantized(NamedTuple):
+    """Hold a QDQ model, the names of its integer weight products, and of those that stay float by the scheme."""
+
+    model: onnx.ModelProto
+    integer_products: tuple[str, ...]
+    float_products: tuple[str, ...]
 
 
 @dataclass(frozen=True)

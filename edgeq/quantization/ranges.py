@@ -89,7 +89,7 @@ def _divergence(histogram: Histogram, low: float, high: float, scheme: Scheme) -
 
 # How far a masked score lies below the smallest maximum of a row, by how attention divides.
 MASKED_BELOW = {
-    "softmax": 20.0,  # exp(-20) = 2e-9: what is left of a masked position
-    "exact": 12.0,  # exp(-6.3) is half a code: nothing at all is left, for maxima 5.7 below those observed, too
+    "normalized": 20.0,  # exp(-20) = 2e-9: what is left of a masked position
+    "deferred": 12.0,  # exp(-6.3) is half a code: nothing at all is left, for maxima 5.7 below those observed, too
 }
 GELU_FLOOR = -4.0  # GELU(-4) = -1.3e-4: below, nothing is left to tell apart

@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 
 from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.errors import EdgeqError, Unsupported
-from edgeq.graph.edit import add_constant, add_node, add_node_after, constant, readers
+from edgeq.graph.edit import add_constant, add_node, add_node_after, checked, constant, readers
 from edgeq.graph.linear import SIDE
 from edgeq.quantization import affine, weight_rounding
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.htp.attention_mask import LookedUpMasks
 from edgeq.quantization.htp.qdq import UnsignedGraph
 from edgeq.quantization.htp.unsupported import refusal
-from edgeq.quantization.qdq import HEADROOM, Coded, finished
+from edgeq.quantization.qdq import HEADROOM, Coded, Quantized, finished
 from edgeq.quantization.ranges import GELU_FLOOR, MASKED_BELOW
 from edgeq.quantization.rewrites.decompose_norms import ROW_MAXIMUM
 from edgeq.quantization.rewrites.htp import htp_form
-from edgeq.records import HtpForm, Scheme
+from edgeq.records import HtpSpec, Scheme
 
 GAIN_BITS = 8  # LayerNorm's gain: the unit takes no other beside an int32 bias, on any version
 # Of what takes a sum of a channel to the output's codes: v68 keeps no more, and where a multiplier has more, all of the
@@ -38,9 +38,7 @@ _SUFFIXES = ("/gemm", "/flat", "/axes")  # of what `flat_tokens` renames or adds
 _INT32 = np.iinfo(np.int32)
 
 
-def quantize_htp(
-    model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme
-) -> tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]:
+def quantize_htp(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> Quantized:
     """Bring weight products to Gemm form, fold constants, and give every tensor unsigned codes.
 
     Args:
@@ -55,23 +53,32 @@ def quantize_htp(
         Unsupported: the graph holds what has no form here.
         EdgeqError: a tensor has no statistics.
     """
-    form = scheme.htp
-    if form is None:
-        raise EdgeqError(f"{scheme.name} has no form for HTP")
+    form = _spec(scheme)
     graph_model, seen, rows = htp_form(model, observed, form)
     graph = graph_model.graph
     coder = _Coder(graph, seen, scheme, form, rows)
     for node in list(graph):
         coder.visit(node)
     coder.finish()
-    return finished(graph_model), coder.products, ()
+    return Quantized(finished(graph_model), coder.products, ())
+
+
+def rewrite_htp(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> onnx.ModelProto:
+    """Give the float model whose tensors `quantize_htp` quantises: weight products as Gemm, tokens a flat list."""
+    return checked(htp_form(model, observed, _spec(scheme))[0])
+
+
+def _spec(scheme: Scheme) -> HtpSpec:
+    if not isinstance(scheme.spec, HtpSpec):
+        raise EdgeqError(f"{scheme.name} has no form for HTP")
+    return scheme.spec
 
 
 class _Coder:
     """Walk the graph in order and put QuantizeLinear and DequantizeLinear behind every tensor."""
 
     def __init__(
-        self, graph: ir.Graph, observed: Observed, scheme: Scheme, form: HtpForm, rows: frozenset[str]
+        self, graph: ir.Graph, observed: Observed, scheme: Scheme, form: HtpSpec, rows: frozenset[str]
     ) -> None:
         for node in graph:  # reshaping changes no statistics
             name = str(node.outputs[0].name)
@@ -81,7 +88,7 @@ class _Coder:
         self._codes = UnsignedGraph(graph, observed)
         self._form = form
         self._scheme = scheme
-        self._wide = rows | frozenset(scheme.raised)
+        self._wide = rows | frozenset(scheme.promoted)
         self._masks = LookedUpMasks(self._codes)
         self._sizes: set[ir.Value] = set()
         self._products: list[str] = []
@@ -256,7 +263,7 @@ class _Coder:
         rows = self._codes.observed[f"{value.name}{ROW_MAXIMUM}"]  # type: ignore[union-attr]
         low, high = float(rows.minimum.min()), float(seen.maximum.max())
         room = (HEADROOM - 1.0) * (high - float(seen.minimum.min())) if bits == 16 else 0.0
-        return self._codes.cover(low - MASKED_BELOW["softmax"] - room, high + room, bits)
+        return self._codes.cover(low - MASKED_BELOW["normalized"] - room, high + room, bits)
 
     def _pointwise(self, node: ir.Node) -> None:
         source = self._codes.coded[node.inputs[0]]  # type: ignore[index]

@@ -21,13 +21,13 @@ from edgeq.quantization.integer.deferred_softmax import ExactShares
 from edgeq.quantization.integer.embedding_rows import is_pooled, scaled_rows
 from edgeq.quantization.integer.int32_sums import ExactSums
 from edgeq.quantization.output_precision import vector_codes
-from edgeq.quantization.qdq import HEADROOM, INTEGER_DTYPES, Coded, CodedGraph, finished, symmetric
+from edgeq.quantization.qdq import HEADROOM, INTEGER_DTYPES, Coded, CodedGraph, Quantized, finished, symmetric
 from edgeq.quantization.ranges import GELU_FLOOR, MASKED_BELOW
 from edgeq.quantization.rewrites.decompose_norms import ROW_MAXIMUM
 from edgeq.quantization.rewrites.integer import integer_form
 from edgeq.quantization.rewrites.npu_operators import CHOICE, ROOT_HEADROOM, Fixed, narrow
 from edgeq.quantization.rewrites.single_token_last_layer import ONE_TOKEN
-from edgeq.records import IntegerForm, Scheme
+from edgeq.records import IntegerSpec, Scheme
 
 SOFTMAX = {8: Affine(1 / 256, -128, -128, 127), 16: Affine(1 / 32768, 0, -32768, 32767)}
 SIGMOID = Affine(1 / 32768, 0, -32768, 32767)
@@ -36,9 +36,7 @@ _STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Ga
 _INT16, _INT32 = np.iinfo(np.int16), np.iinfo(np.int32)
 
 
-def quantize_integer(
-    model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme
-) -> tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]:
+def quantize_integer(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> Quantized:
     """Take norms apart, fold constants, and give every tensor codes.
 
     Args:
@@ -53,9 +51,7 @@ def quantize_integer(
         Unsupported: the graph holds what has no integer form.
         EdgeqError: a tensor has no statistics.
     """
-    form = scheme.integer
-    if form is None:
-        raise EdgeqError(f"{scheme.name} is no integer-only scheme")
+    form = _spec(scheme)
     graph_model, seen = integer_form(model, observed, form)
     graph = graph_model.graph
     fixed = narrow(graph, seen, form)
@@ -65,24 +61,35 @@ def quantize_integer(
     for node in list(graph):
         coder.visit(node)
     coder.finish()
-    return finished(graph_model), coder.products, ()
+    return Quantized(finished(graph_model), coder.products, ())
+
+
+def rewrite_integer(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> onnx.ModelProto:
+    """Give the float model whose tensors `quantize_integer` quantises: norms apart, constants folded."""
+    return ir.to_proto(integer_form(model, observed, _spec(scheme))[0])
+
+
+def _spec(scheme: Scheme) -> IntegerSpec:
+    if not isinstance(scheme.spec, IntegerSpec):
+        raise EdgeqError(f"{scheme.name} is no integer-only scheme")
+    return scheme.spec
 
 
 class _Coder:
     """Walk the graph in order and put QuantizeLinear and DequantizeLinear behind every tensor."""
 
-    def __init__(self, graph: ir.Graph, observed: Observed, scheme: Scheme, form: IntegerForm, fixed: Fixed) -> None:
+    def __init__(self, graph: ir.Graph, observed: Observed, scheme: Scheme, form: IntegerSpec, fixed: Fixed) -> None:
         # Exact sums take the same codes, by a cast. Without them a step of its own keeps a compiler (Vela) from merging
         # the copy into the product before it, which would no longer saturate.
         self._codes = CodedGraph(graph, observed, 1 if form.sum_bits == 32 else 256)
         self._codes.fixed = fixed
         self._form = form
         self._weight_bits = scheme.weight_bits
-        self._wide = frozenset({*scheme.raised, *(str(node.name) for node in graph if self._is_fine(node))})
+        self._wide = frozenset({*scheme.promoted, *(str(node.name) for node in graph if self._is_fine(node))})
         self._table_bits = scheme.embedding_bits
         self._masks = Masks(self._codes)
         self._positions: set[ir.Value] = set()  # what follows from the sizes of the inputs alone
-        self._shares = ExactShares(self._codes) if form.shares == "exact" else None
+        self._shares = ExactShares(self._codes) if form.softmax == "deferred" else None
         self._sums: ExactSums | None = None
         if form.sum_bits == 32:
             self._sums = ExactSums(self._codes, form.gemm_bits, scheme.embedding_bits, self._wide)
@@ -393,7 +400,7 @@ class _Coder:
 
     def _is_fine(self, node: ir.Node) -> bool:
         """Tell whether a node computes one token, where whatever has one row may have 16 bits."""
-        return ONE_TOKEN in node.meta and self._form.wide_matmul and self._form.wide_gelu
+        return ONE_TOKEN in node.meta and self._form.has_16bit_matmul and self._form.has_16bit_gelu
 
     def _attention_bits(self, node: ir.Node) -> int:
         return 16 if self._is_fine(node) else self._form.attention_bits
@@ -405,5 +412,5 @@ class _Coder:
         if bits == 16:
             return self._codes.range(value, 16)  # type: ignore[arg-type]
         rows = self._codes.observed[f"{value.name}{ROW_MAXIMUM}"]  # type: ignore[union-attr]
-        low = float(rows.minimum.min()) - MASKED_BELOW[self._form.shares]
+        low = float(rows.minimum.min()) - MASKED_BELOW[self._form.softmax]
         return affine.asymmetric(low, float(seen.maximum.max()), 8, signed=True)
