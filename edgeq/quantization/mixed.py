@@ -8,16 +8,14 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from edgeq.calibration.statistics import Statistics
-from edgeq.errors import EdgeqError
 from edgeq.graph.edit import add_constant, add_node, checked, constant, dims, replace_uses
 from edgeq.graph.linear import Site, sites
 from edgeq.quantization import affine, ranges, weight_rounding
-from edgeq.quantization.affine import Affine
 from edgeq.quantization.convolution import quantize_convolutions
-from edgeq.quantization.qdq import LOWEST_IR_VERSION, Quantized
+from edgeq.quantization.qdq import LOWEST_IR_VERSION, QdqBuilder, Quantized, UnsignedQdqBuilder, int8_weight
+from edgeq.quantization.walk import Refusal
 from edgeq.records import Scheme
 
 
@@ -27,7 +25,11 @@ def keep_model(model: onnx.ModelProto, observed: Mapping[str, Statistics], schem
 
 
 def quantize_mixed(
-    model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme, compensate: bool = True
+    model: onnx.ModelProto,
+    observed: Mapping[str, Statistics],
+    scheme: Scheme,
+    refusals: list[Refusal] | None = None,
+    compensate: bool = True,
 ) -> Quantized:
     """Put QuantizeLinear and DequantizeLinear around every token-level weight product and the embedding tables.
 
@@ -45,6 +47,7 @@ def quantize_mixed(
         model: equalised FP32 ONNX; not changed.
         observed: statistics of every tensor that a weight product reads.
         scheme: bits and signs.
+        refusals: where refusals are collected; missing statistics are made up then. This kind refuses nothing.
         compensate: round weights with error compensation (GPTQ) where a second moment was observed; else to nearest.
 
     Returns:
@@ -56,15 +59,14 @@ def quantize_mixed(
     """
     graph_model = ir.from_proto(model)
     graph = graph_model.graph
+    kind = QdqBuilder if scheme.activations_signed else UnsignedQdqBuilder
+    builder = kind(graph, dict(observed), has_placeholders=refusals is not None)
     integer: list[str] = []
     for site in list(sites(graph)):
         site = replace(site, products=tuple(node for node in site.products if node.name not in scheme.promoted))
-        if not site.products:
-            continue
-        if site.name not in observed:
-            raise EdgeqError(f"{site.name}: read by a weight product, but the calibration has no statistics of it")
-        integer.extend(_quantize_site(graph, site, observed[site.name], scheme, compensate))
-    integer += quantize_convolutions(graph, observed, scheme)
+        if site.products:
+            integer.extend(_quantize_site(builder, site, scheme, compensate))
+    integer += quantize_convolutions(builder, scheme)
     for node in list(graph):
         if node.op_type in ("Gather", "Slice"):
             _quantize_table(graph, node, scheme.embedding_bits)
@@ -78,47 +80,24 @@ def quantize_mixed(
     return Quantized(checked(graph_model), tuple(integer), floats)
 
 
-def _quantize_site(graph: ir.Graph, site: Site, statistics: Statistics, scheme: Scheme, compensate: bool) -> list[str]:
-    low, high = ranges.choose(statistics, scheme)
-    codes = affine.asymmetric(low, high, scheme.activation_bits, scheme.activations_signed)
-    dequantized = _qdq(graph, site, codes, scheme)
+def _quantize_site(builder: QdqBuilder, site: Site, scheme: Scheme, compensate: bool) -> list[str]:
+    """Quantise a tensor once and the weight of each MatMul that reads it."""
+    statistics = builder.statistics(site.tensor)
+    params = affine.asymmetric(*ranges.choose(statistics, scheme), scheme.activation_bits, scheme.activations_signed)
+    read = builder.quantize(site.products[0], site.tensor, params, scheme.activation_bits, site.name)
     for node in site.products:
         weight = constant(node.inputs[1])
-        if weight is None:
+        if weight is None or node.inputs[1] is None:
             continue
-        if compensate and statistics.moment is not None:
-            rounded, scales = weight_rounding.compensated(weight, statistics.moment, codes.scale, scheme.weight_bits)
-        else:
-            rounded, scales = weight_rounding.nearest(weight, scheme.weight_bits)
-        name = str(node.inputs[1].name) if node.inputs[1] is not None else str(node.name)
-        node.replace_input_with(0, dequantized)
-        node.replace_input_with(1, _dequantized_constant(graph, node, name, rounded, scales, 1))
+        seen = statistics if compensate else None
+        values, scales = weight_rounding.rounded(weight, seen, params.scale, scheme.weight_bits)
+        node.replace_input_with(0, read.value)
+        node.replace_input_with(1, int8_weight(node, str(node.inputs[1].name), values, scales, axis=1))
     return [str(node.name) for node in site.products]
 
 
-def _qdq(graph: ir.Graph, site: Site, codes: Affine, scheme: Scheme) -> ir.Value:
-    dtype = np.int8 if scheme.activations_signed else np.uint8
-    scale = add_constant(graph, f"{site.name}/scale", np.array(codes.scale, np.float32))
-    zero_point = add_constant(graph, f"{site.name}/zero_point", np.array(codes.zero_point, dtype))
-    first = site.products[0]
-    quantized = add_node(first, "QuantizeLinear", [site.tensor, scale, zero_point], f"{site.name}/quantized")
-    return add_node(first, "DequantizeLinear", [quantized, scale, zero_point], f"{site.name}/dequantized")
-
-
-def _dequantized_constant(
-    graph: ir.Graph, before: ir.Node, name: str, codes: NDArray[np.int8], scales: NDArray[np.float32], axis: int
-) -> ir.Value:
-    inputs = [
-        add_constant(graph, f"{name}/codes", codes),
-        add_constant(graph, f"{name}/scale", scales),
-        add_constant(graph, f"{name}/zero_point", np.zeros(scales.shape, np.int8)),
-    ]
-    # Named after the product, because several products may share one weight.
-    return add_node(before, "DequantizeLinear", inputs, f"{before.name}/weight", {"axis": axis})
-
-
 def _quantize_table(graph: ir.Graph, node: ir.Node, bits: int) -> None:
-    """Look up codes and the scale of each row: a table dequantised before would be unpacked to FP32 at load time.
+    """Let a Gather give int8 rows, and another their scales: a table dequantised before would be FP32 in memory.
 
     Before::
 
@@ -126,8 +105,8 @@ def _quantize_table(graph: ir.Graph, node: ir.Node, bits: int) -> None:
 
     After::
 
-        Gather(codes, input_ids) ─ Cast ─┬─ Mul
-        Gather(row scales, input_ids) ───┘
+        Gather(int8 table, input_ids) ─ Cast ─┬─ Mul
+        Gather(row scales, input_ids) ────────┘
 
     A scale per row fits a table better than one per column, which the largest of all tokens decides.
     """
@@ -135,13 +114,13 @@ def _quantize_table(graph: ir.Graph, node: ir.Node, bits: int) -> None:
     shape = dims(node.outputs[0])
     if table is None or table.dtype != np.float32 or table.ndim < 2 or shape is None or len(shape) != 3:
         return
-    codes, scales = weight_rounding.nearest(table.reshape(-1, table.shape[-1]).T, bits)
+    values, scales = weight_rounding.nearest(table.reshape(-1, table.shape[-1]).T, bits)
     name = str(node.inputs[0].name)  # type: ignore[union-attr]
-    code_table = add_constant(graph, f"{name}/codes", codes.T.reshape(table.shape))
+    integer_table = add_constant(graph, f"{name}/codes", values.T.reshape(table.shape))
     scale_table = add_constant(graph, f"{name}/scale", scales.reshape(*table.shape[:-1], 1))
     attributes = {key: item.value for key, item in node.attributes.items() if item.value is not None}
     stem, others = str(node.outputs[0].name), [value for value in node.inputs[1:] if value is not None]
-    rows = add_node(node, node.op_type, [code_table, *others], f"{stem}/codes", attributes)
+    rows = add_node(node, node.op_type, [integer_table, *others], f"{stem}/codes", attributes)
     rows.shape, rows.dtype = node.outputs[0].shape, ir.DataType.INT8
     steps = add_node(node, node.op_type, [scale_table, *others], f"{stem}/scales", attributes)
     numbers = add_node(node, "Cast", [rows], f"{stem}/numbers", {"to": ir.DataType.FLOAT.value})

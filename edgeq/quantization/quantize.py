@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import onnx
 
 from edgeq.calibration.statistics import Statistics
+from edgeq.errors import Unsupported
 from edgeq.quantization.htp.quantizer import quantize_htp, rewrite_htp
 from edgeq.quantization.integer.quantizer import quantize_integer, rewrite_integer
 from edgeq.quantization.mixed import keep_model, quantize_mixed
 from edgeq.quantization.qdq import Quantized
 from edgeq.quantization.vendor import prepare_for_vendor
+from edgeq.quantization.walk import Refusal
 from edgeq.records import Scheme, SchemeKind
 
 
@@ -21,13 +23,14 @@ class Quantizer:
     """Say what a kind of scheme does.
 
     Attributes:
-        quantize: makes the QDQ model from the equalised float model, its statistics and the scheme.
+        quantize: makes the QDQ model from the equalised float model, its statistics and the scheme; collects refusals
+            where it is given a list for them.
         rewrite: gives the float model whose tensors that QDQ model holds as integers: what layer errors compare with.
         keeps_float: whether tensors stay float beside the integer ones.
         writes_integers: whether the QDQ model holds integers; else a vendor's compiler makes them from the float model.
     """
 
-    quantize: Callable[[onnx.ModelProto, Mapping[str, Statistics], Scheme], Quantized]
+    quantize: Callable[[onnx.ModelProto, Mapping[str, Statistics], Scheme, list[Refusal] | None], Quantized]
     rewrite: Callable[[onnx.ModelProto, Mapping[str, Statistics], Scheme], onnx.ModelProto]
     keeps_float: bool
     writes_integers: bool
@@ -41,16 +44,30 @@ QUANTIZERS: Mapping[SchemeKind, Quantizer] = {
 }
 
 
-def quantize(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> Quantized:
+def quantize(
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme, refusals: list[Refusal] | None = None
+) -> Quantized:
     """Turn an equalised float model into a QDQ model by the quantiser of the scheme's kind.
 
     Args:
         model: equalised FP32 ONNX; not changed.
         observed: the calibration's statistics, by tensor.
         scheme: bits, signs, and its kind's own settings.
+        refusals: where every reason not to quantise is collected, instead of the first one raised. Statistics may be
+            missing then: those tensors are taken to lie between -1 and 1.
+
+    Returns:
+        The QDQ model, and the names of its integer and float products; the given model where refusals were found.
 
     Raises:
-        Unsupported: the scheme leaves nothing float, and the model holds an operator that has no integer form.
+        Unsupported: the scheme leaves nothing float, and the model holds an operator that has no integer form;
+            UnsupportedRange where that follows from what was observed.
         EdgeqError: a tensor has no statistics.
     """
-    return QUANTIZERS[scheme.kind].quantize(model, observed, scheme)
+    try:
+        return QUANTIZERS[scheme.kind].quantize(model, observed, scheme, refusals)
+    except Unsupported as error:  # by a rewrite, which stops
+        if refusals is None:
+            raise
+        refusals.append(Refusal.of(error))
+        return Quantized(model, (), ())

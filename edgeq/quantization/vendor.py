@@ -1,4 +1,4 @@
-"""Write an equalised float model in the operators that a vendor's compiler reads; it decides codes itself."""
+"""Rewrite an equalised float model in the operators of an older opset, for a vendor's compiler that quantises it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ from edgeq.graph.linear import sites
 from edgeq.quantization.qdq import Quantized
 from edgeq.quantization.rewrites.decompose_norms import first_token
 from edgeq.quantization.rewrites.token_pooling import last_token
+from edgeq.quantization.walk import Refusal
 from edgeq.records import Scheme, VendorSpec
 
 _IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10}  # Source: onnx 1.23, docs/Versioning.md, the table of releases
 
 
-def prepare_for_vendor(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> Quantized:
+def prepare_for_vendor(
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme, refusals: list[Refusal] | None = None
+) -> Quantized:
     """Rewrite an equalised float model for a vendor's compiler, and name the weight products that it makes integer.
 
     Args:
         model: equalised FP32 ONNX; not changed.
         observed: statistics of the sums behind products.
         scheme: whose compiler reads the model.
+        refusals: not used: the first operator that the opset lacks is raised.
 
     Raises:
         Unsupported: an operator does not exist in the compiler's opset.
@@ -41,9 +45,9 @@ def prepare_for_vendor(model: onnx.ModelProto, observed: Mapping[str, Statistics
 def rewrite_for_vendor(
     model: onnx.ModelProto, observed: Mapping[str, Statistics], spec: VendorSpec, promoted: Collection[str] = ()
 ) -> Quantized:
-    """Rewrite a model, exactly in FP32: one output, poolings that pick tokens made simple, an older opset.
+    """Rewrite GatherElements and Gelu, exactly in FP32, and keep one output.
 
-    Where the compiler makes codes, scaled tensors come from a LayerNormalization of their own.
+    Where the compiler quantises, scaled tensors come from a LayerNormalization of their own.
 
     Args:
         model: equalised FP32 ONNX; not changed.
@@ -56,7 +60,7 @@ def rewrite_for_vendor(
         make integer, and those of the weight products that stay float.
 
     Raises:
-        Unsupported: an operator has no form in that opset.
+        Unsupported: an operator cannot be written in that opset.
     """
     graph_model = ir.from_proto(checked(ir.from_proto(model)))  # with the shapes of what equalising added
     graph = graph_model.graph
@@ -84,10 +88,10 @@ def rewrite_for_vendor(
 
 
 def _integer(graph: ir.Graph, observed: Mapping[str, Statistics], spec: VendorSpec) -> set[str]:
-    """Name the products that 8 bits suit.
+    """Name the MatMul nodes whose output fits int8.
 
-    A product's output has one range for all channels: where one of them is far larger than the rest, theirs would be
-    left with few codes. The side path of massive neurons is no token-level product, and stays float, too.
+    A product's output has one scale for all channels: where one of them is far larger than the rest, most of them would
+    round to a few values. The outlier branch is no token-level product, and stays float, too.
     """
     if spec.dtype != "int8":
         return set()
