@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-WAYS_IN = REPOSITORY / "docs" / "ways-in.md"
+WAYS_IN = REPOSITORY / "docs" / "guides" / "ways-in.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -42,7 +42,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "float-op" in (tmp_path / "site" / "cli" / "index.html").read_text(encoding="utf-8")
+    assert "float-op" in (tmp_path / "site" / "reference" / "cli" / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def in_examples(examples: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     from huggingface_hub import constants
 
     monkeypatch.chdir(examples)
-    monkeypatch.setenv("EDGEQ_CACHE", str(examples / "cache"))
+    monkeypatch.setenv("EDGEQ_CACHE_DIR", str(examples / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(examples / "hub"))
     yield examples
 
