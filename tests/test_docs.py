@@ -17,6 +17,7 @@ from edgeq.records import Gate, RunsOn, Target
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))])
+DECISIONS = [page for page in PAGES if page.parent.name == "decisions" and page.stem != "index"]
 WAYS_IN = DOCS / "guides" / "ways-in.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#:]*)(#[^)]+)?\)")
@@ -119,13 +120,8 @@ def test_a_decision_has_four_parts(page: Path) -> None:
 
 def test_the_target_file_page_has_every_key() -> None:
     page = read("reference/target-file.md")
-    parts = dict(
-        zip(
-            ("", *re.findall(r"^## `(.+)`$", page, flags=re.MULTILINE)),
-            re.split(r"^## ", page, flags=re.MULTILINE),
-            strict=True,
-        )
-    )
+    names = ("", *re.findall(r"^## `(.+)`$", page, flags=re.MULTILINE))
+    parts = dict(zip(names, re.split(r"^## ", page, flags=re.MULTILINE), strict=True))
     assert {*column(parts[""], "key"), "runtime", "runs_on", "gate"} == set(Target.model_fields)
     assert set(column(parts["[runs_on]"], "key")) == set(RunsOn.model_fields)
     assert set(column(parts["[gate]"], "key")) == set(Gate.model_fields)

@@ -43,7 +43,7 @@ _VERBS: tuple[Callable[..., None], ...] = (
     making.cache,
 )
 for _verb in _VERBS:
-    # What a verb raises is for who reads the code; its exit codes are in docs/guides/troubleshooting.md.
+    # What a verb raises is for who reads the code; its exit codes are in the README.
     app.command(help=(inspect.getdoc(_verb) or "").split("\n\nRaises:")[0])(_verb)
 
 
