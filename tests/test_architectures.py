@@ -1,6 +1,6 @@
 """Take one small model of each kind of architecture, with planted outliers, through the backends that run here.
 
-tools/architectures measures all of them and fills docs/reference/architectures.md; here are those that differ in their graph.
+tools/architectures measures all of them for docs/reference/architectures.md; here are those that differ in their graph.
 """
 
 from __future__ import annotations
