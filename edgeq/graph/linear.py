@@ -11,12 +11,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.graph.edit import constant, dims, made_by, readers
+from edgeq.graph.operators import ACTIVATIONS, ELEMENTWISE
 from edgeq.graph.rms_norm import root_mean_square
 
 Kind = Literal["norm", "context", "activation"]
 SIDE = "/side"  # ends the names of what belongs to the float path of massive neurons
-_ACTIVATIONS = ("Gelu", "Mish", "Relu", "Tanh", "Sigmoid", "Erf")
-_BY_NEURON = frozenset({*_ACTIVATIONS, "Add", "Div", "Mul", "Neg", "Pow", "Sub"})
 
 
 @dataclass(frozen=True)
@@ -62,14 +61,14 @@ def sites(graph: ir.Graph) -> Iterator[Site]:
 
 
 def _kind(tensor: ir.Value) -> Kind:
-    maker = made_by(tensor, "Reshape", "Transpose", "LayerNormalization", "Mul", "Add", "MatMul", *_ACTIVATIONS)
+    maker = made_by(tensor, "Reshape", "Transpose", "LayerNormalization", "Mul", "Add", "MatMul", *ACTIVATIONS)
     if maker is not None and maker.op_type == "Mul" and maker.name and maker.name.endswith("/scaled"):
         maker = maker.inputs[0].producer() if maker.inputs[0] is not None else None
     if root_mean_square(maker) is not None:
         return "norm"
     if maker is not None and maker.op_type in ("Reshape", "Transpose"):
         return "context"
-    if maker is not None and maker.op_type in _ACTIVATIONS:
+    if maker is not None and maker.op_type in ACTIVATIONS:
         return "activation"
     # A product whose output other products read is like a norm's: quiet channels in texts are quiet in all texts.
     is_like_norm = maker is not None and maker.op_type in ("LayerNormalization", "Add", "MatMul")
@@ -115,7 +114,7 @@ def feed_forwards(graph: ir.Graph) -> Iterator[FeedForward]:
         if cone is None:
             continue
         firsts, inside = cone
-        if not any(step.op_type in _ACTIVATIONS for step in inside):
+        if not any(step.op_type in ACTIVATIONS for step in inside):
             continue
         end = _biased(node)
         if readers(end):
@@ -140,7 +139,7 @@ def _elementwise_cone(second: ir.Node, width: int) -> tuple[list[ir.Node], list[
         weight = constant(node.inputs[1]) if node.op_type == "MatMul" else None
         if weight is not None and weight.shape == (weight.shape[0], width) and not str(node.name).endswith(SIDE):
             firsts.append(node)
-        elif node.op_type in _BY_NEURON and _are_of_neurons(node, width):
+        elif node.op_type in ELEMENTWISE and _are_of_neurons(node, width):
             inside.append(node)
             waiting += [item for item in node.inputs if item is not None and constant(item) is None]
         else:
@@ -150,9 +149,10 @@ def _elementwise_cone(second: ir.Node, width: int) -> tuple[list[ir.Node], list[
 
 
 def _are_of_neurons(node: ir.Node, width: int) -> bool:
-    """Tell whether a node's constants are numbers, or hold one number for each neuron."""
+    """Tell whether no operand is left out, and each constant is one number, or one for each neuron."""
     arrays = [array for item in node.inputs if (array := constant(item)) is not None]
-    return all(array.size == 1 or array.shape[-1] == array.size == width for array in arrays)
+    are_of_neurons = all(array.size == 1 or array.shape[-1] == array.size == width for array in arrays)
+    return are_of_neurons and None not in node.inputs
 
 
 def _biased(product: ir.Node) -> ir.Value:

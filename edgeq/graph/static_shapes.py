@@ -10,9 +10,10 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgeq.errors import LoweringFailed
+from edgeq.graph import operators
 from edgeq.graph.edit import add_constant, checked, constant, replace_uses
 
-_FOLDED = frozenset({"Concat", "Gather", "Slice", "Squeeze", "Unsqueeze"})
+_FOLDED = operators.of_kind("layout", "selection") | {"Concat"}  # without what repeats: results stay small
 
 
 def fix_shapes(model: ir.Model, length: int, ids: ir.DataType = ir.DataType.INT64) -> onnx.ModelProto:
@@ -54,7 +55,7 @@ def _folded(node: ir.Node) -> NDArray[np.generic] | None:
         start, end = (node.attributes[name].as_int() if name in node.attributes else None for name in ("start", "end"))
         return shape[start:end]
     arrays = {str(value.name): constant(value) for value in node.inputs if value is not None}
-    if node.op_type not in _FOLDED or any(array is None for array in arrays.values()):
+    if node.op_type not in _FOLDED or len(node.outputs) != 1 or any(array is None for array in arrays.values()):
         return None
     (array,) = ReferenceEvaluator(ir.to_proto(node)).run(None, arrays)
     return np.asarray(array)

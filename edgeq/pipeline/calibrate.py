@@ -18,7 +18,7 @@ from edgeq.data.batches import Batch, Samples
 from edgeq.data.plans import FEWEST_CALIBRATION
 from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.errors import ConfigError, EdgeqError
-from edgeq.graph import external_data
+from edgeq.graph import external_data, operators
 from edgeq.graph.edit import constant, dims, readers
 from edgeq.graph.float_session import FloatSession
 from edgeq.graph.linear import feed_forwards, sites, value_sum
@@ -41,9 +41,6 @@ SEARCH_SCHEME = "w8a8-gemm"  # the strength serves every scheme; this one quanti
 HELD_BACK_SHARE = 8  # one calibration text in so many judges the strength and is never observed
 HELD_BACK_MOST = 48
 TOLERANCE = 1e-5
-_OBSERVED = frozenset(
-    "Add Gelu MatMul Mul Reciprocal ReduceMax ReduceMean ReduceSumSquare Relu Sigmoid Sub Tanh".split()
-)
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,7 @@ def _float_tensors(graph: ir.Graph, read: list[str]) -> list[str]:
             others += [str(value.name) for value in variable if value in positions and _has_channels(value)]
             if node.op_type == "Gather" and any(use.op_type != "Add" for use in readers(node.outputs[0])):
                 others += [str(value.name) for value in node.outputs if _is_real(value) and value.name not in read]
-            if node.op_type in _OBSERVED and not follows(node) and _is_real(node.outputs[0]):
+            if node.op_type in operators.OBSERVED and not follows(node) and _is_real(node.outputs[0]):
                 others += [str(value.name) for value in node.outputs if value.name not in read]
     return [*read, *dict.fromkeys(others)]
 

@@ -18,6 +18,7 @@ from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph.edit import add_constant, add_node, add_node_after, constant, readers
 from edgeq.graph.linear import SIDE
+from edgeq.graph.operators import HTP_COPIED
 from edgeq.quantization import affine, weight_rounding
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.htp.attention_mask import LookedUpMasks
@@ -33,7 +34,6 @@ GAIN_BITS = 8  # LayerNorm's gain: the unit takes no other beside an int32 bias,
 # Of what takes a sum of a channel to the output's codes: v68 keeps no more, and where a multiplier has more, all of the
 # channel is off by up to 20 codes of 65,536 (measured in QAIRT 2.51's emulator; later versions keep more).
 _MULTIPLIER_BITS = 11
-_STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather"})
 _SUFFIXES = ("/gemm", "/flat", "/axes")  # of what `flat_tokens` renames or adds
 _INT32 = np.iinfo(np.int32)
 
@@ -101,7 +101,7 @@ class _Coder:
         elif variable and all(value in self._masks.values or value in self._sizes for value in variable):
             self._masks.values.update(node.outputs)
             return
-        if node.op_type in _STILL and node.inputs[0] in self._codes.coded:
+        if node.op_type in HTP_COPIED and node.inputs[0] in self._codes.coded:
             source = self._codes.coded[node.inputs[0]]
             node.replace_input_with(0, source.value)
             self._store(node, source.affine, source.bits)
@@ -295,4 +295,4 @@ _VISITORS: Mapping[str, Callable[[_Coder, ir.Node], None]] = {
     "Mul": _Coder._arithmetic, "Relu": _Coder._pointwise, "Sigmoid": _Coder._fixed, "Slice": _Coder._rows,
     "Softmax": _Coder._softmax, "Sub": _Coder._arithmetic, "Tanh": _Coder._fixed,
 }  # fmt: skip
-OPERATORS = frozenset(_VISITORS) | _STILL
+OPERATORS = frozenset(_VISITORS) | HTP_COPIED

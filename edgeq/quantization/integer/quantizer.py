@@ -14,6 +14,7 @@ from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph.edit import add_constant, add_node, add_node_after, constant, dims, readers
 from edgeq.graph.linear import SIDE, bias_of
+from edgeq.graph.operators import INTEGER_COPIED
 from edgeq.quantization import affine, weight_rounding
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.integer.attention_mask import Masks
@@ -32,7 +33,6 @@ from edgeq.records import IntegerForm, Scheme
 SOFTMAX = {8: Affine(1 / 256, -128, -128, 127), 16: Affine(1 / 32768, 0, -32768, 32767)}
 SIGMOID = Affine(1 / 32768, 0, -32768, 32767)
 SHARE = Affine(1 / 32767, 0, -32768, 32767)  # of a token in the mean
-_STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "ReduceMax"})
 _INT16, _INT32 = np.iinfo(np.int16), np.iinfo(np.int32)
 
 
@@ -116,7 +116,7 @@ class _Coder:
         if variable and not is_table and all(value in of_mask for value in variable):
             self._masks.values.update(node.outputs)
             return
-        if node.op_type in _STILL and variable and variable[0] in self._codes.coded:
+        if node.op_type in INTEGER_COPIED and variable and variable[0] in self._codes.coded:
             self._still(node)
             return
         if self._sums is not None and self._sums.takes(node):
