@@ -19,6 +19,7 @@ from edgeq.data.plans import FEWEST_CALIBRATION
 from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.graph import external_data, operators
+from edgeq.graph.dataflow import mask_values, shape_values
 from edgeq.graph.edit import constant, dims, readers
 from edgeq.graph.float_session import FloatSession
 from edgeq.graph.linear import feed_forwards, sites, value_sum
@@ -139,17 +140,11 @@ def _float_tensors(graph: ir.Graph, read: list[str]) -> list[str]:
 
     What follows exactly from another tensor is left out, and so is what is made of the mask alone.
     """
-    mask = {value for value in graph.inputs if value.name == "attention_mask"}
-    positions: set[ir.Value] = set()
+    mask, positions = mask_values(graph), shape_values(graph)
     others = []
     for node in graph:
-        variable = [value for value in node.inputs if value is not None and constant(value) is None]
-        if node.op_type == "Shape" or (variable and all(value in positions for value in variable)):
-            positions.update(node.outputs)
-        elif variable and all(value in mask or value in positions for value in variable):
-            mask.update(node.outputs)
-        else:
-            others += [str(value.name) for value in variable if value in positions and _has_channels(value)]
+        if node.outputs[0] not in mask and node.outputs[0] not in positions:
+            others += [str(value.name) for value in node.inputs if value in positions and _has_channels(value)]
             if node.op_type == "Gather" and any(use.op_type != "Add" for use in readers(node.outputs[0])):
                 others += [str(value.name) for value in node.outputs if _is_real(value) and value.name not in read]
             if node.op_type in operators.OBSERVED and not follows(node) and _is_real(node.outputs[0]):

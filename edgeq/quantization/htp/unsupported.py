@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
 
-from edgeq.graph.edit import constant, follows_from_sizes, made_by, readers, scalar
+from edgeq.graph.dataflow import follows_from_sizes
+from edgeq.graph.edit import constant, made_by, readers, scalar
 from edgeq.graph.operators import SAME_VALUES
 
 WAY_OUT = "Targets for LiteRT, Ethos-U, ONNX Runtime or OpenVINO may take it: `edgeq check MODEL --target NAME` says"

@@ -30,12 +30,12 @@ from onnx_ir.passes.common import ShapeInferencePass
 from edgeq.calibration.statistics import Observed
 from edgeq.graph import operators
 from edgeq.graph.attention_mask import is_mask
+from edgeq.graph.dataflow import follows_from_sizes
 from edgeq.graph.edit import (
     add_constant,
     add_node,
     constant,
     dims,
-    follows_from_sizes,
     is_read_once,
     made_by,
     readers,
