@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgeq.calibration.statistics import Statistics, magnitudes
 from edgeq.graph.attention_mask import MASK_SIZE, is_mask
 from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by, replace_constant
-from edgeq.graph.linear import Site, bias_of, sites, value_sum
+from edgeq.graph.linear import Site, sites, value_projection
 from edgeq.graph.rms_norm import root_mean_square
 
 SCALED = "/scaled"
@@ -111,16 +111,11 @@ def _into_value(graph: ir.Graph, site: Site, scales: NDArray[np.float64]) -> boo
     """Divide the value weights: attention mixes positions, never channels."""
     if site.kind != "context" or not _only_products_read(site):
         return False
-    add = value_sum(site)
-    bias = bias_of(add) if add is not None else None
-    product = made_by(add.inputs[1 - bias[0]], "MatMul") if add is not None and bias is not None else None
-    weight = constant(product.inputs[1]) if product is not None else None
-    if add is None or bias is None or product is None or weight is None or weight.shape[1] != len(scales):
+    values = value_projection(site)
+    if values is None or values.weight.shape[1] != len(scales) or not is_read_once(values.output):
         return False
-    if not (is_read_once(add.outputs[0]) and is_read_once(product.outputs[0])):
-        return False
-    replace_constant(graph, product, 1, (weight / scales).astype(np.float32))
-    replace_constant(graph, add, bias[0], (bias[1] / scales).astype(np.float32))
+    replace_constant(graph, values.product, 1, (values.weight / scales).astype(np.float32))
+    replace_constant(graph, values.end, values.bias_position, (values.bias / scales).astype(np.float32))
     return True
 
 

@@ -10,12 +10,79 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.graph.edit import constant, dims, made_by, readers
+from edgeq.graph.edit import constant, dims, is_read_once, made_by, readers
 from edgeq.graph.operators import ACTIVATIONS, ELEMENTWISE
 from edgeq.graph.rms_norm import root_mean_square
 
 Kind = Literal["norm", "context", "activation"]
 SIDE = "/side"  # ends the names of what belongs to the float path of massive neurons
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Hold x @ W + b: a MatMul with a constant weight, and the Add of a constant that alone reads it.
+
+    Weight and bias are read from the graph when they are asked for: rewrites change them.
+
+    Attributes:
+        product: the MatMul.
+        add: the Add of the bias, or None where there is none.
+    """
+
+    product: ir.Node
+    add: ir.Node | None = None
+
+    @classmethod
+    def of(cls, product: ir.Node) -> Linear | None:
+        """Take a MatMul, with the bias behind it; None where it has no constant weight."""
+        if product.op_type != "MatMul" or constant(product.inputs[1]) is None:
+            return None
+        output = product.outputs[0]
+        add = readers(output)[0] if is_read_once(output) else None
+        return cls(product, add if add is not None and bias_of(add) is not None else None)
+
+    @classmethod
+    def making(cls, value: ir.Value | None) -> Linear | None:
+        """Find the MatMul that makes a value, alone or with a bias; None where there is none."""
+        end = made_by(value, "Add", "MatMul")
+        found = bias_of(end) if end is not None else None
+        product = made_by(end.inputs[1 - found[0]], "MatMul") if end is not None and found is not None else end
+        linear = cls.of(product) if product is not None else None
+        return linear if linear is not None and linear.end is end else None
+
+    @property
+    def weight(self) -> NDArray[np.float32]:
+        """Give the weight, float32[..., in, out]."""
+        weight = constant(self.product.inputs[1])
+        if weight is None:
+            raise ValueError(f"{self.product.name}: its weight is no constant any more")
+        return weight
+
+    @property
+    def bias(self) -> NDArray[np.float32]:
+        """Give the bias as it is stored, where there is one."""
+        return self._bias()[1]
+
+    @property
+    def bias_position(self) -> int:
+        """Give the place of the bias among the inputs of the Add."""
+        return self._bias()[0]
+
+    def _bias(self) -> tuple[int, NDArray[np.float32]]:
+        found = bias_of(self.add) if self.add is not None else None
+        if found is None:
+            raise ValueError(f"{self.product.name}: has no bias; look at `add` first")
+        return found
+
+    @property
+    def end(self) -> ir.Node:
+        """Give the node that makes the result: the Add, or the MatMul where there is none."""
+        return self.product if self.add is None else self.add
+
+    @property
+    def output(self) -> ir.Value:
+        """Give the result."""
+        return self.end.outputs[0]
 
 
 @dataclass(frozen=True)
@@ -116,12 +183,12 @@ def feed_forwards(graph: ir.Graph) -> Iterator[FeedForward]:
         firsts, inside = cone
         if not any(step.op_type in ACTIVATIONS for step in inside):
             continue
-        end = _biased(node)
-        if readers(end):
+        linear = Linear.of(node)
+        if linear is not None and readers(linear.output):
             place = {step: position for position, step in enumerate(graph)}
             firsts.sort(key=place.__getitem__)
             inside.sort(key=place.__getitem__)
-            yield FeedForward(tuple(firsts), tuple(inside), node, end)
+            yield FeedForward(tuple(firsts), tuple(inside), node, linear.output)
 
 
 def _elementwise_cone(second: ir.Node, width: int) -> tuple[list[ir.Node], list[ir.Node]] | None:
@@ -155,30 +222,23 @@ def _are_of_neurons(node: ir.Node, width: int) -> bool:
     return are_of_neurons and None not in node.inputs
 
 
-def _biased(product: ir.Node) -> ir.Value:
-    """Give a product with its bias, or as it is without one."""
-    following = readers(product.outputs[0])
-    if len(following) == 1 and following[0].op_type == "Add" and bias_of(following[0]) is not None:
-        return following[0].outputs[0]
-    return product.outputs[0]
-
-
 def bias_of(add: ir.Node) -> tuple[int, NDArray[np.float32]] | None:
-    """Give the position and the array of the constant operand of an Add."""
-    for position, value in enumerate(add.inputs):
+    """Give the position and the array of the constant operand of an Add; None for other nodes, and without one."""
+    for position, value in enumerate(add.inputs if add.op_type == "Add" else ()):
         array = constant(value)
         if array is not None:
             return position, array
     return None
 
 
-def value_sum(site: Site) -> ir.Node | None:
-    """Give the Add behind the value product whose rows attention mixes into a context, or None."""
+def value_projection(site: Site) -> Linear | None:
+    """Give the value projection whose rows attention mixes into a context, with its bias; None where it has no bias."""
     if site.kind != "context":
         return None
     mixed = made_by(_through(site.tensor), "MatMul")
     value = _through(mixed.inputs[1]) if mixed is not None and constant(mixed.inputs[1]) is None else None
-    return made_by(value, "Add")
+    linear = Linear.making(value)
+    return linear if linear is not None and linear.add is not None else None
 
 
 def _through(value: ir.Value | None) -> ir.Value | None:

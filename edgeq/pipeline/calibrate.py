@@ -22,7 +22,7 @@ from edgeq.graph import external_data, operators
 from edgeq.graph.dataflow import mask_values, shape_values
 from edgeq.graph.edit import constant, dims, readers
 from edgeq.graph.float_session import FloatSession
-from edgeq.graph.linear import feed_forwards, sites, value_sum
+from edgeq.graph.linear import feed_forwards, sites, value_projection
 from edgeq.quantization.convolution import map_tensors
 from edgeq.quantization.quantize import quantize
 from edgeq.quantization.rewrites.decompose_norms import follows, primitives
@@ -165,7 +165,7 @@ def _is_real(value: ir.Value) -> bool:
 def _read_by_attention(model: onnx.ModelProto) -> list[str]:
     """Name the values that attention mixes, as their products make them."""
     graph = ir.from_proto(model).graph
-    return [str(values.outputs[0].name) for site in sites(graph) if (values := value_sum(site)) is not None]
+    return [str(values.output.name) for site in sites(graph) if (values := value_projection(site)) is not None]
 
 
 def _hold_back(samples: SamplesT, seed: int) -> tuple[SamplesT, SamplesT]:
