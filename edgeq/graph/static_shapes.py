@@ -6,12 +6,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgeq.errors import LoweringFailed
 from edgeq.graph import operators
 from edgeq.graph.edit import add_constant, checked, constant, replace_uses
+from edgeq.graph.evaluate import of_constants
 
 _FOLDED = operators.of_kind("layout", "selection") | {"Concat"}  # without what repeats: results stay small
 
@@ -54,8 +54,4 @@ def _folded(node: ir.Node) -> NDArray[np.generic] | None:
         shape = np.array(node.inputs[0].shape.numpy() if node.inputs[0].shape is not None else (), np.int64)
         start, end = (node.attributes[name].as_int() if name in node.attributes else None for name in ("start", "end"))
         return shape[start:end]
-    arrays = {str(value.name): constant(value) for value in node.inputs if value is not None}
-    if node.op_type not in _FOLDED or len(node.outputs) != 1 or any(array is None for array in arrays.values()):
-        return None
-    (array,) = ReferenceEvaluator(ir.to_proto(node)).run(None, arrays)
-    return np.asarray(array)
+    return of_constants(node) if node.op_type in _FOLDED else None
