@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.calibration.statistics import Statistics, magnitudes
+from edgeq.calibration.statistics import Statistics
 from edgeq.graph.attention_mask import MASK_SIZE, is_mask
 from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by, replace_constant
 from edgeq.graph.linear import Site, sites, value_projection
@@ -42,7 +42,7 @@ def migration_scales(site: Site, statistics: Statistics, swept: Statistics, stre
 
     Source: Xiao et al. 2023, SmoothQuant, equation 4.
     """
-    largest = np.maximum(magnitudes(statistics), magnitudes(swept))
+    largest = np.maximum(statistics.active_magnitudes, swept.active_magnitudes)
     rows = np.max([np.abs(weight).max(axis=1) for weight in site.weights()], axis=0).astype(np.float64)
     rows = np.maximum(rows, 1e-3 * max(float(np.median(rows)), 1e-9))
     scales: NDArray[np.float64] = largest**strength / rows ** (1.0 - strength)

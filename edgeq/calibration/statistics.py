@@ -8,6 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 BINS = 2048
+LEAST_OF_MEDIAN = 1e-3  # an inactive channel counts as this part of the median channel
+LEAST_MEDIAN = 1e-6  # where most channels are inactive
+LEAST_LARGEST = 1e-9
 
 
 @dataclass
@@ -54,11 +57,21 @@ class Statistics:
     rows: int = 0
     waiting: list[NDArray[np.float32]] = field(default_factory=list, repr=False)
 
+    @property
+    def magnitudes(self) -> NDArray[np.float64]:
+        """Give the largest absolute value per channel, float64[channels]."""
+        return np.maximum(np.abs(self.minimum), np.abs(self.maximum)).astype(np.float64)
+
+    @property
+    def active_magnitudes(self) -> NDArray[np.float64]:
+        """Give `magnitudes`, each at least a thousandth of the median: what divides by them needs no number near 0."""
+        magnitudes = self.magnitudes
+        return np.maximum(magnitudes, LEAST_OF_MEDIAN * max(float(np.median(magnitudes)), LEAST_MEDIAN))
+
+    @property
+    def largest(self) -> float:
+        """Give the largest absolute value of all channels, at least 1e-9, so that a scale can be made of it."""
+        return max(-float(self.minimum.min()), float(self.maximum.max()), LEAST_LARGEST)
+
 
 Observed = dict[str, Statistics]
-
-
-def magnitudes(statistics: Statistics) -> NDArray[np.float64]:
-    """Give the largest absolute value per channel, float64[channels], kept off zero."""
-    largest = np.maximum(np.abs(statistics.minimum), np.abs(statistics.maximum)).astype(np.float64)
-    return np.maximum(largest, 1e-3 * max(float(np.median(largest)), 1e-6))

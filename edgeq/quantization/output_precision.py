@@ -24,7 +24,7 @@ def vector_codes(seen: Statistics, bits: int) -> tuple[Affine, int]:
         seen: statistics of the vectors, per channel.
         bits: wanted.
     """
-    largest = float(max(-seen.minimum.min(), seen.maximum.max())) * HEADROOM
+    largest = seen.largest * HEADROOM
     if rounding_loss(seen, symmetric(largest, bits).scale) > LOSS_MOST:
         bits = WIDE
     return symmetric(largest, bits), bits

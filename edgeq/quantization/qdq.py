@@ -59,8 +59,7 @@ class CodedGraph:
 
     def largest(self, value: ir.Value) -> float:
         """Give the largest magnitude observed."""
-        seen = self.statistics(value)
-        return max(-float(seen.minimum.min()), float(seen.maximum.max()), 1e-9)
+        return self.statistics(value).largest
 
     def cover(self, low: float, high: float, bits: int) -> Affine:
         """Give codes for a range: 16 bits symmetric, 8 bits asymmetric."""

@@ -272,7 +272,7 @@ def widen_outputs(graph: ir.Graph, observed: Observed, quantile: float) -> int:
             continue
         name = str(add.outputs[0].name)
         seen = observed[name]
-        largest = np.maximum(np.abs(seen.minimum), np.abs(seen.maximum)).astype(np.float64)
+        largest = seen.magnitudes
         factors = np.maximum(1.0, largest / max(float(np.quantile(largest, quantile)), 1e-12))
         _replace(graph, product, 1, weight / factors)
         _replace(graph, add, found[0], found[1] / factors)

@@ -274,7 +274,7 @@ def _to(largest: float) -> Affine:
 
 def _largest(seen: Statistics) -> NDArray[np.float64]:
     """Give the largest magnitude that each channel has codes for."""
-    return np.maximum(-seen.minimum, seen.maximum).astype(np.float64) * HEADROOM
+    return seen.magnitudes * HEADROOM
 
 
 def _width(value: ir.Value) -> int:
