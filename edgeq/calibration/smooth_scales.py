@@ -70,12 +70,12 @@ def migrate(
     moved: dict[str, Statistics] = {}
     for site in list(sites(graph)):
         statistics = observed[site.name]
-        if site.kind not in strengths:
+        if site.maker not in strengths:
             moved[site.name] = statistics
             continue
-        scales = migration_scales(site, statistics, swept[site.name], strengths[site.kind])
+        scales = migration_scales(site, statistics, swept[site.name], strengths[site.maker])
         if not (_into_norm(graph, site, scales) or _into_value(graph, site, scales)):
-            if site.kind == "context":
+            if site.maker == "context":
                 moved[site.name] = statistics
                 continue
             _behind_mul(graph, site, scales)
@@ -109,7 +109,7 @@ def _into_norm(graph: ir.Graph, site: Site, scales: NDArray[np.float64]) -> bool
 
 def _into_value(graph: ir.Graph, site: Site, scales: NDArray[np.float64]) -> bool:
     """Divide the value weights: attention mixes positions, never channels."""
-    if site.kind != "context" or not _only_products_read(site):
+    if site.maker != "context" or not _only_products_read(site):
         return False
     values = value_projection(site)
     if values is None or values.weight.shape[1] != len(scales) or not is_read_once(values.output):

@@ -1,4 +1,4 @@
-"""Hold what is observed of a tensor: minimum, maximum, histogram, mean and second moment, per channel."""
+"""Hold the statistics of one float32 tensor: minimum, maximum, histogram, mean and second moment, per channel."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ class Histogram:
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2 * BINS, np.int64))
 
     def add(self, values: NDArray[np.float32], magnitude: float) -> None:
-        """Count values whose largest magnitude is given."""
+        """Count float32 values of any shape, whose largest magnitude is given."""
         if self.limit == 0.0:
             self.limit = 2.0 ** np.ceil(np.log2(max(magnitude, 1e-30)))
         while magnitude > self.limit:
             middle = self.counts.reshape(-1, 2).sum(1)
             self.counts = np.concatenate([np.zeros(BINS // 2, np.int64), middle, np.zeros(BINS // 2, np.int64)])
             self.limit *= 2.0
-        codes = (values.reshape(-1) * np.float32(BINS / self.limit) + np.float32(BINS)).astype(np.int32)
-        np.minimum(codes, 2 * BINS - 1, out=codes)
-        self.counts += np.bincount(codes, minlength=2 * BINS)
+        bins = (values.reshape(-1) * np.float32(BINS / self.limit) + np.float32(BINS)).astype(np.int32)
+        np.minimum(bins, 2 * BINS - 1, out=bins)
+        self.counts += np.bincount(bins, minlength=2 * BINS)
 
 
 @dataclass
 class Statistics:
-    """Hold what is kept of one tensor.
+    """Hold the statistics of one tensor.
 
     Attributes:
         minimum: float32[channels], smallest value per channel (last axis).

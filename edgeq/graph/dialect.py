@@ -1,4 +1,4 @@
-"""Define the closed set of ops a float model is written in, and verify a model against it."""
+"""Verify a float model against the dialect: the operators with a reason in `operators.DIALECT`, opset 21, FP32."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LARGEST_CONSTANT = 1e30  # an infinite mask ruins every range it meets
 
 
 class OutsideDialect(Unsupported):
-    """Refuse a graph that leaves the dialect; `operators` are the standard's own among those it should not hold."""
+    """Refuse a graph that leaves the dialect; `operators` names those of ONNX's own that it should not hold."""
 
     def __init__(self, message: str, names: Sequence[str]) -> None:
         """Take the message and the names of the operators."""

@@ -1,4 +1,4 @@
-"""Find the weight products of a float model and the tensors they read."""
+"""Find the MatMuls with constant weights of a float model: their biases, the tensors they read, feed-forward blocks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from edgeq.graph.edit import constant, dims, is_read_once, made_by, readers
 from edgeq.graph.operators import ACTIVATIONS, ELEMENTWISE
 from edgeq.graph.rms_norm import root_mean_square
 
-Kind = Literal["norm", "context", "activation"]
-SIDE = "/side"  # ends the names of what belongs to the float path of massive neurons
+Maker = Literal["norm", "context", "activation"]
+SIDE = "/side"  # ends the names of what belongs to the branch of outlier neurons
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,18 @@ class Linear:
 
 @dataclass(frozen=True)
 class Site:
-    """Hold one tensor that token-level weight products read.
+    """Hold one tensor of tokens, and the MatMuls with constant weights that read it: one place for SmoothQuant.
 
     Attributes:
         tensor: float32[batch, sequence, channels].
         products: the MatMul nodes that read it, each with a constant weight float32[channels, out].
-        kind: what makes the tensor, which decides how scale leaves it.
+        maker: what makes the tensor, which decides where its scale can go: a LayerNormalization or RMSNorm, attention
+            (its context), or an activation.
     """
 
     tensor: ir.Value
     products: tuple[ir.Node, ...]
-    kind: Kind
+    maker: Maker
 
     @property
     def name(self) -> str:
@@ -110,10 +111,9 @@ class Site:
 
 
 def sites(graph: ir.Graph) -> Iterator[Site]:
-    """Give every tensor read by token-level weight products, in graph order.
+    """Give every float32[batch, sequence, channels] tensor that MatMuls with constant weights read, in graph order.
 
-    A product is token-level when its operand has the axes batch, sequence and channels. What comes after the pooling
-    (Dense) has no sequence axis and stays float; so does the side path of massive neurons.
+    What comes after the pooling (Dense) has no sequence axis and is left out; so is the branch of outlier neurons.
     """
     found: dict[ir.Value, list[ir.Node]] = {}
     for node in graph:
@@ -124,10 +124,10 @@ def sites(graph: ir.Graph) -> Iterator[Site]:
             continue
         found.setdefault(node.inputs[0], []).append(node)
     for tensor, products in found.items():
-        yield Site(tensor, tuple(products), _kind(tensor))
+        yield Site(tensor, tuple(products), _maker(tensor))
 
 
-def _kind(tensor: ir.Value) -> Kind:
+def _maker(tensor: ir.Value) -> Maker:
     maker = made_by(tensor, "Reshape", "Transpose", "LayerNormalization", "Mul", "Add", "MatMul", *ACTIVATIONS)
     if maker is not None and maker.op_type == "Mul" and maker.name and maker.name.endswith("/scaled"):
         maker = maker.inputs[0].producer() if maker.inputs[0] is not None else None
@@ -137,14 +137,14 @@ def _kind(tensor: ir.Value) -> Kind:
         return "context"
     if maker is not None and maker.op_type in ACTIVATIONS:
         return "activation"
-    # A product whose output other products read is like a norm's: quiet channels in texts are quiet in all texts.
+    # The output of a product is like that of a norm: a channel near 0 in some texts is near 0 in all texts.
     is_like_norm = maker is not None and maker.op_type in ("LayerNormalization", "Add", "MatMul")
     return "norm" if is_like_norm else "activation"
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Hold the nodes of one feed-forward block: first products, what is done to each neuron by itself, second product.
+    """Hold the nodes of one feed-forward block (FFN, GLU): MatMuls, elementwise operators, and a MatMul.
 
     Attributes:
         firsts: the MatMul nodes whose columns are neurons: one, or value and gate.
@@ -168,10 +168,10 @@ class FeedForward:
 
 
 def feed_forwards(graph: ir.Graph) -> Iterator[FeedForward]:
-    """Give every chain of first products, elementwise operators with an activation, and a second product.
+    """Find every chain of MatMuls, elementwise operators with an activation among them, and one MatMul behind.
 
-    A neuron may be a column of one product (GELU) or of two (a gate times a value), but nothing else may read what lies
-    between: then a neuron can leave its block without a trace.
+    A neuron may be a column of one MatMul (GELU) or of two (GLU: a gate times a value). Nothing else may read what lies
+    between, so that a neuron can be moved out of its block.
     """
     for node in graph:
         weight = constant(node.inputs[1]) if node.op_type == "MatMul" and len(node.inputs) == 2 else None
@@ -192,7 +192,11 @@ def feed_forwards(graph: ir.Graph) -> Iterator[FeedForward]:
 
 
 def _elementwise_cone(second: ir.Node, width: int) -> tuple[list[ir.Node], list[ir.Node]] | None:
-    """Collect the weight products that elementwise operators make a value of, and these operators, or give None."""
+    """Walk up from a MatMul through elementwise operators to the MatMuls before them; None where anything else is met.
+
+    Returns:
+        The MatMuls and the operators between.
+    """
     firsts: list[ir.Node] = []
     inside: list[ir.Node] = []
     waiting = [second.inputs[0]]
@@ -216,7 +220,7 @@ def _elementwise_cone(second: ir.Node, width: int) -> tuple[list[ir.Node], list[
 
 
 def _are_of_neurons(node: ir.Node, width: int) -> bool:
-    """Tell whether no operand is left out, and each constant is one number, or one for each neuron."""
+    """Tell whether no operand is left out, and each constant holds one number, or one for each neuron."""
     arrays = [array for item in node.inputs if (array := constant(item)) is not None]
     are_of_neurons = all(array.size == 1 or array.shape[-1] == array.size == width for array in arrays)
     return are_of_neurons and None not in node.inputs
@@ -233,7 +237,7 @@ def bias_of(add: ir.Node) -> tuple[int, NDArray[np.float32]] | None:
 
 def value_projection(site: Site) -> Linear | None:
     """Give the value projection whose rows attention mixes into a context, with its bias; None where it has no bias."""
-    if site.kind != "context":
+    if site.maker != "context":
         return None
     mixed = made_by(_through(site.tensor), "MatMul")
     value = _through(mixed.inputs[1]) if mixed is not None and constant(mixed.inputs[1]) is None else None

@@ -1,4 +1,4 @@
-"""Fix the shapes of a model for one text of one length, as compilers for NPUs take it."""
+"""Fix the shapes of a model to [1, length], as compilers for NPUs need them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FOLDED = operators.of_kind("layout", "selection") | {"Concat"}  # without what 
 
 
 def fix_shapes(model: ir.Model, length: int, ids: ir.DataType = ir.DataType.INT64) -> onnx.ModelProto:
-    """Give the model for one text of `length` tokens; shapes and rows of the table of positions become constants.
+    """Fix the inputs to int[1, length], and fold Shape and what follows from it, rows of positions too, into constants.
 
     Args:
         model: with dynamic shapes and one output; edited in place.
