@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
-import encoder
 import onnx
 import onnx_ir as ir
 import pytest
@@ -14,21 +13,19 @@ from edgeq.errors import Unsupported
 from edgeq.graph import operators
 from edgeq.graph.operators import OPERATORS, Operator
 from edgeq.quantization import quantize
-from edgeq.quantization.htp import quantizer as htp
-from edgeq.quantization.integer import quantizer as integer
+from edgeq.quantization.htp.quantizer import HTP_QUANTIZERS
+from edgeq.quantization.integer.quantizer import INTEGER_QUANTIZERS
 from edgeq.quantization.schemes import SCHEMES
+from edgeq.quantization.walk import move
 
 SCHEMES_TRIED = ("w8a8-int", "w8a8-int-npu", "w8a16-int")
 COMPUTED = ("computed", "rewritten")
 COPYING = ("layout", "selection", "repetition", "extremum")
 
 
-def integer_functions() -> frozenset[str]:
-    """Name the operators for which the integer-only quantiser has a function."""
-    scheme = SCHEMES["w8a8-int"]
-    assert scheme.integer is not None
-    graph = ir.from_proto(encoder.encoder()).graph
-    return frozenset(integer._Coder(graph, {}, scheme, scheme.integer, {})._visitors)
+def functions(quantizers: Mapping[str, Callable[..., None]]) -> frozenset[str]:
+    """Name the operators for which a quantiser has a function of its own."""
+    return frozenset(name for name, function in quantizers.items() if function is not move)
 
 
 def gaps(
@@ -55,14 +52,14 @@ def gaps(
 
 
 def test_the_quantisers_take_what_the_table_says() -> None:
-    assert gaps(OPERATORS, integer_functions(), htp._VISITORS) == []
+    assert gaps(OPERATORS, functions(INTEGER_QUANTIZERS), functions(HTP_QUANTIZERS)) == []
 
 
 @pytest.mark.tflite
 def test_tflite_writes_what_an_integer_only_model_may_hold() -> None:
     lowering = pytest.importorskip("edgeq.backends.tflite.lowering", reason="needs the extra `tflite`")
     written = {*lowering.WRITERS, *lowering._NOTHING_TO_WRITE}
-    assert gaps(OPERATORS, integer_functions(), htp._VISITORS, written) == []
+    assert gaps(OPERATORS, functions(INTEGER_QUANTIZERS), functions(HTP_QUANTIZERS), written) == []
     # What only the mask and sizes are made of is computed while lowering, and a float model may hold it.
     assert set(lowering.WRITERS) <= operators.INTEGER | operators.of_kind("quantization")
 

@@ -18,11 +18,10 @@ from edgeq.calibration.observe import equal_length_batches, observing
 from edgeq.calibration.statistics import Statistics
 from edgeq.data.tokens import Tokens
 from edgeq.errors import EdgeqError
-from edgeq.graph.edit import checked, constant, dims, readers
+from edgeq.graph.edit import constant, dims, readers
 from edgeq.graph.linear import SIDE
 from edgeq.graph.operators import LAYOUT
-from edgeq.quantization.rewrites.htp import htp_form
-from edgeq.quantization.rewrites.integer import integer_form
+from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import Record, Scheme
 
 OUTPUT = "sentence_embedding"
@@ -84,11 +83,7 @@ def counterpart(model: onnx.ModelProto, observed: Mapping[str, Statistics], sche
         observed: the calibration's statistics.
         scheme: of the QDQ model.
     """
-    if scheme.htp is not None:
-        return checked(htp_form(model, observed, scheme.htp)[0])
-    if scheme.integer is None:
-        return model
-    return ir.to_proto(integer_form(model, observed, scheme.integer)[0])
+    return QUANTIZERS[scheme.kind].rewrite(model, observed, scheme)
 
 
 def residual_stream(model: onnx.ModelProto) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from edgeq.graph.edit import constant, dims, readers
 from edgeq.graph.float_session import FloatSession
 from edgeq.graph.linear import feed_forwards, sites, value_projection
 from edgeq.quantization.convolution import map_tensors
-from edgeq.quantization.quantize import quantize
+from edgeq.quantization.mixed import quantize_mixed
 from edgeq.quantization.rewrites.decompose_norms import follows, primitives
 from edgeq.quantization.schemes import SCHEMES
 from edgeq.records import Migration
@@ -220,7 +220,7 @@ def _score(
 ) -> tuple[float, float]:
     graph = ir.from_proto(split)
     moved = smooth_scales.migrate(graph.graph, statistics, swept, alphas)
-    candidate = quantize(ir.to_proto(graph), {**statistics, **moved}, SCHEMES[SEARCH_SCHEME], compensate=False)[0]
+    candidate = quantize_mixed(ir.to_proto(graph), {**statistics, **moved}, SCHEMES[SEARCH_SCHEME], compensate=False)[0]
     cosines = np.sort(_cosines(reference, embed_batches(FloatSession.of(candidate), batches, len(reference))))
     if not np.isfinite(cosines).all():
         return -1.0, -1.0

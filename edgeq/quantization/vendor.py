@@ -1,4 +1,4 @@
-"""Write an equalised float model in the operators that a vendor's compiler reads; it decides codes itself."""
+"""Rewrite an equalised float model in the operators of an older opset, for a vendor's compiler that quantises it."""
 
 from __future__ import annotations
 
@@ -11,47 +11,68 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from edgeq.calibration.statistics import Statistics
-from edgeq.errors import Unsupported
+from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph.edit import add_constant, add_node, checked, constant, made_by, readers, replace_uses
 from edgeq.graph.linear import sites
+from edgeq.quantization.qdq import Quantized
 from edgeq.quantization.rewrites.decompose_norms import first_token
 from edgeq.quantization.rewrites.token_pooling import last_token
-from edgeq.records import VendorForm
+from edgeq.quantization.walk import Refusal
+from edgeq.records import Scheme, VendorSpec
 
 _IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10}  # Source: onnx 1.23, docs/Versioning.md, the table of releases
 
 
-def vendor_form(
-    model: onnx.ModelProto, observed: Mapping[str, Statistics], form: VendorForm, raised: Collection[str] = ()
-) -> tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]:
-    """Rewrite a model, exactly in FP32: one output, poolings that pick tokens made simple, an older opset.
-
-    Where the compiler makes codes, scaled tensors come from a LayerNormalization of their own.
+def prepare_for_vendor(
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme, refusals: list[Refusal] | None = None
+) -> Quantized:
+    """Rewrite an equalised float model for a vendor's compiler, and name the weight products that it makes integer.
 
     Args:
         model: equalised FP32 ONNX; not changed.
         observed: statistics of the sums behind products.
-        form: what the vendor's compiler reads.
-        raised: products that stay float whatever the form says.
+        scheme: whose compiler reads the model.
+        refusals: not used: the first operator that the opset lacks is raised.
+
+    Raises:
+        Unsupported: an operator does not exist in the compiler's opset.
+    """
+    if not isinstance(scheme.spec, VendorSpec):
+        raise EdgeqError(f"{scheme.name} is no scheme of a vendor's compiler")
+    return rewrite_for_vendor(model, observed, scheme.spec, scheme.promoted)
+
+
+def rewrite_for_vendor(
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], spec: VendorSpec, promoted: Collection[str] = ()
+) -> Quantized:
+    """Rewrite GatherElements and Gelu, exactly in FP32, and keep one output.
+
+    Where the compiler quantises, scaled tensors come from a LayerNormalization of their own.
+
+    Args:
+        model: equalised FP32 ONNX; not changed.
+        observed: statistics of the sums behind products.
+        spec: what the vendor's compiler reads.
+        promoted: products that stay float whatever `spec` says.
 
     Returns:
         A float model with `sentence_embedding` as its one output, the names of the products that the compiler is to
         make integer, and those of the weight products that stay float.
 
     Raises:
-        Unsupported: an operator has no form in that opset.
+        Unsupported: an operator cannot be written in that opset.
     """
     graph_model = ir.from_proto(checked(ir.from_proto(model)))  # with the shapes of what equalising added
     graph = graph_model.graph
-    read = _integer(graph, observed, form) - set(raised)
+    read = _integer(graph, observed, spec) - set(promoted)
     while len(graph.outputs) > 1:
         graph.outputs.pop()
     for node in list(graph):
         if node.op_type == "GatherElements" and not first_token(graph, node):
             last_token(graph, node)
-        elif node.op_type == "Gelu" and form.opset < 20:
+        elif node.op_type == "Gelu" and spec.opset < 20:
             _gelu(graph, node)
-        elif node.op_type == "Mul" and form.dtype == "int8":
+        elif node.op_type == "Mul" and spec.dtype == "int8":
             _norm_of_its_own(graph, node)
     for node in graph:
         if node.op_type == "LayerNormalization":  # a compiler may look for what ONNX lets one leave out
@@ -59,20 +80,20 @@ def vendor_form(
             node.attributes.setdefault("epsilon", ir.AttrFloat32("epsilon", 1e-5))
     RemoveUnusedNodesPass()(graph_model)
     TopologicalSortPass()(graph_model)
-    graph_model.graph.opset_imports[""] = form.opset
-    graph_model.ir_version = _IR_VERSIONS[form.opset]
+    graph_model.graph.opset_imports[""] = spec.opset
+    graph_model.ir_version = _IR_VERSIONS[spec.opset]
     weighted = [str(node.name) for node in graph if node.op_type == "MatMul" and constant(node.inputs[1]) is not None]
     floats = tuple(name for name in weighted if name not in read)
-    return checked(graph_model), tuple(name for name in weighted if name in read), floats
+    return Quantized(checked(graph_model), tuple(name for name in weighted if name in read), floats)
 
 
-def _integer(graph: ir.Graph, observed: Mapping[str, Statistics], form: VendorForm) -> set[str]:
-    """Name the products that 8 bits suit.
+def _integer(graph: ir.Graph, observed: Mapping[str, Statistics], spec: VendorSpec) -> set[str]:
+    """Name the MatMul nodes whose output fits int8.
 
-    A product's output has one range for all channels: where one of them is far larger than the rest, theirs would be
-    left with few codes. The side path of massive neurons is no token-level product, and stays float, too.
+    A product's output has one scale for all channels: where one of them is far larger than the rest, most of them would
+    round to a few values. The outlier branch is no token-level product, and stays float, too.
     """
-    if form.dtype != "int8":
+    if spec.dtype != "int8":
         return set()
     found = set()
     for node in (node for site in sites(graph) for node in site.products):
@@ -80,7 +101,7 @@ def _integer(graph: ir.Graph, observed: Mapping[str, Statistics], form: VendorFo
         is_biased = len(following) == 1 and following[0].op_type == "Add"
         seen = observed.get(str((following[0] if is_biased else node).outputs[0].name))
         largest = seen.active_magnitudes if seen is not None else np.ones(1)
-        if largest.max() <= form.output_ratio_max * np.median(largest):
+        if largest.max() <= spec.output_ratio_max * np.median(largest):
             found.add(str(node.name))
     return found
 

@@ -17,11 +17,11 @@ from edgeq.quantization.rewrites.decompose_norms import NORMALIZED, first_token
 from edgeq.quantization.rewrites.fold_norm_bias import even_values, widen_outputs
 from edgeq.quantization.rewrites.join_positions import join_positions
 from edgeq.quantization.rewrites.token_pooling import last_token
-from edgeq.records import HtpForm
+from edgeq.records import HtpSpec
 
 
 def htp_form(
-    model: onnx.ModelProto, observed: Mapping[str, Statistics], form: HtpForm
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], form: HtpSpec
 ) -> tuple[ir.Model, Observed, frozenset[str]]:
     """Rewrite a model, exactly in FP32: constants folded, tokens a flat list, weight products Gemm.
 
@@ -45,7 +45,7 @@ def htp_form(
     join_positions(graph)
     even_values(graph, seen)
     if form.gemm_bits == 8:
-        widen_outputs(graph, seen, form.widen_quantile)
+        widen_outputs(graph, seen, form.scaled_output_quantile)
     _observe_norms(graph, seen)
     _unit_lengths(graph)
     _turn_poolings(graph, seen)

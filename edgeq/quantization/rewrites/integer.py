@@ -15,13 +15,13 @@ from edgeq.quantization.rewrites.fold_norm_bias import even_values, fold_norm_bi
 from edgeq.quantization.rewrites.join_positions import join_positions
 from edgeq.quantization.rewrites.single_token_last_layer import follow_one_token
 from edgeq.quantization.rewrites.split_outlier_weights import fine_sides
-from edgeq.records import IntegerForm
+from edgeq.records import IntegerSpec
 
 FINE_BITS = 8  # of weights, in every scheme that leaves nothing float
 
 
 def integer_form(
-    model: onnx.ModelProto, observed: Mapping[str, Statistics], form: IntegerForm
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], form: IntegerSpec
 ) -> tuple[ir.Model, Observed]:
     """Take norms apart and fold constants, all exact in FP32: what is left is to put codes on every tensor.
 
@@ -43,7 +43,7 @@ def integer_form(
     even_values(graph, seen)
     fold_norm_biases(graph, seen)
     if form.gemm_bits == 8:
-        widen_outputs(graph, seen, form.widen_quantile)
+        widen_outputs(graph, seen, form.scaled_output_quantile)
     if form.sum_bits == 32:
         outer_gains(graph, seen)
     fine_sides(graph, seen, FINE_BITS)

@@ -19,7 +19,7 @@ from edgeq.graph.edit import add_constant, add_node, constant, made_by, readers,
 from edgeq.graph.linear import SIDE
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.qdq import HEADROOM, symmetric
-from edgeq.records import IntegerForm
+from edgeq.records import IntegerSpec
 
 CHOICE = "/choice"  # ends the names of products with zeros and ones, which add or pick channels
 ROOT_HEADROOM = 4.0  # of sums of squares below the smallest observed: a text of many names has half the usual length
@@ -36,7 +36,7 @@ _SIGMOID_REACH = 12.0  # sigmoid(-12) = 6e-6: below, nothing is left to tell apa
 _OF_ONE = Affine(1 / 32768, 0, -32768, 32767)  # the only codes that the operators of sigmoid and tanh give
 
 
-def narrow(graph: ir.Graph, observed: Observed, form: IntegerForm) -> Fixed:
+def narrow(graph: ir.Graph, observed: Observed, form: IntegerSpec) -> Fixed:
     """Rewrite the operators that the form excludes; give the codes that follow from the rewrites, by tensor.
 
     Raises:
@@ -47,13 +47,13 @@ def narrow(graph: ir.Graph, observed: Observed, form: IntegerForm) -> Fixed:
     for node in list(graph):
         if node.outputs[0] in of_mask:
             continue
-        if node.op_type == "ReduceSumSquare" and not form.wide_matmul:
-            _sum_squares(rewriting, node, form.tables)
-        elif node.op_type == "MatMul" and not form.wide_matmul and node.inputs[0] in of_mask:
+        if node.op_type == "ReduceSumSquare" and not form.has_16bit_matmul:
+            _sum_squares(rewriting, node, form.has_16bit_tables)
+        elif node.op_type == "MatMul" and not form.has_16bit_matmul and node.inputs[0] in of_mask:
             _pool(rewriting, node)
-        elif node.op_type == "Gelu" and str(node.name).endswith(SIDE) and not form.wide_gelu:
+        elif node.op_type == "Gelu" and str(node.name).endswith(SIDE) and not form.has_16bit_gelu:
             _gelu(rewriting, node)
-        elif node.op_type == "Tanh" and not form.tables:
+        elif node.op_type == "Tanh" and not form.has_16bit_tables:
             rewriting.fixed[str(node.outputs[0].name)] = _OF_ONE
     return rewriting.fixed
 
