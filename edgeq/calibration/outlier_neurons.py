@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.calibration.statistics import Statistics, magnitudes
+from edgeq.calibration.statistics import Statistics
 from edgeq.graph.edit import add_constant, add_node, constant, made_by, readers, replace_constant
 from edgeq.graph.linear import SIDE, FeedForward, bias_of, feed_forwards
 
@@ -51,7 +51,7 @@ def split_neurons(
         weight = constant(block.second.inputs[1])
         if statistics is None or weight is None or weight.shape[0] < 4 * SIDE_WIDTH:
             continue
-        largest = np.maximum(magnitudes(statistics), magnitudes(swept[name]))
+        largest = np.maximum(statistics.active_magnitudes, swept[name].active_magnitudes)
         bound = largest * np.linalg.norm(weight.astype(np.float64), axis=1)
         width = SIDE_WIDTH * int(np.ceil(SIDE_SHARE * weight.shape[0] / SIDE_WIDTH))
         order = np.argsort(-bound, kind="stable")

@@ -17,10 +17,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.calibration.statistics import Statistics, magnitudes
+from edgeq.calibration.statistics import Statistics
 from edgeq.graph.attention_mask import MASK_SIZE, is_mask
 from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by, replace_constant
-from edgeq.graph.linear import Site, bias_of, sites, value_sum
+from edgeq.graph.linear import Site, sites, value_projection
 from edgeq.graph.rms_norm import root_mean_square
 
 SCALED = "/scaled"
@@ -42,7 +42,7 @@ def migration_scales(site: Site, statistics: Statistics, swept: Statistics, stre
 
     Source: Xiao et al. 2023, SmoothQuant, equation 4.
     """
-    largest = np.maximum(magnitudes(statistics), magnitudes(swept))
+    largest = np.maximum(statistics.active_magnitudes, swept.active_magnitudes)
     rows = np.max([np.abs(weight).max(axis=1) for weight in site.weights()], axis=0).astype(np.float64)
     rows = np.maximum(rows, 1e-3 * max(float(np.median(rows)), 1e-9))
     scales: NDArray[np.float64] = largest**strength / rows ** (1.0 - strength)
@@ -70,12 +70,12 @@ def migrate(
     moved: dict[str, Statistics] = {}
     for site in list(sites(graph)):
         statistics = observed[site.name]
-        if site.kind not in strengths:
+        if site.maker not in strengths:
             moved[site.name] = statistics
             continue
-        scales = migration_scales(site, statistics, swept[site.name], strengths[site.kind])
+        scales = migration_scales(site, statistics, swept[site.name], strengths[site.maker])
         if not (_into_norm(graph, site, scales) or _into_value(graph, site, scales)):
-            if site.kind == "context":
+            if site.maker == "context":
                 moved[site.name] = statistics
                 continue
             _behind_mul(graph, site, scales)
@@ -109,18 +109,13 @@ def _into_norm(graph: ir.Graph, site: Site, scales: NDArray[np.float64]) -> bool
 
 def _into_value(graph: ir.Graph, site: Site, scales: NDArray[np.float64]) -> bool:
     """Divide the value weights: attention mixes positions, never channels."""
-    if site.kind != "context" or not _only_products_read(site):
+    if site.maker != "context" or not _only_products_read(site):
         return False
-    add = value_sum(site)
-    bias = bias_of(add) if add is not None else None
-    product = made_by(add.inputs[1 - bias[0]], "MatMul") if add is not None and bias is not None else None
-    weight = constant(product.inputs[1]) if product is not None else None
-    if add is None or bias is None or product is None or weight is None or weight.shape[1] != len(scales):
+    values = value_projection(site)
+    if values is None or values.weight.shape[1] != len(scales) or not is_read_once(values.output):
         return False
-    if not (is_read_once(add.outputs[0]) and is_read_once(product.outputs[0])):
-        return False
-    replace_constant(graph, product, 1, (weight / scales).astype(np.float32))
-    replace_constant(graph, add, bias[0], (bias[1] / scales).astype(np.float32))
+    replace_constant(graph, values.product, 1, (values.weight / scales).astype(np.float32))
+    replace_constant(graph, values.end, values.bias_position, (values.bias / scales).astype(np.float32))
     return True
 
 

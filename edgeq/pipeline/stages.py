@@ -127,7 +127,7 @@ def float_model(located: Located, has_hidden_state: bool, cache: Cache, float_op
 
 def _ways_out(operators: Sequence[str]) -> str:
     """Say which targets could still take these operators, and how; what is not the standard's nobody takes."""
-    rewrite = "Write the line with operators of edgeq.graph.dialect.OPERATORS"
+    rewrite = "Write the line with operators of edgeq.graph.operators.DIALECT"
     if not operators:
         return f"{rewrite}, or export with opset {dialect.OPSET} and without optimisation."
     keep_floats = [each for each in list_targets() if QUANTIZERS[schemes.find(each.scheme, each.name).kind].keeps_float]

@@ -23,7 +23,7 @@ def output_params(seen: Statistics, bits: int) -> tuple[Affine, int]:
         seen: statistics of the vectors, per channel.
         bits: wanted.
     """
-    largest = float(max(-seen.minimum.min(), seen.maximum.max())) * HEADROOM
+    largest = seen.largest * HEADROOM
     if rounding_loss(seen, symmetric(largest, bits).scale) > LOSS_MOST:
         bits = 16
     return symmetric(largest, bits), bits

@@ -99,8 +99,7 @@ class QdqBuilder:
 
     def largest(self, value: ir.Value) -> float:
         """Give the largest magnitude observed."""
-        seen = self.statistics(value)
-        return max(-float(seen.minimum.min()), float(seen.maximum.max()), 1e-9)
+        return self.statistics(value).largest
 
     def keep_statistics(self, value: ir.Value, source: QuantizedValue) -> None:
         """Let a tensor that moves the values of another have its statistics."""

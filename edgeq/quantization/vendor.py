@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from edgeq.calibration.statistics import Statistics, magnitudes
+from edgeq.calibration.statistics import Statistics
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph.edit import add_constant, add_node, checked, constant, made_by, readers, replace_uses
 from edgeq.graph.linear import sites
@@ -100,7 +100,7 @@ def _integer(graph: ir.Graph, observed: Mapping[str, Statistics], spec: VendorSp
         following = readers(node.outputs[0])
         is_biased = len(following) == 1 and following[0].op_type == "Add"
         seen = observed.get(str((following[0] if is_biased else node).outputs[0].name))
-        largest = magnitudes(seen) if seen is not None else np.ones(1)
+        largest = seen.active_magnitudes if seen is not None else np.ones(1)
         if largest.max() <= spec.output_ratio_max * np.median(largest):
             found.add(str(node.name))
     return found

@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeq.backends.contract import OperatorVerdict
-from edgeq.graph.edit import constant, made_by, made_of_sizes, readers
+from edgeq.graph.dataflow import shape_values
+from edgeq.graph.edit import constant, made_by, readers
 from edgeq.quantization.htp.quantizer import HTP_QUANTIZERS
 from edgeq.quantization.htp.unsupported import known_part
 
@@ -15,7 +16,7 @@ _BY_PLACE = "GatherElements"  # the first token is sliced off, the last picked b
 
 def verdicts(model: ir.Model) -> tuple[OperatorVerdict, ...]:
     """Give one verdict for each node, in graph order."""
-    sizes = made_of_sizes(model.graph)
+    sizes = shape_values(model.graph)
     of_mask = {item for item in model.graph.inputs if item.name == "attention_mask"} | sizes
     found = []
     for node in model.graph:

@@ -19,6 +19,7 @@ from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph.edit import checked, constant, readers
 from edgeq.graph.linear import SIDE
+from edgeq.graph.operators import HTP_COPIED
 from edgeq.quantization import affine, weight_rounding
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.htp.attention_mask import LONGEST, lowered_mask, pooling_weights
@@ -279,8 +280,8 @@ def _arithmetic(walk: HtpWalk, node: ir.Node) -> None:
 
 
 HTP_QUANTIZERS: Mapping[str, Callable[[HtpWalk, ir.Node], None]] = {
+    **dict.fromkeys(HTP_COPIED, move),
     "Add": _add, "Gather": _gather, "Gelu": pointwise, "Gemm": _gemm, "LayerNormalization": _norm,
-    "LpNormalization": _fixed, "MatMul": _matmul, "Mul": _arithmetic, "Relu": pointwise, "Reshape": move,
-    "Sigmoid": _fixed, "Slice": _slice, "Softmax": _softmax, "Squeeze": move, "Sub": _arithmetic, "Tanh": _fixed,
-    "Transpose": move, "Unsqueeze": move,
+    "LpNormalization": _fixed, "MatMul": _matmul, "Mul": _arithmetic, "Relu": pointwise, "Sigmoid": _fixed,
+    "Slice": _slice, "Softmax": _softmax, "Sub": _arithmetic, "Tanh": _fixed,
 }  # fmt: skip

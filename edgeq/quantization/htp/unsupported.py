@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
 
-from edgeq.graph.edit import constant, follows_from_sizes, made_by, readers, scalar
+from edgeq.graph.dataflow import follows_from_sizes
+from edgeq.graph.edit import constant, made_by, readers, scalar
+from edgeq.graph.operators import SAME_VALUES
 
 WAY_OUT = "Targets for LiteRT, Ethos-U, ONNX Runtime or OpenVINO may take it: `edgeq check MODEL --target NAME` says"
 _FAR = 60  # operators between one that is refused and the weight that names its module
-_RESHAPING = ("Cast", "Expand", "Neg", "Reshape", "Slice", "Transpose", "Unsqueeze")
+_SIGNED_COPIES = SAME_VALUES | {"Neg"}
 
 
 def refusal(node: ir.Node, found: str = "") -> str:
@@ -33,7 +35,7 @@ def known_part(node: ir.Node) -> str:
 def _rotates(node: ir.Node) -> bool:
     """Tell whether a node multiplies by cosines or sines of positions (RoPE)."""
     for value in node.inputs:
-        while (step := made_by(value, *_RESHAPING, "Mul")) is not None:
+        while (step := made_by(value, *_SIGNED_COPIES, "Mul")) is not None:
             value = step.inputs[0]
         if made_by(value, "Cos", "Sin") is not None and follows_from_sizes(value):
             return True
@@ -54,7 +56,7 @@ def _counts_tokens(node: ir.Node) -> bool:
 
 def _masks_tokens(node: ir.Node) -> bool:
     for value in node.inputs if node.op_type == "Mul" else ():
-        while (step := made_by(value, *_RESHAPING)) is not None:
+        while (step := made_by(value, *_SIGNED_COPIES)) is not None:
             value = step.inputs[0]
         if value is not None and value.is_graph_input() and value.name == "attention_mask":
             return True

@@ -14,6 +14,7 @@ from edgeq.calibration.statistics import Statistics
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph.edit import constant, dims, readers
 from edgeq.graph.linear import SIDE, bias_of
+from edgeq.graph.operators import INTEGER_COPIED
 from edgeq.quantization import affine, weight_rounding
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.integer.attention_mask import non_negative_mask
@@ -278,9 +279,9 @@ def _unless_int32(quantize: Callable[[IntegerWalk, ir.Node], None]) -> Callable[
 
 
 INTEGER_QUANTIZERS: Mapping[str, Callable[[IntegerWalk, ir.Node], None]] = {
+    **dict.fromkeys(INTEGER_COPIED, move),
     "Add": _unless_int32(_add), "Clip": rewritten, "Gather": _unless_int32(_gather), "Gelu": pointwise,
-    "MatMul": _matmul, "Min": minimum, "Mul": _unless_int32(arithmetic), "ReduceMax": move,
-    "ReduceMean": _unless_int32(arithmetic), "ReduceSum": rewritten, "ReduceSumSquare": arithmetic,
-    "Relu": pointwise, "Reshape": move, "Sigmoid": sigmoid, "Slice": _gather, "Softmax": _softmax, "Sqrt": inverse_root,
-    "Squeeze": move, "Sub": _unless_int32(arithmetic), "Tanh": arithmetic, "Transpose": move, "Unsqueeze": move,
+    "MatMul": _matmul, "Min": minimum, "Mul": _unless_int32(arithmetic), "ReduceMean": _unless_int32(arithmetic),
+    "ReduceSum": rewritten, "ReduceSumSquare": arithmetic, "Relu": pointwise, "Sigmoid": sigmoid, "Slice": _gather,
+    "Softmax": _softmax, "Sqrt": inverse_root, "Sub": _unless_int32(arithmetic), "Tanh": arithmetic,
 }  # fmt: skip

@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from edgeq.graph.dataflow import follows_from_sizes
 from edgeq.graph.edit import (
     add_constant,
     add_node,
     constant,
     dims,
-    follows_from_sizes,
     is_read_once,
     made_by,
     readers,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by, readers
-from edgeq.graph.linear import Site, bias_of, sites, value_sum
+from edgeq.graph.linear import Site, bias_of, sites, value_projection
 from edgeq.passes.pool_by_matmul import POOLING
 from edgeq.quantization.rewrites.decompose_norms import GAINED, NORMALIZED
 
@@ -211,13 +211,10 @@ def even_values(graph: ir.Graph, observed: Observed) -> int:
     """
     count = 0
     for site in list(sites(graph)):
-        add = value_sum(site)
-        product = made_by(add.inputs[0], "MatMul") if add is not None else None
-        found = bias_of(add) if add is not None else None
-        weight = constant(product.inputs[1]) if product is not None else None
-        if add is None or product is None or found is None or weight is None or not is_read_once(add.outputs[0]):
+        values = value_projection(site)
+        if values is None or not is_read_once(values.output):
             continue
-        name = str(add.outputs[0].name)
+        name = str(values.output.name)
         seen = observed[name]
         if seen.mean is None or any(_bias_add(node) is None for node in site.products):
             continue
@@ -227,8 +224,8 @@ def even_values(graph: ir.Graph, observed: Observed) -> int:
         for node in site.products:
             _shift_bias(graph, node, mean)
             _replace(graph, node, 1, constant(node.inputs[1]) * factors[:, None])
-        _replace(graph, product, 1, weight / factors)
-        _replace(graph, add, found[0], (found[1] - mean) / factors)
+        _replace(graph, values.product, 1, values.weight / factors)
+        _replace(graph, values.end, values.bias_position, (values.bias - mean) / factors)
         observed[name] = _affine(seen, 1.0 / factors, -mean / factors)
         even = observed[site.name] = _affine(observed[site.name], 1.0 / factors, -mean / factors)
         mixed = _mixed(site)
@@ -275,7 +272,7 @@ def widen_outputs(graph: ir.Graph, observed: Observed, quantile: float) -> int:
             continue
         name = str(add.outputs[0].name)
         seen = observed[name]
-        largest = np.maximum(np.abs(seen.minimum), np.abs(seen.maximum)).astype(np.float64)
+        largest = seen.magnitudes
         factors = np.maximum(1.0, largest / max(float(np.quantile(largest, quantile)), 1e-12))
         _replace(graph, product, 1, weight / factors)
         _replace(graph, add, found[0], found[1] / factors)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from edgeq.calibration.statistics import Observed, Statistics
+from edgeq.graph.dataflow import mask_values
 from edgeq.graph.edit import add_node, checked, constant, dims, made_by, readers, replace_uses
 from edgeq.passes.matmul_to_gemm import flat_tokens
 from edgeq.quantization.rewrites.decompose_norms import NORMALIZED, first_token
@@ -137,11 +138,8 @@ def _turn_poolings(graph: ir.Graph, observed: Observed) -> None:
     The unit reads the right operand of a product in 8 bits even where it has 16. All tokens of a text have one share,
     so that rounding it does not turn the vector.
     """
-    of_mask = {value for value in graph.inputs if value.name == "attention_mask"}
+    of_mask = mask_values(graph)
     for node in list(graph):
-        variable = [value for value in node.inputs if value is not None and constant(value) is None]
-        if variable and all(value in of_mask for value in variable):
-            of_mask.update(node.outputs)
         if node.op_type != "MatMul" or node.inputs[0] not in of_mask or node.inputs[1] is None:
             continue
         turned = [

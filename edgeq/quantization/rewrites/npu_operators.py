@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.errors import EdgeqError, Unsupported
+from edgeq.graph.dataflow import mask_values
 from edgeq.graph.edit import add_constant, add_node, constant, made_by, readers, replace_uses
 from edgeq.graph.linear import SIDE
 from edgeq.quantization.affine import Affine
@@ -42,11 +43,9 @@ def narrow(graph: ir.Graph, observed: Observed, form: IntegerSpec) -> Fixed:
         EdgeqError: a tensor has no statistics.
     """
     rewriting = _Rewriting(graph, observed)
-    of_mask = {value for value in graph.inputs if value.name == "attention_mask"}
+    of_mask = mask_values(graph)
     for node in list(graph):
-        variable = [value for value in node.inputs if value is not None and constant(value) is None]
-        if variable and all(value in of_mask for value in variable):
-            of_mask.update(node.outputs)
+        if node.outputs[0] in of_mask:
             continue
         if node.op_type == "ReduceSumSquare" and not form.has_16bit_matmul:
             _sum_squares(rewriting, node, form.has_16bit_tables)
@@ -275,7 +274,7 @@ def _to(largest: float) -> Affine:
 
 def _largest(seen: Statistics) -> NDArray[np.float64]:
     """Give the largest magnitude that each channel has codes for."""
-    return np.maximum(-seen.minimum, seen.maximum).astype(np.float64) * HEADROOM
+    return seen.magnitudes * HEADROOM
 
 
 def _width(value: ir.Value) -> int:

@@ -45,7 +45,7 @@ def _dominates(total: ir.Node, observed: Observed) -> bool:
     block, side = (observed.get(str(value.name)) for value in total.inputs if value is not None)
     if block is None or side is None:
         return False
-    sizes = [np.maximum(-seen.minimum, seen.maximum) for seen in (block, side)]
+    sizes = [seen.magnitudes for seen in (block, side)]
     return bool(np.median(sizes[1] / np.maximum(sizes[0], 1e-9)) > DOMINANT)
 
 
@@ -89,7 +89,7 @@ def _part(graph: ir.Graph, product: ir.Node, observed: Observed, bits: int) -> i
     for use in tuple(end.uses()):
         if use.node is not both.producer():
             use.node.replace_input_with(use.idx, both)
-    largest = np.maximum(-seen.minimum, seen.maximum).astype(np.float64) @ np.abs(rest)
+    largest = seen.magnitudes @ np.abs(rest)
     observed[str(fine.name)] = Statistics((-largest).astype(np.float32), largest.astype(np.float32))
     observed[str(both.name)] = observed[str(end.name)]
     return 1
