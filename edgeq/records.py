@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Positive = Annotated[int, Field(ge=1, le=1 << 31)]  # dimensions and lengths: runtimes and tokenizers take no others
-Place = Literal["device", "host-kernels", "emulator", "simulator", "not-run"]
+RunKind = Literal["device", "host-kernels", "emulator", "simulator", "not-run"]
 Status = Literal["passed", "failed", "not-run"]
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
 
@@ -91,10 +91,10 @@ class ImageSet(Record):
     width: int
 
 
-class Migration(Record):
+class Smoothing(Record):
     """Give the strength of the scale migration per kind of tensor, and what the search measured."""
 
-    strengths: dict[str, float]  # kind ("norm", "context", "activation") -> alpha in [0, 1]
+    alphas: dict[str, float]  # kind ("norm", "context", "activation") -> alpha in [0, 1]
     cosine_mean: float  # of the simulated scheme on calibration texts that were not observed
     candidates: int
 
@@ -106,7 +106,7 @@ class Calibration(Record):
     float_model_sha256: Sha256
     texts: TextSet | ImageSet
     seed: int
-    migration: Migration
+    smoothing: Smoothing
 
 
 class IntegerForm(Record):
@@ -201,8 +201,8 @@ class Gate(Record):
     norm_error_unnormalized_max: float  # the same for models that do not: there a norm drifts as the vector does
     float_fallbacks_max: int
     host_operators_max: int  # operators that an accelerator's compiler leaves to the CPU beside it, in one file
-    export_places: tuple[Place, ...]
-    release_places: tuple[Place, ...]
+    export_run_kinds: tuple[RunKind, ...]
+    release_run_kinds: tuple[RunKind, ...]
     parity_texts: int | None = None  # the most validation texts that run, where a run takes seconds; None: all
 
 
@@ -288,7 +288,7 @@ class SettingReport(Record):
     """Hold what the same artifact measures run in another way, or why that was not measured."""
 
     name: str  # e.g. "inference_precision_hint=bf16"
-    ran_on: Place
+    ran_on: RunKind
     measures: Measures | None  # None when not measured
     reason: str | None  # why not
 
@@ -301,7 +301,7 @@ class ParityReport(Record):
     """
 
     target: str
-    ran_on: Place
+    ran_on: RunKind
     machine: str
     status: Status
     measures: Measures | None  # None when not run

@@ -46,7 +46,7 @@ def test_devices_are_read_with_defaults(tmp_path: Path) -> None:
     )
     assert (first.name, first.where, first.python, first.takes("anything")) == ("desk", "local", "python3", True)
     assert second.takes("arm64-onnxruntime") and not second.takes("x86-64-onnxruntime")
-    assert second.place().kind == "ssh" and second.time_limit_s == 60
+    assert second.transport().kind == "ssh" and second.time_limit_s == 60
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_devices_are_read_with_defaults(tmp_path: Path) -> None:
         ("device = 3\n", "entries are needed"),
         ("[[device]]\nname = 'a'\n", "device 1: where: "),
         ("[[device]]\nname = 'a'\nwhere = 'local'\nport = 3\n", "device 1: port: "),
-        ("[[device]]\nname = 'a'\nwhere = 'the moon'\n", "a: .*is no place"),
+        ("[[device]]\nname = 'a'\nwhere = 'the moon'\n", "a: .*is no address"),
         ("[[device]]\nname = '///'\nwhere = 'local'\n", "cannot name a report"),
         ("[[device]]\nname = 'a b'\nwhere = 'local'\n[[device]]\nname = 'A-B'\nwhere = 'arm64'\n", "two devices"),
         ("[[device]]\nname = 'a'\nwhere = 'local'\ntime_limit_s = 0\n", "time_limit_s: "),

@@ -30,14 +30,14 @@ from edgeq.records import Gate, Manifest, ParityReport, Target  # noqa: E402
 from edgeq.system import files  # noqa: E402
 from edgeq.system.cache import Cache  # noqa: E402
 from edgeq.system.files import file_ref  # noqa: E402
-from edgeq.system.host import place  # noqa: E402
+from edgeq.system.host import run_kind  # noqa: E402
 from edgeq.targets import load_target  # noqa: E402
 
 # Random weights hardly separate texts: only that the vectors are near is judged here.
 EASY = Gate(
     cosine_mean_min=0.9, cosine_min_min=0.5, top10_overlap_min=0.1, spearman_min=0.1, invariance_min=0.99999,
     norm_error_max=1e-3, norm_error_unnormalized_max=0.5, float_fallbacks_max=0, host_operators_max=0,
-    export_places=("device", "host-kernels"), release_places=("device",),
+    export_run_kinds=("device", "host-kernels"), release_run_kinds=("device",),
 )  # fmt: skip
 STRICT = EASY.model_copy(update={"cosine_mean_min": 1.0})
 
@@ -80,7 +80,7 @@ def failing(request: export.ExportRequest) -> export.ExportRequest:
 def test_an_export_writes_a_bundle_that_verifies(request_: export.ExportRequest) -> None:
     (made,) = export.export(request_, silent)
     assert (made.status, made.failures, made.report) == ("passed", (), "")
-    assert made.ran_on == place(request_.targets[0].runs_on)
+    assert made.ran_on == run_kind(request_.targets[0].runs_on)
     found = verify(Path(made.path))
     assert found.golden_texts >= 16
     manifest = json.loads((Path(made.path) / "manifest.json").read_text(encoding="utf-8"))
@@ -189,7 +189,7 @@ def test_an_htp_bundle_holds_dense_and_pooling_and_says_how_many_texts_ran(
 
 def openvino_target(name: str, **gate: object) -> Target:
     target = load_target(name)
-    easy = EASY.model_copy(update={"export_places": target.gate.export_places, "invariance_min": 0.999, **gate})
+    easy = EASY.model_copy(update={"export_run_kinds": target.gate.export_run_kinds, "invariance_min": 0.999, **gate})
     return target.model_copy(update={"gate": easy})
 
 
@@ -243,7 +243,7 @@ def test_without_an_npu_the_bundle_is_written_and_says_that_it_was_never_run(
     assert (made.status, made.ran_on, made.parity, made.failures) == ("not-run", "not-run", None, ())
     assert "was not run" in caplog.text
     report = load_report(Path(made.path))
-    assert "finds no NPU" in str(report.reason) and "not-run" not in report.gate.release_places
+    assert "finds no NPU" in str(report.reason) and "not-run" not in report.gate.release_run_kinds
     (setting,) = report.other_settings
     assert setting.ran_on == "host-kernels" and setting.measures is not None
     found = verify(Path(made.path))
@@ -266,7 +266,7 @@ def test_what_was_never_run_cannot_pass_nor_hide_a_failure(request_: export.Expo
     target = openvino_target("intel-openvino-npu")
     if openvino.obstacle(target) is None:
         pytest.skip("an NPU is here")
-    elsewhere = openvino_target("intel-openvino-npu", export_places=("device",))
+    elsewhere = openvino_target("intel-openvino-npu", export_run_kinds=("device",))
     with pytest.raises(DeviceUnavailable, match="its gate asks for a run on device"):
         export.export(replace(request_, targets=(elsewhere,)), silent)
     strict = openvino_target("intel-openvino-npu", cosine_mean_min=1.0)

@@ -62,7 +62,7 @@ def device_report(path: Path, **changes: object) -> DeviceReport:
         format=1,
         target="tiny-target",
         manifest_sha256=sha256_file(path / "manifest.json"),
-        place="ssh",
+        transport="ssh",
         ran_on="device",
         status="passed",
         failures=(),
@@ -248,7 +248,7 @@ def test_every_reason_is_given_for_every_bundle(tmp_path: Path) -> None:
 
 
 def test_a_bundle_that_was_never_run_is_refused(tmp_path: Path) -> None:
-    gate = make_target().gate.model_copy(update={"export_places": ("device", "not-run")})
+    gate = make_target().gate.model_copy(update={"export_run_kinds": ("device", "not-run")})
     target = make_target(gate=gate)
     report = make_report(
         target, status="not-run", ran_on="not-run", measures=None, reason="no such device is in this machine"

@@ -91,7 +91,7 @@ def embed(artifact: Artifact, folder: Path, wanted: Target) -> Embeddings:
 @pytest.mark.parametrize(("name", "mean", "low"), [("rk3588", 0.98, 0.93), ("rk3588-float16", 0.9999, 0.9999)])
 def test_built_again_they_give_fp32s_vectors(lowered: Lowered, name: str, mean: float, low: float) -> None:
     artifact, folder, model = lowered[name]
-    assert host.place(make_target(name).runs_on) == "simulator"
+    assert host.run_kind(make_target(name).runs_on) == "simulator"
     cosines = centred_cosines(reference(), embed(artifact, folder, make_target(name)))
     assert cosines.mean() > mean and cosines.min() > low
     assert artifact.files[0].path == "rockchip/model_seq_16.rknn"

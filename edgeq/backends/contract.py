@@ -12,7 +12,7 @@ import onnx
 from edgeq.data.batches import PIXELS, AnyFeeds
 from edgeq.data.sessions import Session
 from edgeq.graph import external_data
-from edgeq.records import Artifact, Place, QdqModel, Scheme, Target
+from edgeq.records import Artifact, QdqModel, RunKind, Scheme, Target
 from edgeq.system.environments import Environment
 
 Verdict = Literal["supported", "on-host", "refused", "unknown"]
@@ -87,7 +87,7 @@ class Setting:
     """Hold another way to run an artifact on this machine: a session, or the reason why there is none."""
 
     name: str
-    ran_on: Place
+    ran_on: RunKind
     session: Session | None
     reason: str | None
 

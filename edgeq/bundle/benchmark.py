@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from edgeq.errors import ConfigError, EdgeqError, TimedOut, error_of
-from edgeq.records import Manifest, Place, Record
+from edgeq.records import Manifest, Record, RunKind
 
 if TYPE_CHECKING:
     from edgeq.data.batches import AnyFeeds
@@ -73,7 +73,7 @@ class Benchmark(Record):
     """Hold every cell of one bundle, and where they ran."""
 
     target: str
-    ran_on: Place
+    ran_on: RunKind
     machine: str
     artifact_bytes: int
     float_bytes: int | None
@@ -105,14 +105,14 @@ def measure(bundle: Path, shapes: Shapes, against: Path | None, report: Report) 
     """
     from edgeq.bundle.manifest import load_manifest
     from edgeq.data.tokens import token_limit
-    from edgeq.system.host import describe, place
+    from edgeq.system.host import describe, run_kind
 
     manifest = load_manifest(bundle)
     limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
     pixels = _pixels(manifest, bundle)
     _check(shapes, manifest.artifact.target, limit, against, pixels is not None)
     vocabulary = 1 if pixels is not None else _vocabulary(bundle)
-    ran_on = place(manifest.target.runs_on)
+    ran_on = run_kind(manifest.target.runs_on)
     grid = [(t, b, s) for t in shapes.threads for b in shapes.batches for s in shapes.sequences]
     cells: list[Cell] = []
     for done, (threads, batch, sequence) in enumerate(grid):

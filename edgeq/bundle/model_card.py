@@ -11,7 +11,7 @@ from edgeq.data.tokens import lengths
 from edgeq.evaluation.gate import norm_limit
 from edgeq.frontend.torch import text_towers
 from edgeq.frontend.torch.sentence_transformers import TABLE, truncated_to
-from edgeq.records import Manifest, ParityReport, Place
+from edgeq.records import Manifest, ParityReport, RunKind
 
 if TYPE_CHECKING:
     from edgeq.data.image_preprocessing import Preprocessing
@@ -21,7 +21,7 @@ CONTEXT_SUFFIX = "_ctx.onnx"  # ONNX around a compiled binary, which only its pr
 # What sentence-transformers opens by itself -> the name of its backend, and of its extra.
 SENTENCE_TRANSFORMERS_FILES = {"onnx/model.onnx": "onnx", "openvino/openvino_model.xml": "openvino"}
 
-_PLACES: dict[Place, str] = {
+_PLACES: dict[RunKind, str] = {
     "device": "the runtime that ships, on a machine that meets the target",
     "host-kernels": "the same runtime and file, on another kind of CPU than the target's",
     "emulator": "an emulated processor; its vectors count, its timings do not",

@@ -19,9 +19,9 @@ from edgeq.errors import BundleCorrupt, DeviceUnavailable, ParityFailed
 from edgeq.evaluation.gate import judge, judge_placement, judge_settings
 from edgeq.evaluation.parity import unit
 from edgeq.quantization import schemes
-from edgeq.records import FileRef, Manifest, ParityReport, Place, Record, Status
+from edgeq.records import FileRef, Manifest, ParityReport, Record, RunKind, Status
 from edgeq.system.files import file_ref
-from edgeq.system.host import describe, place
+from edgeq.system.host import describe, run_kind
 
 AnyGolden = GoldenData | GoldenImages
 
@@ -37,7 +37,7 @@ class Verification(Record):
     status: Status  # of the bundle, as recorded
     files: int  # hashed and whole, SHA256SUMS not counted
     golden_texts: int
-    ran_on: Place  # here
+    ran_on: RunKind  # here
     machine: str  # this one
     max_abs_error: float | None  # against the recorded vectors; None when there are none, or it was not run here
     cosine_min: float | None  # the same
@@ -62,7 +62,7 @@ def verify(path: Path) -> Verification:
     manifest, report = read_whole(path)
     golden, samples = _golden(path, manifest)
     require_cpu(manifest.target)
-    ran_on = place(manifest.target.runs_on)
+    ran_on = run_kind(manifest.target.runs_on)
     verification = Verification(
         path=str(path),
         target=manifest.target.name,
@@ -170,7 +170,7 @@ def _broken_verdict(manifest: Manifest, report: ParityReport) -> list[str]:
     placement, others = manifest.artifact.placement, judge_settings(report.other_settings, report.gate)
     if report.measures is None and report.status == "not-run":
         failures = judge_placement(placement, report.gate) + others
-        is_told = report.reason is not None and report.ran_on == "not-run" and "not-run" in report.gate.export_places
+        is_told = report.reason is not None and report.ran_on == "not-run" and "not-run" in report.gate.export_run_kinds
         return [] if is_told and not failures else [f"{PARITY} says not-run, but {' '.join(failures) or 'not why'}"]
     if report.measures is None:
         return [f"{PARITY} says passed without measures"] if report.status == "passed" else []

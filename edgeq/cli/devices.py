@@ -9,13 +9,13 @@ from edgeq.cli import console
 from edgeq.errors import EdgeqError, ParityFailed, error_of
 
 if TYPE_CHECKING:
-    from edgeq.devices.contract import Place
+    from edgeq.devices.contract import Transport
     from edgeq.devices.lab.validate import LabResult
     from edgeq.devices.report import DeviceReport
     from edgeq.records import Gate
 
 
-def conclude(found: DeviceReport, place: Place, bundle: Path, as_json: bool) -> None:
+def conclude(found: DeviceReport, place: Transport, bundle: Path, as_json: bool) -> None:
     """Keep a report beside its bundle, and show it.
 
     Raises:
@@ -60,7 +60,7 @@ def put_report(report: DeviceReport, gate: Gate, path: Path) -> None:
         rows.append(["loading", f"{report.load_ms:.0f} ms", ""])
     if report.peak_memory_bytes is not None:
         rows.append(["peak memory", console.megabytes(report.peak_memory_bytes), ""])
-    title = f"{report.target}: {report.status}, ran on {report.ran_on} ({report.place}: {report.machine.cpu})"
+    title = f"{report.target}: {report.status}, ran on {report.ran_on} ({report.transport}: {report.machine.cpu})"
     console.put_table(("measure", "value", "gate"), rows, title)
     console.put(f"report: {path}")
 

@@ -68,9 +68,9 @@ def validate(
         _refuse_beside_on(texts=texts, column=column, images=images, against=against)
         from edgeq.cli.devices import conclude
         from edgeq.devices.contract import Job
-        from edgeq.devices.transports import Access, place_of
+        from edgeq.devices.transports import Access, transport_of
 
-        place = place_of(on, Access(device_python, native, keep))
+        place = transport_of(on, Access(device_python, native, keep))
         with console.stages() as told:
             job = Job(bundle, runs=runs, threads=threads, time_limit_s=time_limit, progress=told)
             found_there = place.validate(job)

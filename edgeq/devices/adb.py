@@ -18,7 +18,7 @@ from pathlib import Path
 from edgeq.devices.blobs import Blobs
 from edgeq.devices.child_process import Log, follow, printable, require_report, timed_out
 from edgeq.devices.contract import Job
-from edgeq.devices.report import DeviceReport, PlaceKind, read_report
+from edgeq.devices.report import DeviceReport, TransportKind, read_report
 from edgeq.errors import ConfigError, DeviceUnavailable, LoweringFailed, StorageFailed, ToolMissing
 from edgeq.system.files import work_dir
 
@@ -57,10 +57,10 @@ class Adb:
         self._end, self._limit_s = 0.0, 0.0
         self.root = ROOT
         self.name = f"adb-{self._serial}"
-        self.kind: PlaceKind = "adb" if native is None else "adb-native"
+        self.kind: TransportKind = "adb" if native is None else "adb-native"
 
     def validate(self, job: Job) -> DeviceReport:
-        """Send what is missing there, run the golden inputs, give the report; see `Place.validate`."""
+        """Send what is missing there, run the golden inputs, give the report; see `Transport.validate`."""
         self._limit_s, self._end = job.time_limit_s, time.monotonic() + job.time_limit_s
         blobs = Blobs.of(job.bundle)
         self._require_device()

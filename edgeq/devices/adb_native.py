@@ -50,7 +50,7 @@ def validate_natively(phone: Phone, binary: Path, blobs: Blobs, folder: str, job
 
     Raises:
         Unsupported: the artifact is no .tflite file of texts, or the binary is another.
-        EdgeqError: as `Place.validate` says.
+        EdgeqError: as `Transport.validate` says.
     """
     manifest = load_manifest(job.bundle)
     artifact = manifest.artifact.files[0]
@@ -158,7 +158,7 @@ def _report(
     machine = _machine(phone, manifest.target.runs_on)
     nothing = Conditions(temperatures_c={}, frequencies_mhz={})
     report = DeviceReport(
-        format=1, target=manifest.target.name, manifest_sha256=sha256, place="adb-native",
+        format=1, target=manifest.target.name, manifest_sha256=sha256, transport="adb-native",
         ran_on=manifest.target.runs_on.elsewhere if machine.lacks else "device", status="failed", failures=failures,
         measures=measures, host=host, machine=machine, tools={"benchmark_model": "given by its path"},
         threads=int(manifest.target.runtime["threads"]), load_ms=None, peak_memory_bytes=None, cells=(), before=nothing,

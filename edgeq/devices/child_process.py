@@ -141,7 +141,7 @@ def validate_as(command: Sequence[str | Path], job: Job, options: Sequence[str],
         what: the place, for messages.
 
     Raises:
-        EdgeqError: as `Place.validate` says.
+        EdgeqError: as `Transport.validate` says.
     """
     begin = time.monotonic()
     log = Log(job.progress)

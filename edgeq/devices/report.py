@@ -18,13 +18,13 @@ from edgeq.bundle.checksums import SUMS
 from edgeq.bundle.manifest import MANIFEST, load_manifest
 from edgeq.errors import BundleCorrupt, ConfigError
 from edgeq.evaluation.gate import judge
-from edgeq.records import Manifest, Measures, Place, Placement, Record, Sha256
+from edgeq.records import Manifest, Measures, Placement, Record, RunKind, Sha256
 from edgeq.system.files import sha256_file, storage_errors, write_bytes
 
 REPORT = "device-report.json"
 LARGEST_BYTES = 1_000_000
 
-PlaceKind = Literal["by-hand", "local", "ssh", "adb", "adb-native", "arm64"]
+TransportKind = Literal["by-hand", "local", "ssh", "adb", "adb-native", "arm64"]
 
 
 class Percentiles(Record):
@@ -79,8 +79,8 @@ class DeviceReport(Record):
     format: Literal[1]
     target: str
     manifest_sha256: Sha256  # which bundle
-    place: PlaceKind  # how the machine was reached
-    ran_on: Place
+    transport: TransportKind  # how the machine was reached
+    ran_on: RunKind
     status: Literal["passed", "failed"]
     failures: tuple[str, ...]  # a sentence for each limit that is missed
     measures: Measures | None  # against FP32; None when the vectors could not be compared
@@ -167,7 +167,8 @@ def judged(report: DeviceReport, manifest: Manifest) -> tuple[str, ...]:
         return report.failures or ("nothing was measured.",)
     none = Placement(integer_matmuls=0, float_by_scheme=(), float_fallbacks=(), operators={})
     gate = manifest.target.gate
-    failures = judge(report.measures, none, gate.model_copy(update={"export_places": (report.ran_on,)}), report.ran_on)
+    anywhere = gate.model_copy(update={"export_run_kinds": (report.ran_on,)})
+    failures = judge(report.measures, none, anywhere, report.ran_on)
     if report.host is None:
         return failures
     floors = {

@@ -22,7 +22,7 @@ from edgeq.bundle.device_script import device_agent
 from edgeq.devices.blobs import Blobs
 from edgeq.devices.child_process import Log, kill, printable, require_report, timed_out, watched
 from edgeq.devices.contract import Job
-from edgeq.devices.report import LARGEST_BYTES, DeviceReport, PlaceKind, parse_report
+from edgeq.devices.report import LARGEST_BYTES, DeviceReport, TransportKind, parse_report
 from edgeq.errors import BundleCorrupt, ConfigError, DeviceUnavailable, EdgeqError, StorageFailed, ToolMissing
 from edgeq.system.files import storage_errors
 
@@ -48,7 +48,7 @@ class _Dropped(Exception):
 class Ssh:
     """A machine that runs an SSH server and has Python 3.8 or newer, numpy and the bundle's runtime."""
 
-    kind: PlaceKind = "ssh"
+    kind: TransportKind = "ssh"
 
     def __init__(self, where: str, python: str = DEFAULT_PYTHON, is_kept: bool = True) -> None:
         """Take an address.
@@ -63,7 +63,7 @@ class Ssh:
         """
         match = _WHERE.fullmatch(where)
         if match is None or not 0 < int(match["port"] or DEFAULT_PORT) < 65536:
-            raise ConfigError(f"{where!r}: is no place; ssh://user@host, ssh://user@host:port or …/folder is needed.")
+            raise ConfigError(f"{where!r}: is no address; ssh://user@host, ssh://user@host:port or …/folder is needed.")
         if not _PLAIN_PATH.fullmatch(python):
             raise ConfigError(
                 f"--device-python {python!r}: holds what a shell reads; letters, digits and . _ / ~ : + - are taken. "
@@ -76,7 +76,7 @@ class Ssh:
         self.name = f"ssh-{self._address}-{self._port or DEFAULT_PORT}"
 
     def validate(self, job: Job) -> DeviceReport:
-        """Send what is missing there, run the device script, give its report; see `Place.validate`.
+        """Send what is missing there, run the device script, give its report; see `Transport.validate`.
 
         A connection that drops is made again a few times; what has arrived stays there.
         """

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgeq.records import Gate, Measures, Place, Placement, SettingReport
+from edgeq.records import Gate, Measures, Placement, RunKind, SettingReport
 
 
-def judge(measures: Measures, placement: Placement, gate: Gate, ran_on: Place) -> tuple[str, ...]:
+def judge(measures: Measures, placement: Placement, gate: Gate, ran_on: RunKind) -> tuple[str, ...]:
     """Give one sentence for each limit of the gate that is missed: what was measured, and what is needed."""
     floors = (
         ("cosine mean", measures.cosine_mean, gate.cosine_mean_min),
@@ -24,8 +24,8 @@ def judge(measures: Measures, placement: Placement, gate: Gate, ran_on: Place) -
     if not measures.norm_error_max <= limit:
         failures.append(f"norm error is {measures.norm_error_max:.2e} of FP32's norm; at most {limit:g} is allowed.")
     failures += judge_placement(placement, gate)
-    if ran_on not in gate.export_places:
-        failures.append(f"it ran on {ran_on}; for export {' or '.join(gate.export_places)} is needed.")
+    if ran_on not in gate.export_run_kinds:
+        failures.append(f"it ran on {ran_on}; for export {' or '.join(gate.export_run_kinds)} is needed.")
     return tuple(failures)
 
 
@@ -54,7 +54,7 @@ def judge_settings(settings: Sequence[SettingReport], gate: Gate) -> tuple[str, 
     failures: list[str] = []
     for setting in settings:
         if setting.measures is not None:
-            asked = gate.model_copy(update={"invariance_min": -1.0, "export_places": (setting.ran_on,)})
+            asked = gate.model_copy(update={"invariance_min": -1.0, "export_run_kinds": (setting.ran_on,)})
             found = judge(setting.measures, none, asked, setting.ran_on)
             failures += [f"{setting.name}: {failure}" for failure in found]
     return tuple(failures)

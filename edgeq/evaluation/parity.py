@@ -16,7 +16,7 @@ from edgeq.data.batches import Samples
 from edgeq.data.tokens import Feeds, Tokens, lengths
 from edgeq.errors import ConfigError, ParityFailed
 from edgeq.evaluation.gate import judge, judge_placement, judge_settings
-from edgeq.records import ImageSet, Measures, ParityReport, Place, Placement, SettingReport, Target, TextSet
+from edgeq.records import ImageSet, Measures, ParityReport, Placement, RunKind, SettingReport, Target, TextSet
 from edgeq.system.host import describe
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def invariance(
 
 def report(
     target: Target,
-    ran_on: Place,
+    ran_on: RunKind,
     placement: Placement,
     reference: FloatArray,
     embeddings: FloatArray,

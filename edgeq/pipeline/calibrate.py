@@ -26,7 +26,7 @@ from edgeq.quantization.convolution import map_tensors
 from edgeq.quantization.quantize import quantize
 from edgeq.quantization.rewrites.decompose_norms import follows, primitives
 from edgeq.quantization.schemes import SCHEMES
-from edgeq.records import Migration
+from edgeq.records import Smoothing
 
 Progress = Callable[[str, int, int], None]
 SamplesT = TypeVar("SamplesT", bound=Samples)
@@ -52,7 +52,7 @@ class Observed:
 
     model: onnx.ModelProto
     statistics: dict[str, Statistics]
-    migration: Migration
+    smoothing: Smoothing
     max_abs_error: float  # of the equalised model's embeddings against the float model's
 
 
@@ -91,9 +91,9 @@ def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Pro
     smooth_scales.size_mask(split.graph, first)
     parted = ir.to_proto(split)
     del graph, split  # each holds the weights once more
-    migration = _search(model, parted, statistics, swept, held, longest, progress)
+    smoothing = _search(model, parted, statistics, swept, held, longest, progress)
     equalized = ir.from_proto(parted)
-    smooth_scales.migrate(equalized.graph, statistics, swept, migration.strengths)
+    smooth_scales.migrate(equalized.graph, statistics, swept, smoothing.alphas)
     proto = ir.to_proto(equalized)
     read = [site.name for site in sites(equalized.graph)]
     primitives(equalized)
@@ -104,7 +104,7 @@ def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Pro
         expanded, tensors, batches, lambda done, total: progress("calibrate", done, total),
         histograms=[*read, *maps], moments=read, means=_read_by_attention(expanded),
     )  # fmt: skip
-    return Observed(proto, kept, migration, _largest_error(model, proto, held, longest))
+    return Observed(proto, kept, smoothing, _largest_error(model, proto, held, longest))
 
 
 def _vocabulary(graph: ir.Graph) -> int:
@@ -191,7 +191,7 @@ def _search(
     held: Samples,
     longest: int,
     progress: Progress,
-) -> Migration:
+) -> Smoothing:
     """Try strengths one kind after the other, judged on the embeddings of texts that were not observed.
 
     A tensor's own error overfits: an evenly scaled tensor clips every channel that a new text drives past its observed
@@ -211,7 +211,7 @@ def _search(
         if score > best_score:
             best, best_score, best_mean = candidate, score, mean
         progress("equalize", done, len(plan))
-    return Migration(strengths=best, cosine_mean=best_mean, candidates=len(plan) + 1)
+    return Smoothing(alphas=best, cosine_mean=best_mean, candidates=len(plan) + 1)
 
 
 def _score(

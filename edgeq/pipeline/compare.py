@@ -25,9 +25,9 @@ def require_device(backend: Backend, target: Target) -> None:
         DeviceUnavailable: it is not.
     """
     missing = obstacle(backend, target)
-    if missing is not None and "not-run" not in target.gate.export_places:
+    if missing is not None and "not-run" not in target.gate.export_run_kinds:
         raise DeviceUnavailable(
-            f"{target.name}: {missing}; its gate asks for a run on {' or '.join(target.gate.export_places)}. "
+            f"{target.name}: {missing}; its gate asks for a run on {' or '.join(target.gate.export_run_kinds)}. "
             "Export on such a machine."
         )
 
@@ -69,7 +69,7 @@ def compare(
     embeddings, invariance = _measured(backend.load(artifact, folder, target), validation, target, limit)
     step(2, 2)
     found = parity.report(
-        target, host.place(target.runs_on), artifact.placement, validation.reference, embeddings,
+        target, host.run_kind(target.runs_on), artifact.placement, validation.reference, embeddings,
         validation.texts, validation.record, invariance, settings,
     )  # fmt: skip
     return found, embeddings

@@ -27,7 +27,7 @@ from edgeq.frontend.onnx.find import OnnxOptions
 from edgeq.pipeline import check, compare, stages
 from edgeq.pipeline.stages import Report
 from edgeq.quantization import schemes
-from edgeq.records import Measures, ParityReport, Place, QdqModel, Record, Scheme, Status, Target
+from edgeq.records import Measures, ParityReport, QdqModel, Record, RunKind, Scheme, Status, Target
 from edgeq.system import files
 from edgeq.system.cache import Cache
 from edgeq.version import VERSION
@@ -72,7 +72,7 @@ class Exported(Record):
     path: str
     report: str
     status: Status
-    ran_on: Place
+    ran_on: RunKind
     parity: Measures | None
     size_bytes: int
     failures: tuple[str, ...]

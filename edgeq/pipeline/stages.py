@@ -168,7 +168,7 @@ def calibrated(floats: Floats, plan: Plan, seed: int, cache: Cache, report: Repo
             float_model_sha256=equalized.file.sha256,
             texts=given.record,
             seed=seed,
-            migration=observed.migration,
+            smoothing=observed.smoothing,
         )
         _write(folder / "equalized.json", equalized)
         _write(folder / "calibration.json", record)

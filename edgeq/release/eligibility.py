@@ -11,7 +11,7 @@ from edgeq.bundle.verify import read_whole
 from edgeq.devices.report import DeviceReport, reports_of
 from edgeq.errors import BundleCorrupt, ConfigError, EdgeqError
 from edgeq.evaluation.gate import judge
-from edgeq.records import Manifest, ParityReport, Place
+from edgeq.records import Manifest, ParityReport, RunKind
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _against(candidate: Candidate) -> list[str]:
     if "failed" in (manifest.status, report.status):
         missed = " ".join(report.failures) or "its report does not say where."
         reasons.append(f"{name}: missed the gate of {manifest.target.name}: {missed} Mend the model, and export again.")
-    accepted = manifest.target.gate.release_places
+    accepted = manifest.target.gate.release_run_kinds
     if not any(place in accepted for place in places(candidate)):
         ran_on = dict.fromkeys((report.ran_on, *(device.ran_on for device in candidate.devices.values())))
         where = f"was run on {', '.join(place for place in ran_on if place != 'not-run')} only"
@@ -97,7 +97,7 @@ def _against(candidate: Candidate) -> list[str]:
     return reasons
 
 
-def places(candidate: Candidate) -> tuple[Place, ...]:
+def places(candidate: Candidate) -> tuple[RunKind, ...]:
     """Give where the bundle passed its gate: by measures, not by what a report says of itself."""
     report, placement = candidate.report, candidate.manifest.artifact.placement
     found = [device.ran_on for device in candidate.devices.values() if device.status == "passed"]

@@ -6,7 +6,7 @@ from typing import Literal
 
 from edgeq.analysis.layer_errors import LayerErrors
 from edgeq.bundle.benchmark import Latency
-from edgeq.records import Measures, Place, Record, Sha256, Status, TextSet
+from edgeq.records import Measures, Record, RunKind, Sha256, Status, TextSet
 
 
 class RunTime(Record):
@@ -30,7 +30,7 @@ class BundleFacts(Record):
     token_limit: int
     qdq_sha256: Sha256
     recorded: Measures | None  # by the export, on its own validation texts
-    recorded_on: Place
+    recorded_on: RunKind
 
 
 class Row(Record):
@@ -42,7 +42,7 @@ class Row(Record):
     name: str
     kind: Literal["float32", "torch", "artifact"]
     bundle: BundleFacts | None  # of an artifact
-    ran_on: Place
+    ran_on: RunKind
     reason: str | None  # why there are no measures, or no vectors at all
     size_bytes: int | None
     measures: Measures | None

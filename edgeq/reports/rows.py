@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgeq.analysis.inspect.model_file import inspect
 from edgeq.errors import EdgeqError
-from edgeq.records import Place
+from edgeq.records import RunKind
 from edgeq.reports.bundles import Found
 from edgeq.reports.contents import BundleFacts, Row, RunTime
 from edgeq.reports.figures import Compared, percentiles
@@ -30,7 +30,7 @@ class Outcome:
 
 def float_row(run: Run | None, file: Path | None, times: Times | None) -> Row:
     """Describe FP32, which all others are measured against."""
-    ran_on: Place = "not-run" if run is None else run.runner.ran_on
+    ran_on: RunKind = "not-run" if run is None else run.runner.ran_on
     operators, operators_reason = _operators(file)
     latency, latency_reason = _latency(FLOAT, ran_on, times)
     return Row(
@@ -54,7 +54,7 @@ def float_row(run: Run | None, file: Path | None, times: Times | None) -> Row:
 def row(outcome: Outcome, found: Found | None, times: Times | None) -> Row:
     """Describe an artifact, or torch where there is no bundle."""
     run, compared = outcome.run, outcome.compared
-    ran_on: Place = "not-run" if run.embeddings is None else run.runner.ran_on
+    ran_on: RunKind = "not-run" if run.embeddings is None else run.runner.ran_on
     operators, operators_reason = _operators(None if found is None else found.path)
     latency, latency_reason = _latency(run.runner.name, ran_on, times)
     return Row(
@@ -91,7 +91,7 @@ def _facts(found: Found) -> BundleFacts:
     )
 
 
-def _latency(name: str, ran_on: Place, times: Times | None) -> tuple[tuple[RunTime, ...], str | None]:
+def _latency(name: str, ran_on: RunKind, times: Times | None) -> tuple[tuple[RunTime, ...], str | None]:
     """Give a row's times, or why it has none: only the device itself tells how fast it is."""
     if times is None:
         return (), "not asked for: give --latency"

@@ -35,7 +35,7 @@ SUMS, MANIFEST, VECTORS, TEXTS = "SHA256SUMS", "manifest.json", "golden.npz", "g
 PREPROCESSING = "preprocessor_config.json"
 REPORT = "device-report.json"
 AGAIN = "Fetch or export the bundle again."
-PLACES = ("by-hand", "local", "ssh", "adb", "arm64")
+TRANSPORTS = ("by-hand", "local", "ssh", "adb", "arm64")
 
 # What is read whole is bounded first: a bundle comes from elsewhere.
 MOST_SUMS_BYTES, MOST_JSON_BYTES, MOST_GOLDEN_BYTES = 4_000_000, 16_000_000, 512_000_000
@@ -863,7 +863,7 @@ def judge(measures, host, manifest):
     return failures
 
 
-def place(manifest, accelerator, is_emulated):
+def run_kind(manifest, accelerator, is_emulated):
     """Say where the artifact ran: on the device itself, or on what stands in for it."""
     if is_emulated:
         return "emulator"
@@ -880,7 +880,7 @@ def validate(bundle, options, progress):
     progress("load", 0, 1)
     runner, load_ms = load(manifest, options.threads)
     vectors, invariance_min = run_all(golden, runner, manifest, progress)
-    ran_on = place(manifest, runner.accelerator, options.emulated)
+    ran_on = run_kind(manifest, runner.accelerator, options.emulated)
     is_device = ran_on == "device"
     cells = latencies(golden, runner, manifest, options.runs, options.warmup, progress) if is_device else []
     problem = unmeasurable(golden, vectors)
@@ -893,7 +893,7 @@ def validate(bundle, options, progress):
         "format": 1,
         "target": manifest.target,
         "manifest_sha256": manifest.sha256,
-        "place": options.place,
+        "transport": options.transport,
         "ran_on": ran_on,
         "status": "failed" if failures else "passed",
         "failures": failures,
@@ -1002,7 +1002,7 @@ def arguments(words):
     parser.add_argument("--runs", type=at_least(1), default=50, help="timed runs of each length")
     parser.add_argument("--warmup", type=at_least(0), default=5, help="runs before them")
     parser.add_argument("--threads", type=at_least(0), default=0, help="0 leaves it to the target")
-    parser.add_argument("--place", choices=PLACES, default="by-hand", help="how this machine was reached")
+    parser.add_argument("--transport", choices=TRANSPORTS, default="by-hand", help="how this machine was reached")
     parser.add_argument("--emulated", action="store_true", help="this processor is emulated: time nothing")
     return parser.parse_args(words)
 

@@ -13,7 +13,7 @@ from edgeq.data.tokens import lengths
 from edgeq.errors import ConfigError, DeviceUnavailable, LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Placement, QdqModel, Target
 from edgeq.system.files import file_ref, storage_errors, write_bytes
-from edgeq.system.host import place
+from edgeq.system.host import run_kind
 
 _STATIC_DEVICES = frozenset({"NPU"})
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -230,4 +230,4 @@ def other_settings(artifact: Artifact, bundle: Path, target: Target) -> Iterator
         yield Setting(name, "not-run", None, reason)
         return
     told = properties(target) | {"INFERENCE_PRECISION_HINT": hint}
-    yield Setting(name, place(target.runs_on), _session(artifact, bundle, "CPU", told), None)
+    yield Setting(name, run_kind(target.runs_on), _session(artifact, bundle, "CPU", told), None)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from edgeq.devices.contract import DEFAULT_TIME_LIMIT_S, Place
+from edgeq.devices.contract import DEFAULT_TIME_LIMIT_S, Transport
 from edgeq.devices.report import report_path
 from edgeq.devices.ssh import DEFAULT_PYTHON
-from edgeq.devices.transports import Access, place_of
+from edgeq.devices.transports import Access, transport_of
 from edgeq.errors import ConfigError
 from edgeq.records import Record
 from edgeq.system.files import storage_errors
@@ -29,13 +29,13 @@ class LabDevice(Record):
     native: Path | None = None
     time_limit_s: float = Field(default=DEFAULT_TIME_LIMIT_S, gt=0)  # for one bundle, sending included
 
-    def place(self) -> Place:
+    def transport(self) -> Transport:
         """Give the place.
 
         Raises:
             ConfigError: `where` is no address of one.
         """
-        return place_of(self.where, Access(self.python, self.native))
+        return transport_of(self.where, Access(self.python, self.native))
 
     def takes(self, target: str) -> bool:
         """Say whether a target's bundles are validated on it."""
@@ -86,7 +86,7 @@ def _problem(item: object) -> str:
 def _wrong(device: LabDevice, path: Path) -> str | None:
     """Say what keeps a device from being used."""
     try:
-        device.place()
+        device.transport()
         report_path(path, device.name)
     except ConfigError as error:
         return f"{device.name}: {error}"

@@ -141,7 +141,7 @@ class Worker:
             unpack(content, Path(folder))
             job = Job(Path(folder) / name, runs=self._runs, time_limit_s=self._device.time_limit_s)
             try:
-                report = retrying(self._device.place().validate, job)
+                report = retrying(self._device.transport().validate, job)
             except EdgeqError as error:
                 return error.exit_code, str(error).replace(f"{folder}/", ""), _tried(retrying), None
         return 0, "", _tried(retrying), report.model_dump_json()
