@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from edgeq import targets
 from edgeq.backends import rockchip
 from edgeq.backends.contract import TimesItself
-from edgeq.backends.rockchip import listing
+from edgeq.backends.rockchip import compiler_log
 from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import BundleCorrupt, LoweringFailed, ToolMissing
@@ -238,9 +238,9 @@ E RKNN: [10:00:00.2] Unkown op target: 0
 
 
 def test_the_listing_tells_place_and_dtype() -> None:
-    assert [(item.kind, item.place, item.name) for item in listing.operators(LOG)] == [
+    assert [(item.kind, item.place, item.name) for item in compiler_log.operators(LOG)] == [
         ("Gather", "CPU", "lookup"), ("Conv", "NPU", "ffn#2"),
     ]  # fmt: skip
-    assert listing.weights(LOG) == {"ffn.weight": {"INT8", "FLOAT16"}}
-    assert "Unkown" not in listing.complaints(LOG + "\x1b[1;31mE\x1b[0m build: no such SoC")
-    assert listing.complaints(LOG + "\x1b[1;31mE\x1b[0m build: no such SoC") == "  build: no such SoC"
+    assert compiler_log.weights(LOG) == {"ffn.weight": {"INT8", "FLOAT16"}}
+    assert "Unkown" not in compiler_log.complaints(LOG + "\x1b[1;31mE\x1b[0m build: no such SoC")
+    assert compiler_log.complaints(LOG + "\x1b[1;31mE\x1b[0m build: no such SoC") == "  build: no such SoC"

@@ -10,7 +10,7 @@ import typer
 from edgeq.cli import console
 
 if TYPE_CHECKING:
-    from edgeq.analysis.inspect.report import Anatomy, Port
+    from edgeq.analysis.inspect.summary import Anatomy, Port
 
 
 def inspect(

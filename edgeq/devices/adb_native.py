@@ -83,13 +83,13 @@ class _Native:
 
     def __init__(self, phone: Phone, folder: str, sha256: str, manifest: Manifest, job: Job) -> None:
         """Read from the file how codes become vectors."""
-        from edgeq.backends.tflite import SIGNATURE, output_codes
+        from edgeq.backends.tflite import SIGNATURE, output_params
 
         self._phone, self._folder, self._job, self._signature = phone, folder, job, SIGNATURE
         self._graph = f"{phone.root}/store/{sha256}"
         self._threads = job.threads or int(manifest.target.runtime["threads"])
         self._buckets = lengths(manifest.target.buckets_tokens, manifest.source.max_sequence)
-        self._scale, self._zero_point = output_codes(job.bundle / manifest.artifact.files[0].path)
+        self._scale, self._zero_point = output_params(job.bundle / manifest.artifact.files[0].path)
         self._dim, self._runs, self._count = manifest.source.dim, 0, manifest.golden.count
 
     def __call__(self, feeds: AnyFeeds) -> Embeddings:

@@ -24,7 +24,7 @@ from edgeq.errors import ConfigError, ParityFailed, Unsupported
 from edgeq.frontend import locate
 from edgeq.frontend.export import CONFIG
 from edgeq.frontend.onnx.find import OnnxOptions
-from edgeq.pipeline import check, compare, stages
+from edgeq.pipeline import check, measure_parity, stages
 from edgeq.pipeline.stages import Report
 from edgeq.quantization import schemes
 from edgeq.records import Measures, ParityReport, QdqModel, Record, RunKind, Scheme, Status, Target
@@ -131,7 +131,7 @@ def export(request: ExportRequest, report: Report, spread: Spread = one_by_one) 
         _scheme(request, target)
         backend = find(target.backend, target.name)
         backend.tools()
-        compare.require_device(backend, target)
+        measure_parity.require_device(backend, target)
         require_place(request.out / target.name)
     if request.dry_run:
         return tuple(_not_run(target) for target in request.targets)
@@ -194,7 +194,7 @@ def bundled(target: Target, shared: Shared, request: ExportRequest, report: Repo
         report(f"{stage}lower", 0, 1)
         artifact = backend.lower(model, target, work)
         report(f"{stage}lower", 1, 1)
-        found, embeddings = compare.compare(
+        found, embeddings = measure_parity.compare(
             backend, artifact, work, target, validation, model.max_sequence, partial(report, f"{stage}compare")
         )
         size = sum(ref.size_bytes for ref in artifact.files)

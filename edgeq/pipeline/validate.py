@@ -19,7 +19,7 @@ from edgeq.data.tokens import Tokenizer, batches, token_limit
 from edgeq.errors import ConfigError
 from edgeq.evaluation.tasks import Embed
 from edgeq.graph.float_session import FloatSession
-from edgeq.pipeline import compare
+from edgeq.pipeline import measure_parity
 from edgeq.pipeline.stages import Validation
 from edgeq.records import Manifest, ParityReport
 
@@ -57,7 +57,7 @@ def validate(
     reference = embed_batches(FloatSession.of(float_model), batches(given.samples), len(given.samples))
     report("float32", 1, 1)
     backend = find(manifest.artifact.backend, str(bundle))
-    found, _ = compare.compare(
+    found, _ = measure_parity.compare(
         backend, manifest.artifact, bundle, target,
         Validation(given.names, given.samples, given.record, reference),
         manifest.source.max_sequence, partial(report, "artifact"),

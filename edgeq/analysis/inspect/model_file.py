@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgeq.analysis.inspect import onnx, openvino, tflite
-from edgeq.analysis.inspect.report import Anatomy, Port, Signature, StoredTensor, TensorGroup
+from edgeq.analysis.inspect.summary import Anatomy, Port, Signature, StoredTensor, TensorGroup
 from edgeq.errors import BundleCorrupt, ConfigError
 from edgeq.graph.read import read_onnx
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 
-from edgeq.analysis.inspect.report import Anatomy, Port, StoredTensor, counted, grouped, largest
+from edgeq.analysis.inspect.summary import Anatomy, Port, StoredTensor, counted, grouped, largest
 from edgeq.graph.read import read_onnx
 
 

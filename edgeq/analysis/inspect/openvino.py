@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgeq.analysis.inspect.report import Anatomy, Port, StoredTensor, counted, grouped, largest
+from edgeq.analysis.inspect.summary import Anatomy, Port, StoredTensor, counted, grouped, largest
 from edgeq.backends.openvino import ir
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeq.analysis.inspect.report import Anatomy, Port, Signature, StoredTensor, counted, grouped, largest
+from edgeq.analysis.inspect.summary import Anatomy, Port, Signature, StoredTensor, counted, grouped, largest
 from edgeq.errors import ConfigError, ToolMissing
 
 _IDENTIFIER = b"TFL3"

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.backends.contract import Rejection, Rule, has_buckets, reads_tokens, rejected
-from edgeq.backends.rockchip import listing
+from edgeq.backends.rockchip import compiler_log
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, embed_by_bucket
 from edgeq.data.tokens import fitted, lengths
@@ -121,7 +121,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
             logs.append(_build(child, folder, folder / name, bucket, target, model.integer_matmuls))
             hosts += [
                 HostOperator(file=f"{FOLDER}/{name}", operator=item.kind, output=item.name, reason="the compiler's own")
-                for item in listing.operators(logs[-1])
+                for item in compiler_log.operators(logs[-1])
                 if item.place != "NPU"
             ]
     floats = _floats(onnx.load(model.file.path), model.integer_matmuls, logs)
@@ -134,7 +134,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
         placement=Placement(
             integer_matmuls=len(model.integer_matmuls) - len(floats), float_by_scheme=model.float_matmuls,
             float_fallbacks=floats, host_operators=tuple(hosts),
-            operators=dict(sorted(Counter(item.kind for item in listing.operators(logs[0])).items())),
+            operators=dict(sorted(Counter(item.kind for item in compiler_log.operators(logs[0])).items())),
         ),
         tools=versions,
     )  # fmt: skip
@@ -212,7 +212,7 @@ def _build(child: Worker, inputs: Path, output: Path, bucket: int, target: Targe
         text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
         raise LoweringFailed(
             f"{target.name}: compiling for {bucket} tokens failed: {error}\nThe compiler says:\n"
-            f"{listing.complaints(text)}\nAll of it lies in {log}."
+            f"{compiler_log.complaints(text)}\nAll of it lies in {log}."
         ) from error
     finally:
         fixed.unlink(missing_ok=True)
@@ -235,7 +235,7 @@ def _weights(model: onnx.ModelProto) -> dict[str, str]:
 def _floats(model: onnx.ModelProto, integer: Sequence[str], logs: Sequence[str]) -> tuple[str, ...]:
     """Name the products that a file of the artifact computes in float against the scheme."""
     names = _weights(model)
-    stored = [listing.weights(log) for log in logs]
+    stored = [compiler_log.weights(log) for log in logs]
     return tuple(name for name in integer if any(found.get(names[name]) != {"INT8"} for found in stored))
 
 
