@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edgeq.records import Gate
 
 
-def conclude(found: DeviceReport, place: Transport, bundle: Path, as_json: bool) -> None:
+def conclude(found: DeviceReport, transport: Transport, bundle: Path, as_json: bool) -> None:
     """Keep a report beside its bundle, and show it.
 
     Raises:
@@ -26,7 +26,7 @@ def conclude(found: DeviceReport, place: Transport, bundle: Path, as_json: bool)
     from edgeq.devices.report import keep_report
 
     manifest = load_manifest(bundle)
-    path = keep_report(bundle, place.name, found)
+    path = keep_report(bundle, transport.name, found)
     if as_json:
         console.put_json({"report": str(path), **found.model_dump(mode="json")})
     else:
@@ -80,8 +80,8 @@ def validate_lab(
     if html is not None:
         results_page.require(html)
     known = read_devices(devices)
-    with console.stages() as told:
-        results = validate_all(bundles, known, Plan(runs=runs, ray=ray), told)
+    with console.stages() as progress:
+        results = validate_all(bundles, known, Plan(runs=runs, ray=ray), progress)
     if html is not None:
         results_page.write(results, html)
     if as_json:

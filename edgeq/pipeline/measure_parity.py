@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 from edgeq.backends.contract import Backend, HasOtherSettings, obstacle
@@ -14,6 +13,7 @@ from edgeq.evaluation import parity
 from edgeq.pipeline.stages import Validation
 from edgeq.records import Artifact, ParityReport, SettingReport, Target
 from edgeq.system import host
+from edgeq.system.progress import StageProgress
 
 _log = logging.getLogger(__name__)
 
