@@ -243,6 +243,7 @@ def test_exporting_on_the_cluster_gives_the_same_bytes(
 
     from edgeq.devices.lab.export import export_on_cluster
     from edgeq.pipeline import export
+    from edgeq.pipeline.request import ExportRequest
     from edgeq.system.cache import Cache
     from edgeq.targets import load_target
 
@@ -252,8 +253,8 @@ def test_exporting_on_the_cluster_gives_the_same_bytes(
         (tmp_path / f"{name}.txt").write_text("\n".join(tiny_source.texts(count, seed)), encoding="utf-8")
     targets = tuple(load_target(name) for name in ("x86-64-onnxruntime", "x86-64-avx2-onnxruntime"))
 
-    def request(out: str) -> export.ExportRequest:
-        return export.ExportRequest(
+    def request(out: str) -> ExportRequest:
+        return ExportRequest(
             str(model), targets, tmp_path / out, Cache(), texts=tmp_path / "texts.txt",
             validation=tmp_path / "validation.txt", keep_failed=True,
         )  # fmt: skip

@@ -17,13 +17,13 @@ from tiny_bundle import MEASURES, TinyBackend, make_bundle, make_report, make_ta
 
 from edgeq import cli
 from edgeq.backends.registry import BACKENDS
+from edgeq.bundle.benchmark import Latency
 from edgeq.devices.report import (
     Agreement,
     Conditions,
     DeviceCell,
     DeviceMachine,
     DeviceReport,
-    Percentiles,
     keep_report,
 )
 from edgeq.errors import BundleCorrupt, ConfigError, ReleaseRefused
@@ -78,7 +78,7 @@ def device_report(path: Path, **changes: object) -> DeviceReport:
         peak_memory_bytes=100,
         cells=(
             DeviceCell(
-                batch=1, sequence=16, runs=10, warmup_runs=1, latency=Percentiles(p50_ms=2.5, p90_ms=3.0, p99_ms=4.0)
+                batch=1, sequence=16, runs=10, warmup_runs=1, latency=Latency(p50_ms=2.5, p90_ms=3.0, p99_ms=4.0)
             ),
         ),
         before=none,
@@ -98,7 +98,7 @@ def test_a_device_report_makes_a_bundle_fit_and_travels_with_it(tmp_path: Path) 
     assert "- device (Cortex-A76), on its 32 golden samples" in notes
     assert "| Cortex-A76, batch 1, 16 tokens: median, ms | 2.50 |" in notes
     assert (tmp_path / "one" / "tiny-1.0.0-tiny-target.board.device-report.json").is_file()
-    slower = device_report(path).cells[0].model_copy(update={"latency": Percentiles(p50_ms=3, p90_ms=3, p99_ms=4)})
+    slower = device_report(path).cells[0].model_copy(update={"latency": Latency(p50_ms=3, p90_ms=3, p99_ms=4)})
     keep_report(path, "board", device_report(path, cells=(slower,)))
     release([path], "1.1.0", tmp_path / "two", previous=tmp_path / "one")
     notes = (tmp_path / "two" / "RELEASE_NOTES.md").read_text(encoding="utf-8")

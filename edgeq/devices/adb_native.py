@@ -12,7 +12,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +30,6 @@ from edgeq.evaluation import parity
 from edgeq.evaluation.parity import unit
 from edgeq.records import Manifest, Measures, RunsOn
 from edgeq.system.files import sha256_file, work_dir
-
-if TYPE_CHECKING:
-    pass
 
 _INPUTS = ("input_ids", "attention_mask")
 _MACHINES = {"arm64": "aarch64", "armv8l": "aarch64"}

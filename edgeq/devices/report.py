@@ -14,6 +14,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from edgeq.bundle.benchmark import Latency
 from edgeq.bundle.checksums import SUMS
 from edgeq.bundle.manifest import MANIFEST, load_manifest
 from edgeq.errors import BundleCorrupt, ConfigError
@@ -27,14 +28,6 @@ LARGEST_BYTES = 1_000_000
 TransportKind = Literal["by-hand", "local", "ssh", "adb", "adb-native", "arm64"]
 
 
-class Percentiles(Record):
-    """Give percentiles of the time of one run, in milliseconds."""
-
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
-
-
 class DeviceCell(Record):
     """Hold the latency of one text, or image, at one length."""
 
@@ -42,7 +35,7 @@ class DeviceCell(Record):
     sequence: int  # tokens; 1 for an image
     runs: int
     warmup_runs: int
-    latency: Percentiles
+    latency: Latency
 
 
 class Agreement(Record):

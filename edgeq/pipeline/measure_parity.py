@@ -10,7 +10,7 @@ from edgeq.data.sessions import Embeddings, Session, embed_batches
 from edgeq.data.tokens import batches, token_limit
 from edgeq.errors import DeviceUnavailable
 from edgeq.evaluation import parity
-from edgeq.pipeline.stages import Validation
+from edgeq.pipeline.stage_results import Validation
 from edgeq.records import Artifact, ParityReport, SettingReport, Target
 from edgeq.system import host
 from edgeq.system.progress import StageProgress

@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from edgeq.bundle import benchmark
+from edgeq.bundle.benchmark_child import Job, Sample
 from edgeq.errors import EdgeqError
 from edgeq.reports.contents import RunTime
 from edgeq.system.progress import Progress
@@ -41,12 +42,12 @@ def run_times(
         For each row its times, or the reason why there are none.
     """
     vocabulary = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
-    samples: dict[tuple[str, int], list[benchmark.Sample]] = {}
+    samples: dict[tuple[str, int], list[Sample]] = {}
     failed: dict[str, str] = {}
     steps = [(length, name) for _ in range(ROUNDS) for length in sequences for name in models]
     for done, (length, name) in enumerate(steps):
         progress("latency", done, len(steps))
-        job = benchmark.Job(
+        job = Job(
             model=str(models[name]), threads=threads, batch=1, sequence=length, vocabulary=vocabulary, num_runs=RUNS,
             warmup_runs=WARMUP_RUNS,
         )  # fmt: skip
@@ -62,7 +63,7 @@ def run_times(
     return {**times, **failed}
 
 
-def _joined(samples: Sequence[benchmark.Sample], tokens: int, threads: int) -> RunTime:
+def _joined(samples: Sequence[Sample], tokens: int, threads: int) -> RunTime:
     """Take the runs of all rounds together."""
     runs = tuple(run for sample in samples for run in sample.latencies_ms)
     return RunTime(

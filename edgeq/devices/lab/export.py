@@ -13,7 +13,8 @@ from edgeq.bundle.write import take
 from edgeq.devices.lab.cluster import RESTARTS, cluster, gathered, packed, require, said, unpack
 from edgeq.errors import DeviceUnavailable, EdgeqError
 from edgeq.pipeline import export
-from edgeq.pipeline.export import Exported, ExportRequest, Shared
+from edgeq.pipeline.export import Exported, Shared
+from edgeq.pipeline.request import ExportRequest
 from edgeq.records import Target
 from edgeq.system.cache import Cache
 from edgeq.system.files import write_bytes
@@ -36,15 +37,15 @@ def export_on_cluster(request: ExportRequest, progress: Progress, address: str |
         EdgeqError: any stage; of several targets that fail, the first one's. The bundles of the others are written.
     """
 
-    def spread(shared: Shared, request: ExportRequest, progress: Progress) -> tuple[Exported, ...]:
+    def run_targets(shared: Shared, request: ExportRequest, progress: Progress) -> tuple[Exported, ...]:
         with cluster(address) as ray:
-            return _spread(ray, shared, request, progress)
+            return _run_targets(ray, shared, request, progress)
 
     require(address)
-    return export.export(request, progress, spread)
+    return export.export(request, progress, run_targets)
 
 
-def _spread(ray: Any, shared: Shared, request: ExportRequest, progress: Progress) -> tuple[Exported, ...]:
+def _run_targets(ray: Any, shared: Shared, request: ExportRequest, progress: Progress) -> tuple[Exported, ...]:
     """Give each target to a machine, and write what comes back."""
     found: dict[str, Exported | EdgeqError] = {}
     content = ray.put(packed([shared.floats.folder, shared.calibrated.folder]))
