@@ -22,7 +22,7 @@ from edgeq.errors import BundleCorrupt, ConfigError, LoweringFailed, ToolMissing
 from edgeq.records import RunsOn
 from edgeq.reports import figures, timing
 from edgeq.reports.bundles import collect
-from edgeq.reports.card import Request, compare
+from edgeq.reports.card import Request, make_card
 from edgeq.reports.contents import Card, Row
 
 TEXTS = [" ".join(WORDS[i : i + 1 + i % 5]) for i in range(14)]
@@ -52,7 +52,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 def compared(*paths: Path, cache: Path, **options: object) -> Card:
-    return compare(Request(bundles=paths, cache=cache, **options), silent)  # type: ignore[arg-type]
+    return make_card(Request(bundles=paths, cache=cache, **options), silent)  # type: ignore[arg-type]
 
 
 def vectors(words: dict[str, NDArray[np.float32]]) -> list[NDArray[np.float64]]:
@@ -155,7 +155,7 @@ def test_small_numbers_by_hand() -> None:
     assert pair.cosine_mean == pytest.approx(0.74)
     assert pair.cosine_min == pytest.approx(0.0)
     texts = ["one", "two", "three", "x" * 201]
-    made = figures.compare("b", reference, other, texts, 1.0)
+    made = figures.measured("b", reference, other, texts, 1.0)
     worst = figures.worst_texts([made], reference, texts, Tokens(((1,), (1, 2), (1,), (1,)), 0, 0))
     assert [item.text for item in worst] == ["x" * 200 + "…", "three", "one", "two"]
     assert [item.errors[0].max_abs_error for item in worst] == [2.0, 1.0, 0.0, 0.0]

@@ -150,7 +150,7 @@ def test_a_release_holds_what_it_must(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["tar.zst", "zip"])
 def test_the_same_bundles_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     secret, _ = pem(tmp_path)
-    release([two(tmp_path / "a" / "out")], "1.0.0", tmp_path / "a" / "rel", form=form, key=secret)
+    release([two(tmp_path / "a" / "out")], "1.0.0", tmp_path / "a" / "rel", archive_format=form, key=secret)
     second = two(tmp_path / "b" / "out")
     for path in second.rglob("*"):
         os.utime(path, (1, 1))
@@ -160,7 +160,7 @@ def test_the_same_bundles_give_the_same_bytes(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("TZ", "Asia/Kathmandu")
     old = os.umask(0o077)
     try:
-        release([second], "1.0.0", tmp_path / "b" / "rel", form=form, key=secret)
+        release([second], "1.0.0", tmp_path / "b" / "rel", archive_format=form, key=secret)
     finally:
         os.umask(old)
     assert contents(tmp_path / "a" / "rel") == contents(tmp_path / "b" / "rel")
@@ -169,7 +169,7 @@ def test_the_same_bundles_give_the_same_bytes(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("form", ["tar.zst", "zip"])
 def test_an_archive_holds_the_bundle_without_traces_of_this_machine(tmp_path: Path, form: str) -> None:
     path, _ = make_bundle(tmp_path / "out")
-    release([path], "1.0.0", tmp_path / "rel", form=form)
+    release([path], "1.0.0", tmp_path / "rel", archive_format=form)
     archive = tmp_path / "rel" / f"tiny-1.0.0-tiny-target.{form}"
     if form == "zip":
         with zipfile.ZipFile(archive) as opened:
@@ -192,7 +192,7 @@ def test_an_archive_holds_the_bundle_without_traces_of_this_machine(tmp_path: Pa
 def test_an_archive_verifies_and_a_changed_one_does_not(tmp_path: Path, form: str) -> None:
     path, _ = make_bundle(tmp_path / "out")
     secret, public = pem(tmp_path)
-    release([path], "1.0.0", tmp_path / "rel", form=form, key=secret)
+    release([path], "1.0.0", tmp_path / "rel", archive_format=form, key=secret)
     archive = tmp_path / "rel" / f"tiny-1.0.0-tiny-target.{form}"
     found = verify_archive(archive, public)
     assert (found.path, found.files, found.golden_texts) == (str(archive), 10, 32)
@@ -455,7 +455,7 @@ def test_the_verbs_release_and_verify(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_zip_archive_needs_nothing_but_the_base_package(tmp_path: Path) -> None:
     # A reader of another team has edgeq, not the extra.
     path, _ = make_bundle(tmp_path / "out")
-    release([path], "1.0.0", tmp_path / "rel", form="zip")
+    release([path], "1.0.0", tmp_path / "rel", archive_format="zip")
     code = (
         "import sys\n"
         "for name in ('zstandard', 'cryptography', 'cyclonedx'): sys.modules[name] = None\n"

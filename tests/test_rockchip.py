@@ -238,7 +238,7 @@ E RKNN: [10:00:00.2] Unkown op target: 0
 
 
 def test_the_listing_tells_place_and_dtype() -> None:
-    assert [(item.kind, item.place, item.name) for item in compiler_log.operators(LOG)] == [
+    assert [(item.kind, item.processor, item.name) for item in compiler_log.operators(LOG)] == [
         ("Gather", "CPU", "lookup"), ("Conv", "NPU", "ffn#2"),
     ]  # fmt: skip
     assert compiler_log.weights(LOG) == {"ffn.weight": {"INT8", "FLOAT16"}}

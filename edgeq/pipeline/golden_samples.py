@@ -12,9 +12,7 @@ from edgeq.pipeline.stage_results import Floats, Validation
 GOLDEN_TEXTS, GOLDEN_IMAGES = 64, 16
 
 
-def golden_samples(
-    floats: Floats, validation: Validation, embeddings: Embeddings | None
-) -> GoldenData | GoldenImages:
+def golden_samples(floats: Floats, validation: Validation, embeddings: Embeddings | None) -> GoldenData | GoldenImages:
     """Choose golden texts, evenly spaced by length, or golden images, evenly spaced in their order.
 
     Args:

@@ -1,4 +1,4 @@
-"""Measure the error of each layer for the QDQ models of the bundles, as far as the cache still holds them."""
+"""Measure the error of each layer for the bundles' QDQ models that the cache still holds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgeq.records import FileRef
 from edgeq.reports.bundles import Found
 from edgeq.reports.contents import Layers
 
-MOST_TEXTS = 64  # the error of a layer is a mean over thousands of tokens: more texts do not move it
+MOST_TEXTS = 64  # a layer's error is a mean over thousands of tokens; more texts hardly change it
 
 
 def layers(found: Sequence[Found], tokens: Tokens, cache: Path) -> tuple[Layers, ...]:
@@ -37,7 +37,7 @@ def layers(found: Sequence[Found], tokens: Tokens, cache: Path) -> tuple[Layers,
 
 
 def _of_one_model(items: Sequence[Found], tokens: Tokens, cache: Path) -> Layers:
-    """Measure one QDQ model, or say what the cache lacks."""
+    """Measure one QDQ model, or give the reason why it cannot be measured."""
     manifest = items[0].manifest
     scheme, names = manifest.qdq_model.scheme, tuple(item.name for item in items)
     if scheme.vendor is not None:

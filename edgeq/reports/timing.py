@@ -1,4 +1,4 @@
-"""Time every runtime on single texts, in rounds: each takes its turn, so that a busy minute falls on all alike."""
+"""Time every runtime on single texts, in interleaved rounds, so that other load affects all runtimes alike."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LENGTHS = (16, 32, 128, 256)
 
 
 def lengths(limit: int) -> tuple[int, ...]:
-    """Choose the lengths to time: the usual ones that every runtime takes."""
+    """Choose the lengths to time: 16, 32, 128 and 256 tokens, as far as every runtime takes them."""
     return tuple(tokens for tokens in LENGTHS if tokens <= limit) or (limit,)
 
 
@@ -29,17 +29,17 @@ def run_times(
     threads: int,
     progress: Progress,
 ) -> dict[str, tuple[RunTime, ...] | str]:
-    """Time each model at each length, one text at a time.
+    """Time each model at each length, one text per run.
 
     Args:
-        models: by row: a bundle, or the float model's ONNX file.
-        tokenizer: any of the model's, for the size of its vocabulary.
-        sequences: tokens.
+        models: name of the row -> a bundle, or the float model's ONNX file.
+        tokenizer: of the model, for the size of its vocabulary.
+        sequences: lengths in tokens.
         threads: of each runtime.
         progress: called as `progress(stage, done, total)`.
 
     Returns:
-        For each row its times, or the reason why there are none.
+        For each row its times, or the reason why it has none.
     """
     vocabulary = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
     samples: dict[tuple[str, int], list[Sample]] = {}
@@ -64,7 +64,7 @@ def run_times(
 
 
 def _joined(samples: Sequence[Sample], tokens: int, threads: int) -> RunTime:
-    """Take the runs of all rounds together."""
+    """Compute percentiles over the runs of all rounds, and the largest peak memory."""
     runs = tuple(run for sample in samples for run in sample.latencies_ms)
     return RunTime(
         tokens=tokens,
