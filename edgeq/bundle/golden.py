@@ -28,7 +28,7 @@ TEXTS = "golden.jsonl"
 # Name -> dtype of the arrays, in the order of the file.
 _ARRAYS = {"input_ids": np.int64, "attention_mask": np.int64, "reference": np.float32, "embeddings": np.float32}
 AGAIN = "Fetch or export the bundle again."
-MOST_BYTES = 1 << 30
+_MOST_BYTES = 1 << 30
 # The header that numpy writes for version 1.0 of .npy. numpy's own reader evaluates Python literals of any depth.
 _START, _MAGIC = struct.Struct("<8sH"), b"\x93NUMPY\x01\x00"
 _HEADER = re.compile(
@@ -133,7 +133,7 @@ def read_arrays(path: Path, names: Sequence[str], optional: str) -> dict[str, ND
     Raises:
         BundleCorrupt: the file or an array is missing or malformed.
     """
-    reason = oversize(path, MOST_BYTES)
+    reason = oversize(path, _MOST_BYTES)
     if reason is not None:
         raise BundleCorrupt(f"{path}: {reason}. {AGAIN}")
     try:
@@ -148,7 +148,7 @@ def read_arrays(path: Path, names: Sequence[str], optional: str) -> dict[str, ND
 
 def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> NDArray[Any]:
     """Read one array as `write_arrays` wrote it; the size in its header must fit the stored bytes."""
-    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > MOST_BYTES:
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > _MOST_BYTES:
         raise ValueError(f"{entry.filename} is compressed or too large; edgeq stores arrays as they are")
     with archive.open(entry) as file:
         content = file.read()
@@ -170,7 +170,7 @@ def read_lines(path: Path, key: str) -> tuple[str, ...]:
     Raises:
         BundleCorrupt: the file is missing or malformed.
     """
-    reason = oversize(path, MOST_BYTES)
+    reason = oversize(path, _MOST_BYTES)
     if reason is not None:
         raise BundleCorrupt(f"{path}: {reason}. {AGAIN}")
     try:

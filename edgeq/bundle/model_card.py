@@ -16,10 +16,10 @@ from edgeq.records import Manifest, ParityReport, RunKind
 if TYPE_CHECKING:
     from edgeq.data.image_preprocessing import Preprocessing
 
-TEMPLATE = "model_card.md.j2"
-CONTEXT_SUFFIX = "_ctx.onnx"  # ONNX around a compiled binary, which only its provider can run
+_TEMPLATE = "model_card.md.j2"
+_CONTEXT_SUFFIX = "_ctx.onnx"  # ONNX around a compiled binary, which only its provider can run
 # The artifact files that sentence-transformers opens itself -> the name of its backend and extra.
-SENTENCE_TRANSFORMERS_FILES = {"onnx/model.onnx": "onnx", "openvino/openvino_model.xml": "openvino"}
+_SENTENCE_TRANSFORMERS_FILES = {"onnx/model.onnx": "onnx", "openvino/openvino_model.xml": "openvino"}
 
 _RUN_KINDS: dict[RunKind, str] = {
     "device": "the runtime that ships, on a machine that meets the target",
@@ -51,13 +51,13 @@ def render_card(
         keep_trailing_newline=True,
     )
     environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
-    is_context = manifest.artifact.files[0].path.endswith(CONTEXT_SUFFIX)
+    is_context = manifest.artifact.files[0].path.endswith(_CONTEXT_SUFFIX)
     is_onnx = manifest.artifact.files[0].path.endswith(".onnx") and not is_context
     is_tflite = manifest.artifact.files[0].path.endswith(".tflite")
     is_openvino = manifest.artifact.files[0].path.endswith(".xml")
     buckets = lengths(manifest.target.buckets_tokens, manifest.source.max_sequence)
     padded_to = text_towers.padded_to(manifest.source.modules)
-    return environment.get_template(TEMPLATE).render(
+    return environment.get_template(_TEMPLATE).render(
         manifest=manifest,
         report=report,
         limits=_limits(report),
@@ -74,11 +74,11 @@ def render_card(
         is_openvino=is_openvino,
         is_rknn=manifest.artifact.files[0].path.endswith(".rknn"),
         weights_path=manifest.artifact.files[-1].path,
-        sentence_transformers_backend=SENTENCE_TRANSFORMERS_FILES.get(manifest.artifact.files[0].path),
+        sentence_transformers_backend=_SENTENCE_TRANSFORMERS_FILES.get(manifest.artifact.files[0].path),
         buckets=buckets,
         token_limit=max(buckets, default=manifest.source.max_sequence),
         opens_in_sentence_transformers=(
-            manifest.artifact.files[0].path in SENTENCE_TRANSFORMERS_FILES
+            manifest.artifact.files[0].path in _SENTENCE_TRANSFORMERS_FILES
             and preprocessing is None
             and "last_hidden_state" in manifest.qdq_model.outputs
             and manifest.source.modules[0] != TABLE

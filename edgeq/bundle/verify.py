@@ -25,8 +25,8 @@ from edgeq.system.host import describe, run_kind
 
 AnyGolden = GoldenData | GoldenImages
 
-SAME_MACHINE_ERROR_MAX = 1e-3
-SAME_MACHINE_COSINE_MIN = 0.9999
+_SAME_MACHINE_ERROR_MAX = 1e-3
+_SAME_MACHINE_COSINE_MIN = 0.9999
 
 
 class Verification(Record):
@@ -260,10 +260,10 @@ def judge_golden(path: Path, manifest: Manifest, found: Verification, is_same_ma
     """
     error, cosine, float_cosine = found.max_abs_error, found.cosine_min, found.float32_cosine_min
     if is_same_machine:
-        is_near = error is not None and error <= SAME_MACHINE_ERROR_MAX
-        if is_near and cosine is not None and cosine >= SAME_MACHINE_COSINE_MIN:
+        is_near = error is not None and error <= _SAME_MACHINE_ERROR_MAX
+        if is_near and cosine is not None and cosine >= _SAME_MACHINE_COSINE_MIN:
             return
-        wanted = f"at most {SAME_MACHINE_ERROR_MAX:g} and at least {SAME_MACHINE_COSINE_MIN:g} are"
+        wanted = f"at most {_SAME_MACHINE_ERROR_MAX:g} and at least {_SAME_MACHINE_COSINE_MIN:g} are"
     else:
         limit = manifest.target.gate.cosine_min_min
         if manifest.status == "failed" or (float_cosine is not None and float_cosine >= limit):

@@ -29,7 +29,7 @@ from edgeq.records import (
 )
 from edgeq.system.files import file_ref, replacing_dir, storage_errors
 
-CARD = "README.md"
+_CARD = "README.md"
 
 FiledT = TypeVar("FiledT", FloatModel, Calibration, QdqModel)
 
@@ -174,7 +174,7 @@ def _fill(
         tools=dict(sorted(lineage.tools.items())),
     )
     _write_record(directory / MANIFEST, manifest)
-    (directory / CARD).write_text(_card(directory, manifest, report, golden), encoding="utf-8", newline="\n")
+    (directory / _CARD).write_text(_card(directory, manifest, report, golden), encoding="utf-8", newline="\n")
     write_sums(directory)
     return manifest
 

@@ -22,7 +22,7 @@ from edgeq.devices.report import DeviceReport, TransportKind, read_report
 from edgeq.errors import ConfigError, DeviceUnavailable, LoweringFailed, StorageFailed, ToolMissing
 from edgeq.system.files import work_dir
 
-ROOT = "/data/local/tmp/edgeq-device"
+_ROOT = "/data/local/tmp/edgeq-device"
 
 _SERIAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _HASHED = re.compile(r"([0-9a-f]{64})\s+(?:.*/)?([0-9a-f]{64})")
@@ -55,7 +55,7 @@ class Adb:
             raise ConfigError(f"--native {native}: no such file; give LiteRT's benchmark_model for the phone.")
         self._python, self._native, self._is_kept = python, native, is_kept
         self._end, self._limit_s = 0.0, 0.0
-        self.root = ROOT
+        self.root = _ROOT
         self.name = f"adb-{self._serial}"
         self.kind: TransportKind = "adb" if native is None else "adb-native"
 
@@ -64,8 +64,8 @@ class Adb:
         self._limit_s, self._end = job.time_limit_s, time.monotonic() + job.time_limit_s
         blobs = Blobs.of(job.bundle)
         self._require_device()
-        folder = f"{ROOT}/runs/{uuid.uuid4().hex}"
-        self.shell(["mkdir", "-p", f"{ROOT}/store", folder], "making a folder")
+        folder = f"{_ROOT}/runs/{uuid.uuid4().hex}"
+        self.shell(["mkdir", "-p", f"{_ROOT}/store", folder], "making a folder")
         try:
             self.send(blobs.paths, job)
             if self._native is not None:
@@ -75,7 +75,7 @@ class Adb:
             self._lay_out(blobs, folder)
             return self._run(folder, job)
         finally:
-            self._remove(folder if self._is_kept else ROOT)
+            self._remove(folder if self._is_kept else _ROOT)
 
     def shell(self, words: Sequence[str], what: str) -> str:
         """Run a command on the phone, each word quoted, and give its stdout.
@@ -108,14 +108,15 @@ class Adb:
         Raises:
             EdgeqError: the errors of `shell`.
         """
-        listed = self.script(f"cd {ROOT}/store && for f in *; do sha256sum $f; done 2>/dev/null; true", "listing files")
+        hashing = f"cd {_ROOT}/store && for f in *; do sha256sum $f; done 2>/dev/null; true"
+        listed = self.script(hashing, "listing files")
         there = {match[2] for match in map(_HASHED.fullmatch, listed.split("\n")) if match and match[1] == match[2]}
         missing = sorted(set(paths) - there)
         for done, sha256 in enumerate(missing):
             job.progress("send", done, len(missing))
-            part = f"{ROOT}/store/{sha256}.part"
+            part = f"{_ROOT}/store/{sha256}.part"
             self._push(paths[sha256], part)
-            self.shell(["mv", part, f"{ROOT}/store/{sha256}"], "keeping a file")
+            self.shell(["mv", part, f"{_ROOT}/store/{sha256}"], "keeping a file")
         job.progress("send", len(missing), len(missing))
 
     def pull(self, remote: str, local: Path) -> None:
@@ -166,7 +167,7 @@ class Adb:
             f"{folder}/bundle/{name}".rpartition("/")[0] for name, _ in blobs.files})]  # fmt: skip
         names = [*((f"bundle/{name}", sha256) for name, sha256 in blobs.files), ("validate.py", blobs.script)]
         for name, sha256 in names:
-            pair = shlex.join([f"{ROOT}/store/{sha256}", f"{folder}/{name}"])
+            pair = shlex.join([f"{_ROOT}/store/{sha256}", f"{folder}/{name}"])
             lines.append(f"{{ ln {pair} 2>/dev/null || cp {pair}; }}")
         batch: list[str] = []
         for line in lines:

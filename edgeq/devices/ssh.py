@@ -26,7 +26,7 @@ from edgeq.devices.report import LARGEST_BYTES, DeviceReport, TransportKind, par
 from edgeq.errors import BundleCorrupt, ConfigError, DeviceUnavailable, EdgeqError, StorageFailed, ToolMissing
 from edgeq.system.files import storage_errors
 
-DEFAULT_PORT, DEFAULT_ROOT, DEFAULT_PYTHON = 22, "~/.cache", "python3"
+_DEFAULT_PORT, _DEFAULT_ROOT, DEFAULT_PYTHON = 22, "~/.cache", "python3"
 
 _WHERE = re.compile(
     r"ssh://(?:(?P<user>[A-Za-z0-9_][A-Za-z0-9_.-]*)@)?"
@@ -62,7 +62,7 @@ class Ssh:
             ConfigError: the address is malformed, or the path holds characters that a shell would interpret.
         """
         match = _WHERE.fullmatch(where)
-        if match is None or not 0 < int(match["port"] or DEFAULT_PORT) < 65536:
+        if match is None or not 0 < int(match["port"] or _DEFAULT_PORT) < 65536:
             raise ConfigError(f"{where!r}: is no address; ssh://user@host, ssh://user@host:port or …/folder is needed.")
         if not _PLAIN_PATH.fullmatch(python):
             raise ConfigError(
@@ -71,9 +71,9 @@ class Ssh:
             )
         host = match["host"].strip("[]")
         self._address = f"{match['user']}@{host}" if match["user"] else host
-        self._port, self._root = match["port"], match["root"] or DEFAULT_ROOT
+        self._port, self._root = match["port"], match["root"] or _DEFAULT_ROOT
         self._python, self._is_kept = python, is_kept
-        self.name = f"ssh-{self._address}-{self._port or DEFAULT_PORT}"
+        self.name = f"ssh-{self._address}-{self._port or _DEFAULT_PORT}"
 
     def validate(self, job: Job) -> DeviceReport:
         """Send missing files, run the device script, and give its report; see `Transport.validate`.

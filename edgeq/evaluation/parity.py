@@ -23,7 +23,7 @@ from edgeq.system.host import describe
 if TYPE_CHECKING:
     from edgeq.data.sessions import Session
 
-NEIGHBOURS = 10
+_NEIGHBOURS = 10
 MIN_TEXTS = 3  # two texts have one similarity, which cannot be ranked
 _WORST_TEXT_CHARS = 80
 _INVARIANCE_TEXTS, _SLOW_INVARIANCE_TEXTS = 8, 3
@@ -234,7 +234,7 @@ def _check_comparable(reference: FloatArray, embeddings: FloatArray, count: int)
 def _neighbours(rows: DoubleArray) -> NDArray[np.int64]:
     """Give the nearest other rows of each unit row by cosine, int64[rows, min(10, rows - 1)], unordered."""
     count = len(rows)
-    nearest = min(NEIGHBOURS, count - 1)
+    nearest = min(_NEIGHBOURS, count - 1)
     found = np.empty((count, nearest), np.int64)
     for start in range(0, count, _BLOCK_ROWS):
         similarities = rows[start : start + _BLOCK_ROWS] @ rows.T

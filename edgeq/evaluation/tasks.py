@@ -30,7 +30,7 @@ __all__ = [
     "sts_spearman",
 ]
 
-DEPTH = 10
+_DEPTH = 10
 _BLOCK_ROWS = 512
 
 FloatArray = NDArray[np.float32]
@@ -98,13 +98,13 @@ def retrieval(query_vectors: FloatArray, corpus_vectors: FloatArray, qrels: Sequ
     """
     _require_finite(query_vectors, corpus_vectors)
     ranking = _ranking(unit(query_vectors), unit(corpus_vectors))
-    discounts = 1.0 / np.log2(np.arange(2, DEPTH + 2))
+    discounts = 1.0 / np.log2(np.arange(2, _DEPTH + 2))
     gains: list[float] = []
     recalls: list[float] = []
     for ranked, judged in zip(ranking, qrels, strict=True):
         relevance = np.array([max(judged.get(int(document), 0), 0) for document in ranked], np.float64)
         ideal = np.sort(np.array([score for score in judged.values() if score > 0], np.float64))[::-1]
-        best = float(np.sum(ideal[:DEPTH] * discounts[: len(ideal)]))
+        best = float(np.sum(ideal[:_DEPTH] * discounts[: len(ideal)]))
         gains.append(float(np.sum(relevance * discounts[: len(relevance)])) / best)
         recalls.append(np.count_nonzero(relevance) / len(ideal))
     return Retrieved(float(np.mean(gains)), float(np.mean(recalls)), ranking)
@@ -169,7 +169,7 @@ def _compare(figure: str, float32: float, artifact: float) -> Comparison:
 
 def _ranking(queries: NDArray[np.float64], documents: NDArray[np.float64]) -> NDArray[np.int64]:
     """Rank each query's nearest documents by dot product, int64[queries, min(10, documents)]; ties keep file order."""
-    depth = min(DEPTH, len(documents))
+    depth = min(_DEPTH, len(documents))
     ranking = np.empty((len(queries), depth), np.int64)
     for start in range(0, len(queries), _BLOCK_ROWS):
         similarities = queries[start : start + _BLOCK_ROWS] @ documents.T

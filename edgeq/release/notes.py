@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edgeq.release.eligibility import Candidate
 
 NOTES = "RELEASE_NOTES.md"
-TEMPLATE = "release_notes.md.j2"
+_TEMPLATE = "release_notes.md.j2"
 _NONE = "-"
 
 
@@ -48,7 +48,7 @@ def release_notes(
         loader=PackageLoader("edgeq.release"), undefined=StrictUndefined, autoescape=False,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_plain,
     )  # fmt: skip
-    return environment.get_template(TEMPLATE).render(
+    return environment.get_template(_TEMPLATE).render(
         version=version,
         sections=[_section(each, before.get(each.name), previous is not None) for each in packed],
         gone=[f"{model} for {target}" for model, target in before if (model, target) not in {p.name for p in packed}],

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from edgeq.release.eligibility import Candidate
 
 SUFFIX = ".intoto.json"
-STATEMENT = "https://in-toto.io/Statement/v1"
-PREDICATE = "https://slsa.dev/provenance/v1"
-BUILD_TYPE = "urn:edgeq:release:1"  # its parameters are described in docs/releasing.md
-BUILDER = "urn:edgeq:cli"
+_STATEMENT = "https://in-toto.io/Statement/v1"
+_PREDICATE = "https://slsa.dev/provenance/v1"
+_BUILD_TYPE = "urn:edgeq:release:1"  # its parameters are described in docs/releasing.md
+_BUILDER = "urn:edgeq:cli"
 
 
 def provenance(candidate: Candidate, version: str, archive: FileRef, packer: dict[str, str], own_version: str) -> bytes:
@@ -35,12 +35,12 @@ def provenance(candidate: Candidate, version: str, archive: FileRef, packer: dic
     manifest = candidate.manifest
     scheme = manifest.qdq_model.scheme
     statement = {
-        "_type": STATEMENT,
+        "_type": _STATEMENT,
         "subject": [_resource(archive)],
-        "predicateType": PREDICATE,
+        "predicateType": _PREDICATE,
         "predicate": {
             "buildDefinition": {
-                "buildType": BUILD_TYPE,
+                "buildType": _BUILD_TYPE,
                 "externalParameters": {
                     "command": list(manifest.command),
                     "model": manifest.source.name,
@@ -57,7 +57,7 @@ def provenance(candidate: Candidate, version: str, archive: FileRef, packer: dic
                 "resolvedDependencies": _dependencies(candidate),
             },
             "runDetails": {
-                "builder": {"id": BUILDER, "version": {"edgeq": own_version}},
+                "builder": {"id": _BUILDER, "version": {"edgeq": own_version}},
                 "byproducts": [_resource(manifest.parity), _resource(manifest.golden.vectors)],
             },
         },

@@ -24,10 +24,10 @@ from edgeq.release.pack import import_zstandard
 from edgeq.system.files import storage_errors
 from edgeq.system.untrusted import unsafe_name
 
-MOST_FILES = 10_000
-MOST_BYTES = 16 << 30
+_MOST_FILES = 10_000
+_MOST_BYTES = 16 << 30
 # Integer weights hardly compress, so an archive that grows more is malicious; small files may grow freely.
-MOST_GROWTH, GROWTH_FREE_BYTES = 200, 64 << 20
+_MOST_GROWTH, _GROWTH_FREE_BYTES = 200, 64 << 20
 _WINDOW_BYTES = 1 << 27
 _CHUNK = 1 << 20
 _BLOCK = tarfile.BLOCKSIZE
@@ -46,7 +46,7 @@ def unpack(archive: Path, into: Path) -> Path:
     """
     with storage_errors(f"unpacking {archive}"), archive.open("rb") as file:
         size = archive.stat().st_size
-        target = _Target(archive, into, min(MOST_BYTES, GROWTH_FREE_BYTES + MOST_GROWTH * size))
+        target = _Target(archive, into, min(_MOST_BYTES, _GROWTH_FREE_BYTES + _MOST_GROWTH * size))
         magic = file.read(4)
         file.seek(0)
         if magic == b"\x28\xb5\x2f\xfd":
@@ -92,8 +92,8 @@ class _Target:
         reason = unsafe_name(name)
         if reason is not None:
             raise self.problem(f"it holds a file {name[:100]!r}, {reason}")
-        if len(self._names) >= MOST_FILES:
-            raise self.problem(f"it holds more than {MOST_FILES:,} files")
+        if len(self._names) >= _MOST_FILES:
+            raise self.problem(f"it holds more than {_MOST_FILES:,} files")
         if not 0 <= size <= self._left:
             raise self.problem(f"with {name} ({size:,} bytes) it holds more than the {self._most:,} bytes it may")
         self._left -= size
@@ -177,8 +177,8 @@ def _require_small_directory(file: IO[bytes], size: int, target: _Target) -> Non
     if len(tail) < _ZIP_END.size or tail[:4] != b"PK\x05\x06":
         raise target.problem("the zip file is cut off, or has a comment")
     count, directory_bytes = _ZIP_END.unpack(tail)[4:6]
-    if count > MOST_FILES or directory_bytes > _DIRECTORY_BYTES:
-        raise target.problem(f"it says it holds {count:,} files; at most {MOST_FILES:,} may be there")
+    if count > _MOST_FILES or directory_bytes > _DIRECTORY_BYTES:
+        raise target.problem(f"it says it holds {count:,} files; at most {_MOST_FILES:,} may be there")
 
 
 @contextmanager

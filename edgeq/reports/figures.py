@@ -15,7 +15,7 @@ from edgeq.evaluation import parity
 from edgeq.records import Measures
 from edgeq.reports.contents import Pair, TextError, WorstText
 
-WORST_TEXTS = 10
+_WORST_TEXTS = 10
 _SHOWN_CHARS = 200
 
 DoubleArray = NDArray[np.float64]
@@ -83,5 +83,5 @@ def worst_texts(
                 for item in artifacts
             ),
         )
-        for row in np.argsort(lowest, kind="stable")[:WORST_TEXTS].tolist()
+        for row in np.argsort(lowest, kind="stable")[:_WORST_TEXTS].tolist()
     )

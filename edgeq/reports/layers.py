@@ -17,7 +17,7 @@ from edgeq.records import FileRef
 from edgeq.reports.bundles import Found
 from edgeq.reports.contents import Layers
 
-MOST_TEXTS = 64  # a layer's error is a mean over thousands of tokens; more texts hardly change it
+_MOST_TEXTS = 64  # a layer's error is a mean over thousands of tokens; more texts hardly change it
 
 
 def layers(found: Sequence[Found], tokens: Tokens, cache: Path) -> tuple[Layers, ...]:
@@ -28,7 +28,7 @@ def layers(found: Sequence[Found], tokens: Tokens, cache: Path) -> tuple[Layers,
         tokens: of the texts; evenly spaced ones of them are run.
         cache: the cache's folder.
     """
-    rows = evenly_spaced(len(tokens.ids), MOST_TEXTS)
+    rows = evenly_spaced(len(tokens.ids), _MOST_TEXTS)
     few = Tokens(tuple(tokens.ids[row] for row in rows), 0, tokens.pad_id)
     by_model: dict[str, list[Found]] = {}
     for item in found:

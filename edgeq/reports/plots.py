@@ -22,23 +22,23 @@ if TYPE_CHECKING:
 
 INSTALL = 'pip install "edgeq[report]"'
 # The page has a CSS variable for each of these colours, with one value for light and one for dark.
-INK, LINE = "#1b1f24", "#d0d4da"
-SERIES = ("#0b62c4", "#c2410c", "#0f7b4f", "#8b2fc9", "#a16207", "#be185d", "#0e7490", "#57534e")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_VARIABLES = {INK: "--ink", LINE: "--line", **{colour: f"--series-{n}" for n, colour in enumerate(SERIES)}}
+_INK, _LINE = "#1b1f24", "#d0d4da"
+_SERIES = ("#0b62c4", "#c2410c", "#0f7b4f", "#8b2fc9", "#a16207", "#be185d", "#0e7490", "#57534e")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_VARIABLES = {_INK: "--ink", _LINE: "--line", **{colour: f"--series-{n}" for n, colour in enumerate(_SERIES)}}
 
 _WIDTH = 8.4  # inches; the page scales it
 _LEAST_ERROR = 1e-7  # of a cosine: the resolution of float32 vectors; a logarithmic axis has no zero
 _UNFUSED = frozenset({"QuantizeLinear", "DequantizeLinear"})
-_MOST_DTYPES = len(SERIES)
+_MOST_DTYPES = len(_SERIES)
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10.5,
-    "text.color": INK,
+    "text.color": _INK,
     "text.parse_math": False,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": INK,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _INK,
     "axes.facecolor": "none",
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -46,13 +46,13 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.unicode_minus": False,
     "figure.facecolor": "none",
-    "grid.color": LINE,
+    "grid.color": _LINE,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "lines.markersize": 6,
-    "xtick.color": INK,
-    "ytick.color": INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
 }
 
 
@@ -100,7 +100,7 @@ def layers(card: Card) -> str | None:
         for position, item in shown:
             tensors = _stream(item)
             rows = [names.index(tensor.label) for tensor in tensors]
-            style = {"color": _colour(position), "marker": MARKERS[position % len(MARKERS)], "label": item.scheme}
+            style = {"color": _colour(position), "marker": _MARKERS[position % len(_MARKERS)], "label": item.scheme}
             left.plot([tensor.relative_error for tensor in tensors], rows, **style)
             right.plot(_errors([tensor.cosine_mean for tensor in tensors]), rows, **style)
         _logarithmic(right, "x")
@@ -129,12 +129,12 @@ def latency(card: Card) -> str | None:
         axes = figure.subplots()
         for position, row, milliseconds, measures in timed:
             error = _errors([measures.cosine_mean])
-            marker = MARKERS[position % len(MARKERS)]
+            marker = _MARKERS[position % len(_MARKERS)]
             axes.plot([milliseconds], error, linestyle="none", marker=marker, markersize=10, color=_colour(position),
                       label=row.name)  # fmt: skip
         if reference is not None:
             label = f"{reference.name} (distance 0)"
-            axes.axvline(reference.latency[-1].latency.p50_ms, color=INK, linestyle="--", linewidth=1.2, label=label)
+            axes.axvline(reference.latency[-1].latency.p50_ms, color=_INK, linestyle="--", linewidth=1.2, label=label)
         axes.margins(y=0.3)
         _logarithmic(axes, "y")
         axes.set_xlim(left=0.0)
@@ -157,7 +157,7 @@ def worst(card: Card) -> str | None:
         for column, name in enumerate(measured):
             errors = _errors([text.errors[column].cosine for text in card.worst_texts])
             position = positions[name]
-            marker = MARKERS[position % len(MARKERS)]
+            marker = _MARKERS[position % len(_MARKERS)]
             axes.plot(errors, range(len(errors)), linestyle="none", marker=marker, color=_colour(position), label=name)
         _logarithmic(axes, "x")
         axes.set_yticks(range(len(card.worst_texts)), [f"text {n + 1}" for n in range(len(card.worst_texts))])
@@ -221,7 +221,7 @@ def _errors(cosines: Sequence[float]) -> NDArray[np.float64]:
 
 
 def _colour(position: int) -> str:
-    return SERIES[position % len(SERIES)]
+    return _SERIES[position % len(_SERIES)]
 
 
 def _short(names: Sequence[str]) -> list[str]:

@@ -33,7 +33,7 @@ from edgeq.system.host import run_kind
 
 # Errors of one runtime that leave its row blank; the others still run.
 _BLANK = (ToolMissing, Unsupported, LoweringFailed, DeviceUnavailable, TimedOut)
-FLOAT, TORCH = "FP32 ONNX", "torch"
+FLOAT, _TORCH = "FP32 ONNX", "torch"
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def runners(found: Sequence[Found], float_model: Path | None, model: str | None)
     made = []
     if float_model is not None:
         made.append(Runner(FLOAT, "float32", lambda: FloatSession.of(float_model), "device", (), tokenizer, manifest))
-    made.append(Runner(TORCH, "torch", open_torch, "device", (), tokenizer, manifest))
+    made.append(Runner(_TORCH, "torch", open_torch, "device", (), tokenizer, manifest))
     return (*made, *(_artifact(item) for item in found))
 
 

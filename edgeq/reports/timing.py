@@ -13,13 +13,13 @@ from edgeq.errors import EdgeqError
 from edgeq.reports.contents import RunTime
 from edgeq.system.progress import Progress
 
-ROUNDS, RUNS, WARMUP_RUNS = 3, 20, 5
-LENGTHS = (16, 32, 128, 256)
+ROUNDS, RUNS, _WARMUP_RUNS = 3, 20, 5
+_LENGTHS = (16, 32, 128, 256)
 
 
 def lengths(limit: int) -> tuple[int, ...]:
     """Choose the lengths to time: 16, 32, 128 and 256 tokens, as far as every runtime takes them."""
-    return tuple(tokens for tokens in LENGTHS if tokens <= limit) or (limit,)
+    return tuple(tokens for tokens in _LENGTHS if tokens <= limit) or (limit,)
 
 
 def run_times(
@@ -49,7 +49,7 @@ def run_times(
         progress("latency", done, len(steps))
         job = Job(
             model=str(models[name]), threads=threads, batch=1, sequence=length, vocabulary=vocabulary, num_runs=RUNS,
-            warmup_runs=WARMUP_RUNS,
+            warmup_runs=_WARMUP_RUNS,
         )  # fmt: skip
         if name in failed:
             continue

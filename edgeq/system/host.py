@@ -87,7 +87,7 @@ def meets(runs_on: RunsOn) -> tuple[str, ...]:
 
 
 def run_kind(runs_on: RunsOn) -> RunKind:
-    """Say where an artifact runs when it runs here: on the device itself, or on what stands in for it."""
+    """Give the kind of run of an artifact on this machine: on the device itself, or on what stands in for it."""
     return runs_on.elsewhere if meets(runs_on) else "device"
 
 

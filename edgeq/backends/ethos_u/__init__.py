@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from edgeq.backends.ethos_u.compiler import Compiled, Settings
 
 COMPILED = "ethos_u/model_seq_{}_vela.tflite"
-INTEGER_MODEL = "ethos_u/model.tflite"  # the source of the compiled files, one signature for each
-RUNTIME = "litert"
+_INTEGER_MODEL = "ethos_u/model.tflite"  # the source of the compiled files, one signature for each
+_RUNTIME = "litert"
 
-ACCELERATORS = (
+_ACCELERATORS = (
     "ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256", "ethos-u65-512",
     "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024", "ethos-u85-2048",
 )  # fmt: skip
@@ -60,8 +60,8 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
         return f"missing or unknown: {', '.join(sorted(unknown))}"
     wrong = []
     accelerator, config = str(target.runtime["accelerator"]), str(target.runtime["system_config"])
-    if accelerator not in ACCELERATORS:
-        wrong.append(f"accelerator is {accelerator!r}; known are {', '.join(ACCELERATORS)}")
+    if accelerator not in _ACCELERATORS:
+        wrong.append(f"accelerator is {accelerator!r}; known are {', '.join(_ACCELERATORS)}")
     family = accelerator.rpartition("-")[0].replace("ethos-u", "Ethos_U")
     if not config.startswith(f"{family}_"):
         wrong.append(f"system_config is {config!r}, which is no {family}'s: Vela would take its clock without a word")
@@ -137,10 +137,10 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     made = []
     for bucket in buckets:
         # One signature in a file: Vela stores the weights again for each.
-        source, _ = tflite.integer_file(model, target.name, (bucket,), written, RUNTIME)
+        source, _ = tflite.integer_file(model, target.name, (bucket,), written, _RUNTIME)
         made.append(_compiled(source, f"{target.name}: bucket {bucket}", COMPILED.format(bucket), chosen, out_dir))
-    data, _ = tflite.integer_file(model, target.name, buckets, written, RUNTIME)
-    whole = _write(out_dir / INTEGER_MODEL, data)
+    data, _ = tflite.integer_file(model, target.name, buckets, written, _RUNTIME)
+    whole = _write(out_dir / _INTEGER_MODEL, data)
     return Artifact(
         backend=target.backend,
         target=target.name,
@@ -204,7 +204,7 @@ def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> 
         LoweringFailed: LiteRT refuses the file, or dies of it.
     """
     tflite.tools()
-    return tflite.open_session(bundle / INTEGER_MODEL, RUNTIME, threads or 1)
+    return tflite.open_session(bundle / _INTEGER_MODEL, _RUNTIME, threads or 1)
 
 
 def _write(path: Path, data: bytes) -> Path:

@@ -15,7 +15,7 @@ from ai_edge_litert import schema_py_generated as schema
 from edgeq.backends.tflite import kernels
 from edgeq.errors import LoweringFailed
 
-ON_NPU = "ethos-u"  # Vela's custom operator, which holds the NPU's command stream
+_ON_NPU = "ethos-u"  # Vela's custom operator, which holds the NPU's command stream
 _MAGIC, _CONFIGURE = b"COP1", 0x01
 _PRODUCTS = {0: "ethos-u55", 1: "ethos-u65", 2: "ethos-u85"}
 
@@ -48,7 +48,7 @@ def read(data: bytes, source: bytes, name: str) -> Finished:
     accelerators, on_host = set(), []
     for operator in graph.operators:
         code = model.operatorCodes[operator.opcodeIndex]
-        if code.customCode == ON_NPU.encode():
+        if code.customCode == _ON_NPU.encode():
             stream = model.buffers[graph.tensors[operator.inputs[0]].buffer].data
             accelerators.add(_accelerator(bytes(np.asarray(stream, np.uint8)), name))
             continue

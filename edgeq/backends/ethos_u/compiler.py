@@ -19,8 +19,8 @@ from edgeq.system.cache import Cache
 from edgeq.system.files import storage_errors, work_dir, write_bytes
 from edgeq.system.worker import fate
 
-CONFIG_FILE = "Arm/vela.ini"
-TIME_LIMIT_S = 600.0
+_CONFIG_FILE = "Arm/vela.ini"
+_TIME_LIMIT_S = 600.0
 LOGS = "logs"
 
 _REASON = re.compile(r"operator: (?P<kind>\S+), ofm: '(?P<output>[^']*)'\s*\nReason: (?P<reason>.+)")
@@ -47,7 +47,7 @@ class Compiled:
     reasons: Mapping[str, str]
 
 
-def compile_file(data: bytes, name: str, settings: Settings, time_limit_s: float = TIME_LIMIT_S) -> Compiled:
+def compile_file(data: bytes, name: str, settings: Settings, time_limit_s: float = _TIME_LIMIT_S) -> Compiled:
     """Compile a .tflite file of one signature.
 
     Args:
@@ -73,7 +73,7 @@ def compile_file(data: bytes, name: str, settings: Settings, time_limit_s: float
             return found
         option = _OPTION.search(log)
         if option is not None:
-            raise ConfigError(f"{name}: Vela: {option['text']}. Name one that {CONFIG_FILE} of ethos-u-vela holds.")
+            raise ConfigError(f"{name}: Vela: {option['text']}. Name one that {_CONFIG_FILE} of ethos-u-vela holds.")
         kept = _keep(log, name)
         if status < 0:
             found_in = crashing_operator.find(data, lambda one: _dies(one, folder, settings, name, time_limit_s))
@@ -92,7 +92,7 @@ def run_vela(source: Path, folder: Path, settings: Settings, name: str, time_lim
         ToolMissing: the interpreter cannot be started.
     """
     command = [
-        sys.executable, "-I", "-m", "ethosu.vela", str(source), "--output-dir", str(folder), "--config", CONFIG_FILE,
+        sys.executable, "-I", "-m", "ethosu.vela", str(source), "--output-dir", str(folder), "--config", _CONFIG_FILE,
         "--accelerator-config", settings.accelerator, "--system-config", settings.system_config,
         "--memory-mode", settings.memory_mode, "--arena-cache-size", str(settings.arena_kib * 1024),
         "--show-cpu-operations",

@@ -30,7 +30,7 @@ MODEL = "onnx/model.onnx"  # sentence-transformers and text-embeddings-inference
 
 # The operators that ONNX Runtime's optimiser writes for a MatMul, Gemm or Conv between DequantizeLinear nodes.
 # Source: onnxruntime 1.31, core/optimizer/qdq_transformer/selectors_actions.
-INTEGER_OPERATORS = frozenset({"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "QLinearConv"})
+_INTEGER_OPERATORS = frozenset({"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "QLinearConv"})
 
 _LEVELS = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
@@ -144,7 +144,7 @@ def placement(path: Path, model: QdqModel, target: Target) -> Placement:
         options.optimized_model_filepath = str(optimized)
         _load(path, options)
         graph = onnx.load(optimized).graph
-    products = (node for node in graph.node if node.op_type in INTEGER_OPERATORS)
+    products = (node for node in graph.node if node.op_type in _INTEGER_OPERATORS)
     convolutions = _convolutions(path)
     integer = {name for node in products for name in _names(node, convolutions)}
     return Placement(

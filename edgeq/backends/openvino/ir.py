@@ -27,7 +27,7 @@ _SINKS = ("Result", "Assign")  # operations that may have no output
 
 # Operations between a product and the 8-bit tensor that it reads.
 _DEQUANTISING = frozenset({"Subtract", "Multiply", "Reshape", "Transpose", "Convert"})
-EIGHT_BITS = frozenset({"int8", "uint8"})
+_EIGHT_BITS = frozenset({"int8", "uint8"})
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,13 @@ class Network:
             origin, port = seen.inputs[0]
             dtype = self.layers[origin].outputs[port].dtype
             if seen.operation == "Convert":
-                return dtype if dtype in EIGHT_BITS else layer.outputs[position].dtype
+                return dtype if dtype in _EIGHT_BITS else layer.outputs[position].dtype
             seen = self.layers[origin]
         return layer.outputs[position].dtype
 
     def is_integer_product(self, layer: Layer) -> bool:
         """Tell whether a layer is a MatMul of two 8-bit tensors."""
-        return layer.operation == "MatMul" and all(self.dtype_read(source) in EIGHT_BITS for source in layer.inputs)
+        return layer.operation == "MatMul" and all(self.dtype_read(source) in _EIGHT_BITS for source in layer.inputs)
 
 
 class _Reader:

@@ -15,7 +15,7 @@ from edgeq.data.tokens import Feeds, fitted, rows_by_bucket, token_feeds
 from edgeq.errors import ConfigError
 from edgeq.records import Target
 
-OUTPUT = "sentence_embedding"
+_OUTPUT = "sentence_embedding"
 _AGAIN = "Fetch or export the bundle again."
 
 
@@ -51,13 +51,13 @@ def _require_ports(xml: Path, model: Any) -> None:
     takes_images = names == {PIXELS} and ranks == {4}
     unknown = names - {"input_ids", "attention_mask", "token_type_ids"}
     outputs = {name for port in model.outputs for name in port.get_names()}
-    if takes_images and OUTPUT in outputs:
+    if takes_images and _OUTPUT in outputs:
         return
-    if unknown or not {"input_ids", "attention_mask"} <= names or ranks != {2} or OUTPUT not in outputs:
+    if unknown or not {"input_ids", "attention_mask"} <= names or ranks != {2} or _OUTPUT not in outputs:
         raise ConfigError(
             f"{xml}: inputs are {', '.join(sorted(names))} of {sorted(ranks)} axes, outputs "
-            f"{', '.join(sorted(outputs))}; input_ids and attention_mask of 2 axes, or {PIXELS} of 4, and {OUTPUT} are "
-            f"needed. {_AGAIN}"
+            f"{', '.join(sorted(outputs))}; input_ids and attention_mask of 2 axes, or {PIXELS} of 4, and {_OUTPUT} "
+            f"are needed. {_AGAIN}"
         )
 
 
@@ -69,7 +69,7 @@ class OpenvinoSession:
         self._xml = xml
         self._request = compiled_model.create_infer_request()
         self._inputs = [port.get_any_name() for port in compiled_model.inputs]
-        self._output = compiled_model.output(OUTPUT)
+        self._output = compiled_model.output(_OUTPUT)
 
     def __call__(self, feeds: AnyFeeds) -> Embeddings:
         """Give the sentence embeddings, float32[batch, dim].

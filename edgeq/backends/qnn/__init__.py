@@ -29,7 +29,7 @@ FOLDER = "qnn"
 # The SoCs whose number and HTP version are known. Source: pytorch/executorch, backends/qualcomm/serialization,
 # qc_schema.py (QcomChipset); 60, Snapdragon X Elite: microsoft/Olive, the option `soc` of its QNN context binary pass;
 # 30: what QAIRT 2.51 writes for v68 without a number.
-HTP_OF_SOC = {30: 68, 43: 73, 57: 75, 60: 73, 69: 79, 87: 81}
+_HTP_OF_SOC = {30: 68, 43: 73, 57: 75, 60: 73, 69: 79, 87: 81}
 
 _SETTINGS = {"soc_model", "htp_arch", "vtcm_mb", "optimization_mode", "io"}
 _LOWEST_GLIBC = (2, 35)  # Source: onnxruntime-qnn 2.7.0, the wheel's tag manylinux_2_35_x86_64
@@ -56,9 +56,9 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
 def names_one_soc(model: QdqModel, target: Target) -> str | None:
     """soc_model must be a known SoC and htp_arch its own: the compiler lets soc_model win without a word."""
     soc, arch = (target.runtime.get(key) for key in ("soc_model", "htp_arch"))
-    if soc not in HTP_OF_SOC:
-        return f"soc_model is {soc}; known are {', '.join(map(str, HTP_OF_SOC))}"
-    known = HTP_OF_SOC[int(soc)]
+    if soc not in _HTP_OF_SOC:
+        return f"soc_model is {soc}; known are {', '.join(map(str, _HTP_OF_SOC))}"
+    known = _HTP_OF_SOC[int(soc)]
     return None if arch == known else f"soc_model {soc} has HTP v{known}, htp_arch is {arch}"
 
 

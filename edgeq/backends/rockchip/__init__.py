@@ -47,7 +47,7 @@ TOOLKIT = Environment(
 )  # fmt: skip
 
 # Source: rknn-toolkit2 2.5.0, `help(RKNN.config)`: the SoCs with 16-bit floating point on their NPU.
-PLATFORMS = ("rk3562", "rk3566", "rk3568", "rk3576", "rk3588")
+_PLATFORMS = ("rk3562", "rk3566", "rk3568", "rk3576", "rk3588")
 
 _SETTINGS = {"platform"}
 _TIME_LIMIT_S = 1800.0
@@ -66,7 +66,7 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
     if unknown:
         return f"missing or unknown: {', '.join(sorted(unknown))}"
     platform = target.runtime["platform"]
-    return None if platform in PLATFORMS else f'platform is "{platform}"; known are {", ".join(PLATFORMS)}'
+    return None if platform in _PLATFORMS else f'platform is "{platform}"; known are {", ".join(_PLATFORMS)}'
 
 
 RULES: tuple[Rule, ...] = (reads_tokens, leaves_codes_to_a_vendor, has_buckets, has_known_settings)

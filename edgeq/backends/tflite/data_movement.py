@@ -32,7 +32,7 @@ def _reordered(emit: Emitter, node: ir.Node) -> None:
     """Write a Gather of one axis's positions in a constant order."""
     order = constant(node.inputs[1])
     if order is None:
-        raise LoweringFailed(f"{node.name}: the order of its places is no constant")
+        raise LoweringFailed(f"{node.name}: the order of its positions is no constant")
     source = emit.read(node.inputs[0])
     axis = node.attributes["axis"].as_int() % len(source.shape) if "axis" in node.attributes else 0
     index = emit.out.constant(str(node.inputs[1].name), order.astype(np.int32))  # type: ignore[union-attr]

@@ -17,8 +17,8 @@ from edgeq.errors import ConfigError, DeviceUnavailable, EdgeqError, ParityFaile
 from edgeq.records import Record
 from edgeq.system.progress import Progress
 
-ATTEMPTS = 3  # to reach a device
-LONGEST_PAUSE_S = 60.0
+_ATTEMPTS = 3  # to reach a device
+_LONGEST_PAUSE_S = 60.0
 _STARTING_S = 120.0  # for Ray to start a worker
 _OWN_CPU = ("local", "arm64")  # transports that use the CPU of the cluster's machine
 
@@ -35,7 +35,7 @@ class Plan:
     """
 
     runs: int = 50
-    attempts: int = ATTEMPTS
+    attempts: int = _ATTEMPTS
     pause_s: float = 2.0
     ray: str | None = None
 
@@ -137,7 +137,7 @@ class Worker:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(DeviceUnavailable),
             stop=tenacity.stop_after_attempt(self._attempts),
-            wait=tenacity.wait_exponential(multiplier=self._pause_s, max=LONGEST_PAUSE_S),
+            wait=tenacity.wait_exponential(multiplier=self._pause_s, max=_LONGEST_PAUSE_S),
             reraise=True,
         )
         with tempfile.TemporaryDirectory(prefix="edgeq-lab-") as folder:
