@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SUFFIX = ".intoto.json"
 _STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://slsa.dev/provenance/v1"
-_BUILD_TYPE = "urn:edgeq:release:1"  # its parameters are described in docs/releasing.md
+_BUILD_TYPE = "urn:edgeq:release:1"  # its parameters are described in docs/guides/releasing.md
 _BUILDER = "urn:edgeq:cli"
 
 
