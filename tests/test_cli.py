@@ -22,7 +22,8 @@ from edgeq.backends.registry import BACKENDS
 from edgeq.bundle.golden import read_golden
 from edgeq.cli import console
 from edgeq.pipeline import export as pipeline
-from edgeq.pipeline.export import Exported, ExportRequest
+from edgeq.pipeline.export import Exported
+from edgeq.pipeline.request import ExportRequest
 
 TARGET = "x86-64-onnxruntime"
 EXPORT = ["export", "some-model", "--target", TARGET, "--out", "out"]
@@ -63,10 +64,10 @@ def stand_in(
 ) -> list[ExportRequest]:
     requests: list[ExportRequest] = []
 
-    def export(request: ExportRequest, report: Callable[[str, int, int], None]) -> tuple[Exported, ...]:
+    def export(request: ExportRequest, progress: Callable[[str, int, int], None]) -> tuple[Exported, ...]:
         requests.append(request)
-        report("observe", 0, 2)
-        report("observe", 2, 2)
+        progress("observe", 0, 2)
+        progress("observe", 2, 2)
         return act(request)
 
     monkeypatch.setattr(pipeline, "export", export)

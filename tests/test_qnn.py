@@ -117,7 +117,7 @@ def test_codes_give_the_vectors_that_floats_give(models: dict[str, QdqModel], tm
 @pytest.mark.parametrize("name", [found.name for found in targets.list_targets() if found.backend == "qnn"])
 def test_every_soc_gets_one_partition_of_its_own(models: dict[str, QdqModel], name: str, tmp_path: Path) -> None:
     found = targets.load_target(name)
-    assert host.place(found.runs_on) == "emulator"
+    assert host.run_kind(found.runs_on) == "emulator"
     chosen = models[found.scheme]
     wanted = target(found.scheme, name, (16,))
     assert qnn.rejections(chosen, wanted) == ()
@@ -184,11 +184,11 @@ def test_a_product_in_float_is_named(models: dict[str, QdqModel], tmp_path: Path
 
 def test_parts_and_nodes_elsewhere_are_refused() -> None:
     whole = {"provider": compiling.PROVIDER, "nodes": [["Gemm", "a"], ["Gelu", "b"]]}
-    assert compiling.placed([whole], "x") == ({"Gelu": 1, "Gemm": 1}, frozenset({"a"}))
+    assert compiling.operators_on_htp([whole], "x") == ({"Gelu": 1, "Gemm": 1}, frozenset({"a"}))
     with pytest.raises(LoweringFailed, match="in 2 partitions"):
-        compiling.placed([whole, whole], "x")
+        compiling.operators_on_htp([whole, whole], "x")
     with pytest.raises(LoweringFailed, match=r"c \(Gemm\) on CPUExecutionProvider"):
-        compiling.placed([whole, {"provider": "CPUExecutionProvider", "nodes": [["Gemm", "c"]]}], "x")
+        compiling.operators_on_htp([whole, {"provider": "CPUExecutionProvider", "nodes": [["Gemm", "c"]]}], "x")
 
 
 def test_a_binary_for_another_soc_is_refused_where_it_is_written(

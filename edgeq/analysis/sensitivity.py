@@ -7,7 +7,7 @@ means 16-bit activations there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -22,8 +22,7 @@ from edgeq.evaluation.parity import unit
 from edgeq.graph.float_session import FloatSession
 from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import Record, Scheme
-
-Report = Callable[[str, int, int], None]
+from edgeq.system.progress import Progress
 
 _TAIL = 0.1  # of the texts: the worst tenth counts as much as all of them
 _PRODUCTS = ("Gemm", "MatMul")
@@ -73,7 +72,7 @@ class Sensitivity(Record):
 
 def measure(
     float_model: onnx.ModelProto, qdq_model: onnx.ModelProto, scheme: Scheme, names: Sequence[str], tokens: Tokens,
-    report: Report,
+    progress: Progress,
 ) -> Sensitivity:  # fmt: skip
     """Promote each product alone, rank them, then promote 1, 2, 4, ... and all of them together.
 
@@ -83,7 +82,7 @@ def measure(
         scheme: of the QDQ model.
         names: of its integer products.
         tokens: of the texts that are compared.
-        report: called as `report(stage, done, total)`.
+        progress: called as `progress(stage, done, total)`.
 
     Raises:
         EdgeqError: a product is not in the models, or no vector comes out.
@@ -100,7 +99,7 @@ def measure(
     weights = _weights(float_model) if keeps_float else None
     found = []
     for done, name in enumerate(names):
-        report("sensitivity", done, len(names))
+        progress("sensitivity", done, len(names))
         quality = _quality(reference, embed(promoted(qdq_model, (name,), weights)))
         channels, outputs = _shape(float_model, name)
         found.append(
@@ -114,7 +113,7 @@ def measure(
         quality = _quality(reference, embed(promoted(qdq_model, chosen, weights)))
         steps.append(Step(promoted=count, added=tuple(chosen[before:]), quality=quality))
         before = count
-    report("sensitivity", len(names), len(names))
+    progress("sensitivity", len(names), len(names))
     return Sensitivity(scheme=scheme.name, texts=len(tokens.ids), base=base, products=tuple(ranked), steps=tuple(steps))
 
 

@@ -5,7 +5,7 @@ How much of a tensor's scale moves into weights (SmoothQuant's alpha) is searche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -30,9 +30,9 @@ from edgeq.quantization.convolution import map_tensors
 from edgeq.quantization.mixed import quantize_mixed
 from edgeq.quantization.rewrites.decompose_norms import follows, primitives
 from edgeq.quantization.schemes import SCHEMES
-from edgeq.records import Migration
+from edgeq.records import Smoothing
+from edgeq.system.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 SamplesT = TypeVar("SamplesT", bound=Samples)
 
 # By what makes the tensor. GELU outputs are not smoothed: a channel near zero on the calibration texts would get a
@@ -53,7 +53,7 @@ class Observed:
 
     model: onnx.ModelProto
     statistics: dict[str, Statistics]
-    migration: Migration
+    smoothing: Smoothing
     max_abs_error: float  # of the equalised model's embeddings against the float model's
 
 
@@ -94,7 +94,7 @@ def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Pro
     del graph, split  # each holds the weights once more
     smoothing = _search(model, parted, statistics, swept, held, longest, progress)
     equalized = ir.from_proto(parted)
-    smooth_scales.migrate(equalized.graph, statistics, swept, smoothing.strengths)
+    smooth_scales.migrate(equalized.graph, statistics, swept, smoothing.alphas)
     proto = ir.to_proto(equalized)
     read = [site.name for site in sites(equalized.graph)]
     primitives(equalized)
@@ -186,7 +186,7 @@ def _search(
     held: Samples,
     longest: int,
     progress: Progress,
-) -> Migration:
+) -> Smoothing:
     """Search SmoothQuant's alpha for each maker of tensors in turn, on the embeddings of texts that were not observed.
 
     The rounding error of the tensors themselves would overfit: a tensor whose channels all fill the range clips on
@@ -207,7 +207,7 @@ def _search(
         if score > best_score:
             best, best_score, best_mean = candidate, score, mean
         progress("equalize", done, len(plan))
-    return Migration(strengths=best, cosine_mean=best_mean, candidates=len(plan) + 1)
+    return Smoothing(alphas=best, cosine_mean=best_mean, candidates=len(plan) + 1)
 
 
 def _score(

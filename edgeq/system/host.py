@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeq.records import Place, RunsOn
+from edgeq.records import RunKind, RunsOn
 
 # numpy's name of a CPU feature -> the kernel's name of the flag. numpy asks the CPU itself, which is right under
 # user-mode emulation too, where /proc/cpuinfo shows the host's CPU.
@@ -86,8 +86,8 @@ def meets(runs_on: RunsOn) -> tuple[str, ...]:
     return tuple(missing)
 
 
-def place(runs_on: RunsOn) -> Place:
-    """Say where an artifact runs when it runs here: on the device itself, or on what stands in for it."""
+def run_kind(runs_on: RunsOn) -> RunKind:
+    """Give the kind of run of an artifact on this machine: on the device itself, or on what stands in for it."""
     return runs_on.elsewhere if meets(runs_on) else "device"
 
 
