@@ -306,7 +306,7 @@ def test_without_fp32_the_golden_texts_serve(tmp_path: Path, texts: Path) -> Non
 def test_the_texts_of_the_export_are_known_again(
     tmp_path: Path, float_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgeq.data.text_files import split
+    from edgeq.data.splits import sha256_text, split
 
     def written(digest: str, name: str) -> Path:
         recorded = make_report(make_target())
@@ -318,7 +318,7 @@ def test_the_texts_of_the_export_are_known_again(
     given = [" ".join(WORDS[i % 16] for i in range(start, start + 2 + start % 7)) for start in range(40)]
     texts = tmp_path / "given.txt"
     texts.write_text("\n".join(given), encoding="utf-8")
-    fifth = split(given)[1]
+    fifth = split(given, sha256_text)[1]
     assert len(fifth) >= 3
     cache = tmp_path / "cache"
     assert compared(written(sha256_texts(given), "same"), cache=cache, texts=texts).notes == ()

@@ -63,10 +63,10 @@ def stand_in(
 ) -> list[ExportRequest]:
     requests: list[ExportRequest] = []
 
-    def export(request: ExportRequest, report: Callable[[str, int, int], None]) -> tuple[Exported, ...]:
+    def export(request: ExportRequest, progress: Callable[[str, int, int], None]) -> tuple[Exported, ...]:
         requests.append(request)
-        report("observe", 0, 2)
-        report("observe", 2, 2)
+        progress("observe", 0, 2)
+        progress("observe", 2, 2)
         return act(request)
 
     monkeypatch.setattr(pipeline, "export", export)

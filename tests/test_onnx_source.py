@@ -265,9 +265,10 @@ def test_an_operator_that_cannot_be_taken_apart_is_named() -> None:
 def test_no_torch_is_needed(given: Path, body: Path, tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['sentence_transformers'] = None\n"
-        "from pathlib import Path; from edgeq import exporting, source; from edgeq.onnx_source import OnnxOptions\n"
-        f"located = source.locate({str(given)!r}, 'mean', OnnxOptions(Path({str(body)!r})))\n"
-        f"print(exporting.export(located, Path({str(tmp_path)!r}))[1].max_abs_error)"
+        "from pathlib import Path; from edgeq.frontend import export, locate\n"
+        "from edgeq.frontend.onnx.find import OnnxOptions\n"
+        f"located = locate.locate({str(given)!r}, 'mean', OnnxOptions(Path({str(body)!r})))\n"
+        f"print(export.export(located, Path({str(tmp_path)!r}))[1].max_abs_error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -333,9 +333,9 @@ def test_texts_that_are_evaluated_on_are_refused(request_: export.ExportRequest,
     assert request_.texts is not None
     line = request_.texts.read_text(encoding="utf-8").splitlines()
     # A calibration text, in other spacing and case.
-    from edgeq.data.text_files import split
+    from edgeq.data.splits import sha256_text, split
 
-    kept, _ = split(line)
+    kept, _ = split(line, sha256_text)
     (tmp_path / "evaluation.txt").write_text(f"something else entirely\n  {kept[0].upper()} \n", encoding="utf-8")
     with pytest.raises(ConfigError, match="text 2"):
         export.export(replace(request_, evaluation=(tmp_path / "evaluation.txt",)), silent)

@@ -112,8 +112,12 @@ def test_a_real_export_is_recorded_and_every_change_of_the_record_fails_the_comp
     path.write_text(json.dumps(content), encoding="utf-8")
     done = run("compare")
     differing = [line for line in done.stdout.splitlines() if line.startswith("DIFFERS")]
-    assert done.returncode == 1 and differing == [  # the stages that are not named here gave the same bytes again
-        "DIFFERS: bert/stages/float model: new",
-        f"DIFFERS: bert/{TARGET}/gone: missing",
-        f"DIFFERS: {artifact}: 000000000000 -> {real[:12]}",
-    ]
+    assert (
+        done.returncode == 1
+        and differing
+        == [  # the stages that are not named here gave the same bytes again
+            "DIFFERS: bert/stages/float model: new",
+            f"DIFFERS: bert/{TARGET}/gone: missing",
+            f"DIFFERS: {artifact}: 000000000000 -> {real[:12]}",
+        ]
+    )

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from edgeq.analysis import layer_errors, sensitivity
 from edgeq.analysis.sensitivity import Product, Sensitivity
 from edgeq.backends.registry import find
 from edgeq.bundle import benchmark
 from edgeq.calibration import file
 from edgeq.data.plans import plan_texts
+from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokens import Tokens, text_tokens, token_limit
 from edgeq.errors import ConfigError, ParityFailed, Unsupported
 from edgeq.frontend import locate
@@ -23,10 +22,10 @@ from edgeq.graph import external_data
 from edgeq.pipeline import export as pipeline
 from edgeq.pipeline import stages
 from edgeq.pipeline.export import ExportRequest
-from edgeq.pipeline.stages import Report
 from edgeq.quantization import schemes
 from edgeq.records import Measures, Record, Scheme, Status, Target
 from edgeq.system import files
+from edgeq.system.progress import Progress
 
 MOST_TEXTS = 48  # each product runs all of them once: more texts do not change the ranking
 TIMED_TOKENS = 128
@@ -72,12 +71,12 @@ class Analysis(Record):
     found: Scheme | None  # the cheapest scheme that was found to hold the gate; None when none was looked for
 
 
-def analyze(request: AnalysisRequest, report: Report) -> Analysis:
+def analyze(request: AnalysisRequest, progress: Progress) -> Analysis:
     """Measure each product, price the shapes, and look for the cheapest scheme that holds, as far as asked for.
 
     Args:
         request: what is wanted.
-        report: called with (stage, done, total).
+        progress: called as `progress(stage, done, total)`.
 
     Raises:
         Unsupported: the target's codes are made by a vendor's compiler.
@@ -91,10 +90,10 @@ def analyze(request: AnalysisRequest, report: Report) -> Analysis:
             f"{target.name}: the scheme {own.name} leaves the codes to the vendor's compiler; one whose codes edgeq "
             "makes is needed. Analyse the model for another target."
         )
-    found = _sensitivity(request.export, target, report)
+    found = _sensitivity(request.export, target, progress)
     integer = own.leaves_nothing_float
     with tempfile.TemporaryDirectory() as folder:
-        trials = _Trials(request.export, Path(folder), report)
+        trials = _Trials(request.export, Path(folder), progress)
         costs = _costs(found.products, trials) if request.is_costed or request.is_automatic else ()
         scheme = _cheapest(found.products, costs, trials) if request.is_automatic else None
     return Analysis(
@@ -107,7 +106,7 @@ def analyze(request: AnalysisRequest, report: Report) -> Analysis:
     )
 
 
-def _sensitivity(request: ExportRequest, target: Target, report: Report) -> Sensitivity:
+def _sensitivity(request: ExportRequest, target: Target, progress: Progress) -> Sensitivity:
     located = locate.locate(request.model, request.pooling, request.onnx, tower=request.tower)
     if located.takes_images:
         raise ConfigError(
@@ -118,10 +117,10 @@ def _sensitivity(request: ExportRequest, target: Target, report: Report) -> Sens
         request.texts, request.column, request.validation, request.evaluation, request.samples, request.seed
     )
     find(target.backend, target.name).tools()
-    report("export", 0, 1)
+    progress("export", 0, 1)
     floats = stages.float_model(located, request.hidden_state, request.cache)
-    report("export", 1, 1)
-    calibrated = stages.calibrated(floats, texts, request.seed, request.cache, report)
+    progress("export", 1, 1)
+    calibrated = stages.calibrated(floats, texts, request.seed, request.cache, progress)
     model = stages.quantized(target, calibrated, request.cache)
     equalized = external_data.load(Path(calibrated.equalized.file.path))
     statistics = file.load(Path(calibrated.calibration.file.path))
@@ -129,19 +128,19 @@ def _sensitivity(request: ExportRequest, target: Target, report: Report) -> Sens
     limit = token_limit(target.buckets_tokens, model.max_sequence)
     tokens = text_tokens(stages.validation(floats, texts, request.cache, limit).samples)
     by_length = sorted(range(len(tokens.ids)), key=lambda row: len(tokens.ids[row]))
-    rows = np.linspace(0, len(by_length) - 1, min(MOST_TEXTS, len(by_length))).round().astype(int)
+    rows = evenly_spaced(len(by_length), MOST_TEXTS)
     few = Tokens(tuple(tokens.ids[by_length[row]] for row in rows), 0, tokens.pad_id)
     qdq = external_data.load(Path(model.file.path))
-    return sensitivity.measure(counterpart, qdq, model.scheme, model.integer_matmuls, few, report)
+    return sensitivity.measure(counterpart, qdq, model.scheme, model.integer_matmuls, few, progress)
 
 
 class _Trials:
     """Export the target with products raised, each set once, and keep what came out."""
 
-    def __init__(self, request: ExportRequest, folder: Path, report: Report) -> None:
+    def __init__(self, request: ExportRequest, folder: Path, progress: Progress) -> None:
         self._request = request
         self._folder = folder
-        self._report = report
+        self._progress = progress
         self._known: dict[tuple[str, ...], tuple[Trial, Path]] = {}
 
     @property
@@ -161,7 +160,7 @@ class _Trials:
             files.write_bytes(path, scheme.model_dump_json().encode())
             out = self._folder / str(number)
             wanted = replace(self._request, scheme=path, out=out, keep_failed=True, dry_run=False)
-            (made,) = pipeline.export(wanted, self._report)
+            (made,) = pipeline.export(wanted, self._progress)
             trial = Trial(raised=scheme.raised, status=made.status, measures=made.parity, size_bytes=made.size_bytes)
             self._known[scheme.raised] = trial, Path(made.path)
         return self._known[scheme.raised]
@@ -175,7 +174,7 @@ class _Trials:
         shapes = benchmark.Shapes(
             sequences=(min(TIMED_TOKENS, limit),), batches=(1,), threads=(1,), num_runs=40, warmup_runs=10
         )
-        measured = benchmark.measure(bundle, shapes, None, self._report)
+        measured = benchmark.measure(bundle, shapes, None, self._progress)
         time = measured.cells[0].latency
         return (time.p50_ms, None) if time else (None, f"it runs here on {measured.ran_on}, not on the device")
 

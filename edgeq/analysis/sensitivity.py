@@ -6,7 +6,7 @@ In a scheme that leaves nothing float its weights keep their codes, because rais
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -20,8 +20,7 @@ from edgeq.errors import EdgeqError
 from edgeq.evaluation.parity import unit
 from edgeq.graph.float_session import FloatSession
 from edgeq.records import Record, Scheme
-
-Report = Callable[[str, int, int], None]
+from edgeq.system.progress import Progress
 
 _TAIL = 0.1  # of the texts: the worst tenth counts as much as all of them
 _PRODUCTS = ("Gemm", "MatMul")
@@ -71,7 +70,7 @@ class Sensitivity(Record):
 
 def measure(
     float_model: onnx.ModelProto, qdq_model: onnx.ModelProto, scheme: Scheme, names: Sequence[str], tokens: Tokens,
-    report: Report,
+    progress: Progress,
 ) -> Sensitivity:  # fmt: skip
     """Raise each product alone, rank them, then raise 1, 2, 4, ... and all of them together.
 
@@ -81,7 +80,7 @@ def measure(
         scheme: of the QDQ model.
         names: of its integer products.
         tokens: of the texts that are compared.
-        report: called as `report(stage, done, total)`.
+        progress: called as `progress(stage, done, total)`.
 
     Raises:
         EdgeqError: a product is not in the models, or no vector comes out.
@@ -96,7 +95,7 @@ def measure(
     weights = None if scheme.leaves_nothing_float else _weights(float_model)
     found = []
     for done, name in enumerate(names):
-        report("sensitivity", done, len(names))
+        progress("sensitivity", done, len(names))
         quality = _quality(reference, embed(raised(qdq_model, (name,), weights)))
         channels, outputs = _shape(float_model, name)
         found.append(
@@ -110,7 +109,7 @@ def measure(
         quality = _quality(reference, embed(raised(qdq_model, chosen, weights)))
         steps.append(Step(raised=count, added=tuple(chosen[before:]), quality=quality))
         before = count
-    report("sensitivity", len(names), len(names))
+    progress("sensitivity", len(names), len(names))
     return Sensitivity(scheme=scheme.name, texts=len(tokens.ids), base=base, products=tuple(ranked), steps=tuple(steps))
 
 

@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,12 +17,12 @@ import numpy as np
 
 from edgeq.errors import ConfigError, EdgeqError, TimedOut, error_of
 from edgeq.records import Manifest, Place, Record
+from edgeq.system.progress import Progress
 
 if TYPE_CHECKING:
     from edgeq.data.batches import AnyFeeds
     from edgeq.data.sessions import Embeddings, Session
 
-Report = Callable[[str, int, int], None]
 
 _CELL_LIMIT_S = 900.0
 
@@ -90,14 +89,14 @@ class Shapes(Record):
     warmup_runs: int
 
 
-def measure(bundle: Path, shapes: Shapes, against: Path | None, report: Report) -> Benchmark:
+def measure(bundle: Path, shapes: Shapes, against: Path | None, progress: Progress) -> Benchmark:
     """Measure a bundle's artifact, and FP32 beside it, at every shape and number of threads.
 
     Args:
         bundle: what `edgeq export` wrote.
         shapes: the cells.
         against: the float model's ONNX file; None measures the artifact alone.
-        report: called as `report(stage, done, total)`.
+        progress: called as `progress(stage, done, total)`.
 
     Raises:
         ConfigError: a shape the model cannot take, or no float model where one is named.
@@ -116,14 +115,14 @@ def measure(bundle: Path, shapes: Shapes, against: Path | None, report: Report) 
     grid = [(t, b, s) for t in shapes.threads for b in shapes.batches for s in shapes.sequences]
     cells: list[Cell] = []
     for done, (threads, batch, sequence) in enumerate(grid):
-        report("measure", done, len(grid))
+        progress("measure", done, len(grid))
         jobs = [
             Job(model=str(model), threads=threads, batch=batch, sequence=sequence, vocabulary=vocabulary, pixels=pixels,
                 num_runs=shapes.num_runs, warmup_runs=shapes.warmup_runs)
             for model in (bundle, against) if model is not None
         ]  # fmt: skip
         cells.extend(_cells(jobs, [in_process(job) for job in jobs], is_device=ran_on == "device"))
-    report("measure", len(grid), len(grid))
+    progress("measure", len(grid), len(grid))
     return Benchmark(
         target=manifest.artifact.target,
         ran_on=ran_on,

@@ -59,8 +59,8 @@ def analyze(
         validation=validation, pooling=pooling, tower=tower, samples=samples, seed=seed, cache=store,
     )  # fmt: skip
     try:
-        with console.stages() as report:
-            found = scheme_search.analyze(scheme_search.AnalysisRequest(request, cost, auto is not None), report)
+        with console.stages() as progress:
+            found = scheme_search.analyze(scheme_search.AnalysisRequest(request, cost, auto is not None), progress)
     finally:
         store.close()
     if auto is not None and found.found is not None:

@@ -47,8 +47,8 @@ def bench(
         warmup_runs=warmup_runs,
     )
     float_file = None if alone else find_float_model(manifest, against)
-    with console.stages() as report:
-        found = measure(bundle, shapes, float_file, report)
+    with console.stages() as progress:
+        found = measure(bundle, shapes, float_file, progress)
     if as_json:
         console.put_json(found.model_dump(mode="json"))
         return

@@ -54,8 +54,8 @@ def compare(
         latency=latency,
         threads=threads,
     )
-    with console.stages() as report:
-        found = card.compare(request, report)
+    with console.stages() as progress:
+        found = card.compare(request, progress)
     if html is not None:
         card_page.write(found, html)
     if as_json:

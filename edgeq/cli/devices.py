@@ -80,8 +80,8 @@ def validate_lab(
     if html is not None:
         results_page.require(html)
     known = read_devices(devices)
-    with console.stages() as told:
-        results = validate_all(bundles, known, Plan(runs=runs, ray=ray), told)
+    with console.stages() as progress:
+        results = validate_all(bundles, known, Plan(runs=runs, ray=ray), progress)
     if html is not None:
         results_page.write(results, html)
     if as_json:

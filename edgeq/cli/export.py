@@ -12,7 +12,7 @@ from edgeq.cli.targets import TargetsDir
 
 if TYPE_CHECKING:
     from edgeq.pipeline.export import Exported, ExportRequest
-    from edgeq.pipeline.stages import Report
+    from edgeq.system.progress import Progress
 
 
 def export(
@@ -111,8 +111,8 @@ def export(
         cache=store,
     )
     try:
-        with console.stages() as report:
-            bundles = pipeline.export(request, report) if ray is None else _on_cluster(request, report, ray)
+        with console.stages() as progress:
+            bundles = pipeline.export(request, progress) if ray is None else _on_cluster(request, progress, ray)
     finally:
         store.close()
     if as_json:
@@ -122,10 +122,10 @@ def export(
     pipeline.require_passed(bundles)
 
 
-def _on_cluster(request: ExportRequest, report: Report, ray: str) -> tuple[Exported, ...]:
+def _on_cluster(request: ExportRequest, progress: Progress, ray: str) -> tuple[Exported, ...]:
     from edgeq.devices.lab.export import export_on_cluster
 
-    return export_on_cluster(request, report, None if ray == "local" else ray)
+    return export_on_cluster(request, progress, None if ray == "local" else ray)
 
 
 def _bundle(exported: Exported) -> dict[str, Any]:

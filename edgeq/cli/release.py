@@ -53,10 +53,10 @@ def release(
     """
     from edgeq.release.make import release as release_bundles
 
-    with console.stages() as report:
+    with console.stages() as progress:
         made = release_bundles(
             bundles, version, to, form=archive_format.value, previous=previous, key=key,
-            model_licence=model_licence, overwrite=overwrite, report=report,
+            model_licence=model_licence, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if as_json:
         console.put_json(made.model_dump(mode="json"))

@@ -71,8 +71,8 @@ def validate(
         from edgeq.devices.transports import Access, place_of
 
         place = place_of(on, Access(device_python, native, keep))
-        with console.stages() as told:
-            job = Job(bundle, runs=runs, threads=threads, time_limit_s=time_limit, progress=told)
+        with console.stages() as progress:
+            job = Job(bundle, runs=runs, threads=threads, time_limit_s=time_limit, progress=progress)
             found_there = place.validate(job)
         return conclude(found_there, place, bundle, as_json)
     from edgeq.bundle.manifest import load_manifest
@@ -82,8 +82,8 @@ def validate(
     manifest = load_manifest(bundle)
     require_kind(manifest, bundle, texts, images)
     float_file = find_float_model(manifest, against)
-    with console.stages() as report:
-        found = validate_bundle(bundle, texts, column, float_file, report, images)
+    with console.stages() as progress:
+        found = validate_bundle(bundle, texts, column, float_file, progress, images)
     if as_json:
         console.put_json(found.model_dump(mode="json"))
     else:

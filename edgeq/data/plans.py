@@ -6,16 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from edgeq.data.images import ImageFile, read_folder
-from edgeq.data.splits import spread
-from edgeq.data.text_files import deduplicate, default_texts, read_texts, refuse_overlap, sample, split
+from edgeq.data.splits import (
+    deduplicate,
+    evenly_spaced,
+    refuse_overlap,
+    sample,
+    sha256_text,
+    shared_items,
+    split,
+)
+from edgeq.data.text_files import default_texts, read_texts
 from edgeq.errors import ConfigError
 
 FEWEST_CALIBRATION = 16
 FEWEST_VALIDATION = 16
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def plan_texts(
             str(validation or "the default validation texts"),
         )
     else:
-        given, compared = split(given)
+        given, compared = split(given, sha256_text)
         compared_origin = f"{origin} (a fifth, by hash)"
     for file in evaluation:
         others = read_texts(file, column)
@@ -83,11 +88,12 @@ def plan_texts(
     return TextPlan(tuple(chosen), tuple(compared), origin, compared_origin)
 
 
-def spread_validation(plan: TextPlan | ImagePlan, most: int | None) -> TextPlan | ImagePlan:
-    """Keep at most so many of a plan's validation texts or images."""
+def limit_validation(plan: TextPlan | ImagePlan, most: int | None) -> TextPlan | ImagePlan:
+    """Keep at most `most` validation texts or images of a plan, evenly spaced in their order; None keeps all."""
+    rows = evenly_spaced(len(plan.validation), most)
     if isinstance(plan, TextPlan):
-        return replace(plan, validation=spread(plan.validation, most))
-    return replace(plan, validation=spread(plan.validation, most))
+        return replace(plan, validation=tuple(plan.validation[row] for row in rows))
+    return replace(plan, validation=tuple(plan.validation[row] for row in rows))
 
 
 @dataclass(frozen=True)
@@ -120,12 +126,10 @@ def plan_images(folder: Path, validation: Path | None, samples: int | None, seed
         compared, compared_origin = read_folder(validation), validation.name
         _refuse_overlap(given, folder, compared, validation)
     else:
-        compared = [item for item in given if bytes.fromhex(item.sha256)[0] % 5 == 0]
-        given = [item for item in given if bytes.fromhex(item.sha256)[0] % 5 != 0]
+        given, compared = split(given, lambda item: bytes.fromhex(item.sha256))
         compared_origin = f"{folder.name} (a fifth, by hash)"
-    if samples is not None and samples < len(given):
-        rows = np.random.default_rng(seed).choice(len(given), samples, replace=False)
-        given = [given[row] for row in sorted(rows)]
+    if samples is not None:
+        given = sample(given, samples, seed)
     if len(given) < FEWEST_CALIBRATION or len(compared) < FEWEST_VALIDATION:
         raise ConfigError(
             f"{folder}: {len(given)} different images are left to calibrate and {len(compared)} to validate; "
@@ -139,9 +143,4 @@ def _refuse_overlap(given: Sequence[ImageFile], folder: Path, compared: Sequence
     names = {item.sha256: item.name for item in given}
     both = [(names[item.sha256], item.name) for item in compared if item.sha256 in names]
     if both:
-        shown = "\n".join(f"  - {one} and {two}" for one, two in both[:_SHOWN])
-        more = f"\n  … and {len(both) - _SHOWN} more" if len(both) > _SHOWN else ""
-        raise ConfigError(
-            f"{len(both)} images stand in {folder} and in {validation}, which flatters the figures:\n{shown}{more}\n"
-            "Remove them from one of the two."
-        )
+        raise shared_items("images", str(folder), str(validation), [f"{one} and {two}" for one, two in both])

@@ -15,10 +15,11 @@ from typing import IO
 
 import psutil
 
-from edgeq.devices.contract import Job, Progress
+from edgeq.devices.contract import Job
 from edgeq.devices.report import DeviceReport, read_report
 from edgeq.errors import EdgeqError, LoweringFailed, ParityFailed, TimedOut, ToolMissing, error_of
 from edgeq.system.files import work_dir
+from edgeq.system.progress import Progress
 
 _STAGE = re.compile(r"\[validate\] ([a-z0-9 ]{1,40}) (\d{1,9})/(\d{1,9})")
 _LINE_BYTES, _LOG_LINES = 4096, 40

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from edgeq.devices.report import DeviceReport, PlaceKind
+from edgeq.system.progress import Progress, silent
 
-Progress = Callable[[str, int, int], None]
 DEFAULT_TIME_LIMIT_S = 900.0
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class Job:
     warmup: int = 5
     threads: int = 0
     time_limit_s: float = DEFAULT_TIME_LIMIT_S
-    progress: Progress = _silent
+    progress: Progress = silent
 
     def options(self, kind: PlaceKind) -> list[str]:
         """Give the device script's options."""

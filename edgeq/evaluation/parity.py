@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.data.batches import Samples
+from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokens import Feeds, Tokens, lengths
 from edgeq.errors import ConfigError, ParityFailed
 from edgeq.evaluation.gate import judge, judge_placement, judge_settings
@@ -107,8 +108,7 @@ def invariance(
     tokens = samples
     by_length = sorted(range(len(tokens.ids)), key=lambda row: (len(tokens.ids[row]), row))
     most = _INVARIANCE_TEXTS if parity_texts is None else _SLOW_INVARIANCE_TEXTS
-    spread = np.linspace(0, len(by_length) - 1, min(most, len(by_length))).round().astype(int)
-    chosen = [tokens.ids[by_length[position]] for position in spread]
+    chosen = [tokens.ids[by_length[position]] for position in evenly_spaced(len(by_length), most)]
     sizes = list(lengths(buckets_tokens, max_sequence)) or list(range(1, max_sequence + 1))
     widest = _smallest(sizes, len(chosen[-1]))
     mixed = session(_padded(chosen, widest, tokens.pad_id))
@@ -246,7 +246,7 @@ def _neighbours(rows: DoubleArray) -> NDArray[np.int64]:
 
 def _similarity_correlation(expected: DoubleArray, found: DoubleArray) -> float:
     """Rank-correlate the cosines of all pairs of rows."""
-    chosen = np.linspace(0, len(expected) - 1, min(_RANKED_TEXTS, len(expected))).round().astype(int)
+    chosen = evenly_spaced(len(expected), _RANKED_TEXTS)
     upper = np.triu_indices(len(chosen), k=1)
     return rank_correlation(*((rows[chosen] @ rows[chosen].T)[upper] for rows in (expected, found)))
 
@@ -266,8 +266,7 @@ def _smallest(lengths: Sequence[int], size: int) -> int:
 
 def _unpadded_invariance(session: Session, samples: Samples) -> float:
     """Give the smallest cosine between any two vectors of one image: alone, and in a batch in both orders."""
-    places = np.linspace(0, len(samples) - 1, min(_INVARIANCE_TEXTS, len(samples))).round().astype(int)
-    some = samples.chosen(places.tolist())
+    some = samples.chosen(evenly_spaced(len(samples), _INVARIANCE_TEXTS))
     count = len(some)
     alone, together, reverse = (
         np.concatenate([session(batch.feeds) for batch in given.batches(size, size)])

@@ -12,10 +12,10 @@ from edgeq.errors import ConfigError
 from edgeq.frontend.onnx.find import OnnxOptions, token_limit, tokenizer_file
 from edgeq.pipeline import export as pipeline
 from edgeq.pipeline.export import Exported
-from edgeq.pipeline.stages import Report
 from edgeq.records import Target
 from edgeq.system import files
 from edgeq.system.cache import Cache
+from edgeq.system.progress import Progress, silent
 from edgeq.targets import load_target
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def export(
     overwrite: bool = False,
     dry_run: bool = False,
     cache: Cache | None = None,
-    report: Report | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Exported, ...]:
     """Take a model to a verified bundle for each target; the options are those of `edgeq export`.
 
@@ -81,7 +81,7 @@ def export(
         overwrite: replace a bundle made from other inputs.
         dry_run: check everything, convert nothing.
         cache: for intermediate results; None takes the user's.
-        report: called as `report(stage, done, total)`.
+        progress: called as `progress(stage, done, total)`.
 
     Returns:
         One result for each target, in order.
@@ -123,14 +123,10 @@ def export(
             dry_run=dry_run,
             cache=cache or Cache(),
         )
-        results = pipeline.export(request, report or _silent)
+        results = pipeline.export(request, progress or silent)
     if not keep_failed:
         pipeline.require_passed(results)
     return results
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Report to nobody."""
 
 
 def _texts(texts: Sequence[str] | str | Path | None, place: Path) -> Path | None:

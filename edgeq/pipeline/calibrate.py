@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -27,8 +27,8 @@ from edgeq.quantization.quantize import quantize
 from edgeq.quantization.rewrites.decompose_norms import follows, primitives
 from edgeq.quantization.schemes import SCHEMES
 from edgeq.records import Migration
+from edgeq.system.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 SamplesT = TypeVar("SamplesT", bound=Samples)
 
 # Activations have no strength: most of their channels are quiet in any set of texts, and one that was blown up for it

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 from edgeq.backends.contract import Backend, HasOtherSettings, obstacle
@@ -14,6 +13,7 @@ from edgeq.evaluation import parity
 from edgeq.pipeline.stages import Validation
 from edgeq.records import Artifact, ParityReport, SettingReport, Target
 from edgeq.system import host
+from edgeq.system.progress import StageProgress
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def compare(
     target: Target,
     validation: Validation,
     max_sequence: int,
-    step: Callable[[int, int], None],
+    progress: StageProgress,
 ) -> tuple[ParityReport, Embeddings | None]:
     """Measure the artifact against FP32 and judge it; where its device is not here, say so.
 
@@ -50,24 +50,24 @@ def compare(
         target: its gate judges.
         validation: texts or images, and FP32's vectors of them.
         max_sequence: the longest sequence the model takes.
-        step: called as `step(done, total)`.
+        progress: called as `progress(done, total)`.
 
     Returns:
         The report, and the artifact's vectors, float32[texts, dim]; None when it was not run.
     """
     limit = token_limit(target.buckets_tokens, max_sequence)
     missing = obstacle(backend, target)
-    step(0, 2)
+    progress(0, 2)
     settings = _other_settings(backend, artifact, folder, target, validation, limit)
     if missing is not None:
-        step(2, 2)
+        progress(2, 2)
         _log.warning(
             "%s: was not run: %s. The bundle says so, and a release needs a report from a device.", target.name, missing
         )
         found = parity.not_run(target, artifact.placement, validation.record, missing, settings)
         return found, None
     embeddings, invariance = _measured(backend.load(artifact, folder, target), validation, target, limit)
-    step(2, 2)
+    progress(2, 2)
     found = parity.report(
         target, host.place(target.runs_on), artifact.placement, validation.reference, embeddings,
         validation.texts, validation.record, invariance, settings,

@@ -9,27 +9,25 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from edgeq.backends.contract import Backend
 from edgeq.backends.registry import find
 from edgeq.bundle.golden import GoldenData
 from edgeq.bundle.golden_images import GoldenImages, golden_images
 from edgeq.bundle.write import Lineage, require_place, write
-from edgeq.data.plans import plan_texts, spread_validation
+from edgeq.data.plans import limit_validation, plan_texts
 from edgeq.data.sessions import Embeddings
-from edgeq.data.splits import spread
+from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokens import Tokens, batches, token_feeds, token_limit
 from edgeq.errors import ConfigError, ParityFailed, Unsupported
 from edgeq.frontend import locate
 from edgeq.frontend.export import CONFIG
 from edgeq.frontend.onnx.find import OnnxOptions
 from edgeq.pipeline import check, compare, stages
-from edgeq.pipeline.stages import Report
 from edgeq.quantization import schemes
 from edgeq.records import Measures, ParityReport, Place, QdqModel, Record, Scheme, Status, Target
 from edgeq.system import files
 from edgeq.system.cache import Cache
+from edgeq.system.progress import Progress
 from edgeq.version import VERSION
 
 if TYPE_CHECKING:
@@ -97,20 +95,20 @@ class Shared:
         )
 
 
-Spread = Callable[[Shared, ExportRequest, Report], tuple[Exported, ...]]
+Spread = Callable[[Shared, ExportRequest, Progress], tuple[Exported, ...]]
 
 
-def one_by_one(shared: Shared, request: ExportRequest, report: Report) -> tuple[Exported, ...]:
+def one_by_one(shared: Shared, request: ExportRequest, progress: Progress) -> tuple[Exported, ...]:
     """Make the bundles here, one after the other."""
-    return tuple(bundled(target, shared, request, report) for target in request.targets)
+    return tuple(bundled(target, shared, request, progress) for target in request.targets)
 
 
-def export(request: ExportRequest, report: Report, spread: Spread = one_by_one) -> tuple[Exported, ...]:
+def export(request: ExportRequest, progress: Progress, spread: Spread = one_by_one) -> tuple[Exported, ...]:
     """Export, calibrate, quantise, lower, compare, and write a bundle for each target.
 
     Args:
         request: what is wanted.
-        report: called with (stage, done, total).
+        progress: called as `progress(stage, done, total)`.
         spread: makes the bundles of all targets out of what they share.
 
     Returns:
@@ -135,14 +133,14 @@ def export(request: ExportRequest, report: Report, spread: Spread = one_by_one) 
         require_place(request.out / target.name)
     if request.dry_run:
         return tuple(_not_run(target) for target in request.targets)
-    report("export", 0, 1)
+    progress("export", 0, 1)
     floats = stages.float_model(located, request.hidden_state, request.cache, request.float_ops)
-    report("export", 1, 1)
+    progress("export", 1, 1)
     for target in request.targets if floats.takes_images else ():
         as_given = check.unquantised(floats.model.file, floats.model.inputs, _scheme(request, target))
         _refuse(find(target.backend, target.name), as_given, target)
-    calibrated = stages.calibrated(floats, plan, request.seed, request.cache, report)
-    return spread(Shared(floats, calibrated, plan), request, report)
+    calibrated = stages.calibrated(floats, plan, request.seed, request.cache, progress)
+    return spread(Shared(floats, calibrated, plan), request, progress)
 
 
 def _copied(folder: Path, empty: Path) -> None:
@@ -172,7 +170,7 @@ def _plan(request: ExportRequest, located: locate.Located) -> Plan:
     return plan_images(request.images, request.validation, request.samples, request.seed)
 
 
-def bundled(target: Target, shared: Shared, request: ExportRequest, report: Report) -> Exported:
+def bundled(target: Target, shared: Shared, request: ExportRequest, progress: Progress) -> Exported:
     """Quantise, lower, compare and write one target's bundle.
 
     Raises:
@@ -181,21 +179,21 @@ def bundled(target: Target, shared: Shared, request: ExportRequest, report: Repo
     floats, calibrated, plan = shared.floats, shared.calibrated, shared.plan
     stage = f"{target.name}: "
     backend = find(target.backend, target.name)
-    report(f"{stage}quantize", 0, 1)
+    progress(f"{stage}quantize", 0, 1)
     model = stages.quantized(target, calibrated, request.cache, _scheme(request, target))
     _refuse(backend, model, target)
-    report(f"{stage}quantize", 1, 1)
-    report(f"{stage}reference", 0, 1)
+    progress(f"{stage}quantize", 1, 1)
+    progress(f"{stage}reference", 0, 1)
     limit = token_limit(target.buckets_tokens, model.max_sequence)
     few = target.gate.parity_texts
-    validation = stages.validation(floats, spread_validation(plan, few), request.cache, limit)
-    report(f"{stage}reference", 1, 1)
+    validation = stages.validation(floats, limit_validation(plan, few), request.cache, limit)
+    progress(f"{stage}reference", 1, 1)
     with files.work_dir() as work:
-        report(f"{stage}lower", 0, 1)
+        progress(f"{stage}lower", 0, 1)
         artifact = backend.lower(model, target, work)
-        report(f"{stage}lower", 1, 1)
+        progress(f"{stage}lower", 1, 1)
         found, embeddings = compare.compare(
-            backend, artifact, work, target, validation, model.max_sequence, partial(report, f"{stage}compare")
+            backend, artifact, work, target, validation, model.max_sequence, partial(progress, f"{stage}compare")
         )
         size = sum(ref.size_bytes for ref in artifact.files)
         path = request.out / target.name
@@ -268,15 +266,14 @@ def _golden(
 ) -> GoldenData | GoldenImages:
     """Choose texts of evenly spread lengths, so that short and long ones are both among the golden; or images."""
     if not isinstance(validation.samples, Tokens):
-        rows = list(spread(range(len(validation.texts)), GOLDEN_IMAGES))
+        rows = evenly_spaced(len(validation.texts), GOLDEN_IMAGES)
         return golden_images(
             floats.config, validation.samples.chosen(rows), [validation.texts[row] for row in rows],
             validation.reference[rows], None if embeddings is None else embeddings[rows],
         )  # fmt: skip
     tokens = validation.samples
     by_length = sorted(range(len(validation.texts)), key=lambda row: len(tokens.ids[row]))
-    places = np.unique(np.linspace(0, len(by_length) - 1, min(GOLDEN_TEXTS, len(by_length))).round().astype(int))
-    rows = [by_length[place] for place in places]
+    rows = [by_length[position] for position in evenly_spaced(len(by_length), GOLDEN_TEXTS)]
     chosen = tokens.chosen(rows)
     (batch,) = batches(chosen, batch_size=len(rows), max_tokens=len(rows) * max(len(ids) for ids in chosen.ids))
     order, feeds = [rows[row] for row in batch.rows], token_feeds(batch.feeds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +19,7 @@ from edgeq.calibration.file import load, save
 from edgeq.data.batches import PIXELS, Samples
 from edgeq.data.prepare import identities, prepare
 from edgeq.data.sessions import Embeddings, embed_batches
+from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.frontend import export
@@ -31,12 +32,12 @@ from edgeq.quantization import quantize, schemes
 from edgeq.records import Calibration, FloatModel, ImageSet, QdqModel, Record, Scheme, Source, Target, TextSet
 from edgeq.system import files
 from edgeq.system.cache import Cache, key
+from edgeq.system.progress import Progress
 from edgeq.targets import list_targets
 
 if TYPE_CHECKING:
     from edgeq.data.prepare import Plan
 
-Report = Callable[[str, int, int], None]
 FiledT = TypeVar("FiledT", FloatModel, Calibration, QdqModel)
 
 _log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def _ways_out(operators: Sequence[str]) -> str:
     )
 
 
-def calibrated(floats: Floats, plan: Plan, seed: int, cache: Cache, report: Report) -> Calibrated:
+def calibrated(floats: Floats, plan: Plan, seed: int, cache: Cache, progress: Progress) -> Calibrated:
     """Equalise and observe the float model, or take both from the cache."""
 
     def make(folder: Path) -> None:
@@ -151,7 +152,7 @@ def calibrated(floats: Floats, plan: Plan, seed: int, cache: Cache, report: Repo
         model = external_data.load(Path(floats.model.file.path))
         _announce_memory(model, given.samples.longest)
         with external_data.outside_if_large(model, folder / _WEIGHTS):
-            observed = calibrate.calibrate(model, given.samples, seed, report)
+            observed = calibrate.calibrate(model, given.samples, seed, progress)
             external_data.save(observed.model, folder / _EQUALIZED)
             save(observed.statistics, folder / _STATISTICS)
         if isinstance(given.samples, Tokens):  # for vendors whose compilers calibrate themselves
@@ -213,7 +214,7 @@ def quantized(target: Target, calibrated: Calibrated, cache: Cache, given: Schem
             )
         if scheme.vendor is not None and scheme.vendor.feeds:
             tokens = json.loads((calibrated.folder / _TOKENS).read_bytes())
-            files.write_bytes(folder / _FEEDS, json.dumps(spread(tokens, scheme.vendor.feeds)).encode())
+            files.write_bytes(folder / _FEEDS, json.dumps(spaced_by_length(tokens, scheme.vendor.feeds)).encode())
         parent = calibrated.equalized
         record = QdqModel(
             file=files.file_ref(folder / _QDQ),
@@ -241,16 +242,15 @@ def quantized(target: Target, calibrated: Calibrated, cache: Cache, given: Schem
     return found.model_copy(update={"feeds": found.feeds.model_copy(update={"path": str(folder / _FEEDS)})})
 
 
-def spread(tokens: Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:
-    """Choose texts of evenly spread lengths, the longest and the shortest among them.
+def spaced_by_length(tokens: Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:
+    """Choose texts evenly spaced by length, the longest and the shortest among them.
 
     Args:
         tokens: ids of each text.
         count: how many; all, where there are fewer.
     """
     by_length = sorted(tokens, key=len, reverse=True)
-    places = np.unique(np.linspace(0, len(by_length) - 1, min(count, len(by_length))).round().astype(int))
-    return [by_length[place] for place in places]
+    return [by_length[position] for position in evenly_spaced(len(by_length), count)]
 
 
 def validation(floats: Floats, plan: Plan, cache: Cache, limit: int) -> Validation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from edgeq.bundle.manifest import load_manifest, require_cpu
 from edgeq.data.batches import PIXELS
 from edgeq.data.prepare import Prepared, prepare
 from edgeq.data.sessions import Embeddings, embed_batches
-from edgeq.data.splits import spread
-from edgeq.data.text_files import deduplicate, default_texts, read_texts
+from edgeq.data.splits import deduplicate, evenly_spaced
+from edgeq.data.text_files import default_texts, read_texts
 from edgeq.data.tokens import Tokenizer, batches, token_limit
 from edgeq.errors import ConfigError
 from edgeq.evaluation.tasks import Embed
@@ -22,8 +22,7 @@ from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline import compare
 from edgeq.pipeline.stages import Validation
 from edgeq.records import Manifest, ParityReport
-
-Report = Callable[[str, int, int], None]
+from edgeq.system.progress import Progress
 
 
 def validate(
@@ -31,7 +30,7 @@ def validate(
     texts: Path | None,
     column: str | None,
     float_model: Path,
-    report: Report,
+    progress: Progress,
     images: Path | None = None,
 ) -> ParityReport:
     """Run texts or images through FP32 and a bundle's artifact, under every setting that runs here, and judge.
@@ -41,7 +40,7 @@ def validate(
         texts: the user's; None takes the default validation texts.
         column: which column of `texts` holds the text.
         float_model: the FP32 model that the bundle was made from.
-        report: called as `report(stage, done, total)`.
+        progress: called as `progress(stage, done, total)`.
         images: a folder of images, for a bundle of an image model.
 
     Raises:
@@ -53,14 +52,14 @@ def validate(
     target = manifest.target
     require_cpu(target)
     given = _given(manifest, bundle, texts, column, images)
-    report("float32", 0, 1)
+    progress("float32", 0, 1)
     reference = embed_batches(FloatSession.of(float_model), batches(given.samples), len(given.samples))
-    report("float32", 1, 1)
+    progress("float32", 1, 1)
     backend = find(manifest.artifact.backend, str(bundle))
     found, _ = compare.compare(
         backend, manifest.artifact, bundle, target,
         Validation(given.names, given.samples, given.record, reference),
-        manifest.source.max_sequence, partial(report, "artifact"),
+        manifest.source.max_sequence, partial(progress, "artifact"),
     )  # fmt: skip
     return found
 
@@ -77,7 +76,8 @@ def _given(manifest: Manifest, bundle: Path, texts: Path | None, column: str | N
 
         return prepare(read_folder(images), images.name, bundle, manifest.source.max_sequence)
     most = manifest.target.gate.parity_texts if texts is None else None  # the user's own run whole, however long
-    chosen = spread(deduplicate(read_texts(texts or default_texts()[1], column if texts else None)), most)
+    given = deduplicate(read_texts(texts or default_texts()[1], column if texts else None))
+    chosen = tuple(given[row] for row in evenly_spaced(len(given), most))
     limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
     return prepare(chosen, texts.name if texts else "default", bundle, limit)
 

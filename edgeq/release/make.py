@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgeq.bundle.checksums import SUMS, check_sums, write_sums
@@ -14,9 +14,8 @@ from edgeq.release.archives import read_archive
 from edgeq.release.eligibility import Candidate, examine, find_bundles
 from edgeq.release.notes import NOTES, Packed, release_notes
 from edgeq.system.files import file_ref, replacing_dir, storage_errors
+from edgeq.system.progress import Progress, silent
 from edgeq.version import VERSION
-
-Report = Callable[[str, int, int], None]
 
 _VERSION = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){2}(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?", re.ASCII)
 _FORMS = ("tar.zst", "zip")
@@ -42,7 +41,7 @@ def release(
     key: Path | None = None,
     model_licence: str | None = None,
     overwrite: bool = False,
-    report: Report = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> Release:
     """Release bundles. The same bundles, version and tools give the same bytes; a killed run leaves nothing.
 
@@ -55,7 +54,7 @@ def release(
         key: the secret key; without one EDGEQ_RELEASE_KEY, if set, holds it, else nothing is signed.
         model_licence: of the model, as an SPDX expression, for the bill of materials.
         overwrite: replace another release at `to`.
-        report: called as `report(stage, done, total)`.
+        progress: called as `progress(stage, done, total)`.
 
     Raises:
         ReleaseRefused: a bundle is not fit; the message gives every reason.
@@ -76,10 +75,10 @@ def release(
     with storage_errors(f"writing the release {to}"), replacing_dir(to) as partial:
         packed = []
         for place, (candidate, name) in enumerate(zip(candidates, names, strict=True)):
-            report("pack", place, len(candidates))
+            progress("pack", place, len(candidates))
             pack.pack(candidate.path, partial / name, form)
             packed.append(Packed(candidate, file_ref(partial / name, partial)))
-        report("pack", len(candidates), len(candidates))
+        progress("pack", len(candidates), len(candidates))
         _describe(partial, packed, version, form, packer, model_licence)
         notes = release_notes(version, packed, before, signer.public.text() if signer else None)
         (partial / NOTES).write_text(notes, encoding="utf-8", newline="\n")

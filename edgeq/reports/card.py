@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +22,10 @@ from edgeq.reports.layers import layers
 from edgeq.reports.rows import Outcome, Times, float_row, row
 from edgeq.reports.runs import FLOAT, Data, Run, run, runners
 from edgeq.system.host import describe
+from edgeq.system.progress import Progress
 from edgeq.version import VERSION
 
 __all__ = ["Card", "Request", "compare"]
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,14 @@ class Request:
     threads: int = 0
 
 
-def compare(request: Request, report: Report) -> Card:
+def compare(request: Request, progress: Progress) -> Card:
     """Run the same texts through every runtime and put what came out side by side.
 
     A runtime that cannot run here leaves its row blank, with the reason.
 
     Args:
         request: what is wanted.
-        report: called as `report(stage, done, total)`.
+        progress: called as `progress(stage, done, total)`.
 
     Raises:
         ConfigError: no bundle, bundles of different models, or texts or data sets that cannot be used.
@@ -73,15 +72,15 @@ def compare(request: Request, report: Report) -> Card:
     require_enough(chosen, MIN_TEXTS)
     limit = min(item.token_limit for item in found)
     data = Data(chosen.texts, limit, sts, retrieval)
-    runs = _run_all(found, float_file, request.model, data, report)
+    runs = _run_all(found, float_file, request.model, data, progress)
     own = None if float_file is None else runs[0]
     reference = chosen.recorded if own is None else own.embeddings
     if reference is None:
         raise EdgeqError(f"FP32 gave no vectors: {runs[0].error}")
     outcomes = [_outcome(item, reference, chosen.texts) for item in runs if item is not own]
     _require_one(outcomes)
-    times = _times(outcomes, found, float_file, request, limit, report)
-    report("layers", 0, 1)
+    times = _times(outcomes, found, float_file, request, limit, progress)
+    progress("layers", 0, 1)
     tokens = Tokenizer.from_file(found[0].path / "tokenizer.json", limit).encode(chosen.texts)
     by_name = {item.name: item for item in found}
     compared = [item.compared for item in outcomes if item.compared is not None]
@@ -107,7 +106,7 @@ def compare(request: Request, report: Report) -> Card:
         retrieval_queries=None if retrieval is None else len(retrieval.queries),
         notes=_notes(found, chosen, runs, limit, tokens.truncated),
     )
-    report("layers", 1, 1)
+    progress("layers", 1, 1)
     return card
 
 
@@ -126,15 +125,15 @@ def _float_file(found: Sequence[Found], request: Request) -> Path | None:
 
 
 def _run_all(
-    found: Sequence[Found], float_file: Path | None, model: str | None, data: Data, report: Report
+    found: Sequence[Found], float_file: Path | None, model: str | None, data: Data, progress: Progress
 ) -> tuple[Run, ...]:
     """Run one runtime after the other: two at once would fight over the cores."""
     waiting = runners(found, float_file, model)
     runs = []
     for runner in waiting:
-        report(f"run {runner.name}", 0, 1)
+        progress(f"run {runner.name}", 0, 1)
         runs.append(run(runner, data))
-        report(f"run {runner.name}", 1, 1)
+        progress(f"run {runner.name}", 1, 1)
     return tuple(runs)
 
 
@@ -167,7 +166,7 @@ def _times(
     float_file: Path | None,
     request: Request,
     limit: int,
-    report: Report,
+    progress: Progress,
 ) -> Times | None:
     """Time FP32 and every artifact that ran on its device, if that was asked for."""
     if not request.latency:
@@ -176,7 +175,7 @@ def _times(
     models = {} if float_file is None else {FLOAT: float_file}
     models |= {item.name: item.path for item in found if item.name in on_device}
     threads = request.threads or len(os.sched_getaffinity(0))
-    return timing.run_times(models, found[0].path / "tokenizer.json", timing.lengths(limit), threads, report)
+    return timing.run_times(models, found[0].path / "tokenizer.json", timing.lengths(limit), threads, progress)
 
 
 def _notes(found: Sequence[Found], chosen: Chosen, runs: Sequence[Run], limit: int, truncated: int) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from edgeq.bundle.golden import read_golden
 from edgeq.data.sessions import Embeddings
-from edgeq.data.text_files import deduplicate, default_texts, read_texts, split
+from edgeq.data.splits import deduplicate, sha256_text, split
+from edgeq.data.text_files import default_texts, read_texts
 from edgeq.data.tokens import sha256_texts
 from edgeq.errors import ConfigError
 from edgeq.reports.bundles import Found
@@ -55,7 +56,7 @@ def choose(found: Sequence[Found], texts: Path | None, column: str | None) -> Ch
     digest = sha256_texts(given)
     if wanted == {digest}:
         return Chosen(tuple(given), origin, None)
-    fifth = split(given)[1]
+    fifth = split(given, sha256_text)[1]
     if wanted == {sha256_texts(fifth)}:
         note = f"{origin}: the export calibrated on four fifths of it; the fifth that validated there is compared."
         return Chosen(tuple(fifth), f"{origin} (a fifth, by hash)", note)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from edgeq.analysis import layer_errors
 from edgeq.analysis.layer_errors import LayerErrors
 from edgeq.bundle.float_model import cached
 from edgeq.calibration.file import load
+from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokens import Tokens
 from edgeq.errors import EdgeqError
 from edgeq.graph import external_data
@@ -26,10 +25,10 @@ def layers(found: Sequence[Found], tokens: Tokens, cache: Path) -> tuple[Layers,
 
     Args:
         found: the bundles.
-        tokens: of the texts; evenly spread ones of them are run.
+        tokens: of the texts; evenly spaced ones of them are run.
         cache: the cache's folder.
     """
-    rows = np.linspace(0, len(tokens.ids) - 1, min(MOST_TEXTS, len(tokens.ids))).round().astype(int).tolist()
+    rows = evenly_spaced(len(tokens.ids), MOST_TEXTS)
     few = Tokens(tuple(tokens.ids[row] for row in rows), 0, tokens.pad_id)
     by_model: dict[str, list[Found]] = {}
     for item in found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from edgeq.bundle import benchmark
 from edgeq.errors import EdgeqError
 from edgeq.reports.contents import RunTime
+from edgeq.system.progress import Progress
 
 ROUNDS, RUNS, WARMUP_RUNS = 3, 20, 5
 LENGTHS = (16, 32, 128, 256)
@@ -25,7 +26,7 @@ def run_times(
     tokenizer: Path,
     sequences: Sequence[int],
     threads: int,
-    report: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> dict[str, tuple[RunTime, ...] | str]:
     """Time each model at each length, one text at a time.
 
@@ -34,7 +35,7 @@ def run_times(
         tokenizer: any of the model's, for the size of its vocabulary.
         sequences: tokens.
         threads: of each runtime.
-        report: called as `report(stage, done, total)`.
+        progress: called as `progress(stage, done, total)`.
 
     Returns:
         For each row its times, or the reason why there are none.
@@ -44,7 +45,7 @@ def run_times(
     failed: dict[str, str] = {}
     steps = [(length, name) for _ in range(ROUNDS) for length in sequences for name in models]
     for done, (length, name) in enumerate(steps):
-        report("latency", done, len(steps))
+        progress("latency", done, len(steps))
         job = benchmark.Job(
             model=str(models[name]), threads=threads, batch=1, sequence=length, vocabulary=vocabulary, num_runs=RUNS,
             warmup_runs=WARMUP_RUNS,
@@ -55,7 +56,7 @@ def run_times(
             samples.setdefault((name, length), []).append(benchmark.in_process(job))
         except EdgeqError as error:
             failed[name] = str(error)
-    report("latency", len(steps), len(steps))
+    progress("latency", len(steps), len(steps))
     times = {name: tuple(_joined(samples[name, length], length, threads) for length in sequences)
              for name in models if name not in failed}  # fmt: skip
     return {**times, **failed}

@@ -24,6 +24,7 @@ from edgeq.backends.qnn import compiling
 from edgeq.backends.qnn.static import static
 from edgeq.backends.rockchip import COMPILED, FEEDS, FOLDER, MODEL
 from edgeq.bundle.manifest import load_manifest
+from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokens import Tokenizer, fitted
 from edgeq.graph.static_shapes import fix_shapes
 from edgeq.quantization.vendor import vendor_form
@@ -56,7 +57,7 @@ def measure(workshop: Workshop, data: Path, wanted: Sequence[str] | None) -> Fig
 
 def spread(texts: Sequence[str], count: int) -> list[str]:
     """Take so many texts, evenly over all of them."""
-    return [texts[i] for i in np.linspace(0, len(texts) - 1, min(count, len(texts))).round().astype(int)]
+    return [texts[row] for row in evenly_spaced(len(texts), count)]
 
 
 def _quality(item: Made, expected: quality.Vectors, texts: Sequence[str], tokenizer: Tokenizer) -> Figures:

@@ -14,20 +14,20 @@ from edgeq.devices.lab.cluster import RESTARTS, cluster, gathered, packed, requi
 from edgeq.errors import DeviceUnavailable, EdgeqError
 from edgeq.pipeline import export
 from edgeq.pipeline.export import Exported, ExportRequest, Shared
-from edgeq.pipeline.stages import Report
 from edgeq.records import Target
 from edgeq.system.cache import Cache
 from edgeq.system.files import write_bytes
+from edgeq.system.progress import Progress
 
 _SILENT_S = 7200.0  # one bundle of an emulated target may take long
 
 
-def export_on_cluster(request: ExportRequest, report: Report, address: str | None) -> tuple[Exported, ...]:
+def export_on_cluster(request: ExportRequest, progress: Progress, address: str | None) -> tuple[Exported, ...]:
     """Export as `pipeline.export` does, each target's bundle on a machine of the cluster.
 
     Args:
         request: what is wanted. Images must lie at the same path on every machine.
-        report: called with (stage, done, total).
+        progress: called as `progress(stage, done, total)`.
         address: host:port of a running cluster; None works on this machine, as many targets at once as it has cores.
 
     Raises:
@@ -36,15 +36,15 @@ def export_on_cluster(request: ExportRequest, report: Report, address: str | Non
         EdgeqError: any stage; of several targets that fail, the first one's. The bundles of the others are written.
     """
 
-    def spread(shared: Shared, request: ExportRequest, report: Report) -> tuple[Exported, ...]:
+    def spread(shared: Shared, request: ExportRequest, progress: Progress) -> tuple[Exported, ...]:
         with cluster(address) as ray:
-            return _spread(ray, shared, request, report)
+            return _spread(ray, shared, request, progress)
 
     require(address)
-    return export.export(request, report, spread)
+    return export.export(request, progress, spread)
 
 
-def _spread(ray: Any, shared: Shared, request: ExportRequest, report: Report) -> tuple[Exported, ...]:
+def _spread(ray: Any, shared: Shared, request: ExportRequest, progress: Progress) -> tuple[Exported, ...]:
     """Give each target to a machine, and write what comes back."""
     found: dict[str, Exported | EdgeqError] = {}
     content = ray.put(packed([shared.floats.folder, shared.calibrated.folder]))
@@ -58,8 +58,8 @@ def _spread(ray: Any, shared: Shared, request: ExportRequest, report: Report) ->
     def each(target: Target, result: Any) -> None:
         found[target.name] = _written(target, result, request.out, request.overwrite)
 
-    report("bundles", 0, total)
-    gathered(ray, waiting, each, _SILENT_S, lambda done: report("bundles", done, total))
+    progress("bundles", 0, total)
+    gathered(ray, waiting, each, _SILENT_S, lambda done: progress("bundles", done, total))
     for item in found.values():
         if isinstance(item, EdgeqError):
             raise item

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from edgeq.devices.lab.devices import LabDevice
 from edgeq.devices.report import DeviceReport, keep_report, parse_report
 from edgeq.errors import ConfigError, DeviceUnavailable, EdgeqError, ParityFailed, ToolMissing
 from edgeq.records import Record
+from edgeq.system.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 ATTEMPTS = 3  # where a device cannot be reached
 LONGEST_PAUSE_S = 60.0
 _STARTING_S = 120.0  # for Ray to start a worker
