@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from edgeq.errors import LoweringFailed, TimedOut, ToolMissing
-from edgeq.system.worker import Worker, pack, unpack
+from edgeq.system.child_server import pack
+from edgeq.system.worker import Worker, child_command, unpack
 
 TFLITE_CHILD = Path(__file__).resolve().parent.parent / "edgeq" / "backends" / "tflite" / "child.py"
 needs_litert = pytest.mark.skipif(importlib.util.find_spec("ai_edge_litert") is None, reason="no ai_edge_litert")
@@ -299,7 +300,7 @@ def write_adder(path: Path, sequences: tuple[int, ...], output_scale: float = 1.
 
 
 def tflite_worker(python: Path | str, runtime: str) -> Worker:
-    return Worker([str(python), "-I", str(TFLITE_CHILD), runtime], runtime, time_limit_s=300)
+    return Worker(child_command(python, TFLITE_CHILD, runtime), runtime, time_limit_s=300)
 
 
 def make_inputs(*shape: int) -> dict[str, dict[str, object]]:
@@ -442,5 +443,50 @@ def test_what_a_runtime_prints_stays_out_of_the_replies(tmp_path: Path) -> None:
     (package / "__init__.py").write_text('__version__ = "1"', encoding="utf-8")
     chatter = "import os, sys\nprint('INFO: from Python', flush=True)\nos.write(1, b'INFO: from C')\n"
     (package / "interpreter.py").write_text(chatter, encoding="utf-8")
-    with Worker([sys.executable, str(TFLITE_CHILD), "litert"], "litert", {"PYTHONPATH": str(tmp_path)}) as worker:
+    command = child_command(sys.executable, TFLITE_CHILD, "litert")
+    command[1] = "-P"  # not isolated: the variable counts
+    with Worker(command, "litert", {"PYTHONPATH": str(tmp_path)}) as worker:
         assert worker.call(do="version")["version"] == "1"
+
+
+# --- the server of children whose environments lack edgeq -------------------------------------------------------------
+
+SERVED = """
+import sys
+sys.modules["edgeq"] = None  # as where it is not installed
+
+import numpy as np
+
+from edgeq.system.child_server import pack, serve_standard_streams, unpack
+
+
+def main(arguments):
+    def child(announce):
+        def double(array):
+            announce("doubling")
+            return {"array": pack(2 * unpack(array)), "arguments": arguments}
+
+        def leave():
+            print("chatter")
+            sys.exit("nothing to do")
+
+        return {"double": double, "leave": leave}
+
+    serve_standard_streams(child)
+    return 0
+"""
+
+
+def test_a_served_child_needs_no_edgeq_and_keeps_its_replies_clean(tmp_path: Path) -> None:
+    script = tmp_path / "served.py"
+    script.write_text(SERVED, encoding="utf-8")
+    with Worker(child_command(sys.executable, script, "one", "two"), "the tool") as worker:
+        reply = worker.call(do="double", array=pack(np.arange(3, dtype=np.float32)))
+        assert unpack(reply["array"]).tolist() == [0.0, 2.0, 4.0] and reply["arguments"] == ["one", "two"]
+        with pytest.raises(LoweringFailed, match=r"^the tool: doubling: ValueError: "):
+            worker.call(do="double", array={**pack(np.zeros(2)), "shape": [3]})
+        with pytest.raises(LoweringFailed, match=r"^the tool: SystemExit: nothing to do$"):
+            worker.call(do="leave")
+        with pytest.raises(LoweringFailed, match="do is 'fly'; one of double, leave is needed"):
+            worker.call(do="fly")
+        assert worker.call(do="double", array=pack(np.zeros(1)))["arguments"] == ["one", "two"]

@@ -37,7 +37,8 @@ from edgeq.graph.float_session import FloatSession  # noqa: E402
 from edgeq.passes.apply import apply  # noqa: E402
 from edgeq.passes.float_passes import FLOAT_PASSES  # noqa: E402
 from edgeq.pipeline import calibrate, check, validate  # noqa: E402
-from edgeq.pipeline.export import ExportRequest, export  # noqa: E402
+from edgeq.pipeline.export import export  # noqa: E402
+from edgeq.pipeline.request import ExportRequest  # noqa: E402
 from edgeq.quantization import quantize, schemes  # noqa: E402
 from edgeq.records import QdqModel  # noqa: E402
 from edgeq.system.cache import Cache  # noqa: E402

@@ -33,7 +33,8 @@ from edgeq.frontend.torch import sentence_transformers  # noqa: E402
 from edgeq.frontend.torch.export import _pooling_config, run  # noqa: E402
 from edgeq.frontend.torch.load import load  # noqa: E402
 from edgeq.frontend.torch.session import reopen  # noqa: E402
-from edgeq.pipeline.export import ExportRequest, export  # noqa: E402
+from edgeq.pipeline.export import export  # noqa: E402
+from edgeq.pipeline.request import ExportRequest  # noqa: E402
 from edgeq.records import Target  # noqa: E402
 from edgeq.system.cache import Cache  # noqa: E402
 from edgeq.targets import load_target  # noqa: E402

@@ -32,7 +32,8 @@ from edgeq.frontend.torch.export import run  # noqa: E402
 from edgeq.frontend.torch.load import load  # noqa: E402
 from edgeq.graph.float_session import FloatSession  # noqa: E402
 from edgeq.pipeline import stages  # noqa: E402
-from edgeq.pipeline.export import ExportRequest, export  # noqa: E402
+from edgeq.pipeline.export import export  # noqa: E402
+from edgeq.pipeline.request import ExportRequest  # noqa: E402
 from edgeq.system.cache import Cache  # noqa: E402
 from edgeq.targets import load_target  # noqa: E402
 

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgeq.system.worker import Worker, pack, unpack
+from edgeq.system.child_server import pack
+from edgeq.system.worker import Worker, child_command, unpack
 
 pytest.importorskip("ai_edge_litert", reason="needs the extra `tflite`")
 from ai_edge_litert import schema_py_generated as schema
@@ -448,7 +449,7 @@ SILENTLY_WRONG = [
 
 @pytest.fixture(scope="module", params=["litert", "litert-builtin"])
 def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
-    with Worker([sys.executable, "-I", child.__file__, request.param], request.param, time_limit_s=60) as worker:
+    with Worker(child_command(sys.executable, child.__file__, request.param), request.param, time_limit_s=60) as worker:
         yield worker
 
 

@@ -21,7 +21,7 @@ from edgeq.frontend import locate
 from edgeq.graph import external_data
 from edgeq.pipeline import export as pipeline
 from edgeq.pipeline import stages
-from edgeq.pipeline.export import ExportRequest
+from edgeq.pipeline.request import ExportRequest
 from edgeq.quantization import schemes
 from edgeq.records import Measures, Record, Scheme, Status, Target
 from edgeq.system import files

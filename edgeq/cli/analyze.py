@@ -45,7 +45,7 @@ def analyze(
 ) -> None:
     """Rank MODEL's weight products by what their integer codes cost, with what mending each costs."""
     from edgeq.analysis import scheme_search
-    from edgeq.pipeline import export
+    from edgeq.pipeline.request import ExportRequest
     from edgeq.reports import card_page
     from edgeq.system import files
     from edgeq.system.cache import Cache
@@ -54,7 +54,7 @@ def analyze(
     if auto is not None:
         card_page.require(auto)
     store = Cache.temporary() if no_cache else Cache()
-    request = export.ExportRequest(
+    request = ExportRequest(
         model=model, targets=(load_target(target, directory),), out=Path(), texts=texts, column=column,
         validation=validation, pooling=pooling, tower=tower, samples=samples, seed=seed, cache=store,
     )  # fmt: skip

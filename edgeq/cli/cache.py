@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from edgeq.cli import console
-
-if TYPE_CHECKING:
-    pass
 
 
 class CacheAction(StrEnum):

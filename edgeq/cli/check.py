@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from edgeq.cli import console
 from edgeq.cli.targets import TargetsDir
-
-if TYPE_CHECKING:
-    pass
 
 
 def check(

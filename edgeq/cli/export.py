@@ -11,7 +11,8 @@ from edgeq.cli import console
 from edgeq.cli.targets import TargetsDir
 
 if TYPE_CHECKING:
-    from edgeq.pipeline.export import Exported, ExportRequest
+    from edgeq.pipeline.export import Exported
+    from edgeq.pipeline.request import ExportRequest
     from edgeq.system.progress import Progress
 
 
@@ -83,11 +84,12 @@ def export(
     """
     from edgeq.frontend.onnx.find import OnnxOptions
     from edgeq.pipeline import export as pipeline
+    from edgeq.pipeline.request import ExportRequest
     from edgeq.system.cache import Cache
     from edgeq.targets import load_target
 
     store = Cache.temporary() if no_cache else Cache()
-    request = pipeline.ExportRequest(
+    request = ExportRequest(
         model=model,
         targets=tuple(load_target(name, directory) for name in dict.fromkeys(target)),
         out=out,

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from edgeq import errors
 from edgeq.data.batches import AnyFeeds
 from edgeq.errors import EdgeqError, Unsupported
-from edgeq.frontend.locate import Located
+from edgeq.frontend.locate import Located, to_json
 from edgeq.frontend.onnx.export import Raw, prepare
 from edgeq.frontend.torch import export as torch_export
 from edgeq.graph import dialect, external_data, origins
@@ -98,7 +97,7 @@ def _from_torch(located: Located, out_dir: Path, raw_dir: Path, hidden_state: bo
 
 def _run_torch(located: Located, out_dir: Path, hidden_state: bool) -> None:
     """Run `edgeq.frontend.torch.export` in a child process and turn its failure into ours."""
-    request = json.dumps({**asdict(located), "out_dir": str(out_dir), "hidden_state": hidden_state}, default=str)
+    request = json.dumps({"located": to_json(located), "out_dir": str(out_dir), "hidden_state": hidden_state})
     child = subprocess.run(
         [sys.executable, "-m", "edgeq.frontend.torch.export", request],
         capture_output=True,

@@ -10,16 +10,15 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from edgeq.errors import ConfigError, Unsupported
+from pydantic import TypeAdapter, ValidationError
+
+from edgeq.errors import ConfigError, EdgeqError, Unsupported
 from edgeq.frontend.onnx.find import OnnxFile, OnnxOptions, find
 from edgeq.system.files import sha256_file
-
-if TYPE_CHECKING:
-    pass
 
 IMAGE = "image"
 TOWERS = ("text", IMAGE)
@@ -72,6 +71,30 @@ class Located:
         if self.onnx is not None:
             return self.onnx.name
         return self.directory.name if Path(self.name).exists() else self.name
+
+
+_LOCATED = TypeAdapter(Located)
+
+
+def to_json(located: Located) -> dict[str, object]:
+    """Turn a located model into what JSON can carry, to hand it to a child process."""
+    fields: dict[str, object] = _LOCATED.dump_python(located, mode="json")
+    return fields
+
+
+def from_json(fields: Mapping[str, object]) -> Located:
+    """Turn the JSON object that `to_json` made back into a located model.
+
+    Raises:
+        EdgeqError: a key is missing or unknown, or a value is of another type.
+    """
+    try:
+        located = _LOCATED.validate_python(fields)
+    except ValidationError as error:
+        raise EdgeqError(f"a located model was handed over with other fields than it has: {error}") from error
+    if to_json(located) != fields:
+        raise EdgeqError(f"a located model was handed over as {sorted(fields)}, and has {sorted(to_json(located))}")
+    return located
 
 
 _NO_OPTIONS = OnnxOptions()

@@ -12,6 +12,7 @@ from edgeq.errors import ConfigError
 from edgeq.frontend.onnx.find import OnnxOptions, token_limit, tokenizer_file
 from edgeq.pipeline import export as pipeline
 from edgeq.pipeline.export import Exported
+from edgeq.pipeline.request import ExportRequest
 from edgeq.records import Target
 from edgeq.system import files
 from edgeq.system.cache import Cache
@@ -100,7 +101,7 @@ def export(
             name = str(model)
         else:
             name, options = _module(model, example_inputs, options, folder)
-        request = pipeline.ExportRequest(
+        request = ExportRequest(
             model=name,
             targets=tuple(load_target(item) if isinstance(item, str) else item for item in targets),
             out=Path(out),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,8 @@ from edgeq.data.tokens import Tokens, batches, token_feeds, token_limit
 from edgeq.errors import ConfigError, ParityFailed, Unsupported
 from edgeq.frontend import locate
 from edgeq.frontend.export import CONFIG
-from edgeq.frontend.onnx.find import OnnxOptions
 from edgeq.pipeline import check, compare, stages
+from edgeq.pipeline.request import ExportRequest, command
 from edgeq.quantization import schemes
 from edgeq.records import Measures, ParityReport, Place, QdqModel, Record, Scheme, Status, Target
 from edgeq.system import files
@@ -34,33 +34,6 @@ if TYPE_CHECKING:
     from edgeq.data.prepare import Plan
 
 GOLDEN_TEXTS, GOLDEN_IMAGES = 64, 16
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """Hold what `edgeq export` was asked for; the fields are the options of the verb."""
-
-    model: str
-    targets: tuple[Target, ...]
-    out: Path
-    cache: Cache
-    texts: Path | None = None
-    column: str | None = None
-    images: Path | None = None
-    validation: Path | None = None
-    evaluation: tuple[Path, ...] = ()
-    pooling: str | None = None
-    dim: int | None = None
-    tower: str | None = None
-    onnx: OnnxOptions = OnnxOptions()
-    samples: int | None = None
-    seed: int = 0
-    scheme: Path | None = None
-    hidden_state: bool = True
-    float_ops: tuple[str, ...] = ()
-    keep_failed: bool = False
-    overwrite: bool = False
-    dry_run: bool = False
 
 
 class Exported(Record):
@@ -200,10 +173,10 @@ def bundled(target: Target, shared: Shared, request: ExportRequest, progress: Pr
         is_written = found.status != "failed" or request.keep_failed
         kept_report = _keep_report(found, request.out, is_written)
         if is_written:
-            command = _command(request, floats.source.name, target)
+            words = command(request, floats.source.name, target)
             lineage = Lineage(
-                VERSION, command, target, floats.source, floats.model, calibrated.equalized,
-                calibrated.calibration, model, artifact, stages.versions(stages.EXPORT_TOOLS) | dict(backend.tools()),
+                VERSION, words, target, floats.source, floats.model, calibrated.equalized, calibrated.calibration,
+                model, artifact, stages.versions(stages.EXPORT_TOOLS) | dict(backend.tools()),
             )  # fmt: skip
             golden = _golden(floats, validation, embeddings)
             write(path, lineage, work, floats.folder / CONFIG, golden, found, request.overwrite)
@@ -313,26 +286,3 @@ def _not_run(target: Target) -> Exported:
         size_bytes=0,
         failures=(),
     )
-
-
-def _command(request: ExportRequest, name: str, target: Target) -> tuple[str, ...]:
-    """Write the command that makes this one bundle again: only what decides its content, in a fixed order.
-
-    Files go by their bare names: where they lay means nothing elsewhere, and would make equal bundles differ.
-    """
-    words = ["edgeq", "export", name, "--target", target.name]
-    optional: Mapping[str, object | None] = {
-        "--texts": request.texts and request.texts.name, "--column": request.column,
-        "--images": request.images and request.images.name, "--tower": request.tower,
-        "--validation": request.validation and request.validation.name,
-        "--pooling": request.pooling, "--dim": request.dim,
-        "--tokenizer": request.onnx.tokenizer and request.onnx.tokenizer.name,
-        "--max-sequence": request.onnx.max_sequence, "--scheme": request.scheme and request.scheme.name,
-        "--samples": request.samples, "--seed": request.seed or None,
-    }  # fmt: skip
-    for option, value in optional.items():
-        words += [option, str(value)] if value is not None else []
-    words += [word for name in request.float_ops for word in ("--float-op", name)]
-    if request.onnx.normalize is not None:
-        words.append("--normalize" if request.onnx.normalize else "--no-normalize")
-    return (*words, *(() if request.hidden_state else ("--no-hidden-state",)))

@@ -7,12 +7,12 @@ line is one object:
     announce  {"announce": "loading model.tflite"}     child to edgeq: what it starts now; any number before the reply
     reply     {...}, or {"error": "what went wrong"}   child to edgeq
 
-An array is {"dtype": "<i4", "shape": [1, 128], "data": "..."}: base64 of its bytes, in C order.
+An array is {"dtype": "<i4", "shape": [1, 128], "data": "..."}: base64 of its bytes, in C order. The child's half of
+this is `edgeq.system.child_server`.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
@@ -21,41 +21,48 @@ import subprocess
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, cast
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.errors import ChildDied, LoweringFailed, TimedOut, ToolMissing
+from edgeq.system import child_server
 
-TIME_LIMIT_S = 600.0
+_TIME_LIMIT_S = 600.0
+_SERVER = Path(child_server.__file__)
 
 _LOG_LINES = 5
 _LOG_BYTES = 16384
 _LOG_WAIT_S = 5.0
 
 
-def pack(array: NDArray[Any]) -> dict[str, Any]:
-    """Turn an array of any numeric dtype into what JSON can carry."""
-    data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
-    return {"dtype": array.dtype.str, "shape": list(array.shape), "data": data}
+def child_command(python: Path | str, script: Path | str, *arguments: str) -> list[str]:
+    """Give the command that serves a child's file in an interpreter where edgeq need not be installed.
+
+    Args:
+        python: the interpreter; it runs isolated from the user's environment variables and folders.
+        script: the child's file, which has a `main(arguments)`; see `edgeq.system.child_server`.
+        arguments: for `main`.
+    """
+    return [str(python), "-I", str(_SERVER), str(script), *arguments]
 
 
 def unpack(packed: Mapping[str, Any]) -> NDArray[Any]:
-    """Turn what `pack` made, here or in a child, back into an array of the same bits.
+    """Turn an array that a child packed into a numpy array of the same bits.
 
     Raises:
-        LoweringFailed: it is not an array, or its bytes do not fill its shape.
+        LoweringFailed: it is no packed array, or its bytes do not fill its shape.
     """
     try:
-        data = bytearray(base64.b64decode(packed["data"], validate=True))
-        return np.frombuffer(data, np.dtype(packed["dtype"])).reshape(packed["shape"])
+        array: NDArray[Any] = child_server.unpack(packed)
     except (KeyError, TypeError, ValueError) as error:
         raise LoweringFailed(
             f"a child process gave an array that cannot be read ({error!r}); dtype, shape and base64 data that fills "
             "it are needed. Its script and edgeq do not belong together: install edgeq again."
         ) from error
+    return array
 
 
 class Worker:
@@ -70,7 +77,7 @@ class Worker:
         command: Sequence[str],
         name: str,
         env: Mapping[str, str] | None = None,
-        time_limit_s: float = TIME_LIMIT_S,
+        time_limit_s: float = _TIME_LIMIT_S,
     ) -> None:
         """Start the child.
 

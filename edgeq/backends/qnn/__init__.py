@@ -20,9 +20,10 @@ from edgeq.data.sessions import Embeddings, embed_by_bucket
 from edgeq.data.tokens import lengths
 from edgeq.errors import BundleCorrupt, LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
+from edgeq.system.child_server import pack
 from edgeq.system.files import file_ref, replacing_dir
 from edgeq.system.untrusted import require_confined
-from edgeq.system.worker import Worker, pack, unpack
+from edgeq.system.worker import Worker, unpack
 
 FOLDER = "qnn"
 

@@ -25,9 +25,10 @@ from edgeq.errors import BundleCorrupt, LoweringFailed
 from edgeq.graph.static_shapes import fix_shapes
 from edgeq.records import Artifact, HostOperator, Placement, QdqModel, Target
 from edgeq.system.cache import log_path
+from edgeq.system.child_server import pack
 from edgeq.system.environments import Environment, require
 from edgeq.system.files import file_ref, replacing_dir, storage_errors, work_dir
-from edgeq.system.worker import Worker, pack, unpack
+from edgeq.system.worker import Worker, child_command, unpack
 
 FOLDER = "rockchip"
 COMPILED, MODEL, FEEDS = "model_seq_{}.rknn", "model.onnx", "feeds.json"
@@ -183,7 +184,7 @@ def _differing(first: Path, second: Path) -> float:
 
 
 def _worker() -> Worker:
-    command = [str(require(TOOLKIT)), "-I", str(_CHILD)]
+    command = child_command(require(TOOLKIT), _CHILD)
     return Worker(command, f"rknn-toolkit2 {TOOLKIT.pins['rknn-toolkit2']}", time_limit_s=_TIME_LIMIT_S)
 
 

@@ -14,40 +14,24 @@ that it says goes to the file `log`.
 
 from __future__ import annotations
 
-import base64
 import ctypes
-import json
 import os
 import shutil
-import sys
-import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-Announce = Callable[[str], None]
+from edgeq.system.child_server import Actions, Announce, pack, serve_standard_streams, unpack
 
 # What keeps the 8 bits of the operator before it: an activation is part of its product, a lookup is only shaped anew.
 _FOLLOWERS = {"product": ("exGelu", "Relu", "Sigmoid", "Tanh"), "lookup": ("Reshape",)}
 
-
-def pack(array: Any) -> dict[str, Any]:
-    """Turn an array into what JSON can carry."""
-    data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
-    return {"dtype": array.dtype.str, "shape": list(array.shape), "data": data}
-
-
-def unpack(packed: Mapping[str, Any]) -> Any:
-    """Turn what `pack` made back into an array."""
-    return np.frombuffer(base64.b64decode(packed["data"]), packed["dtype"]).reshape(packed["shape"])
-
-
 _LINE_BUFFERED = 1  # glibc's _IOLBF
 
 
-class Child:
+class _Child:
     """Answer requests about .rknn files."""
 
     def __init__(self, announce: Announce) -> None:
@@ -55,13 +39,9 @@ class Child:
         self._announce = announce
         self._built: dict[str, Any] = {}
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Do what a request says."""
-        actions: dict[str, Callable[..., dict[str, Any]]] = {"build": self._build, "run_many": self._run_many}
-        do = request.pop("do", None)
-        if do not in actions:
-            raise ValueError(f"do is {do!r}; one of {', '.join(actions)} is needed")
-        return actions[do](**request)
+    def actions(self) -> Actions:
+        """Give the function for each value of "do"."""
+        return {"build": _flushed(self._build), "run_many": _flushed(self._run_many)}
 
     def _build(
         self,
@@ -116,6 +96,18 @@ class Child:
             self._announce(f"running {Path(model).name} in the simulator ({row + 1} of {len(arrays[0])})")
             outputs.append(self._built[model].inference(inputs=[array[row] for array in arrays])[0])
         return {"output": pack(np.stack(outputs).astype(np.float32))}
+
+
+def _flushed(action: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Write out what C has buffered after an action: who gets the reply may read the log next."""
+
+    def run(**request: Any) -> dict[str, Any]:
+        try:
+            return action(**request)
+        finally:
+            ctypes.CDLL(None).fflush(None)
+
+    return run
 
 
 def _compiler(platform: str) -> Any:
@@ -174,34 +166,10 @@ def _write_feeds(feeds: list[list[dict[str, Any]]], folder: Path) -> str:
     return str(path)
 
 
-def serve(requests: Iterable[bytes], replies: IO[str]) -> None:
-    """Answer every request until there are no more."""
-
-    def put(message: dict[str, Any]) -> None:
-        replies.write(json.dumps(message) + "\n")
-        replies.flush()
-
-    child = Child(lambda what: put({"announce": what}))
-    for line in requests:
-        try:
-            reply = child.answer(json.loads(line))
-        except (Exception, SystemExit) as error:  # the one boundary: the toolkit may raise anything, or exit
-            traceback.print_exc()
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        ctypes.CDLL(None).fflush(None)  # who gets the reply may read the log next
-        put(reply)
-
-
-def main() -> int:
-    """Keep stdout for replies alone: what the libraries print goes to stderr."""
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
-        os.dup2(2, 1)
-        # The toolkit's Python and C write to one log. C fills a block first, which would end in the middle of a line.
-        library = ctypes.CDLL(None)
-        library.setvbuf(ctypes.c_void_p.in_dll(library, "stdout"), None, _LINE_BUFFERED, 0)
-        serve(sys.stdin.buffer, replies)
+def main(arguments: list[str]) -> int:
+    """Serve requests on standard input."""
+    # The toolkit's Python and C write to one log. C fills a block first, which would end in the middle of a line.
+    library = ctypes.CDLL(None)
+    library.setvbuf(ctypes.c_void_p.in_dll(library, "stdout"), None, _LINE_BUFFERED, 0)
+    serve_standard_streams(lambda announce: _Child(announce).actions())
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

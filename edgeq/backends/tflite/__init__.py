@@ -20,9 +20,10 @@ from edgeq.data.sessions import Embeddings, embed_by_bucket
 from edgeq.data.tokens import fitted, lengths, rows_by_bucket, token_feeds
 from edgeq.errors import LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
+from edgeq.system.child_server import pack
 from edgeq.system.environments import Environment, interpreter
 from edgeq.system.files import file_ref, storage_errors, write_bytes
-from edgeq.system.worker import Worker, pack, unpack
+from edgeq.system.worker import Worker, child_command, unpack
 
 if TYPE_CHECKING:
     from edgeq.backends.tflite.emitter import Settings
@@ -208,7 +209,7 @@ def open_session(path: Path, runtime: str, threads: int) -> TfliteSession:
     """
     python = interpreter(TFLITE_RUNTIME) if runtime == "tflite-runtime" else Path(sys.executable)
     tools()
-    worker = Worker([str(python), "-I", str(_CHILD), runtime], runtime)
+    worker = Worker(child_command(python, _CHILD, runtime), runtime)
     loaded = worker.call(do="load", path=str(path.resolve()), threads=threads)
     buckets = tuple(int(name.removeprefix(SIGNATURE.format(""))) for name in loaded["signatures"])
     return TfliteSession(worker, buckets, output_codes(path))

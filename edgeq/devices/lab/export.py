@@ -13,7 +13,8 @@ from edgeq.bundle.write import take
 from edgeq.devices.lab.cluster import RESTARTS, cluster, gathered, packed, require, said, unpack
 from edgeq.errors import DeviceUnavailable, EdgeqError
 from edgeq.pipeline import export
-from edgeq.pipeline.export import Exported, ExportRequest, Shared
+from edgeq.pipeline.export import Exported, Shared
+from edgeq.pipeline.request import ExportRequest
 from edgeq.records import Target
 from edgeq.system.cache import Cache
 from edgeq.system.files import write_bytes

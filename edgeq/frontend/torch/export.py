@@ -26,7 +26,7 @@ from edgeq.data.probes import probe_feeds
 from edgeq.data.tokens import Feeds
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.frontend import tokenizer_config
-from edgeq.frontend.locate import Located
+from edgeq.frontend.locate import Located, from_json
 from edgeq.frontend.torch import sentence_transformers, text_towers
 from edgeq.frontend.torch.errors import explain
 from edgeq.frontend.torch.load import describe, load, pooling_width
@@ -314,15 +314,7 @@ def load_probes(path: Path) -> tuple[tuple[AnyFeeds, ...], list[NDArray[np.float
 def main() -> int:
     """Read the model's whereabouts as JSON from the command line, run, and print an error as JSON."""
     request = json.loads(sys.argv[1])
-    located = Located(
-        request["name"],
-        Path(request["directory"]),
-        request["is_sentence_transformers"],
-        request["pooling"],
-        request["sha256"],
-        dim=request["dim"],
-        tower=request["tower"],
-    )
+    located = from_json(request["located"])
     try:
         run(located, Path(request["out_dir"]), request["hidden_state"])
     except EdgeqError as error:

@@ -6,22 +6,21 @@ threads leave the cores, and a crash inside it is a message.
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings
 from edgeq.data.tokens import Feeds, token_feeds
 from edgeq.errors import ConfigError, EdgeqError
-from edgeq.frontend.locate import Located, locate
+from edgeq.frontend.locate import Located, from_json, locate, to_json
 from edgeq.frontend.torch.sentence_transformers import truncated_to
 from edgeq.records import Source
-from edgeq.system.worker import Worker, pack, unpack
+from edgeq.system.child_server import Actions, pack, serve_standard_streams
+from edgeq.system.worker import Worker, unpack
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 _POOLING = "Pooling:"
 
@@ -62,7 +61,7 @@ class TorchSession:
             LoweringFailed: torch is not installed, or cannot load the model.
         """
         self._worker = Worker([sys.executable, "-m", "edgeq.frontend.torch.session"], "torch")
-        self._worker.call(do="load", located={**asdict(located), "directory": str(located.directory)})
+        self._worker.call(do="load", located=to_json(located))
 
     def __call__(self, feeds: AnyFeeds) -> Embeddings:
         """Give the sentence embeddings, float32[batch, dim]."""
@@ -72,35 +71,34 @@ class TorchSession:
         return embeddings
 
 
-def _load(request: dict[str, Any]) -> Callable[[Feeds], Embeddings]:
-    """Load the model in this process."""
-    from edgeq.frontend.torch import export
-    from edgeq.frontend.torch.load import load
+class _Child:
+    """Answer requests with one model loaded in torch."""
 
-    fields = request["located"]
-    model = load(Located(**{**fields, "directory": Path(fields["directory"])}))
-    return lambda feeds: export.torch_embeddings(model, (feeds,))[0]
+    def __init__(self) -> None:
+        """Load nothing yet."""
+        self._model: SentenceTransformer | None = None
 
+    def actions(self) -> Actions:
+        """Give the function for each value of "do"."""
+        return {"load": self._load, "embed": self._embed}
 
-def main() -> int:
-    """Answer requests on standard input until it ends; what a library prints goes to stderr."""
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    embed: Callable[[Feeds], Embeddings] | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
+    def _load(self, located: dict[str, Any]) -> dict[str, Any]:
+        from edgeq.frontend.torch.load import load
+
         try:
-            reply: dict[str, Any] = {}
-            if request["do"] == "load":
-                embed = _load(request)
-            elif embed is not None:
-                reply = {"embeddings": pack(embed(Feeds(unpack(request["ids"]), unpack(request["mask"]))))}
-        except EdgeqError as error:
-            reply = {"error": str(error)}
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
-    return 0
+            self._model = load(from_json(located))
+        except EdgeqError as error:  # its message says all; the server would put the error's name before it
+            return {"error": str(error)}
+        return {}
+
+    def _embed(self, ids: dict[str, Any], mask: dict[str, Any]) -> dict[str, Any]:
+        from edgeq.frontend.torch.export import torch_embeddings
+
+        if self._model is None:
+            raise ValueError("no model is loaded; a load is needed first")
+        (embeddings,) = torch_embeddings(self._model, (Feeds(unpack(ids), unpack(mask)),))
+        return {"embeddings": pack(embeddings)}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    serve_standard_streams(lambda announce: _Child().actions())
