@@ -24,7 +24,7 @@ from edgeq.bundle.golden import read_golden, write_arrays
 from edgeq.devices.report import parse_report
 from edgeq.evaluation import parity
 from edgeq.records import RunsOn
-from edgeq.system.host import cpu_flags, place
+from edgeq.system.host import cpu_flags, run_kind
 
 SCRIPT = load_script()
 FAST = ("--runs", "3", "--warmup", "1")
@@ -86,7 +86,7 @@ def test_places_and_flags_are_edgeqs_own(made: Path) -> None:
     for machine, flags in (("x86_64", ()), ("aarch64", ()), ("x86_64", ("avx9",))):
         manifest.machine, manifest.flags_any = machine, flags
         runs_on = RunsOn(machine=machine, cpu_flags_all=(), cpu_flags_any=flags)
-        assert SCRIPT.place(manifest, None, False) == place(runs_on)
+        assert SCRIPT.place(manifest, None, False) == run_kind(runs_on)
     assert SCRIPT.place(manifest, None, True) == "emulator"
 
 

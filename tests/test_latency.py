@@ -84,7 +84,7 @@ def test_the_grid_is_every_shape_with_both_models(path: Path, float_model: Path,
 def test_latency_off_the_device_is_not_shown(
     path: Path, float_model: Path, in_process: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeq.system.host.place", lambda runs_on: "host-kernels")
+    monkeypatch.setattr("edgeq.system.host.run_kind", lambda runs_on: "host-kernels")
     found = benchmark.measure(path, SHAPES, float_model, silent)
     assert found.ran_on == "host-kernels"
     assert all(cell.latency is None and cell.speedup is None for cell in found.cells)

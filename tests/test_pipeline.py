@@ -30,7 +30,7 @@ from edgeq.records import Gate, Manifest, ParityReport, Target  # noqa: E402
 from edgeq.system import files  # noqa: E402
 from edgeq.system.cache import Cache  # noqa: E402
 from edgeq.system.files import file_ref  # noqa: E402
-from edgeq.system.host import place  # noqa: E402
+from edgeq.system.host import run_kind  # noqa: E402
 from edgeq.targets import load_target  # noqa: E402
 
 # Random weights hardly separate texts: only that the vectors are near is judged here.
@@ -80,7 +80,7 @@ def failing(request: export.ExportRequest) -> export.ExportRequest:
 def test_an_export_writes_a_bundle_that_verifies(request_: export.ExportRequest) -> None:
     (made,) = export.export(request_, silent)
     assert (made.status, made.failures, made.report) == ("passed", (), "")
-    assert made.ran_on == place(request_.targets[0].runs_on)
+    assert made.ran_on == run_kind(request_.targets[0].runs_on)
     found = verify(Path(made.path))
     assert found.golden_texts >= 16
     manifest = json.loads((Path(made.path) / "manifest.json").read_text(encoding="utf-8"))

@@ -117,7 +117,7 @@ def test_codes_give_the_vectors_that_floats_give(models: dict[str, QdqModel], tm
 @pytest.mark.parametrize("name", [found.name for found in targets.list_targets() if found.backend == "qnn"])
 def test_every_soc_gets_one_partition_of_its_own(models: dict[str, QdqModel], name: str, tmp_path: Path) -> None:
     found = targets.load_target(name)
-    assert host.place(found.runs_on) == "emulator"
+    assert host.run_kind(found.runs_on) == "emulator"
     chosen = models[found.scheme]
     wanted = target(found.scheme, name, (16,))
     assert qnn.rejections(chosen, wanted) == ()

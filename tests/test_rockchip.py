@@ -91,7 +91,7 @@ def embed(artifact: Artifact, folder: Path, wanted: Target) -> Embeddings:
 @pytest.mark.parametrize(("name", "mean", "low"), [("rk3588", 0.98, 0.93), ("rk3588-float16", 0.9999, 0.9999)])
 def test_built_again_they_give_fp32s_vectors(lowered: Lowered, name: str, mean: float, low: float) -> None:
     artifact, folder, model = lowered[name]
-    assert host.place(make_target(name).runs_on) == "simulator"
+    assert host.run_kind(make_target(name).runs_on) == "simulator"
     cosines = centred_cosines(reference(), embed(artifact, folder, make_target(name)))
     assert cosines.mean() > mean and cosines.min() > low
     assert artifact.files[0].path == "rockchip/model_seq_16.rknn"
@@ -153,7 +153,7 @@ os.kill(os.getpid(), signal.SIGSEGV)
 def test_a_compiler_that_crashes_is_a_message_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "child.py").write_text(CRASHING, encoding="utf-8")
     monkeypatch.setattr(rockchip, "_CHILD", tmp_path / "child.py")
-    monkeypatch.setattr(rockchip, "require", lambda environment: Path(sys.executable))
+    monkeypatch.setattr(rockchip, "require_interpreter", lambda environment: Path(sys.executable))
     monkeypatch.setenv("EDGEQ_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "out").mkdir()
     with pytest.raises(LoweringFailed, match=r"died of SIGSEGV while compiling seq_16\.onnx") as error:

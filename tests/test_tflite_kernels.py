@@ -21,7 +21,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeq.system.child_server import pack
-from edgeq.system.worker import Worker, child_command, unpack
+from edgeq.system.worker import Worker, child_command, unpack_reply
 
 pytest.importorskip("ai_edge_litert", reason="needs the extra `tflite`")
 from ai_edge_litert import schema_py_generated as schema
@@ -458,7 +458,7 @@ def run(case: Case, worker: Worker, folder: Path) -> Array:
     path.write_bytes(case.to_bytes())
     worker.call(do="load", path=str(path), threads=1)
     given = {f"operand_{i}": pack(each.codes) for i, each in enumerate(case.operands) if not each.is_constant}
-    result = unpack(worker.call(do="run", signature="only", inputs=given)["outputs"]["result"])
+    result = unpack_reply(worker.call(do="run", signature="only", inputs=given)["outputs"]["result"])
     assert result.dtype == case.dtype and result.shape == case.exact.shape
     return result
 

@@ -104,14 +104,14 @@ def measure(bundle: Path, shapes: Shapes, against: Path | None, progress: Progre
     """
     from edgeq.bundle.manifest import load_manifest
     from edgeq.data.tokens import token_limit
-    from edgeq.system.host import describe, place
+    from edgeq.system.host import describe, run_kind
 
     manifest = load_manifest(bundle)
     limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
     pixels = _pixels(manifest, bundle)
     _check(shapes, manifest.artifact.target, limit, against, pixels is not None)
     vocabulary = 1 if pixels is not None else _vocabulary(bundle)
-    ran_on = place(manifest.target.runs_on)
+    ran_on = run_kind(manifest.target.runs_on)
     grid = [(t, b, s) for t in shapes.threads for b in shapes.batches for s in shapes.sequences]
     cells: list[Cell] = []
     for done, (threads, batch, sequence) in enumerate(grid):

@@ -10,7 +10,7 @@ from edgeq.bundle.manifest import load_manifest, require_cpu
 from edgeq.data.batches import PIXELS
 from edgeq.data.tokens import Tokenizer, token_limit
 from edgeq.errors import Unsupported
-from edgeq.system.host import machine, place
+from edgeq.system.host import machine, run_kind
 
 
 def load(bundle: str | Path, threads: int = 0, allow_failed: bool = False) -> Embedder:
@@ -45,7 +45,7 @@ def load(bundle: str | Path, threads: int = 0, allow_failed: bool = False) -> Em
             target.name,
             target.runs_on.machine,
             machine(),
-            place(target.runs_on),
+            run_kind(target.runs_on),
         )
     session = backend.load(manifest.artifact, path, target, threads)
     if manifest.float_model.inputs == (PIXELS,):

@@ -21,7 +21,7 @@ from edgeq.evaluation.parity import unit
 from edgeq.quantization import schemes
 from edgeq.records import FileRef, Manifest, ParityReport, Place, Record, Status
 from edgeq.system.files import file_ref
-from edgeq.system.host import describe, place
+from edgeq.system.host import describe, run_kind
 
 AnyGolden = GoldenData | GoldenImages
 
@@ -62,7 +62,7 @@ def verify(path: Path) -> Verification:
     manifest, report = read_whole(path)
     golden, samples = _golden(path, manifest)
     require_cpu(manifest.target)
-    ran_on = place(manifest.target.runs_on)
+    ran_on = run_kind(manifest.target.runs_on)
     verification = Verification(
         path=str(path),
         target=manifest.target.name,
@@ -196,7 +196,7 @@ def _same_images(path: Path, golden: GoldenImages) -> Samples:
     from edgeq.data import image_preprocessing, images
 
     how = image_preprocessing.read(path / image_preprocessing.CONFIG)
-    found = how.codes(image_preprocessing.test_card())
+    found = how.pixels(image_preprocessing.test_card())
     same = found.shape == golden.test_card.shape
     if not same or int(np.abs(found.astype(np.int16) - golden.test_card).max()) > 1:
         raise BundleCorrupt(

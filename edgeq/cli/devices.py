@@ -30,12 +30,12 @@ def conclude(found: DeviceReport, place: Place, bundle: Path, as_json: bool) -> 
     if as_json:
         console.put_json({"report": str(path), **found.model_dump(mode="json")})
     else:
-        put_report(found, manifest.target.gate, path)
+        _put_report(found, manifest.target.gate, path)
     if found.status == "failed":
         raise ParityFailed(f"{bundle}: misses the gate of {found.target} there: {' '.join(found.failures)}")
 
 
-def put_report(report: DeviceReport, gate: Gate, path: Path) -> None:
+def _put_report(report: DeviceReport, gate: Gate, path: Path) -> None:
     """Write one table; times stand in it only when it ran on the device."""
     rows: list[list[str]] = []
     if report.measures is not None:

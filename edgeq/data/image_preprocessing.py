@@ -23,7 +23,6 @@ except ImportError as error:
     raise ToolMissing("images need Pillow, which is not installed; pip install 'edgeq[images]'") from error
 
 CONFIG = "preprocessor_config.json"
-Picture = str | Path | Image.Image | NDArray[np.uint8]
 
 _STEPS = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}
 
@@ -55,7 +54,7 @@ class Preprocessing(Record):
             raise Unsupported("images of any size are left as they are; a model of one image size is needed")
         return size
 
-    def codes(self, image: Image.Image) -> NDArray[np.uint8]:
+    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         """Resize and crop, uint8[3, height, width]."""
         image = image.convert("RGB")
         if self.shortest_edge is not None:
@@ -69,10 +68,10 @@ class Preprocessing(Record):
             image = _middle(image, *self.crop)
         return np.ascontiguousarray(np.asarray(image, np.uint8).transpose(2, 0, 1))
 
-    def pixel_values(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def pixel_values(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Rescale and normalise, float32[images, 3, height, width]."""
         mean, std = (np.array(numbers, np.float32)[:, None, None] for numbers in (self.mean, self.std))
-        values: NDArray[np.float32] = (codes.astype(np.float32) * np.float32(self.rescale_factor) - mean) / std
+        values: NDArray[np.float32] = (pixels.astype(np.float32) * np.float32(self.rescale_factor) - mean) / std
         return values
 
 

@@ -16,7 +16,7 @@ from edgeq.data.image_preprocessing import Preprocessing
 from edgeq.errors import ConfigError
 from edgeq.records import ImageSet
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Images:
     """Hold images, resized and cropped; they are normalised batch by batch.
 
     Attributes:
-        codes: uint8[images, 3, height, width].
-        preprocessing: how codes become pixel values.
+        pixels: uint8[images, 3, height, width].
+        preprocessing: how pixels become pixel values.
     """
 
-    codes: NDArray[np.uint8]
+    pixels: NDArray[np.uint8]
     preprocessing: Preprocessing
 
     @classmethod
@@ -38,14 +38,14 @@ class Images:
         Raises:
             ConfigError: one cannot be decoded.
         """
-        codes = np.empty((len(pictures), 3, how.height, how.width), np.uint8)
+        pixels = np.empty((len(pictures), 3, how.height, how.width), np.uint8)
         for row, (picture, name) in enumerate(zip(pictures, names, strict=True)):
-            codes[row] = how.codes(image_preprocessing.opened(picture, name))
-        return cls(codes, how)
+            pixels[row] = how.pixels(image_preprocessing.opened(picture, name))
+        return cls(pixels, how)
 
     def __len__(self) -> int:
         """Count the images."""
-        return len(self.codes)
+        return len(self.pixels)
 
     @property
     def longest(self) -> int:
@@ -54,12 +54,12 @@ class Images:
 
     def chosen(self, rows: Sequence[int]) -> Images:
         """Give the images at these positions."""
-        return Images(self.codes[list(rows)], self.preprocessing)
+        return Images(self.pixels[list(rows)], self.preprocessing)
 
     def swept(self, vocabulary: int, seed: int) -> Images:
         """Invert the images and exchange their colours: they keep their edges, and look like no photograph."""
         rng = np.random.default_rng(seed)
-        turned = [255 - codes[rng.permutation(3)] for codes in self.codes]
+        turned = [255 - pixels[rng.permutation(3)] for pixels in self.pixels]
         return Images(np.stack(turned), self.preprocessing)
 
     def batches(self, batch_size: int, most: int) -> list[Batch]:
@@ -72,12 +72,12 @@ class Images:
         return self.batches(most, most)
 
     def _batch(self, rows: tuple[int, ...]) -> Batch:
-        return Batch(rows, PixelFeeds(self.preprocessing.pixel_values(self.codes[list(rows)])))
+        return Batch(rows, PixelFeeds(self.preprocessing.pixel_values(self.pixels[list(rows)])))
 
     def record(self, origin: str) -> ImageSet:
         """Describe the images by their content."""
-        shape = self.codes.shape
-        digest = hashlib.sha256(f"{shape}:".encode() + self.codes.tobytes()).hexdigest()
+        shape = self.pixels.shape
+        digest = hashlib.sha256(f"{shape}:".encode() + self.pixels.tobytes()).hexdigest()
         return ImageSet(origin=origin, sha256=digest, count=shape[0], height=shape[2], width=shape[3])
 
 
@@ -98,9 +98,9 @@ def image_paths(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; a folder of image files is needed")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
     if not paths:
-        raise ConfigError(f"{folder}: holds no image ({', '.join(sorted(SUFFIXES))})")
+        raise ConfigError(f"{folder}: holds no image ({', '.join(sorted(_SUFFIXES))})")
     return paths
 
 

@@ -20,7 +20,7 @@ from edgeq.data.text_files import default_texts, read_texts
 from edgeq.errors import ConfigError
 
 FEWEST_CALIBRATION = 16
-FEWEST_VALIDATION = 16
+_FEWEST_VALIDATION = 16
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ def plan_texts(
             f"{len(chosen)} calibration texts are left; {FEWEST_CALIBRATION} are needed. "
             "Give more with --texts, or more --samples."
         )
-    if len(compared) < FEWEST_VALIDATION:
+    if len(compared) < _FEWEST_VALIDATION:
         raise ConfigError(
-            f"{validation or texts}: {len(compared)} validation texts are left; {FEWEST_VALIDATION} are needed. "
+            f"{validation or texts}: {len(compared)} validation texts are left; {_FEWEST_VALIDATION} are needed. "
             "Give more texts, or a file with --validation."
         )
     return TextPlan(tuple(chosen), tuple(compared), origin, compared_origin)
@@ -130,10 +130,10 @@ def plan_images(folder: Path, validation: Path | None, samples: int | None, seed
         compared_origin = f"{folder.name} (a fifth, by hash)"
     if samples is not None:
         given = sample(given, samples, seed)
-    if len(given) < FEWEST_CALIBRATION or len(compared) < FEWEST_VALIDATION:
+    if len(given) < FEWEST_CALIBRATION or len(compared) < _FEWEST_VALIDATION:
         raise ConfigError(
             f"{folder}: {len(given)} different images are left to calibrate and {len(compared)} to validate; "
-            f"{FEWEST_CALIBRATION} and {FEWEST_VALIDATION} are needed. Give more with --images, more --samples, or a "
+            f"{FEWEST_CALIBRATION} and {_FEWEST_VALIDATION} are needed. Give more with --images, more --samples, or a "
             "folder with --validation."
         )
     return ImagePlan(tuple(given), tuple(compared), folder.name, compared_origin)

@@ -20,7 +20,7 @@ from edgeq.system.untrusted import oversize, parse_json
 
 _MOST_BYTES = 1 << 30
 _LONGEST = 1 << 20  # tokens
-SWEEP_TOKENS, SWEEP_LENGTH = 8192, 30
+_SWEEP_TOKENS, _SWEEP_LENGTH = 8192, 30
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class Tokens:
 
     def swept(self, vocabulary: int, seed: int) -> Tokens:
         """Make sequences of tokens drawn evenly from the vocabulary, between the special tokens all texts share."""
-        length = max(1, min(SWEEP_LENGTH, vocabulary, self.longest - 2))
-        count = min(SWEEP_TOKENS, vocabulary) // length
+        length = max(1, min(_SWEEP_LENGTH, vocabulary, self.longest - 2))
+        count = min(_SWEEP_TOKENS, vocabulary) // length
         rng = np.random.default_rng(seed)
         drawn = rng.permutation(vocabulary)[: count * length].reshape(count, length).tolist()
         first, last = ({ids[end] for ids in self.ids if ids} for end in (0, -1))
@@ -238,14 +238,14 @@ def _pad_id(tokenizer: tokenizers.Tokenizer) -> int:
     return 0
 
 
-def lengths(buckets_tokens: Sequence[int], max_sequence: int) -> tuple[int, ...]:
+def bucket_lengths(buckets_tokens: Sequence[int], max_sequence: int) -> tuple[int, ...]:
     """Give the sequence lengths of a static artifact, none above the model's limit; empty for dynamic shapes."""
     return tuple(sorted({min(bucket, max_sequence) for bucket in buckets_tokens}))
 
 
 def token_limit(buckets_tokens: Sequence[int], max_sequence: int) -> int:
     """Give how many tokens a target takes: what the model takes, or its largest bucket holds."""
-    return max(lengths(buckets_tokens, max_sequence), default=max_sequence)
+    return max(bucket_lengths(buckets_tokens, max_sequence), default=max_sequence)
 
 
 def rows_by_bucket(feeds: Feeds, buckets: Sequence[int]) -> dict[int, list[int]]:

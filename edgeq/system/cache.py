@@ -19,7 +19,7 @@ from filelock import FileLock
 from edgeq.system.files import replacing_dir, sha256_file, storage_errors
 
 LOCATION_VARIABLE = "EDGEQ_CACHE_DIR"
-INDEX = "SHA256SUMS"
+_INDEX = "SHA256SUMS"
 
 _log = logging.getLogger(__name__)
 
@@ -153,17 +153,17 @@ def log_path(kind: str, target: str, stem: str) -> Path:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / INDEX)
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / _INDEX)
 
 
 def _write_index(folder: Path) -> None:
     lines = [f"{sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in _files(folder)]
-    (folder / INDEX).write_text("".join(lines), encoding="utf-8")
+    (folder / _INDEX).write_text("".join(lines), encoding="utf-8")
 
 
 def _damage(folder: Path) -> str | None:
     """Say what is wrong with an entry, or None."""
-    index = folder / INDEX
+    index = folder / _INDEX
     if not index.is_file():
         return "its index is gone"
     try:

@@ -91,7 +91,7 @@ def made(environment: Environment) -> Path | None:
     return next((_python(place) for place in places if _is_usable(place)), None)
 
 
-def require(environment: Environment) -> Path:
+def require_interpreter(environment: Environment) -> Path:
     """Give the Python interpreter of an environment that is too large to be made without being asked for.
 
     Raises:

@@ -34,11 +34,6 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_bytes(content: bytes) -> str:
-    """Give the sha256 of bytes, in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()
-
-
 def file_ref(path: Path, relative_to: Path | None = None) -> FileRef:
     """Name a file by path, content and size; the path is relative in POSIX form when a folder is given."""
     name = path.relative_to(relative_to).as_posix() if relative_to is not None else str(path)

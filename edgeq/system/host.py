@@ -86,7 +86,7 @@ def meets(runs_on: RunsOn) -> tuple[str, ...]:
     return tuple(missing)
 
 
-def place(runs_on: RunsOn) -> Place:
+def run_kind(runs_on: RunsOn) -> Place:
     """Say where an artifact runs when it runs here: on the device itself, or on what stands in for it."""
     return runs_on.elsewhere if meets(runs_on) else "device"
 

@@ -49,7 +49,7 @@ def child_command(python: Path | str, script: Path | str, *arguments: str) -> li
     return [str(python), "-I", str(_SERVER), str(script), *arguments]
 
 
-def unpack(packed: Mapping[str, Any]) -> NDArray[Any]:
+def unpack_reply(packed: Mapping[str, Any]) -> NDArray[Any]:
     """Turn an array that a child packed into a numpy array of the same bits.
 
     Raises:

@@ -30,7 +30,7 @@ from edgeq.graph.static_shapes import fix_shapes
 from edgeq.quantization.vendor import vendor_form
 from edgeq.records import Manifest, VendorForm
 from edgeq.system.cache import log_path
-from edgeq.system.host import place
+from edgeq.system.host import run_kind
 
 TEXTS = 200  # emulating one takes seconds
 LONGEST = 128  # of the targets' buckets, in tokens
@@ -69,7 +69,7 @@ def _quality(item: Made, expected: quality.Vectors, texts: Sequence[str], tokeni
         size, ran_on = (item.path / COMPILED.format(LONGEST)).stat().st_size, "simulator"
     else:
         manifest = load_manifest(item.path)
-        size, ran_on = _size(manifest, LONGEST), str(place(manifest.target.runs_on))
+        size, ran_on = _size(manifest, LONGEST), str(run_kind(manifest.target.runs_on))
     return {"size_mb": size / 1e6, "ran_on": ran_on, **compared.figures}
 
 

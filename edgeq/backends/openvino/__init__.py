@@ -9,11 +9,11 @@ from pathlib import Path
 from edgeq.backends.contract import Rejection, Rule, Setting, reads_tokens, rejected
 from edgeq.backends.openvino.ir import read_ir
 from edgeq.data.sessions import Session
-from edgeq.data.tokens import lengths
+from edgeq.data.tokens import bucket_lengths
 from edgeq.errors import ConfigError, DeviceUnavailable, LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Placement, QdqModel, Target
 from edgeq.system.files import file_ref, storage_errors, write_bytes
-from edgeq.system.host import place
+from edgeq.system.host import run_kind
 
 _STATIC_DEVICES = frozenset({"NPU"})
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -134,7 +134,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     tools()
     from edgeq.backends.openvino.lowering import BUCKET, STEM, read_qdq, serialized, static
 
-    buckets = lengths(target.buckets_tokens, model.max_sequence)
+    buckets = bucket_lengths(target.buckets_tokens, model.max_sequence)
     whole = read_qdq(Path(model.file.path))
     forms = {BUCKET.format(tokens): static(whole, tokens) for tokens in reversed(buckets)} or {"": whole}
     contents = {suffix: serialized(form) for suffix, form in forms.items()}
@@ -230,4 +230,4 @@ def other_settings(artifact: Artifact, bundle: Path, target: Target) -> Iterator
         yield Setting(name, "not-run", None, reason)
         return
     told = properties(target) | {"INFERENCE_PRECISION_HINT": hint}
-    yield Setting(name, place(target.runs_on), _session(artifact, bundle, "CPU", told), None)
+    yield Setting(name, run_kind(target.runs_on), _session(artifact, bundle, "CPU", told), None)

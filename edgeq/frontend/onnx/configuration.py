@@ -34,7 +34,7 @@ def prompts(file: OnnxFile) -> tuple[dict[str, str], str | None]:
     return named if any(named.values()) else {}, config.get("default_prompt_name")
 
 
-def write(file: OnnxFile, head: Head, width: int, folder: Path) -> None:
+def write_configuration(file: OnnxFile, head: Head, width: int, folder: Path) -> None:
     """Write the configuration.
 
     Args:

@@ -68,7 +68,7 @@ class OnnxFile:
         return folder.name if self.path.name == _USUAL and folder.name else self.path.name
 
 
-def find(model: str, pooling: str | None, options: OnnxOptions) -> OnnxFile | None:
+def find_onnx(model: str, pooling: str | None, options: OnnxOptions) -> OnnxFile | None:
     """Find the ONNX file that the user named, or that lies in a directory without torch weights.
 
     Args:
@@ -90,7 +90,7 @@ def find(model: str, pooling: str | None, options: OnnxOptions) -> OnnxFile | No
         return None
     tokenizer = tokenizer_file(options.tokenizer) if options.tokenizer is not None else _tokenizer_beside(path)
     config_dir = tokenizer.parent if any((tokenizer.parent / name).is_file() for name in (MODULES, CONFIG)) else None
-    limit = options.max_sequence or token_limit(tokenizer)
+    limit = options.max_sequence or stated_limit(tokenizer)
     if limit is None:
         raise ConfigError(
             f"{path}: neither {tokenizer.name} nor a configuration beside it says how long a text may be; "
@@ -167,7 +167,7 @@ def read_json(path: Path) -> Any:
         raise ConfigError(f"{path}: not valid JSON ({error}); restore it from the model's origin") from error
 
 
-def token_limit(tokenizer: Path) -> int | None:
+def stated_limit(tokenizer: Path) -> int | None:
     """Ask, in this order, sentence-transformers' limit, the tokenizer's, its truncation, and the position table's."""
     folder = tokenizer.parent
     truncation = read_json(tokenizer).get("truncation") or {}

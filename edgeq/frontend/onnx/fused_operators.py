@@ -1,6 +1,6 @@
 """Take apart the operators that ONNX Runtime's optimiser writes, into the dialect's.
 
-Each entry of `EXPANSIONS` writes the standard form of one operator of the domain com.microsoft before the node, and
+Each entry of `_EXPANSIONS` writes the standard form of one operator of the domain com.microsoft before the node, and
 gives what stands for each output that is read. Source: onnxruntime 1.31, docs/ContribOperators.md.
 """
 
@@ -70,7 +70,7 @@ class _Place:
         return add_node(self.node, op_type, inputs, f"{self.name}/{name}", attributes)
 
 
-Expansion = Callable[[_Place], "dict[int, ir.Value]"]
+_Expansion = Callable[[_Place], "dict[int, ir.Value]"]
 
 
 def expand_fused(model: ir.Model, name: str) -> int:
@@ -85,9 +85,9 @@ def expand_fused(model: ir.Model, name: str) -> int:
             continue
         place = _Place(model.graph, node)
         try:
-            if node.op_type not in EXPANSIONS:
+            if node.op_type not in _EXPANSIONS:
                 raise _Resists("edgeq does not know how to write it in standard operators")
-            outputs = EXPANSIONS[node.op_type](place)
+            outputs = _EXPANSIONS[node.op_type](place)
             for position, output in enumerate(node.outputs):
                 if position in outputs:
                     replace_uses(output, outputs[position])
@@ -160,7 +160,7 @@ def _embed_layer_normalization(place: _Place) -> dict[int, ir.Value]:
     return {0: norm, 2: total} | ({1: mask} if mask is not None else {})  # Attention reads a whole mask as well
 
 
-def _gelu(kind: str, has_bias: bool) -> Expansion:
+def _gelu(kind: str, has_bias: bool) -> _Expansion:
     def expansion(place: _Place) -> dict[int, ir.Value]:
         x, bias = place.needed(0), place.input(1) if has_bias else None
         x = x if bias is None else place.add("Add", [x, bias], "biased")
@@ -285,7 +285,7 @@ def _mask_bias(place: _Place, mask: ir.Value) -> ir.Value:
     return place.add("Mul", [shifted, size], "mask_bias")
 
 
-EXPANSIONS: dict[str, Expansion] = {
+_EXPANSIONS: dict[str, _Expansion] = {
     "Attention": _attention,
     "BiasGelu": _gelu("none", has_bias=True),
     "EmbedLayerNormalization": _embed_layer_normalization,

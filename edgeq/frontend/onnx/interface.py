@@ -12,11 +12,11 @@ from edgeq.data.tokens import Feeds
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.graph.edit import add_constant, dims, made_by
 
-IDS, MASK, SEGMENTS, POSITIONS = "input_ids", "attention_mask", "token_type_ids", "position_ids"
+IDS, MASK, SEGMENTS, _POSITIONS = "input_ids", "attention_mask", "token_type_ids", "position_ids"
 EMBEDDING, HIDDEN = "sentence_embedding", "last_hidden_state"
 
 # What an input's name has in it -> what it is; the one that is left is the token ids.
-_HINTS = (("mask", MASK), ("type", SEGMENTS), ("segment", SEGMENTS), ("position", POSITIONS))
+_HINTS = (("mask", MASK), ("type", SEGMENTS), ("segment", SEGMENTS), ("position", _POSITIONS))
 _WHOLE = (ir.DataType.INT64, ir.DataType.INT32)
 # Names of token vectors that exporters use, the likeliest first; else the first output of rank 3.
 _HIDDEN_NAMES = (HIDDEN, "token_embeddings", "hidden_states")
@@ -27,7 +27,7 @@ class Inputs:
     """Say which input of the given file is what, and of what dtype.
 
     Attributes:
-        roles: the file's own name -> one of IDS, MASK, SEGMENTS, POSITIONS.
+        roles: the file's own name -> one of IDS, MASK, SEGMENTS, _POSITIONS.
         dtypes: the file's own name -> numpy's dtype.
     """
 
@@ -40,7 +40,7 @@ class Inputs:
             IDS: feeds.input_ids,
             MASK: feeds.attention_mask,
             SEGMENTS: np.zeros_like(feeds.input_ids),
-            POSITIONS: np.broadcast_to(np.arange(feeds.input_ids.shape[1]), feeds.input_ids.shape),
+            _POSITIONS: np.broadcast_to(np.arange(feeds.input_ids.shape[1]), feeds.input_ids.shape),
         }
         return {name: np.ascontiguousarray(known[role], self.dtypes[name]) for name, role in self.roles.items()}
 
@@ -64,7 +64,7 @@ def roles(model: ir.Model, name: str) -> Inputs:
     if len(rest) != 1:
         raise Unsupported(
             f"{name}: its inputs are {', '.join(str(value.name) for value in model.graph.inputs)}; edgeq knows token "
-            f"ids, and beside them {MASK}, {SEGMENTS} and {POSITIONS}. Rename them so, or cut the others off."
+            f"ids, and beside them {MASK}, {SEGMENTS} and {_POSITIONS}. Rename them so, or cut the others off."
         )
     found[rest[0]] = IDS
     dtypes = {str(value.name): value.dtype.numpy().name for value in model.graph.inputs if value.dtype is not None}

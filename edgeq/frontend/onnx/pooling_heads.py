@@ -123,7 +123,7 @@ def _dense(folder: Path) -> Dense:
     return Dense(weight, None if bias is None else bias.astype(np.float32), _ACTIVATIONS[name])
 
 
-def embed(head: Head, hidden: FloatArray, mask: NDArray[np.int64]) -> FloatArray:
+def apply_head(head: Head, hidden: FloatArray, mask: NDArray[np.int64]) -> FloatArray:
     """Give the vectors of token vectors, float32[batch, dim], in numpy.
 
     Args:

@@ -26,9 +26,9 @@ from edgeq.graph import external_data
 from edgeq.graph.dialect import OPSET
 from edgeq.system.untrusted import require_confined
 
-OLDEST_OPSET = 11
+_OLDEST_OPSET = 11
 CONTRIB = "com.microsoft"  # the domain of operators that only ONNX Runtime has
-NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+_NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 _SMALL_BYTES = 1 << 10
 _LARGEST_FOLDED = 1 << 31
@@ -77,9 +77,9 @@ def read(path: Path) -> ir.Model:
     _refuse_quantised(proto, path)
     proto = external_data.load(path)
     version = opset(proto)
-    if version < OLDEST_OPSET:
+    if version < _OLDEST_OPSET:
         raise Unsupported(
-            f"{path}: opset {version}; {OLDEST_OPSET} or newer is needed, for every backend. "
+            f"{path}: opset {version}; {_OLDEST_OPSET} or newer is needed, for every backend. "
             f"Export the model again with opset 17 to {OPSET}: torch.onnx.export(..., opset_version=17)."
         )
     model = ir.from_proto(proto)
@@ -113,7 +113,7 @@ def _refuse_quantised(model: onnx.ModelProto, path: Path) -> None:
 
 def is_narrow(model: ir.Model) -> bool:
     """Tell whether anything is computed in other floats than FP32."""
-    return any(value.dtype in NARROW for value in _values(model))
+    return any(value.dtype in _NARROW for value in _values(model))
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:
@@ -126,23 +126,23 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
 def widen(model: ir.Model) -> None:
     """Write FP16, BF16 and FP64 weights and arithmetic in FP32, the weights' values kept."""
     for value in _values(model):
-        if value.const_value is not None and value.const_value.dtype in NARROW:
+        if value.const_value is not None and value.const_value.dtype in _NARROW:
             value.const_value = external_data.tensor_of(value.const_value.numpy().astype(np.float32), str(value.name))
-        if value.dtype in NARROW:
+        if value.dtype in _NARROW:
             value.dtype = ir.DataType.FLOAT
     for node in model.graph:
         for name, attribute in tuple(node.attributes.items()):
-            if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in NARROW:
+            if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in _NARROW:
                 node.attributes[name] = ir.AttrTensor(name, ir.tensor(attribute.value.numpy().astype("float32")))
             is_type = name == "to" or name == "dtype"
-            if is_type and attribute.type == ir.AttributeType.INT and ir.DataType(attribute.value) in NARROW:
+            if is_type and attribute.type == ir.AttributeType.INT and ir.DataType(attribute.value) in _NARROW:
                 node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
     for output in model.graph.outputs:
-        if output.dtype in NARROW:
+        if output.dtype in _NARROW:
             output.dtype = ir.DataType.FLOAT
 
 
-def convert(model: ir.Model, name: str) -> ir.Model:
+def convert_opset(model: ir.Model, name: str) -> ir.Model:
     """Convert to the dialect's opset with onnx's converter; operators of other domains pass through it.
 
     Args:

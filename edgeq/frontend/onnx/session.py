@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgeq.data.tokens import Feeds
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.frontend.onnx.interface import Inputs, Outputs
-from edgeq.frontend.onnx.pooling_heads import Head, embed, normalized
+from edgeq.frontend.onnx.pooling_heads import Head, apply_head, normalized
 from edgeq.graph.float_session import RUNTIME_ERRORS
 
 FloatArray = NDArray[np.float32]
@@ -71,5 +71,5 @@ class GivenSession:
                 "token, padding included, is needed. Let the model keep the length of its input."
             )
         if self._outputs.embedding is None:
-            return embed(self._head, found, feeds.attention_mask)
+            return apply_head(self._head, found, feeds.attention_mask)
         return normalized(found) if self._head.normalize else found

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-def load(located: Located) -> SentenceTransformer:
+def load_model(located: Located) -> SentenceTransformer:
     """Load the model in FP32 on the CPU, in evaluation mode.
 
     Raises:
@@ -56,11 +56,11 @@ def load(located: Located) -> SentenceTransformer:
     except Exception as error:  # the boundary to foreign loaders, which may raise anything
         raise ConfigError(f"{where}: sentence-transformers cannot load this model: {_first_line(error)}") from error
     if not located.takes_images:
-        sentence_transformers.prepare(model, located.directory, located.name, located.dim)
+        sentence_transformers.make_traceable(model, located.directory, located.name, located.dim)
     return model.eval()
 
 
-def describe(located: Located, model: SentenceTransformer) -> Source:
+def source_of(located: Located, model: SentenceTransformer) -> Source:
     """Say what a loaded model is made of.
 
     Raises:

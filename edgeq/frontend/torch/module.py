@@ -14,14 +14,14 @@ from edgeq.data.batches import PIXELS
 from edgeq.errors import ConfigError, EdgeqError, Unsupported
 from edgeq.frontend.onnx.interface import EMBEDDING, HIDDEN, IDS, MASK, SEGMENTS
 from edgeq.frontend.torch.errors import explain
-from edgeq.frontend.torch.export import to_onnx
+from edgeq.frontend.torch.trace import trace
 from edgeq.graph import external_data
 
 if TYPE_CHECKING:
     import torch
 
 TOLERANCE = 1e-5  # float rounding between torch and ONNX Runtime, of the largest value
-HALF_TOLERANCE = 2e-2  # the same where the module computes in half precision
+_HALF_TOLERANCE = 2e-2  # the same where the module computes in half precision
 _KEYS = (EMBEDDING, HIDDEN, "token_embeddings")  # of outputs that are mappings, the likeliest first
 
 
@@ -73,7 +73,7 @@ def write_onnx(
         output = EMBEDDING if expected.ndim == 2 else HIDDEN
         path = folder / f"{name}.onnx"
         with external_data.outside(folder / "weights"):
-            external_data.save(to_onnx(Graph().eval(), tensors, (output,), name, max_sequence), path)
+            external_data.save(trace(Graph().eval(), tensors, (output,), name, max_sequence), path)
     _prove(path, tensors, expected, name)
     return path
 
@@ -152,7 +152,7 @@ def _prove(path: Path, tensors: Mapping[str, torch.Tensor], expected: torch.Tens
     (found,) = session.run(None, {key: value.numpy() for key, value in tensors.items() if key in kept})
     wanted = expected.to(torch.float32).numpy()
     error = float(np.abs(found.astype(np.float32) - wanted).max() / max(1.0, float(np.abs(wanted).max())))
-    allowed = TOLERANCE if expected.dtype == torch.float32 else HALF_TOLERANCE
+    allowed = TOLERANCE if expected.dtype == torch.float32 else _HALF_TOLERANCE
     if not error <= allowed:
         raise EdgeqError(
             f"{name}: the exported graph differs from the module by {error:.2e}; at most {allowed:.0e} is allowed. "

@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 TABLE = "StaticEmbedding"  # a table of tokens in place of an encoder; its files cannot run through ONNX
 # What a bundle can hold. Each keeps its own files there, so that sentence-transformers opens it.
-SUPPORTED = ("Transformer", TABLE, "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
-ROUTERS = ("Router", "Asym")
+_SUPPORTED = ("Transformer", TABLE, "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
+_ROUTERS = ("Router", "Asym")
 LONGEST = 8192  # tokens of a text, where a model states no limit
 _LARGEST_LIMIT = 1_000_000  # above, a tokenizer's limit stands for none
-TRUNCATE = "Truncate:"  # begins the name of a truncation among a source's modules
+_TRUNCATE = "Truncate:"  # begins the name of a truncation among a source's modules
 _SAME_VECTOR = 1e-3  # relative: how far padding may move a text's vector where a model is given no mask
 _SENTENCE = "sentence_embedding"
 
 
-def prepare(model: SentenceTransformer, directory: Path, name: str, dim: int | None) -> None:
+def make_traceable(model: SentenceTransformer, directory: Path, name: str, dim: int | None) -> None:
     """Refuse what no graph can hold, and write the rest so that one can; the vectors stay those of single texts.
 
     A static table becomes a lookup and a mean. A truncation becomes a module, in front of the final Normalize where
@@ -69,14 +69,14 @@ def names(model: SentenceTransformer) -> tuple[str, ...]:
         if hasattr(module, "pooling_mode"):
             name = f"{name}:{'+'.join(modes(module))}"
         name = text_towers.named(module) or name
-        found.append(f"{TRUNCATE}{module.out_features} of {module.in_features}" if name == "Truncate" else name)
+        found.append(f"{_TRUNCATE}{module.out_features} of {module.in_features}" if name == "Truncate" else name)
     return tuple(found)
 
 
 def truncated_to(modules: tuple[str, ...]) -> int | None:
     """Give the dimensions that a source's modules are cut to, or None."""
-    found = next((name for name in modules if name.startswith(TRUNCATE)), None)
-    return int(found.removeprefix(TRUNCATE).split()[0]) if found is not None else None
+    found = next((name for name in modules if name.startswith(_TRUNCATE)), None)
+    return int(found.removeprefix(_TRUNCATE).split()[0]) if found is not None else None
 
 
 def modes(module: object) -> tuple[str, ...]:
@@ -114,16 +114,16 @@ def _require_supported(model: SentenceTransformer, directory: Path, name: str) -
     has_prompts = any(model.prompts.values())
     for position, module in enumerate(model):
         kind = type(module).__name__
-        if kind in ROUTERS:
+        if kind in _ROUTERS:
             routes = ", ".join(getattr(module, "sub_modules", {})) or "its routes"
             raise Unsupported(
                 f"{name}: {kind} sends texts through different modules ({routes}), and a bundle holds one graph. "
                 "Save each route as a model of its own, SentenceTransformer(modules=[*model[0].sub_modules[ROUTE], "
                 "*model[1:]]).save(...), and export each."
             )
-        if kind not in SUPPORTED:
+        if kind not in _SUPPORTED:
             raise Unsupported(
-                f"{name}: module {position} is {kind}; a bundle can hold {', '.join(SUPPORTED)}. "
+                f"{name}: module {position} is {kind}; a bundle can hold {', '.join(_SUPPORTED)}. "
                 "Leave the module out, or write what it does with those."
             )
         if kind == "Pooling" and has_prompts and not getattr(module, "include_prompt", True):

@@ -16,8 +16,8 @@ from edgeq.errors import ConfigError, EdgeqError
 from edgeq.frontend.locate import Located, from_json, locate, to_json
 from edgeq.frontend.torch.sentence_transformers import truncated_to
 from edgeq.records import Source
-from edgeq.system.child_server import Actions, pack, serve_standard_streams
-from edgeq.system.worker import Worker, unpack
+from edgeq.system.child_server import Actions, pack, serve_standard_streams, unpack
+from edgeq.system.worker import Worker, unpack_reply
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -67,7 +67,7 @@ class TorchSession:
         """Give the sentence embeddings, float32[batch, dim]."""
         tokens = token_feeds(feeds)
         reply = self._worker.call(do="embed", ids=pack(tokens.input_ids), mask=pack(tokens.attention_mask))
-        embeddings: Embeddings = unpack(reply["embeddings"])
+        embeddings: Embeddings = unpack_reply(reply["embeddings"])
         return embeddings
 
 
@@ -83,16 +83,16 @@ class _Child:
         return {"load": self._load, "embed": self._embed}
 
     def _load(self, located: dict[str, Any]) -> dict[str, Any]:
-        from edgeq.frontend.torch.load import load
+        from edgeq.frontend.torch.load import load_model
 
         try:
-            self._model = load(from_json(located))
+            self._model = load_model(from_json(located))
         except EdgeqError as error:  # its message says all; the server would put the error's name before it
             return {"error": str(error)}
         return {}
 
     def _embed(self, ids: dict[str, Any], mask: dict[str, Any]) -> dict[str, Any]:
-        from edgeq.frontend.torch.export import torch_embeddings
+        from edgeq.frontend.torch.convert import torch_embeddings
 
         if self._model is None:
             raise ValueError("no model is loaded; a load is needed first")

@@ -17,7 +17,7 @@ from edgeq.errors import Unsupported
 if TYPE_CHECKING:
     import torch
 
-TOKENS, SENTENCE = "token_embeddings", "sentence_embedding"
+TOKENS, _SENTENCE = "token_embeddings", "sentence_embedding"
 TOWER = "Transformer:text tower"  # begins the name of such an encoder among a source's modules
 _PADDED = ", padded to "
 _SAME = 1e-4  # of the largest value: float rounding, and the other order of summing in a padded batch
@@ -40,7 +40,7 @@ def unfolded(body: Any, name: str) -> list[torch.nn.Module]:
     from sentence_transformers.sentence_transformer import modules
 
     method = body.modality_config.get("text", {}).get("method")
-    if body.module_output_name != SENTENCE or method is None:
+    if body.module_output_name != _SENTENCE or method is None:
         return [body]
     limit = min(longest(body.model) or body.max_seq_length, body.max_seq_length)
     pads = _padding_counts(body, method, name)
@@ -74,7 +74,7 @@ def padded_to(modules: tuple[str, ...]) -> int:
     return int(modules[0].rpartition(_PADDED)[2]) if _PADDED in modules[0] else 0
 
 
-def save(body: Any, folder: Path) -> None:
+def trim_saved(body: Any, folder: Path) -> None:
     """Leave of a saved model of several towers its tokenizer, and of any other model everything.
 
     sentence-transformers would ask for the other tower's files. Where padding counts as text,

@@ -1,4 +1,4 @@
-"""Run the part of exporting an image model that needs torch; `edgeq.frontend.torch.export` does it for texts."""
+"""Run the part of exporting an image model that needs torch; `edgeq.frontend.torch.convert` does it for texts."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 # Pillow and the processor's own arithmetic may round a pixel another way.
-PIXEL_TOLERANCE = 1.01
+_PIXEL_TOLERANCE = 1.01
 
 
-def describe(located: Located, model: SentenceTransformer) -> Source:
+def source_of_images(located: Located, model: SentenceTransformer) -> Source:
     """Say what a loaded image model is made of."""
     names = [type(module).__name__ for module in model]
     names = [
@@ -73,10 +73,10 @@ def prepared_as(model: SentenceTransformer, name: str, folder: Path | None = Non
         own.save_pretrained(place)
         how = image_preprocessing.read(place / image_preprocessing.CONFIG, f"{name}/{image_preprocessing.CONFIG}")
     card = image_preprocessing.test_card()
-    found = how.pixel_values(how.codes(card)[None])
+    found = how.pixel_values(how.pixels(card)[None])
     expected = np.asarray(own(images=[card], return_tensors="np")[PIXELS], np.float32)
     step = how.rescale_factor / np.array(how.std, np.float32)[:, None, None]
-    if expected.shape != found.shape or not float(np.abs((found - expected) / step).max()) <= PIXEL_TOLERANCE:
+    if expected.shape != found.shape or not float(np.abs((found - expected) / step).max()) <= _PIXEL_TOLERANCE:
         raise Unsupported(
             f"{name}: its image processor {type(own).__name__} gives other pixels than edgeq's preprocessing, which "
             "resizes, crops, rescales and normalises with Pillow. Report the model."

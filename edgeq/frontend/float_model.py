@@ -17,8 +17,8 @@ from edgeq import errors
 from edgeq.data.batches import AnyFeeds
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.frontend.locate import Located, to_json
-from edgeq.frontend.onnx.export import Raw, prepare
-from edgeq.frontend.torch import export as torch_export
+from edgeq.frontend.onnx.convert import Raw, convert
+from edgeq.frontend.torch import convert as torch_convert
 from edgeq.graph import dialect, external_data, origins
 from edgeq.graph.float_session import FloatSession
 from edgeq.passes.apply import apply
@@ -27,11 +27,11 @@ from edgeq.records import FloatModel, Source
 from edgeq.system.files import file_ref
 
 TOLERANCE = 1e-5
-MODEL, CONFIG = "model.onnx", torch_export.CONFIG
+MODEL, CONFIG = "model.onnx", torch_convert.CONFIG
 _LOG_LINES = 15
 
 
-def export(
+def write_float_model(
     located: Located, out_dir: Path, hidden_state: bool = True, float_ops: Sequence[str] = ()
 ) -> tuple[Source, FloatModel]:
     """Write `model.onnx` and the folder `config/` below `out_dir`.
@@ -53,7 +53,7 @@ def export(
     """
     with tempfile.TemporaryDirectory(dir=out_dir) as folder, external_data.outside(Path(folder) / "weights"):
         if located.onnx is not None:
-            raw = prepare(located, located.onnx, out_dir / CONFIG, hidden_state)
+            raw = convert(located, located.onnx, out_dir / CONFIG, hidden_state)
         else:
             raw = _from_torch(located, out_dir, Path(folder) / "raw", hidden_state)
         return raw.source, _float_model(located, raw, out_dir / MODEL, float_ops)
@@ -88,18 +88,18 @@ def _from_torch(located: Located, out_dir: Path, raw_dir: Path, hidden_state: bo
     """Export with torch, and read what its process wrote; the weights of a large model stay in `raw_dir`."""
     raw_dir.mkdir()
     _run_torch(located, raw_dir, hidden_state)
-    record = Source.model_validate_json((raw_dir / torch_export.SOURCE).read_bytes())
-    raw = external_data.load(raw_dir / torch_export.RAW)
-    feeds, expected = torch_export.load_probes(raw_dir / torch_export.PROBES)
+    record = Source.model_validate_json((raw_dir / torch_convert.SOURCE).read_bytes())
+    raw = external_data.load(raw_dir / torch_convert.RAW)
+    feeds, expected = torch_convert.load_probes(raw_dir / torch_convert.PROBES)
     (raw_dir / CONFIG).rename(out_dir / CONFIG)
     return Raw(record, raw, feeds, expected)
 
 
 def _run_torch(located: Located, out_dir: Path, hidden_state: bool) -> None:
-    """Run `edgeq.frontend.torch.export` in a child process and turn its failure into ours."""
+    """Run `edgeq.frontend.torch.convert` in a child process and turn its failure into ours."""
     request = json.dumps({"located": to_json(located), "out_dir": str(out_dir), "hidden_state": hidden_state})
     child = subprocess.run(
-        [sys.executable, "-m", "edgeq.frontend.torch.export", request],
+        [sys.executable, "-m", "edgeq.frontend.torch.convert", request],
         capture_output=True,
         text=True,
         errors="replace",

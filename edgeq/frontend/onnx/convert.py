@@ -54,7 +54,7 @@ class Raw:
     expected: list[FloatArray]
 
 
-def prepare(located: Located, file: OnnxFile, config_dir: Path, hidden_state: bool) -> Raw:
+def convert(located: Located, file: OnnxFile, config_dir: Path, hidden_state: bool) -> Raw:
     """Read, widen, convert, take apart, and put pooling behind; write the configuration.
 
     Args:
@@ -75,7 +75,7 @@ def prepare(located: Located, file: OnnxFile, config_dir: Path, hidden_state: bo
     head = _head(located, file, found)
     feeds = probe_feeds(Tokenizer.from_file(file.tokenizer, file.max_sequence).vocabulary, file.max_sequence)
     expected = _expected(file, given, inputs, found, head, feeds)
-    model = read.convert(given, name)
+    model = read.convert_opset(given, name)
     expand_fused(model, name)
     take_tokens(model, inputs)
     width = _take_vectors(model, found, head, hidden_state and configuration.opens_in_sentence_transformers(file, head))
@@ -83,7 +83,7 @@ def prepare(located: Located, file: OnnxFile, config_dir: Path, hidden_state: bo
     drop_index_casts(model)
     proto = ir.to_proto(read.fold(model, name))
     proto.producer_name, proto.producer_version = "edgeq", ""
-    configuration.write(file, head, width, config_dir)
+    configuration.write_configuration(file, head, width, config_dir)
     dim = int(expected[0].shape[1])
     return Raw(_source(located, file, head, found, dim), proto, feeds, expected)
 
