@@ -15,7 +15,8 @@ import tiny_source
 from edgeq import targets
 from edgeq.backends.registry import find
 from edgeq.data.sessions import Embeddings, embed_batches
-from edgeq.data.tokens import Tokenizer, Tokens, batches
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import EdgeqError
 from edgeq.frontend import locate
 from edgeq.frontend.torch.convert import CONFIG, PROBES, RAW, convert, load_probes

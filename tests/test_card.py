@@ -462,7 +462,8 @@ def test_torch_gives_the_sources_vectors(tmp_path: Path) -> None:
     import tiny_source
 
     from edgeq.data.sessions import embed_batches
-    from edgeq.data.tokens import Tokenizer, batches
+    from edgeq.data.tokenizer import Tokenizer
+    from edgeq.data.tokens import batches
     from edgeq.frontend import locate
     from edgeq.frontend.torch.load import load_model, source_of
     from edgeq.frontend.torch.session import TorchSession, reopen

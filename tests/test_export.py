@@ -17,7 +17,8 @@ pytest.importorskip("sentence_transformers", reason="needs the extra `export`")
 import tiny_source  # noqa: E402
 
 from edgeq.data.sessions import embed_batches  # noqa: E402
-from edgeq.data.tokens import Tokenizer, batches  # noqa: E402
+from edgeq.data.tokenizer import Tokenizer  # noqa: E402
+from edgeq.data.tokens import batches  # noqa: E402
 from edgeq.frontend.float_model import CONFIG, MODEL, write_float_model  # noqa: E402
 from edgeq.graph import dialect  # noqa: E402
 from edgeq.graph.float_session import FloatSession  # noqa: E402

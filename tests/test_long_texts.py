@@ -19,7 +19,8 @@ import tiny_source  # noqa: E402
 
 from edgeq import targets  # noqa: E402
 from edgeq.backends.registry import find  # noqa: E402
-from edgeq.data.tokens import Feeds, Tokenizer  # noqa: E402
+from edgeq.data.tokenizer import Tokenizer  # noqa: E402
+from edgeq.data.tokens import Feeds  # noqa: E402
 from edgeq.frontend import locate  # noqa: E402
 from edgeq.frontend.torch import convert  # noqa: E402
 from edgeq.graph import dialect  # noqa: E402

@@ -24,7 +24,8 @@ import tiny_source  # noqa: E402
 from sentence_transformers.sentence_transformer import modules  # noqa: E402
 
 import edgeq  # noqa: E402
-from edgeq.data.tokens import Feeds, Tokenizer, batches  # noqa: E402
+from edgeq.data.tokenizer import Tokenizer  # noqa: E402
+from edgeq.data.tokens import Feeds, batches  # noqa: E402
 from edgeq.errors import ConfigError, Unsupported  # noqa: E402
 from edgeq.frontend import locate  # noqa: E402
 from edgeq.frontend.float_model import CONFIG, MODEL, write_float_model  # noqa: E402

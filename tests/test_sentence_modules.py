@@ -26,6 +26,7 @@ from sentence_transformers.sentence_transformer import modules  # noqa: E402
 import edgeq  # noqa: E402
 from edgeq.bundle.manifest import load_manifest  # noqa: E402
 from edgeq.bundle.verify import verify  # noqa: E402
+from edgeq.data.tokenizer import Tokenizer  # noqa: E402
 from edgeq.errors import ConfigError, Unsupported  # noqa: E402
 from edgeq.frontend import float_model, locate  # noqa: E402
 from edgeq.frontend.torch import sentence_transformers  # noqa: E402
@@ -318,12 +319,10 @@ def test_a_tokenizer_that_pads_left_and_gives_no_mask_is_mended(tmp_path: Path, 
     kept = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert kept["padding_side"] == "right" and kept["model_input_names"] == ["input_ids", "attention_mask"]
     assert kept["tokenizer_class"] == "PreTrainedTokenizerFast"  # which every version of transformers knows
-    cutting = edgeq.data.tokens.Tokenizer.from_file(folder / "tokenizer.json", 8).encode([" ".join(tiny_source.WORDS)])
+    cutting = Tokenizer.from_file(folder / "tokenizer.json", 8).encode([" ".join(tiny_source.WORDS)])
     last = tokenizer(tiny_source.WORDS[-1])["input_ids"][-2]
     assert cutting.ids[0][-2] == last  # a long text loses its beginning
-    batches = edgeq.data.tokens.batches(
-        edgeq.data.tokens.Tokenizer.from_file(folder / "tokenizer.json", 64).encode(TEXTS)
-    )
+    batches = edgeq.data.tokens.batches(Tokenizer.from_file(folder / "tokenizer.json", 64).encode(TEXTS))
     session = edgeq.graph.float_session.FloatSession.of(tmp_path / "out" / float_model.MODEL)
     found = edgeq.backends.contract.embed_batches(session, batches, len(TEXTS))
     alone = SentenceTransformer(str(model), device="cpu").encode(TEXTS, batch_size=1)

@@ -23,7 +23,8 @@ import edgeq  # noqa: E402
 from edgeq.bundle.manifest import load_manifest  # noqa: E402
 from edgeq.bundle.verify import verify  # noqa: E402
 from edgeq.data.sessions import embed_batches  # noqa: E402
-from edgeq.data.tokens import Tokenizer, batches  # noqa: E402
+from edgeq.data.tokenizer import Tokenizer  # noqa: E402
+from edgeq.data.tokens import batches  # noqa: E402
 from edgeq.errors import ConfigError, Unsupported  # noqa: E402
 from edgeq.evaluation import parity  # noqa: E402
 from edgeq.frontend import float_model, locate  # noqa: E402

@@ -10,7 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from edgeq.data.tokens import bucket_lengths
 from edgeq.evaluation.gate import norm_limit
 from edgeq.frontend.torch import text_towers
-from edgeq.frontend.torch.sentence_transformers import TABLE, truncated_to
+from edgeq.frontend.torch.sentence_transformers import truncated_to
+from edgeq.frontend.torch.supported_modules import TABLE
 from edgeq.records import Manifest, ParityReport, Place
 
 if TYPE_CHECKING:

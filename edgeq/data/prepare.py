@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeq.data.batches import Samples
-from edgeq.data.tokens import Tokenizer, text_set
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import text_set
 from edgeq.records import ImageSet, TextSet
 
 if TYPE_CHECKING:

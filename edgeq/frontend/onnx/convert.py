@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.probes import probe_feeds
-from edgeq.data.tokens import Feeds, Tokenizer
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import Feeds
 from edgeq.errors import ConfigError, EdgeqError, Unsupported
 from edgeq.frontend.locate import POOLING_MODES, Located
 from edgeq.frontend.onnx import configuration, read

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from edgeq.errors import ConfigError
 from edgeq.frontend.onnx.read import external_files
+from edgeq.frontend.weight_files import has_weights
 from edgeq.system.files import sha256_file
 
 MODULES, TOKENIZER, CONFIG = "modules.json", "tokenizer.json", "config.json"
 SUFFIX = ".onnx"
 
 _FOLDER, _USUAL = "onnx", "model.onnx"
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _LARGEST_LIMIT = 1_000_000  # tokenizers without a limit state 1e30
 
 
@@ -115,8 +115,7 @@ def _file(path: Path) -> Path | None:
         return path.resolve()
     if not path.is_dir():
         return None
-    has_weights = any(any(place.glob(item)) for place in (path, path / "0_Transformer") for item in _WEIGHTS)
-    if has_weights:
+    if any(has_weights(folder) for folder in (path, path / "0_Transformer")):
         return None
     for folder in (path / _FOLDER, path):
         if (folder / _USUAL).is_file():

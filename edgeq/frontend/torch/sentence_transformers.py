@@ -6,7 +6,6 @@ from one list and give the same vectors.
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +15,12 @@ from numpy.typing import NDArray
 
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.frontend.torch import text_towers
+from edgeq.frontend.torch.supported_modules import TABLE, refuse_decoder, require_supported
 
 if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
 
-TABLE = "StaticEmbedding"  # a table of tokens in place of an encoder; its files cannot run through ONNX
-# What a bundle can hold. Each keeps its own files there, so that sentence-transformers opens it.
-_SUPPORTED = ("Transformer", TABLE, "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
-_ROUTERS = ("Router", "Asym")
 LONGEST = 8192  # tokens of a text, where a model states no limit
 _LARGEST_LIMIT = 1_000_000  # above, a tokenizer's limit stands for none
 _TRUNCATE = "Truncate:"  # begins the name of a truncation among a source's modules
@@ -49,8 +45,8 @@ def make_traceable(model: SentenceTransformer, directory: Path, name: str, dim: 
         Unsupported: a module has no form in a graph.
         ConfigError: `dim` does not fit the model.
     """
-    _require_supported(model, directory, name)
-    _refuse_decoder(model, name)
+    require_supported(model, directory, name)
+    refuse_decoder(model, name)
     _unfold_table(model)
     own, model.truncate_dim = model.truncate_dim, None
     if dim is not None:
@@ -108,69 +104,6 @@ def takes_mask(model: SentenceTransformer) -> bool:
     """Tell whether the encoder has an input for the attention mask."""
     known = getattr(model[0], "model_forward_params", None)
     return is_static(model) or known is None or "attention_mask" in known
-
-
-def _require_supported(model: SentenceTransformer, directory: Path, name: str) -> None:
-    has_prompts = any(model.prompts.values())
-    for position, module in enumerate(model):
-        kind = type(module).__name__
-        if kind in _ROUTERS:
-            routes = ", ".join(getattr(module, "sub_modules", {})) or "its routes"
-            raise Unsupported(
-                f"{name}: {kind} sends texts through different modules ({routes}), and a bundle holds one graph. "
-                "Save each route as a model of its own, SentenceTransformer(modules=[*model[0].sub_modules[ROUTE], "
-                "*model[1:]]).save(...), and export each."
-            )
-        if kind not in _SUPPORTED:
-            raise Unsupported(
-                f"{name}: module {position} is {kind}; a bundle can hold {', '.join(_SUPPORTED)}. "
-                "Leave the module out, or write what it does with those."
-            )
-        if kind == "Pooling" and has_prompts and not getattr(module, "include_prompt", True):
-            raise Unsupported(
-                f"{name}: its pooling leaves the prompt out (include_prompt is false), which needs the "
-                "prompt's length at run time; set include_prompt to true in 1_Pooling/config.json if that will do"
-            )
-        for key in ("module_input_name", "module_output_name"):
-            if getattr(module, key, _SENTENCE) not in (_SENTENCE, "token_embeddings"):
-                raise Unsupported(f"{name}: module {position} ({kind}) has {key} {getattr(module, key)!r}; "
-                                  f"{_SENTENCE} or token_embeddings is needed.")  # fmt: skip
-    if (directory / "modules.json").is_file() and "message" in getattr(model[0], "modality_config", {}):
-        raise Unsupported(
-            f"{name}: its texts go through a chat template, which a tokenizer.json does not hold. Take the message "
-            "modality out of sentence_bert_config.json if plain texts will do."
-        )
-    for path in sorted(directory.glob("*/config.json")):
-        _require_torch_activation(path)
-
-
-def _refuse_decoder(model: SentenceTransformer, name: str) -> None:
-    """Refuse an encoder with a decoder behind it, whose tokens' vectors are those of the text that it would write.
-
-    Raises:
-        Unsupported: it is so.
-    """
-    encoder = getattr(model[0], "auto_model", None)
-    parts = [getattr(encoder, part, None) for part in ("encoder", "decoder")]
-    if all(part is not None for part in parts):
-        raise Unsupported(
-            f"{name}: {type(encoder).__name__} has a decoder behind its encoder, which writes texts and embeds none, "
-            "for no backend. Export its encoder as a module: edgeq.export(AutoModel.from_pretrained(DIRECTORY)"
-            '.get_encoder(), targets=[...], tokenizer=DIRECTORY, pooling="mean", out=OUT).'
-        )
-
-
-def _require_torch_activation(path: Path) -> None:
-    """Refuse an activation that sentence-transformers does not load: it takes Tanh instead, with a mere warning."""
-    try:
-        wanted = json.loads(path.read_text(encoding="utf-8")).get("activation_function", "torch.")
-    except (ValueError, RecursionError, AttributeError) as error:
-        raise ConfigError(f"{path}: no JSON object ({error}); restore it from the model's origin") from error
-    if not str(wanted).startswith("torch."):
-        raise Unsupported(
-            f"{path}: activation_function is {wanted}; only classes of torch are loaded without running the model's "
-            "own code. Name the class of torch.nn that does the same."
-        )
 
 
 def _unfold_table(model: SentenceTransformer) -> None:
