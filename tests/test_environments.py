@@ -23,7 +23,7 @@ from test_children import make_inputs, sum_of, tflite_worker, write_adder
 
 from edgeq.errors import StorageFailed, ToolMissing
 from edgeq.system.cache import Cache
-from edgeq.system.environments import KIND, Environment, interpreter, made, require_interpreter
+from edgeq.system.environments import KIND, Environment, find_interpreter, interpreter, require_interpreter
 from edgeq.system.worker import Worker, unpack_reply
 
 RUNNING = "{}.{}".format(*sys.version_info[:2])
@@ -116,12 +116,12 @@ def leftovers(cache: Path) -> list[str]:
 def test_what_is_forced_is_installed_without_what_it_asks_for(index: Path) -> None:
     write_wheel(index, "edgeq-asking", "2.0", requires="Requires-Dist: edgeq-nowhere==9\n")
     forced = Environment("asking", ("edgeq-probe==1.0",), (RUNNING,), forced=("edgeq-asking==2.0",))
-    assert made(forced) is None and made(PROBE) is None
+    assert find_interpreter(forced) is None and find_interpreter(PROBE) is None
     with pytest.raises(ToolMissing, match=r"asking \(edgeq-asking==2\.0\) is not there; .*doctor --install asking"):
         require_interpreter(forced)
     python = interpreter(forced)
     assert version_of(python, "edgeq_asking") == "2.0" and version_of(python, "edgeq_probe") == "1.0"
-    assert made(forced) == require_interpreter(forced) == python
+    assert find_interpreter(forced) == require_interpreter(forced) == python
     assert forced.pins == {"edgeq-asking": "2.0", "edgeq-probe": "1.0"}
     with pytest.raises(ToolMissing, match="edgeq-nowhere"):
         interpreter(Environment("asking", ("edgeq-asking==2.0",), (RUNNING,)))

@@ -1,4 +1,4 @@
-"""The verb `cache`: show and purge what exports keep."""
+"""Run the verb `cache`: show or purge the intermediate results of exports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgeq.cli import console
 
 
 class CacheAction(StrEnum):
-    """Say what to do with the cache."""
+    """Name what to do with the cache."""
 
     SHOW = "show"
     PURGE = "purge"

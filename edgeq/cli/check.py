@@ -1,4 +1,4 @@
-"""The verb `check`: hold a model against the rules of targets, before anything is converted."""
+"""Run the verb `check`: apply the rules of targets to a model before anything is converted."""
 
 from __future__ import annotations
 

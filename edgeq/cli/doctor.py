@@ -1,4 +1,4 @@
-"""The verb `doctor`: which toolchains are installed, and which are missing."""
+"""Run the verb `doctor`: list the toolchains that are installed or missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb `verify`: a bundle's bytes, its chain of records and its golden texts."""
+"""Run the verb `verify`: check a bundle's bytes, its chain of records and its golden texts."""
 
 from __future__ import annotations
 

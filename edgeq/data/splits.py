@@ -32,7 +32,7 @@ def deduplicate(texts: Sequence[str]) -> list[str]:
 
 
 def sha256_text(text: str) -> bytes:
-    """Hash a text."""
+    """Hash a text with SHA-256."""
     return hashlib.sha256(text.encode()).digest()
 
 

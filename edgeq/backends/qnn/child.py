@@ -1,14 +1,14 @@
-"""Compile and run context binaries in a process of its own: `python -m edgeq.backends.qnn.child`.
+"""Compile context binaries and run them in QAIRT's emulator, in a child process: `python -m edgeq.backends.qnn.child`.
 
-Spoken to by `edgeq.system.worker`. Requests, one JSON object per line:
+`edgeq.system.worker` sends the requests, one JSON object per line:
 
     {"do": "compile", "model", "context", "options", "log"}   -> {"partitions": [{"provider", "nodes": [[op, name]]}]}
     {"do": "describe", "path"}                                -> what `context_info` gives
     {"do": "load", "contexts": {length: path}}                -> {}
     {"do": "run_many", "length", "inputs": {name: arrays}}    -> {"output": array}; one run per item of the leading axis
 
-Before each thing the compiler or the emulator may die of stands an {"announce": ...}. All that they say while compiling
-goes to the file `log`.
+Before each step in which the compiler or the emulator may die, the child writes an {"announce": ...}. Their output
+while compiling goes to the file `log`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _WARNINGS, _ERRORS = 2, 3  # ONNX Runtime's log levels
 
 
 class _Child:
-    """Answer requests about context binaries."""
+    """Answer requests; keep the sessions of loaded context binaries."""
 
     def __init__(self, announce: Announce) -> None:
-        """Register the provider; on a PC its device is called a CPU, because an emulator stands behind it."""
+        """Register the execution provider; on a PC its device is a CPU, on which the emulator runs."""
         ort.register_execution_provider_library(_PROVIDER, qnn.get_library_path())
         self._devices = [device for device in ort.get_ep_devices() if device.ep_name == _PROVIDER][:1]
         self._announce = announce
@@ -58,7 +58,7 @@ class _Child:
         with Path(log).open("wb") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        # As bytes: a path would enter the graph's name, and make equal binaries differ.
+        # As bytes: a path would become part of the graph's name, and make equal binaries differ.
         session = self._session(Path(model).read_bytes(), options, settings, _WARNINGS)
         partitions = session.get_provider_graph_assignment_info()
         return {
@@ -91,7 +91,7 @@ class _Child:
     def _session(
         self, model: str | bytes, options: dict[str, str], settings: dict[str, str], level: int
     ) -> ort.InferenceSession:
-        """Load a model on the provider alone: a node left for the CPU is an error."""
+        """Load a model on the provider alone; a node that falls back to the CPU is an error."""
         session_options = ort.SessionOptions()
         session_options.log_severity_level = level
         for name, value in {"session.disable_cpu_ep_fallback": "1", **settings}.items():

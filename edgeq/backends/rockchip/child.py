@@ -1,15 +1,15 @@
-"""Build .rknn files and run them in Rockchip's simulator: `python child.py`, spoken to by `edgeq.system.worker`.
+"""Build .rknn files and run them in Rockchip's simulator, in a child process that `edgeq.system.child_server` serves.
 
-A script, not a module: it runs in an environment where edgeq is not installed, and imports the standard library, numpy
-and rknn-toolkit2 only. Requests, one JSON object per line, arrays as `edgeq.system.worker` packs them:
+Its environment lacks edgeq: it may import the standard library, numpy, rknn-toolkit2 and the child server only.
+`edgeq.system.worker` sends the requests, one JSON object per line, with packed arrays:
 
     {"do": "build", "model", "platform", "feeds", "integer", "output", "log"}   -> {}
     {"do": "run_many", "model", "inputs": [arrays]}     -> {"output": array}; one run for each item of the leading axis
 
-`model` is the path of a float ONNX file; its build stays, to be run by the same name. `feeds` is a list of arrays for
-each calibration text, or null where nothing is quantised, and `integer` names the weight products that get 8 bits;
-everything else gets 16 in floating point. Before each thing the compiler may die of stands an {"announce": ...}. All
-that it says goes to the file `log`.
+`model` is the path of a float ONNX file; "run_many" runs what "build" built of that path. `feeds` is a list of arrays
+for each calibration text, or null where nothing is quantised, and `integer` names the weight MatMuls that become int8;
+all else becomes FP16. Before each step in which the compiler may die, the child writes an {"announce": ...}. The
+compiler's output goes to the file `log`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ import numpy as np
 
 from edgeq.system.child_server import Actions, Announce, pack, serve_standard_streams, unpack
 
-# What keeps the 8 bits of the operator before it: an activation is part of its product, a lookup is only shaped anew.
+# Operators that stay int8 behind an int8 one: an activation after a MatMul, a Reshape after a lookup.
 _FOLLOWERS = {"product": ("exGelu", "Relu", "Sigmoid", "Tanh"), "lookup": ("Reshape",)}
 
 _LINE_BUFFERED = 1  # glibc's _IOLBF
 
 
 class _Child:
-    """Answer requests about .rknn files."""
+    """Answer requests; keep the compilers of built files, which alone can simulate them."""
 
     def __init__(self, announce: Announce) -> None:
-        """Take what announces."""
+        """Announce steps with `announce`."""
         self._announce = announce
         self._built: dict[str, Any] = {}
 
@@ -55,9 +55,9 @@ class _Child:
         with Path(log).open("wb") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        name, folder = Path(model).name, Path(f"{output}.work")  # who asked clears away what a death leaves of it
+        name, folder = Path(model).name, Path(f"{output}.work")  # after a death the parent process removes it
         folder.mkdir()
-        os.chdir(folder)  # the compiler writes where it stands, and more of it when it fails
+        os.chdir(folder)  # the compiler writes files into the working folder, and more when it fails
         self._announce(f"reading {name}")
         compiler = _compiler(platform)
         _require(compiler.load_onnx(model=model), "load_onnx")
@@ -77,7 +77,7 @@ class _Child:
     def _quantised(
         self, first: Any, folder: Path, name: str, platform: str, feeds: list[list[dict[str, Any]]], integer: set[str]
     ) -> Any:
-        """Calibrate and compile in the toolkit's two steps, between which everybody may say what stays float."""
+        """Calibrate and compile in the toolkit's two steps, and between them set which operators stay FP16."""
         self._announce(f"calibrating {name}")
         _require(first.hybrid_quantization_step1(dataset=_write_feeds(feeds, folder)), "step 1")
         first.release()
@@ -120,30 +120,32 @@ def _compiler(platform: str) -> Any:
 
 
 def _keep_float(model: Path, settings: Path, integer: set[str]) -> None:
-    """Let 8 bits be where the weight products, their activations and the embedding tables are, and nowhere else.
+    """Set every operator to FP16 but weight MatMuls, their activations and embedding lookups, which stay int8.
 
-    The compiler has named its products after ours: `name#2`.
+    The compiler's name of a MatMul is ours with a suffix: `name#2`.
     """
     import onnx
     from ruamel.yaml import YAML
 
     graph = onnx.load(model, load_external_data=False).graph
     stored = {tensor.name for tensor in graph.initializer}
-    coded: dict[str, str] = {}
+    integer_values: dict[str, str] = {}
     for node in graph.node:
         read = [name for name in node.input if name and name not in stored]
-        origin = coded.get(read[0], "") if len(read) == 1 else ""
+        origin = integer_values.get(read[0], "") if len(read) == 1 else ""
         if node.name.split("#")[0] in integer:
             origin = "product"
         elif node.op_type == "Gather" and node.input[0] in stored:
             origin = "lookup"
         elif node.op_type not in _FOLLOWERS.get(origin, ()):
             continue
-        coded.update(dict.fromkeys(node.output, origin))
+        integer_values.update(dict.fromkeys(node.output, origin))
     content = YAML(typ="safe").load(settings.read_text(encoding="utf-8"))
     known = content["quantize_parameters"]
     made = [name for node in graph.node for name in node.output]
-    content["custom_quantize_layers"] = {name: "float16" for name in made if name in known and name not in coded}
+    content["custom_quantize_layers"] = {
+        name: "float16" for name in made if name in known and name not in integer_values
+    }
     with settings.open("w", encoding="utf-8") as file:
         YAML().dump(content, file)
 
@@ -154,7 +156,7 @@ def _require(status: int, step: str) -> None:
 
 
 def _write_feeds(feeds: list[list[dict[str, Any]]], folder: Path) -> str:
-    """Write the calibration feeds as the compiler wants them: a list of files with a line for each text."""
+    """Write calibration feeds as .npy files, and the compiler's list of them with a line for each text."""
     lines = []
     for row, arrays in enumerate(feeds):
         names = [folder / f"{row}_{position}.npy" for position in range(len(arrays))]

@@ -1,8 +1,8 @@
-"""Run .tflite files in one runtime, in a process of its own: `python child.py RUNTIME`, for `edgeq.system.worker`.
+"""Run .tflite files in one runtime, in a child process that `edgeq.system.child_server` serves.
 
-A script, not a module: it runs in environments where edgeq is not installed, and imports the standard library, numpy
-and one runtime only. RUNTIME is a key of `RUNTIMES`. Requests, one JSON object per line, arrays as
-`edgeq.system.worker` packs them:
+Its environment may lack edgeq: it may import the standard library, numpy, one runtime and the child server only. Its
+one argument is a key of `RUNTIMES`. `edgeq.system.worker` sends the requests, one JSON object per line, with packed
+arrays:
 
     {"do": "version"}                                           -> {"runtime", "version", "numpy", "python"}
     {"do": "load", "path", "threads"}                           -> {"signatures": [name, ...]}; threads 0: its choice
@@ -11,8 +11,8 @@ and one runtime only. RUNTIME is a key of `RUNTIMES`. Requests, one JSON object 
     {"do": "time", "signature", "inputs", "runs", "warmup"}     -> {"milliseconds": [one per run]}
     {"do": "memory"}                                            -> {"resident_bytes", "peak_bytes"}
 
-A signature of null runs subgraph 0, its inputs and outputs under their tensors' names. Before each thing a kernel may
-die of stands an {"announce": ...}; what Python raises becomes an {"error": ...}, and the child stays.
+A signature of null runs subgraph 0, whose inputs and outputs have their tensors' names. Before each step in which a
+kernel may die, the child writes an {"announce": ...}; a Python exception becomes an {"error": ...}.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 
 from edgeq.system.child_server import Actions, Announce, pack, serve_standard_streams, unpack
 
-# runtime -> the package whose version counts, the module with the interpreter, the operator resolver by name
+# runtime -> the package with the version, the module with the interpreter, the name of the operator resolver
 RUNTIMES = {
     "litert": ("ai_edge_litert", "ai_edge_litert.interpreter", "AUTO"),
     "litert-builtin": ("ai_edge_litert", "ai_edge_litert.interpreter", "BUILTIN_WITHOUT_DEFAULT_DELEGATES"),
@@ -45,7 +45,7 @@ class _Program:
     """Run one signature of a loaded file, or subgraph 0 of one that has none."""
 
     def __init__(self, interpreter: Any, signature: str | None) -> None:
-        """Look up what it takes; nothing runs yet."""
+        """Look up the inputs; nothing runs yet."""
         self._interpreter = interpreter
         self._runner: Any = None
         if signature is None:
@@ -55,7 +55,11 @@ class _Program:
             self._inputs = self._runner.get_input_details()
 
     def check(self, inputs: Arrays) -> None:
-        """Refuse what the signature does not take: runtimes resize it to whatever they are given, and may die of it."""
+        """Refuse inputs of another name, dtype or shape: runtimes resize to any shape, and may die of it.
+
+        Raises:
+            ValueError: they do not fit the signature.
+        """
         if inputs.keys() != self._inputs.keys():
             raise ValueError(f"inputs are {sorted(inputs)}; {sorted(self._inputs)} are needed")
         for name, array in inputs.items():
@@ -65,7 +69,7 @@ class _Program:
                 raise ValueError(f"input {name} is {array.dtype}{list(array.shape)}; {dtype}{shape} is needed")
 
     def __call__(self, inputs: Arrays) -> Arrays:
-        """Run once, on inputs that were checked."""
+        """Run once on checked inputs."""
         if self._runner is not None:
             outputs: Arrays = self._runner(**inputs)
             return outputs
@@ -83,7 +87,7 @@ class _Child:
     """Answer requests with one runtime and one loaded file."""
 
     def __init__(self, runtime: str, announce: Announce) -> None:
-        """Import nothing yet: a runtime that cannot be imported is an error of the first request."""
+        """Import nothing yet, so that a runtime that cannot be imported is an error of the first request."""
         self._runtime = runtime
         self._announce = announce
         self._interpreter: Any = None
@@ -102,7 +106,7 @@ class _Child:
         }
 
     def _module(self) -> Any:
-        """Import the runtime, by a name that decides nothing about any other runtime."""
+        """Import the runtime's module."""
         self._announce(f"importing {RUNTIMES[self._runtime][1]}")
         return importlib.import_module(RUNTIMES[self._runtime][1])
 
@@ -159,7 +163,7 @@ class _Child:
         return {"milliseconds": milliseconds}
 
     def _memory(self) -> dict[str, Any]:
-        """Give resident memory, now and at its peak. Source: Linux, Documentation/filesystems/proc.rst, table 1-2."""
+        """Read resident memory, now and at its peak. Source: Linux, Documentation/filesystems/proc.rst, table 1-2."""
         lines = Path("/proc/self/status").read_text().splitlines()
         sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
         return {"resident_bytes": sizes["VmRSS"], "peak_bytes": sizes["VmHWM"]}

@@ -60,7 +60,7 @@ def multi_head_attention(fused: FusedNode) -> dict[int, ir.Value]:
 def _attend(
     fused: FusedNode, parts: list[ir.Value], width: int, value_width: int, mask: ir.Value | None, bias: ir.Value | None
 ) -> ir.Value:
-    """Write attention over query, key and value, each [batch, sequence, width]."""
+    """Write MatMul, Softmax and MatMul over query, key and value, float32[batch, sequence, width] each."""
     if fused.attribute("unidirectional", 0) or fused.attribute("do_rotary", 0):
         raise CannotExpand("it is causal, or rotates positions")
     heads = fused.attribute("num_heads", 0)
@@ -85,7 +85,7 @@ def _attend(
 
 
 def _mask_bias(fused: FusedNode, mask: ir.Value) -> ir.Value:
-    """Write what a mask[batch, sequence] of ones and zeros adds to the scores."""
+    """Turn an attention mask[batch, sequence] of ones and zeros into the value that is added to the scores."""
     if len(dims(mask) or [0, 0]) != 2:
         raise CannotExpand("its mask is no [batch, sequence] of ones and zeros")
     ones = fused.add("Cast", [mask], "mask_ones", to=int(ir.DataType.FLOAT))

@@ -1,7 +1,7 @@
-"""Take apart the operators that ONNX Runtime's optimiser writes, into the dialect's.
+"""Expand the fused operators that ONNX Runtime's optimiser writes (domain com.microsoft) to standard operators.
 
-Each entry of `_EXPANSIONS` writes the standard form of one operator of the domain com.microsoft before the node, and
-gives what stands for each output that is read. Source: onnxruntime 1.31, docs/ContribOperators.md.
+Each entry of `_EXPANSIONS` writes the standard operators before the fused node, and maps positions of its outputs to
+the values that replace them. Source: onnxruntime 1.31, docs/ContribOperators.md.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ _Expansion = Callable[[FusedNode], "dict[int, ir.Value]"]
 
 
 def expand_fused(model: ir.Model, name: str) -> int:
-    """Take apart every operator of ONNX Runtime's own domain; give how many there were.
+    """Expand every operator of the domain com.microsoft, and return their number.
+
+    Args:
+        model: is changed.
+        name: of the model, for messages.
 
     Raises:
-        Unsupported: with every operator that cannot be.
+        Unsupported: some cannot be expanded; the message lists all of them.
     """
     count, problems = 0, []
     for node in list(model.graph):
@@ -65,7 +69,7 @@ def _skip_layer_normalization(fused: FusedNode) -> dict[int, ir.Value]:
 
 def _skip_sum(fused: FusedNode, bias_at: int) -> ir.Value:
     x, bias = fused.needed(0), fused.input(bias_at)
-    x = x if bias is None else fused.add("Add", [x, bias], "biased")  # to the product first, whose bias it is
+    x = x if bias is None else fused.add("Add", [x, bias], "biased")  # first: it is a MatMul's bias
     return fused.add("Add", [x, fused.needed(1)], "sum")
 
 
@@ -105,7 +109,8 @@ def _embed_layer_normalization(fused: FusedNode) -> dict[int, ir.Value]:
     attributes = {"axis": -1, "epsilon": fused.attribute("epsilon", 1e-12)}
     norm = fused.add("LayerNormalization", [total, fused.needed(5), fused.needed(6)], "norm", **attributes)
     mask = fused.input(7)
-    return {0: norm, 2: total} | ({1: mask} if mask is not None else {})  # Attention reads a whole mask as well
+    # Output 1 is the lengths of the texts; Attention takes a whole mask as well.
+    return {0: norm, 2: total} | ({1: mask} if mask is not None else {})
 
 
 def _gelu(kind: str, has_bias: bool) -> _Expansion:

@@ -1,4 +1,4 @@
-"""Run an ONNX file as it was given, in ONNX Runtime: what the float model is compared with."""
+"""Run the user's ONNX file unchanged in ONNX Runtime, as the reference for the float model."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ FloatArray = NDArray[np.float32]
 
 
 def _bare(message: str) -> str:
-    """Give what ONNX Runtime says without its own files and functions."""
+    """Remove the names of ONNX Runtime's own files and functions from its message."""
     said = re.sub(r"/onnxruntime_src/\S+ .*?\) ", "", message.rsplit("Status Message:", 1)[-1])
     return f"{' '.join(said.split()).rstrip('.')}."
 
 
 class GivenSession:
-    """Keep the given file loaded; call it with feeds to get float32[batch, dim]."""
+    """Keep the user's file loaded; calling it embeds a batch."""
 
     def __init__(self, path: Path, inputs: Inputs, outputs: Outputs, head: Head) -> None:
         """Load the file.
 
         Args:
             path: the file.
-            inputs: which input is what.
-            outputs: which output is what.
-            head: what numpy puts behind its token vectors, or behind its vectors.
+            inputs: the roles of its inputs.
+            outputs: its outputs with vectors and token vectors.
+            head: the modules that numpy applies to its token vectors, or the normalisation of its vectors.
 
         Raises:
             ConfigError: ONNX Runtime cannot load it.
@@ -48,11 +48,11 @@ class GivenSession:
         self._name, self._inputs, self._outputs, self._head = path.stem, inputs, outputs, head
 
     def __call__(self, feeds: Feeds) -> FloatArray:
-        """Give the vectors, float32[batch, dim].
+        """Embed a batch of texts, float32[batch, dim].
 
         Raises:
-            ConfigError: ONNX Runtime cannot run it on these tokens.
-            Unsupported: it gives no vector for each token.
+            ConfigError: ONNX Runtime cannot run the file on these tokens.
+            Unsupported: its token vectors are not one for each token.
         """
         wanted = self._outputs.embedding or self._outputs.hidden
         try:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
 
-_FLAGS = {  # mode -> what its flag is called
+_FLAGS = {  # mode -> the end of its flag's name
     "cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken",
     "mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "weightedmean": "weightedmean_tokens",
 }  # fmt: skip
@@ -26,9 +26,13 @@ _FLAG_ORDER = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "la
 def write_configuration(model: SentenceTransformer, folder: Path) -> None:
     """Write tokenizer, config and module files, without the transformer's weights (a Dense module keeps its own).
 
-    Module files take the form that sentence-transformers 5 and 6 both read: 5 knows neither 6's class paths nor its
-    shorter pooling configuration. Of a static table there is the tokenizer only: sentence-transformers would load the
-    table with torch.
+    Module files have the format that sentence-transformers 5 and 6 both read: 5 knows neither 6's class paths nor its
+    shorter pooling configuration. For a StaticEmbedding the tokenizer alone is written, because sentence-transformers
+    would load the table of embeddings with torch.
+
+    Args:
+        model: as `load_model` gives it.
+        folder: does not exist yet.
     """
     folder.mkdir()
     if sentence_transformers.is_static(model):
@@ -48,7 +52,7 @@ def write_configuration(model: SentenceTransformer, folder: Path) -> None:
             _write_json(folder / entry["path"] / "config.json", pooling_config(module))
     _write_json(folder / "modules.json", modules)
     tokenizer_config.mend(folder / tokenizer_config.FILE)
-    if model.tokenizer.truncation_side == "left":  # tokenizer.json alone would not say so
+    if model.tokenizer.truncation_side == "left":  # tokenizer.json does not say so by itself
         text_tokenizer = model.tokenizer.backend_tokenizer
         text_tokenizer.enable_truncation(model.max_seq_length, direction="left")
         _write_json(folder / "tokenizer.json", json.loads(text_tokenizer.to_str()))
@@ -57,7 +61,7 @@ def write_configuration(model: SentenceTransformer, folder: Path) -> None:
 
 
 def pooling_config(module: torch.nn.Module) -> dict[str, object]:
-    """Write the pooling modes as one flag each, and their order where flags would give another."""
+    """Give a Pooling module's configuration: a flag for each mode, and the modes' order where flags would lose it."""
     modes = sentence_transformers.modes(module)
     flags: dict[str, object] = {f"pooling_mode_{key}": name in modes for name, key in _FLAGS.items()}
     order = {} if list(modes) == [name for name in _FLAG_ORDER if name in modes] else {"pooling_mode": list(modes)}

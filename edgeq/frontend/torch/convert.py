@@ -1,7 +1,7 @@
-"""Run the part of exporting that needs torch: load the model, save its configuration, write the raw ONNX graph.
+"""Convert a model with torch to a raw ONNX graph, the vectors of probe batches, a source record and configuration.
 
-It runs in a process of its own, `python -m edgeq.frontend.torch.convert`, so that torch's memory is given back before
-the graph is rewritten, and so that a crash inside torch is a message and not the end of edgeq.
+This is a program of its own, `python -m edgeq.frontend.torch.convert REQUEST`: its end frees torch's memory before the
+graph is rewritten, and a crash inside torch becomes a message.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def convert(located: Located, out_dir: Path, hidden_state: bool) -> Source:
     Args:
         located: the model.
         out_dir: an existing folder.
-        hidden_state: also give `last_hidden_state`.
+        hidden_state: also output `last_hidden_state`.
 
     Raises:
         ToolMissing: torch or sentence-transformers is not installed.
         ConfigError: the model cannot be loaded.
-        Unsupported: torch cannot export it.
+        Unsupported: a graph cannot hold the model, or torch cannot trace it.
     """
     model = load_model(located)
     if located.takes_images:
@@ -68,10 +68,10 @@ def convert(located: Located, out_dir: Path, hidden_state: bool) -> Source:
 
 
 def _require_own_vectors(model: SentenceTransformer, feeds: Feeds, name: str) -> None:
-    """Refuse a model without a mask whose vectors depend on the other texts of a batch.
+    """Refuse a model without an attention mask whose vectors depend on padding.
 
     Raises:
-        Unsupported: padding moves a vector.
+        Unsupported: a padded text has another vector than the text alone.
     """
     if sentence_transformers.takes_mask(model):
         return
@@ -85,7 +85,7 @@ def _require_own_vectors(model: SentenceTransformer, feeds: Feeds, name: str) ->
 
 
 def _convert_images(located: Located, model: SentenceTransformer, out_dir: Path, hidden_state: bool) -> Source:
-    """Write the same of an image model: its configuration is its preprocessing."""
+    """Write the same files for an image model, whose configuration is its preprocessing."""
     import torch
 
     from edgeq.frontend.torch import vision
@@ -93,7 +93,7 @@ def _convert_images(located: Located, model: SentenceTransformer, out_dir: Path,
     (out_dir / CONFIG).mkdir()
     with quiet():
         record = vision.source_of_images(located, model)
-        feeds = vision.probes(vision.prepared_as(model, located.name, out_dir / CONFIG))
+        feeds = vision.probes(vision.preprocessing_of(model, located.name, out_dir / CONFIG))
         expected = vision.embeddings(model, feeds)
     named: dict[str, NDArray[Any]] = {}
     for row, (feed, vectors) in enumerate(zip(feeds, expected, strict=True)):
@@ -112,7 +112,7 @@ def _graph_module(model: SentenceTransformer, hidden_state: bool) -> torch.nn.Mo
     import torch
 
     class Graph(torch.nn.Module):
-        """Run every module of the model on bare tensors."""
+        """Run all modules of a model on token ids and mask."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -142,7 +142,7 @@ def _to_onnx(model: SentenceTransformer, hidden_state: bool, name: str, max_sequ
 
 
 def torch_embeddings(model: SentenceTransformer, feeds: tuple[Feeds, ...]) -> list[NDArray[np.float32]]:
-    """Run a loaded model on each feed, and give its vectors, float32[batch, dim] each."""
+    """Run a loaded model on each batch of tokens; give the vectors, float32[batch, dim] each."""
     import torch
 
     graph = _graph_module(model, hidden_state=False)
@@ -165,7 +165,7 @@ def load_probes(path: Path) -> tuple[tuple[AnyFeeds, ...], list[NDArray[np.float
 
 
 def main() -> int:
-    """Read the model's whereabouts as JSON from the command line, run, and print an error as JSON."""
+    """Convert the model of the JSON request on the command line; print an error as JSON."""
     request = json.loads(sys.argv[1])
     located = from_json(request["located"])
     try:

@@ -1,7 +1,7 @@
-"""Bring a loaded sentence-transformers model into the form that one graph of tokens can hold, or say why it cannot.
+"""Rewrite a loaded sentence-transformers model so that one graph of token ids and mask can hold it.
 
-Every module stays a module, so that the graph, the record of the source and the bundle's own module files are made
-from one list and give the same vectors.
+Every module stays a module, so that the graph, the source record and the bundle's own module files are made from one
+list and give the same vectors.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ _SENTENCE = "sentence_embedding"
 
 
 def make_traceable(model: SentenceTransformer, directory: Path, name: str, dim: int | None) -> None:
-    """Refuse what no graph can hold, and write the rest so that one can; the vectors stay those of single texts.
+    """Refuse modules that no graph can hold, and rewrite the others; the vectors of single texts stay the same.
 
-    A static table becomes a lookup and a mean. A truncation becomes a module, in front of the final Normalize where
-    `dim` asks for one, at the very end where the model's own configuration does. Padding moves to the right and comes
-    with a mask, because a text's tokens stand at their own positions then.
+    A StaticEmbedding becomes a lookup and mean pooling. A truncation becomes a module: before the final Normalize where
+    `dim` asks for it, at the very end where the model's own configuration does. Padding is moved to the right and gets
+    a mask, so that each token has the same position as in the text alone.
 
     Args:
-        model: as its loader gave it; changed.
+        model: as sentence-transformers loads it; it is changed.
         directory: of its files.
         name: for messages.
-        dim: what `--dim` asks for.
+        dim: the option `--dim`.
 
     Raises:
-        Unsupported: a module has no form in a graph.
-        ConfigError: `dim` does not fit the model.
+        Unsupported: a graph cannot hold one of the modules.
+        ConfigError: `dim` is larger than the vectors, or a Dense or LayerNorm follows a Normalize.
     """
     require_supported(model, directory, name)
     refuse_decoder(model, name)
     _unfold_table(model)
     own, model.truncate_dim = model.truncate_dim, None
     if dim is not None:
-        _insert_truncation(model, dim, _place_of_truncation(model, name), name)
+        _insert_truncation(model, dim, _position_of_truncation(model, name), name)
     elif own is not None and own < _width(model):
         _insert_truncation(model, own, len(model), name)
     model.tokenizer.padding_side = "right"
@@ -58,7 +58,7 @@ def make_traceable(model: SentenceTransformer, directory: Path, name: str, dim: 
 
 
 def names(model: SentenceTransformer) -> tuple[str, ...]:
-    """Name the modules of a prepared model, with the modes of pooling and the width that is cut off."""
+    """Name the modules of a model, with the pooling modes and the width of a truncation."""
     found = []
     for module in model:
         name = type(module).__name__
@@ -70,7 +70,7 @@ def names(model: SentenceTransformer) -> tuple[str, ...]:
 
 
 def truncated_to(modules: tuple[str, ...]) -> int | None:
-    """Give the dimensions that a source's modules are cut to, or None."""
+    """Give the number of dimensions to which a source's modules truncate, or None."""
     found = next((name for name in modules if name.startswith(_TRUNCATE)), None)
     return int(found.removeprefix(_TRUNCATE).split()[0]) if found is not None else None
 
@@ -79,7 +79,7 @@ def modes(module: object) -> tuple[str, ...]:
     """Give the modes of a Pooling module, in the order in which their vectors are concatenated.
 
     Raises:
-        Unsupported: it states none.
+        Unsupported: the module states none.
     """
     mode = getattr(module, "pooling_mode", None)
     if isinstance(mode, str):
@@ -90,12 +90,12 @@ def modes(module: object) -> tuple[str, ...]:
 
 
 def is_static(model: SentenceTransformer) -> bool:
-    """Tell whether a table of tokens stands in for an encoder."""
+    """Tell whether the model is a StaticEmbedding, a table of token vectors instead of an encoder."""
     return type(model[0]).__name__ == TABLE
 
 
 def depends_on_padding(vectors: list[NDArray[np.float32]]) -> bool:
-    """Tell whether the first text, alone and padded among others, float32[batch, dim] each, has two vectors."""
+    """Tell whether the first text's vector differs between two batches, float32[batch, dim] each: alone, and padded."""
     alone, padded = (item[0] for item in vectors)
     return not float(np.abs(alone - padded).max()) <= _SAME_VECTOR * max(1.0, float(np.abs(alone).max()))
 
@@ -107,7 +107,7 @@ def takes_mask(model: SentenceTransformer) -> bool:
 
 
 def _unfold_table(model: SentenceTransformer) -> None:
-    """Turn a bag of embeddings into a lookup and a mean, which know padding.
+    """Replace EmbeddingBag by Embedding and mean pooling under the attention mask, so that padding does not count.
 
     Before::
 
@@ -129,7 +129,7 @@ def _unfold_table(model: SentenceTransformer) -> None:
     rows = old.embedding.weight.detach().to(torch.float32)
 
     class StaticEmbedding(torch.nn.Module):
-        """Look tokens up."""
+        """Look up the vectors of tokens."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -156,35 +156,38 @@ def _unfold_table(model: SentenceTransformer) -> None:
     _replace_modules(model, [table, mean, *list(model)[1:]])
 
 
-def _place_of_truncation(model: SentenceTransformer, name: str) -> int:
-    """Give where a truncation stands: in front of the final Normalize, which then restores unit length.
+def _position_of_truncation(model: SentenceTransformer, name: str) -> int:
+    """Give the position of a truncation: before the final Normalize, which then restores unit length.
 
     Raises:
-        ConfigError: a Dense or LayerNorm stands behind a Normalize.
+        ConfigError: a Dense or LayerNorm follows a Normalize.
     """
     kinds = [type(module).__name__ for module in model]
-    place = len(kinds)
-    while place and kinds[place - 1] in ("Normalize", "Dropout"):
-        place -= 1
-    if "Normalize" in kinds[:place]:
+    position = len(kinds)
+    while position and kinds[position - 1] in ("Normalize", "Dropout"):
+        position -= 1
+    if "Normalize" in kinds[:position]:
         raise ConfigError(
             f"{name}: --dim cuts off the end of a vector and restores its unit length, but here "
-            f"{kinds[place - 1]} stands behind Normalize, and the vectors have none. Leave --dim out."
+            f"{kinds[position - 1]} stands behind Normalize, and the vectors have none. Leave --dim out."
         )
-    return place
+    return position
 
 
-def _insert_truncation(model: SentenceTransformer, dim: int, place: int, name: str) -> None:
-    """Insert a module that keeps the first `dim` numbers.
+def _insert_truncation(model: SentenceTransformer, dim: int, position: int, name: str) -> None:
+    """Insert a module that keeps the first `dim` numbers of a vector.
 
-    It is a Dense of ones and zeros for sentence-transformers, any version of which then gives the same vectors, and a
-    slice in the graph.
+    For sentence-transformers it is a Dense of ones and zeros, which every version runs with the same result; in the
+    graph it is a slice.
+
+    Raises:
+        ConfigError: `dim` is larger than the vectors.
     """
     import torch
     from sentence_transformers.sentence_transformer import modules
 
     class Truncate(modules.Dense):
-        """Keep the first numbers of a vector."""
+        """Keep the first numbers of a vector by slicing."""
 
         def forward(self, features: dict[str, torch.Tensor | Any], **kwargs: Any) -> dict[str, torch.Tensor | Any]:
             features[_SENTENCE] = features[_SENTENCE][:, : self.out_features]
@@ -196,11 +199,11 @@ def _insert_truncation(model: SentenceTransformer, dim: int, place: int, name: s
     if dim == width:
         return
     cut = Truncate(width, dim, bias=False, activation_function=torch.nn.Identity(), init_weight=torch.eye(dim, width))
-    _replace_modules(model, [*list(model)[:place], cut.eval(), *list(model)[place:]])
+    _replace_modules(model, [*list(model)[:position], cut.eval(), *list(model)[position:]])
 
 
 def _replace_modules(model: SentenceTransformer, modules: list[torch.nn.Module]) -> None:
-    model.module_kwargs = None  # arguments of `encode` for single modules, by name: a graph has none
+    model.module_kwargs = None  # arguments of `encode` for single modules; a graph has none
     model._modules = OrderedDict((str(position), module) for position, module in enumerate(modules))
 
 
@@ -212,9 +215,9 @@ def _width(model: SentenceTransformer) -> int:
 
 
 def _usable_tokens(model: SentenceTransformer) -> int:
-    """Give how many tokens the model takes: its limit, but no more than it has positions for.
+    """Give the most tokens of a text: the model's limit, or its number of positions where that is smaller.
 
-    A table of positions whose first rows belong to padding holds fewer than it has rows.
+    A table of positions whose first rows belong to padding has fewer positions than rows.
     """
     stated = model.max_seq_length or LONGEST
     limit = stated if stated < _LARGEST_LIMIT else LONGEST

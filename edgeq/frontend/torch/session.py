@@ -1,7 +1,7 @@
-"""Run a source in torch: the vectors that every other runtime's are meant to be.
+"""Run a source in torch, whose vectors are the reference of every runtime.
 
-torch lives in a child process, `python -m edgeq.frontend.torch.session`, so that its memory is given back, its
-threads leave the cores, and a crash inside it is a message.
+torch runs in a child process, `python -m edgeq.frontend.torch.session`: its end frees memory and threads, and a crash
+inside it becomes a message.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def reopen(source: Source, model: str | None = None) -> Located:
     """Find the source of a bundle again.
 
     Args:
-        source: as the manifest describes it.
-        model: where it lies now; None looks for it under the name that the manifest has.
+        source: the record in the bundle's manifest.
+        model: its path or name now; None uses the name in the record.
 
     Raises:
-        ConfigError: it is not there, or is another model.
+        ConfigError: nothing is found there, or another model.
     """
     if source.kind in ("onnx", "module"):
         raise ConfigError(f"{source.name}: was given as {source.kind}; there is no directory to load into torch")
@@ -52,7 +52,7 @@ def reopen(source: Source, model: str | None = None) -> Located:
 
 
 class TorchSession:
-    """Keep a child with the loaded model; call it with feeds to get float32[batch, dim]."""
+    """Keep a child process with the loaded model; calling it embeds a batch."""
 
     def __init__(self, located: Located) -> None:
         """Load the model.
@@ -64,7 +64,12 @@ class TorchSession:
         self._worker.call(do="load", located=to_json(located))
 
     def __call__(self, feeds: AnyFeeds) -> Embeddings:
-        """Give the sentence embeddings, float32[batch, dim]."""
+        """Embed a batch of texts, float32[batch, dim].
+
+        Raises:
+            ConfigError: the feeds are images.
+            LoweringFailed: the model fails, or its process dies.
+        """
         tokens = token_feeds(feeds)
         reply = self._worker.call(do="embed", ids=pack(tokens.input_ids), mask=pack(tokens.attention_mask))
         embeddings: Embeddings = unpack_reply(reply["embeddings"])

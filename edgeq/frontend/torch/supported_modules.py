@@ -11,8 +11,8 @@ from edgeq.errors import ConfigError, Unsupported
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-TABLE = "StaticEmbedding"  # a table of tokens in place of an encoder; its files cannot run through ONNX
-# What a bundle can hold. Each keeps its own files there, so that sentence-transformers opens it.
+TABLE = "StaticEmbedding"  # a table of token vectors instead of an encoder
+# Modules that a bundle can hold. Each keeps its own files there, so that sentence-transformers opens the bundle.
 _SUPPORTED = ("Transformer", TABLE, "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
 _ROUTERS = ("Router", "Asym")
 _SENTENCE = "sentence_embedding"
@@ -64,10 +64,10 @@ def require_supported(model: SentenceTransformer, directory: Path, name: str) ->
 
 
 def refuse_decoder(model: SentenceTransformer, name: str) -> None:
-    """Refuse an encoder with a decoder behind it, whose tokens' vectors are those of the text that it would write.
+    """Refuse an encoder-decoder model: its token vectors are the decoder's, of the text that it would generate.
 
     Raises:
-        Unsupported: it is so.
+        Unsupported: the model has a decoder.
     """
     encoder = getattr(model[0], "auto_model", None)
     parts = [getattr(encoder, part, None) for part in ("encoder", "decoder")]
@@ -80,7 +80,7 @@ def refuse_decoder(model: SentenceTransformer, name: str) -> None:
 
 
 def _require_torch_activation(path: Path) -> None:
-    """Refuse an activation that sentence-transformers does not load: it takes Tanh instead, with a mere warning."""
+    """Refuse an activation outside torch, for which sentence-transformers silently uses Tanh, with only a warning."""
     try:
         wanted = json.loads(path.read_text(encoding="utf-8")).get("activation_function", "torch.")
     except (ValueError, RecursionError, AttributeError) as error:

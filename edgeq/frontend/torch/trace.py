@@ -29,20 +29,21 @@ def trace(
     name: str,
     max_sequence: int = 65536,
 ) -> onnx.ModelProto:
-    """Export a module of bare tensors; each node keeps one sentence about where it comes from.
+    """Trace a module whose inputs are tensors to ONNX; each node keeps a sentence about the user's line it comes from.
 
     Args:
-        graph: takes the tensors in their order, as parameters or as one *parameter.
-        tensors: input name -> an example, [batch, sequence], whose axes both become free, or images, whose batch does.
-        outputs: their names.
+        graph: its `forward` has a parameter for each tensor, in their order, or one *parameter.
+        tensors: input name -> an example: [batch, sequence], both axes of which become symbolic, or images, whose batch
+            axis does.
+        outputs: the names of the outputs.
         name: for messages.
-        max_sequence: the longest sequence; of no matter for images.
+        max_sequence: the longest sequence; not used for images.
 
     Returns:
-        The graph; the weights of a large one lie where `weights.outside` puts them.
+        The graph; the weights of a large one are where `external_data.outside` puts them.
 
     Raises:
-        Unsupported: torch cannot; the message names the line.
+        Unsupported: torch cannot trace it; the message names the line.
     """
     import torch
 
@@ -79,13 +80,13 @@ def trace(
 
 
 def _line_of(graph: torch.nn.Module, tensors: tuple[torch.Tensor, ...], shapes: Any, node: str) -> str:
-    """Trace the module again, and give the user's line that a node of the trace comes from, or nothing."""
+    """Trace the module again without strict mode, and give the user's line of a node, or an empty string."""
     import torch
 
     try:
         with torch.no_grad(), quiet():
             traced = torch.export.export(graph, tensors, dynamic_shapes=shapes, strict=False).run_decompositions()
-    except Exception:  # the boundary to the exporter, which may raise anything; the refusal stands without a line
+    except Exception:  # the boundary to the exporter, which may raise anything; the refusal then has no line
         return ""
     return next(
         (origins.user_line(str(item.meta.get("stack_trace", ""))) for item in traced.graph.nodes if item.name == node),
@@ -95,7 +96,7 @@ def _line_of(graph: torch.nn.Module, tensors: tuple[torch.Tensor, ...], shapes: 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporter's prints, log lines and deprecation warnings off the user's terminal."""
+    """Silence the exporter's prints, log lines and warnings."""
     root = logging.getLogger("torch")
     level = root.level
     root.setLevel(logging.CRITICAL)
