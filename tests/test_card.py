@@ -463,15 +463,16 @@ def test_torch_gives_the_sources_vectors(tmp_path: Path) -> None:
     import tiny_source
 
     from edgeq.data.sessions import embed_batches
-    from edgeq.data.tokens import Tokenizer, batches
+    from edgeq.data.tokenizer import Tokenizer
+    from edgeq.data.tokens import batches
     from edgeq.frontend import locate
-    from edgeq.frontend.torch.load import describe, load
+    from edgeq.frontend.torch.load import load_model, source_of
     from edgeq.frontend.torch.session import TorchSession, reopen
 
     folder = tiny_source.sentence_transformer(tmp_path / "model")
     located = locate.locate(str(folder))
-    model = load(located)
-    record = describe(located, model)
+    model = load_model(located)
+    record = source_of(located, model)
     with pytest.raises(ConfigError, match="no such directory"):
         reopen(record)
     with pytest.raises(ConfigError, match="--model"):

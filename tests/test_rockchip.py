@@ -153,7 +153,7 @@ os.kill(os.getpid(), signal.SIGSEGV)
 def test_a_compiler_that_crashes_is_a_message_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "child.py").write_text(CRASHING, encoding="utf-8")
     monkeypatch.setattr(rockchip, "_CHILD", tmp_path / "child.py")
-    monkeypatch.setattr(rockchip, "require", lambda environment: Path(sys.executable))
+    monkeypatch.setattr(rockchip, "require_interpreter", lambda environment: Path(sys.executable))
     monkeypatch.setenv("EDGEQ_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "out").mkdir()
     with pytest.raises(LoweringFailed, match=r"died of SIGSEGV while compiling seq_16\.onnx") as error:

@@ -13,6 +13,7 @@ import tokenizers
 from edgeq.calibration.observe import equal_length_batches
 from edgeq.data import splits, text_files, tokens
 from edgeq.data.plans import TextPlan, limit_validation, plan_texts
+from edgeq.data.tokenizer import Tokenizer
 from edgeq.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -126,7 +127,7 @@ def test_a_long_text_is_cut_at_the_side_that_the_tokenizer_names(side: str, kept
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.enable_truncation(3, direction=side)
-    found = tokens.Tokenizer(tokenizer, 2).encode(["a b c d", "b"])
+    found = Tokenizer(tokenizer, 2).encode(["a b c d", "b"])
     assert found.ids == (kept, (1,)) and found.truncated == 1
 
 

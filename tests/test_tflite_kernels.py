@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgeq.system.worker import Worker, pack, unpack
+from edgeq.system.child_server import pack
+from edgeq.system.worker import Worker, child_command, unpack_reply
 
 pytest.importorskip("ai_edge_litert", reason="needs the extra `tflite`")
 from ai_edge_litert import schema_py_generated as schema
@@ -451,7 +452,7 @@ SILENTLY_WRONG = [
 
 @pytest.fixture(scope="module", params=["litert", "litert-builtin"])
 def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
-    with Worker([sys.executable, "-I", child.__file__, request.param], request.param, time_limit_s=60) as worker:
+    with Worker(child_command(sys.executable, child.__file__, request.param), request.param, time_limit_s=60) as worker:
         yield worker
 
 
@@ -460,7 +461,7 @@ def run(case: Case, worker: Worker, folder: Path) -> Array:
     path.write_bytes(case.to_bytes())
     worker.call(do="load", path=str(path), threads=1)
     given = {f"operand_{i}": pack(each.codes) for i, each in enumerate(case.operands) if not each.is_constant}
-    result = unpack(worker.call(do="run", signature="only", inputs=given)["outputs"]["result"])
+    result = unpack_reply(worker.call(do="run", signature="only", inputs=given)["outputs"]["result"])
     assert result.dtype == case.dtype and result.shape == case.exact.shape
     return result
 

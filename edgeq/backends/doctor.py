@@ -75,7 +75,7 @@ def _environments() -> list[tuple[Environment, str]]:
 
 def _environment(found: Environment, backend: str) -> Toolchain:
     """Look for an environment without creating it."""
-    is_there = environments.made(found) is not None
+    is_there = environments.find_interpreter(found) is not None
     return Toolchain(
         name=found.name,
         purpose=f"serve backend {backend!r} from an environment of its own",

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.data.sessions import Session, embed_batches
-from edgeq.data.tokens import Tokenizer, batches, token_limit
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import batches, token_limit
 from edgeq.errors import ConfigError
 from edgeq.records import Manifest
 

@@ -62,8 +62,8 @@ def golden_images(
 
     if not isinstance(images, pictures.Images):
         raise EdgeqError("golden images: given something else. This is a defect of edgeq; please report it.")
-    card = image_preprocessing.read(config / image_preprocessing.CONFIG).codes(image_preprocessing.test_card())
-    return GoldenImages(tuple(names), images.codes, card, reference, embeddings)
+    card = image_preprocessing.read(config / image_preprocessing.CONFIG).pixels(image_preprocessing.test_card())
+    return GoldenImages(tuple(names), images.pixels, card, reference, embeddings)
 
 
 def write_golden_images(directory: Path, golden: GoldenImages) -> None:

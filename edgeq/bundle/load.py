@@ -8,7 +8,8 @@ from edgeq.backends.registry import find
 from edgeq.bundle.embedder import Embedder, _log
 from edgeq.bundle.manifest import load_manifest, require_cpu
 from edgeq.data.batches import PIXELS
-from edgeq.data.tokens import Tokenizer, token_limit
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import token_limit
 from edgeq.errors import Unsupported
 from edgeq.system.host import machine, run_kind
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from edgeq.data.tokens import lengths
+from edgeq.data.tokens import bucket_lengths
 from edgeq.evaluation.gate import norm_limit
 from edgeq.frontend.torch import text_towers
-from edgeq.frontend.torch.sentence_transformers import TABLE, truncated_to
+from edgeq.frontend.torch.sentence_transformers import truncated_to
+from edgeq.frontend.torch.supported_modules import TABLE
 from edgeq.records import Manifest, ParityReport, RunKind
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def render_card(
     is_onnx = manifest.artifact.files[0].path.endswith(".onnx") and not is_context
     is_tflite = manifest.artifact.files[0].path.endswith(".tflite")
     is_openvino = manifest.artifact.files[0].path.endswith(".xml")
-    buckets = lengths(manifest.target.buckets_tokens, manifest.source.max_sequence)
+    buckets = bucket_lengths(manifest.target.buckets_tokens, manifest.source.max_sequence)
     padded_to = text_towers.padded_to(manifest.source.modules)
     return environment.get_template(_TEMPLATE).render(
         manifest=manifest,

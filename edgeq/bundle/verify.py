@@ -14,7 +14,8 @@ from edgeq.bundle.golden_images import GoldenImages, read_golden_images
 from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle, load_manifest, load_report, require_cpu
 from edgeq.data.batches import PIXELS, Samples
 from edgeq.data.sessions import embed_batches
-from edgeq.data.tokens import Tokenizer, Tokens, batches, token_limit
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import Tokens, batches, token_limit
 from edgeq.errors import BundleCorrupt, DeviceUnavailable, ParityFailed
 from edgeq.evaluation.gate import judge, judge_placement, judge_settings
 from edgeq.evaluation.parity import unit
@@ -197,7 +198,7 @@ def _same_images(path: Path, golden: GoldenImages) -> Samples:
     from edgeq.data import image_preprocessing, images
 
     how = image_preprocessing.read(path / image_preprocessing.CONFIG)
-    found = how.codes(image_preprocessing.test_card())
+    found = how.pixels(image_preprocessing.test_card())
     same = found.shape == golden.test_card.shape
     if not same or int(np.abs(found.astype(np.int16) - golden.test_card).max()) > 1:
         raise BundleCorrupt(

@@ -1,4 +1,4 @@
-"""The verb that says where quality is lost: analyze."""
+"""Run the verb `analyze`: rank weight MatMuls by the quality that int8 costs."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def analyze(
 
 
 def _put(found: Analysis) -> None:
-    """Print the ranking, what promoting together gives, and the trials."""
+    """Print the ranking, the effect of keeping several products at higher precision, and the trials."""
     sensitivity = found.sensitivity
     base = sensitivity.base
     prices = {(item.channels, item.outputs): item for item in found.costs}

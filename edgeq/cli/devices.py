@@ -1,4 +1,4 @@
-"""Show and keep what the device script found in another place, for the verb `validate`."""
+"""Show and keep the reports of the device script, for the verb `validate` with --on and --lab."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def conclude(found: DeviceReport, transport: Transport, bundle: Path, as_json: bool) -> None:
-    """Keep a report beside its bundle, and show it.
+    """Keep a device report beside its bundle, and print it.
 
     Raises:
         ParityFailed: the vectors miss the gate.
@@ -30,13 +30,13 @@ def conclude(found: DeviceReport, transport: Transport, bundle: Path, as_json: b
     if as_json:
         console.put_json({"report": str(path), **found.model_dump(mode="json")})
     else:
-        put_report(found, manifest.target.gate, path)
+        _put_report(found, manifest.target.gate, path)
     if found.status == "failed":
         raise ParityFailed(f"{bundle}: misses the gate of {found.target} there: {' '.join(found.failures)}")
 
 
-def put_report(report: DeviceReport, gate: Gate, path: Path) -> None:
-    """Write one table; times stand in it only when it ran on the device."""
+def _put_report(report: DeviceReport, gate: Gate, path: Path) -> None:
+    """Print a device report as one table; it has times only where it ran on the device."""
     rows: list[list[str]] = []
     if report.measures is not None:
         measured = report.measures
@@ -68,10 +68,10 @@ def put_report(report: DeviceReport, gate: Gate, path: Path) -> None:
 def validate_lab(
     bundles: list[Path], devices: Path, runs: int, ray: str | None, html: Path | None, as_json: bool
 ) -> None:
-    """Validate every bundle on every device that takes it, and show one table.
+    """Validate every bundle on every device of its target, and print one table.
 
     Raises:
-        EdgeqError: a pair did not pass: of the kind of the first one that did not.
+        EdgeqError: a bundle did not pass on a device; the class is that of the first failure.
     """
     from edgeq.devices.lab import results_page
     from edgeq.devices.lab.devices import read_devices

@@ -1,4 +1,4 @@
-"""The verb `export`: a model to one bundle for each target."""
+"""Run the verb `export`: make a bundle of a model for each target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb `inspect`: operators, dtypes and sizes of a model file or bundle."""
+"""Run the verb `inspect`: list operators, dtypes and sizes of a model file or bundle."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def _put_summary(summary: ModelSummary) -> None:
 
 
 def _put_ports(indent: str, inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> None:
-    """Print inputs and outputs, with what their codes mean."""
+    """Print inputs and outputs, with their scales and zero points."""
     for label, ports in (("input", inputs), ("output", outputs)):
         for port in ports:
-            codes = "" if port.scale is None else f", scale {port.scale:g}, zero point {port.zero_point}"
-            console.put(f"{indent}{label} {port.name}: {port.dtype}[{', '.join(map(str, port.shape))}]{codes}")
+            scale = "" if port.scale is None else f", scale {port.scale:g}, zero point {port.zero_point}"
+            console.put(f"{indent}{label} {port.name}: {port.dtype}[{', '.join(map(str, port.shape))}]{scale}")

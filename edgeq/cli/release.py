@@ -1,4 +1,4 @@
-"""The verb that ships: release."""
+"""Run the verb `release`: pack bundles into archives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgeq.cli import console
 
 
 class ArchiveFormat(StrEnum):
-    """Say which kind of archive to write."""
+    """Name the format of archives."""
 
     TAR_ZST = "tar.zst"
     ZIP = "zip"

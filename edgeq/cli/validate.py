@@ -1,4 +1,4 @@
-"""The verb `validate`: measure a bundle's parity again, here or on a device."""
+"""Run the verb `validate`: measure a bundle's parity again, here or on a device."""
 
 from __future__ import annotations
 
@@ -93,14 +93,18 @@ def validate(
 
 
 def _refuse_beside_on(**given: object) -> None:
-    """Refuse options that say what to compare on: in another place the golden inputs are compared."""
+    """Refuse the options of texts and images beside --on and --lab, which compare the golden inputs.
+
+    Raises:
+        ConfigError: one of them is given.
+    """
     found = [f"--{name}" for name, value in given.items() if value is not None]
     if found:
         raise ConfigError(f"--on and --lab run the golden inputs of the bundle; drop {' and '.join(found)}.")
 
 
 def _put_report(report: ParityReport) -> None:
-    """Print what was measured beside its limit, and where."""
+    """Print each measure beside its limit, and the machine of the run."""
     from edgeq.evaluation.gate import norm_limit
     from edgeq.records import TextSet
 

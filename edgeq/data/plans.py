@@ -1,4 +1,4 @@
-"""Decide which texts or images calibrate and which validate, and refuse one that would do both."""
+"""Decide which texts or images calibrate and which validate; refuse one that would do both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from edgeq.data.text_files import default_texts, read_texts
 from edgeq.errors import ConfigError
 
 FEWEST_CALIBRATION = 16
-FEWEST_VALIDATION = 16
+_FEWEST_VALIDATION = 16
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class TextPlan:
     """Hold the texts of an export.
 
     Attributes:
-        calibration: observed.
-        validation: compared on; shares no text with `calibration`.
-        origin: what the user named, or "default".
+        calibration: texts on which ranges are observed.
+        validation: texts on which the artifact is compared with FP32; none is in `calibration`.
+        origin: the name of the user's file, or "default".
         validation_origin: the same for the validation texts.
     """
 
@@ -50,11 +50,11 @@ def plan_texts(
 ) -> TextPlan:
     """Read, split and sample the texts of an export.
 
-    Without `texts` the default sets serve. With it, and without `validation`, a fifth of the texts, chosen by the hash
-    of each text, validates.
+    Without `texts` the default sets are used. With `texts` and without `validation`, a fifth of the texts validates,
+    chosen by the hash of each text.
 
     Raises:
-        ConfigError: a file cannot be read, too few texts are left, or a text stands on both sides.
+        ConfigError: a file cannot be read, too few texts are left, or a text would both calibrate and validate.
     """
     default_calibration, default_validation = default_texts()
     given = deduplicate(read_texts(texts or default_calibration, column if texts else None))
@@ -80,9 +80,9 @@ def plan_texts(
             f"{len(chosen)} calibration texts are left; {FEWEST_CALIBRATION} are needed. "
             "Give more with --texts, or more --samples."
         )
-    if len(compared) < FEWEST_VALIDATION:
+    if len(compared) < _FEWEST_VALIDATION:
         raise ConfigError(
-            f"{validation or texts}: {len(compared)} validation texts are left; {FEWEST_VALIDATION} are needed. "
+            f"{validation or texts}: {len(compared)} validation texts are left; {_FEWEST_VALIDATION} are needed. "
             "Give more texts, or a file with --validation."
         )
     return TextPlan(tuple(chosen), tuple(compared), origin, compared_origin)
@@ -101,8 +101,8 @@ class ImagePlan:
     """Hold the image files of an export.
 
     Attributes:
-        calibration: observed.
-        validation: compared on; shows nothing that `calibration` shows.
+        calibration: images on which ranges are observed.
+        validation: images on which the artifact is compared with FP32; none has the pixels of one in `calibration`.
         origin: the name of the folder.
         validation_origin: the same for the validation images.
     """
@@ -116,10 +116,10 @@ class ImagePlan:
 def plan_images(folder: Path, validation: Path | None, samples: int | None, seed: int) -> ImagePlan:
     """Read, split and sample the images of an export.
 
-    Without a folder of validation images a fifth of them, chosen by the hash of what each shows, validates.
+    Without a folder of validation images a fifth of the images, chosen by the hash of each one's pixels, validates.
 
     Raises:
-        ConfigError: a folder or file cannot be read, too few images are left, or one stands on both sides.
+        ConfigError: a folder or file cannot be read, too few images are left, or one would both calibrate and validate.
     """
     given = read_folder(folder)
     if validation is not None:
@@ -130,10 +130,10 @@ def plan_images(folder: Path, validation: Path | None, samples: int | None, seed
         compared_origin = f"{folder.name} (a fifth, by hash)"
     if samples is not None:
         given = sample(given, samples, seed)
-    if len(given) < FEWEST_CALIBRATION or len(compared) < FEWEST_VALIDATION:
+    if len(given) < FEWEST_CALIBRATION or len(compared) < _FEWEST_VALIDATION:
         raise ConfigError(
             f"{folder}: {len(given)} different images are left to calibrate and {len(compared)} to validate; "
-            f"{FEWEST_CALIBRATION} and {FEWEST_VALIDATION} are needed. Give more with --images, more --samples, or a "
+            f"{FEWEST_CALIBRATION} and {_FEWEST_VALIDATION} are needed. Give more with --images, more --samples, or a "
             "folder with --validation."
         )
     return ImagePlan(tuple(given), tuple(compared), folder.name, compared_origin)

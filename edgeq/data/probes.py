@@ -8,12 +8,12 @@ from edgeq.data.tokens import Feeds
 
 
 def probe_feeds(vocabulary: int, longest: int, seed: int = 0) -> tuple[Feeds, ...]:
-    """Make token batches that tell graphs apart: single, batched, padded right, and full.
+    """Make token batches on which different graphs give different vectors: single, batched, padded right, and full.
 
     Args:
         vocabulary: token ids are drawn from 0..vocabulary-1.
         longest: the model's limit in tokens.
-        seed: of the draw.
+        seed: of the random token ids.
     """
     rng = np.random.default_rng(seed)
     feeds = []

@@ -12,7 +12,7 @@ from edgeq.errors import ConfigError
 
 _SHOWN = 5
 
-ItemT = TypeVar("ItemT")
+_ItemT = TypeVar("_ItemT")
 
 
 def evenly_spaced(count: int, most: int | None) -> list[int]:
@@ -32,24 +32,24 @@ def deduplicate(texts: Sequence[str]) -> list[str]:
 
 
 def sha256_text(text: str) -> bytes:
-    """Hash a text."""
+    """Hash a text with SHA-256."""
     return hashlib.sha256(text.encode()).digest()
 
 
-def split(items: Sequence[ItemT], sha256: Callable[[ItemT], bytes]) -> tuple[list[ItemT], list[ItemT]]:
+def split(items: Sequence[_ItemT], sha256: Callable[[_ItemT], bytes]) -> tuple[list[_ItemT], list[_ItemT]]:
     """Split texts or images by their hashes: four fifths to calibrate and a fifth to validate.
 
     Args:
         items: the texts or images.
         sha256: gives the hash of an item.
     """
-    parts: tuple[list[ItemT], list[ItemT]] = ([], [])
+    parts: tuple[list[_ItemT], list[_ItemT]] = ([], [])
     for item in items:
         parts[sha256(item)[0] % 5 == 0].append(item)
     return parts
 
 
-def sample(items: Sequence[ItemT], count: int, seed: int) -> list[ItemT]:
+def sample(items: Sequence[_ItemT], count: int, seed: int) -> list[_ItemT]:
     """Draw texts or images without replacement and keep their order; all of them when there are not more."""
     if count >= len(items):
         return list(items)
@@ -57,7 +57,7 @@ def sample(items: Sequence[ItemT], count: int, seed: int) -> list[ItemT]:
     return [items[row] for row in sorted(rows)]
 
 
-def overlap(first: Sequence[str], second: Sequence[str]) -> list[tuple[int, int, str]]:
+def shared_texts(first: Sequence[str], second: Sequence[str]) -> list[tuple[int, int, str]]:
     """Find texts that are in both lists, whatever their case and spacing.
 
     Returns:
@@ -81,7 +81,7 @@ def refuse_overlap(first: Sequence[str], first_name: str, second: Sequence[str],
     Raises:
         ConfigError: some are; the message shows the texts and their positions.
     """
-    both = overlap(first, second)
+    both = shared_texts(first, second)
     if both:
         raise shared_items(
             "texts", first_name, second_name, [f'text {one} and text {two}: "{text[:80]}"' for one, two, text in both]

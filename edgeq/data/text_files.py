@@ -13,20 +13,20 @@ from edgeq.targets import data_dir
 
 
 def default_texts() -> tuple[Path, Path]:
-    """Give the files of the default calibration and validation texts."""
+    """Give the paths of the default calibration and validation texts."""
     folder = data_dir("calibration_data")
     return folder / "calibration.jsonl", folder / "validation.jsonl"
 
 
 def read_texts(path: Path, column: str | None = None) -> list[str]:
-    """Read the texts of a .txt (one a line), .jsonl or .csv file; blank ones are left out.
+    """Read the texts of a .txt (one per line), .jsonl or .csv file, without blank ones.
 
     Args:
         path: the file, UTF-8.
-        column: the key or column that holds the text; "text" if not given.
+        column: the key or column that holds the text; None means "text".
 
     Raises:
-        ConfigError: missing, empty, of another kind, not UTF-8, broken, or without that column.
+        ConfigError: the file is missing, empty, of another kind, not UTF-8, broken, or has no such column.
     """
     if path.is_dir():
         raise ConfigError(

@@ -21,7 +21,7 @@ from edgeq.bundle.golden import read_golden
 from edgeq.bundle.manifest import MANIFEST, load_manifest
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, embed_batches, embed_by_bucket
-from edgeq.data.tokens import Tokens, batches, lengths, token_limit
+from edgeq.data.tokens import Tokens, batches, bucket_lengths, token_limit
 from edgeq.devices.blobs import Blobs
 from edgeq.devices.contract import Job, Phone
 from edgeq.devices.report import Agreement, Conditions, DeviceMachine, DeviceReport, judged
@@ -85,7 +85,7 @@ class _Native:
         self._phone, self._folder, self._job, self._signature = phone, folder, job, SIGNATURE
         self._graph = f"{phone.root}/store/{sha256}"
         self._threads = job.threads or int(manifest.target.runtime["threads"])
-        self._buckets = lengths(manifest.target.buckets_tokens, manifest.source.max_sequence)
+        self._buckets = bucket_lengths(manifest.target.buckets_tokens, manifest.source.max_sequence)
         self._scale, self._zero_point = output_params(job.bundle / manifest.artifact.files[0].path)
         self._dim, self._runs, self._count = manifest.source.dim, 0, manifest.golden.count
 

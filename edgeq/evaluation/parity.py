@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgeq.data.batches import Samples
 from edgeq.data.splits import evenly_spaced
-from edgeq.data.tokens import Feeds, Tokens, lengths
+from edgeq.data.tokens import Feeds, Tokens, bucket_lengths
 from edgeq.errors import ConfigError, ParityFailed
 from edgeq.evaluation.gate import judge, judge_placement, judge_settings
 from edgeq.records import ImageSet, Measures, ParityReport, Placement, RunKind, SettingReport, Target, TextSet
@@ -109,7 +109,7 @@ def invariance(
     by_length = sorted(range(len(tokens.ids)), key=lambda row: (len(tokens.ids[row]), row))
     most = _INVARIANCE_TEXTS if parity_texts is None else _SLOW_INVARIANCE_TEXTS
     chosen = [tokens.ids[by_length[position]] for position in evenly_spaced(len(by_length), most)]
-    sizes = list(lengths(buckets_tokens, max_sequence)) or list(range(1, max_sequence + 1))
+    sizes = list(bucket_lengths(buckets_tokens, max_sequence)) or list(range(1, max_sequence + 1))
     widest = _smallest(sizes, len(chosen[-1]))
     mixed = session(_padded(chosen, widest, tokens.pad_id))
     reverse = session(_padded(chosen[::-1], widest, tokens.pad_id))[::-1]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeq.errors import ConfigError
-from edgeq.frontend.onnx.find import OnnxOptions, token_limit, tokenizer_file
+from edgeq.frontend.onnx.find import OnnxOptions, stated_limit, tokenizer_file
 from edgeq.pipeline import export as pipeline
 from edgeq.pipeline.export import Exported
 from edgeq.pipeline.request import ExportRequest
@@ -169,6 +169,6 @@ def _module(
 
     if options.tokenizer is None:
         raise ConfigError(f"export: {type(model).__name__} is a module, and texts need its tokenizer; give tokenizer=")
-    limit = options.max_sequence or token_limit(tokenizer_file(options.tokenizer)) or _MODULE_LIMIT
+    limit = options.max_sequence or stated_limit(tokenizer_file(options.tokenizer)) or _MODULE_LIMIT
     path = module.write_onnx(model, example_inputs, folder, limit)
     return str(path), replace(options, kind="module")

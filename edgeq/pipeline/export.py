@@ -16,7 +16,7 @@ from edgeq.data.plans import limit_validation, plan_texts
 from edgeq.data.tokens import token_limit
 from edgeq.errors import ConfigError, ParityFailed, Unsupported
 from edgeq.frontend import locate
-from edgeq.frontend.export import CONFIG
+from edgeq.frontend.float_model import CONFIG
 from edgeq.pipeline import check, stages
 from edgeq.pipeline.golden_samples import golden_samples
 from edgeq.pipeline.measure_parity import measure_parity, require_device

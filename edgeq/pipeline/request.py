@@ -1,9 +1,9 @@
-"""Hold the options of one export, and write the command line that repeats it."""
+"""Hold the options of `edgeq export`, and write the command that makes one of its bundles again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from edgeq.frontend.onnx.find import OnnxOptions
@@ -13,7 +13,7 @@ from edgeq.system.cache import Cache
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """Hold the options of `edgeq export`, one field for each."""
+    """Hold what `edgeq export` was asked for; the fields are the options of the verb."""
 
     model: str
     targets: tuple[Target, ...]
@@ -38,29 +38,41 @@ class ExportRequest:
     dry_run: bool = False
 
 
-def command(request: ExportRequest, name: str, target: Target) -> tuple[str, ...]:
-    """Give the command line that makes one target's bundle again: the options that decide its content, in fixed order.
+# The options that decide a bundle's content: fields of `ExportRequest` and `OnnxOptions`, in the order of the command.
+COMMAND_OPTIONS = (
+    "texts", "column", "images", "tower", "validation", "pooling", "dim", "tokenizer", "max_sequence", "scheme",
+    "samples", "seed", "float_ops", "normalize", "hidden_state",
+)  # fmt: skip
+# The other fields: what the command names without an option, and what leaves a bundle's content as it is.
+NOT_IN_COMMAND = frozenset(
+    {"model", "targets", "out", "cache", "onnx", "kind", "evaluation", "keep_failed", "overwrite", "dry_run"}
+)
 
-    Files have bare names: paths of this machine would make equal bundles differ.
+
+def command(request: ExportRequest, name: str, target: Target) -> tuple[str, ...]:
+    """Write the command that makes one bundle again: only the options that decide its content, in a fixed order.
+
+    Files are written by their bare names: their folders mean nothing elsewhere, and would make equal bundles differ.
 
     Args:
-        request: of the whole export.
-        name: of the source.
+        request: of the export.
+        name: of the model, as its source record has it.
         target: of the bundle.
     """
-    words = ["edgeq", "export", name, "--target", target.name]
-    optional: Mapping[str, object | None] = {
-        "--texts": request.texts and request.texts.name, "--column": request.column,
-        "--images": request.images and request.images.name, "--tower": request.tower,
-        "--validation": request.validation and request.validation.name,
-        "--pooling": request.pooling, "--dim": request.dim,
-        "--tokenizer": request.onnx.tokenizer and request.onnx.tokenizer.name,
-        "--max-sequence": request.onnx.max_sequence, "--scheme": request.scheme and request.scheme.name,
-        "--samples": request.samples, "--seed": request.seed or None,
-    }  # fmt: skip
-    for option, value in optional.items():
-        words += [option, str(value)] if value is not None else []
-    words += [word for name in request.float_ops for word in ("--float-op", name)]
-    if request.onnx.normalize is not None:
-        words.append("--normalize" if request.onnx.normalize else "--no-normalize")
-    return (*words, *(() if request.hidden_state else ("--no-hidden-state",)))
+    values = vars(request) | vars(request.onnx)
+    defaults = {field.name: field.default for part in (request, request.onnx) for field in fields(part)}
+    given = [option for option in COMMAND_OPTIONS if values[option] != defaults[option]]
+    words = [word for option in given for word in _words(option, values[option])]
+    return ("edgeq", "export", name, "--target", target.name, *words)
+
+
+def _words(field: str, value: object) -> Iterator[str]:
+    """Spell one option as the command line has it."""
+    option = field.replace("_", "-")
+    if isinstance(value, bool):
+        yield f"--{option}" if value else f"--no-{option}"
+    elif isinstance(value, tuple):  # repeatable: the option is the singular of the field
+        for item in value:
+            yield from (f"--{option.removesuffix('s')}", str(item))
+    else:
+        yield from (f"--{option}", value.name if isinstance(value, Path) else str(value))

@@ -9,7 +9,7 @@ from typing import TypeVar
 from edgeq.data.batches import PIXELS, Samples
 from edgeq.data.sessions import Embeddings
 from edgeq.errors import ConfigError
-from edgeq.frontend import export
+from edgeq.frontend import float_model
 from edgeq.records import Calibration, FloatModel, ImageSet, QdqModel, Record, Source, TextSet
 from edgeq.system import files
 
@@ -29,7 +29,7 @@ class Floats:
     @property
     def config(self) -> Path:
         """Give the folder with the model's tokenizer or preprocessing."""
-        return self.folder / export.CONFIG
+        return self.folder / float_model.CONFIG
 
     def at(self, folder: Path) -> Floats:
         """Give the same float model in another cache entry."""

@@ -20,7 +20,7 @@ from edgeq.data.sessions import embed_batches
 from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import ConfigError, Unsupported
-from edgeq.frontend import export
+from edgeq.frontend.float_model import write_float_model
 from edgeq.frontend.locate import Located
 from edgeq.graph import dialect, external_data
 from edgeq.graph.dialect import OutsideDialect
@@ -66,7 +66,7 @@ def float_model(located: Located, has_hidden_state: bool, cache: Cache, float_op
 
     def make(folder: Path) -> None:
         try:
-            record, model = export.export(located, folder, has_hidden_state, float_ops)
+            record, model = write_float_model(located, folder, has_hidden_state, float_ops)
         except OutsideDialect as error:
             raise Unsupported(f"{error}\n{_ways_out(error.operators)}") from error
         write_record(folder / "source.json", record)

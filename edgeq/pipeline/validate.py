@@ -15,7 +15,8 @@ from edgeq.data.prepare import Prepared, prepare
 from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.splits import deduplicate, evenly_spaced
 from edgeq.data.text_files import default_texts, read_texts
-from edgeq.data.tokens import Tokenizer, batches, token_limit
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import batches, token_limit
 from edgeq.errors import ConfigError
 from edgeq.evaluation.tasks import Embed
 from edgeq.graph.float_session import FloatSession

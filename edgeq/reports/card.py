@@ -10,7 +10,8 @@ from pathlib import Path
 from edgeq.bundle.float_model import float_model
 from edgeq.data.batches import require_texts
 from edgeq.data.sessions import Embeddings
-from edgeq.data.tokens import Tokenizer, text_set
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import text_set
 from edgeq.errors import ConfigError, EdgeqError, ParityFailed
 from edgeq.evaluation.datasets import load_beir, load_sts
 from edgeq.evaluation.parity import MIN_TEXTS

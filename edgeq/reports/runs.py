@@ -11,7 +11,8 @@ from edgeq.backends.registry import find
 from edgeq.bundle.embedder import Embedder
 from edgeq.bundle.manifest import require_cpu
 from edgeq.data.sessions import Embeddings, Session, embed_batches
-from edgeq.data.tokens import Tokenizer, batches
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import batches
 from edgeq.errors import (
     ConfigError,
     DeviceUnavailable,

@@ -1,4 +1,4 @@
-"""Say what this machine is: its instruction set, the CPU's flags, and whether a target's demands are met."""
+"""Describe this machine: its instruction set, its CPU's flags, and whether it meets a target's `runs_on`."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def cpu_flags() -> frozenset[str]:
 
 
 def merge_flags(features: Mapping[str, bool], kernel: frozenset[str]) -> frozenset[str]:
-    """Join what numpy found with what the kernel lists.
+    """Join the CPU features that numpy detects with the flags that the kernel lists.
 
-    The kernel's list counts only when it agrees with numpy on every flag that both know: under user-mode emulation it
-    is that of another CPU.
+    The kernel's flags are used only where they agree with numpy on every flag that both know: under user-mode emulation
+    they are those of another CPU.
 
     Args:
         features: numpy's CPU features by numpy's names.
@@ -76,7 +76,7 @@ def _kernel_flags() -> frozenset[str]:
 
 
 def meets(runs_on: RunsOn) -> tuple[str, ...]:
-    """List what this machine lacks; empty when it meets the target's demands."""
+    """List what this machine lacks of a target's `runs_on`, one phrase each; empty when it lacks nothing."""
     if machine() != runs_on.machine:
         return (f"the machine is {machine()}, {runs_on.machine} is needed",)
     flags = cpu_flags()
@@ -87,12 +87,12 @@ def meets(runs_on: RunsOn) -> tuple[str, ...]:
 
 
 def run_kind(runs_on: RunsOn) -> RunKind:
-    """Give the kind of run of an artifact on this machine: on the device itself, or on what stands in for it."""
+    """Give the kind of a run on this machine: "device", or the target's substitute where `runs_on` is not met."""
     return runs_on.elsewhere if meets(runs_on) else "device"
 
 
 def describe() -> str:
-    """Name the CPU and its cores; no host name."""
+    """Name the CPU, its cores and numpy's version; the host name stays private."""
     model = platform.processor() or machine()
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():

@@ -20,7 +20,7 @@ from edgeq.bundle.float_model import float_model
 from edgeq.bundle.manifest import load_manifest
 from edgeq.data.splits import sample
 from edgeq.data.text_files import default_texts, read_texts
-from edgeq.data.tokens import Tokenizer
+from edgeq.data.tokenizer import Tokenizer
 from edgeq.errors import ToolMissing
 from edgeq.system import environments
 from edgeq.system.cache import LOCATION_VARIABLE, Cache

@@ -25,7 +25,8 @@ from edgeq.backends.qnn.static import static
 from edgeq.backends.rockchip import COMPILED, FEEDS, FOLDER, MODEL
 from edgeq.bundle.manifest import load_manifest
 from edgeq.data.splits import evenly_spaced
-from edgeq.data.tokens import Tokenizer, fitted
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import fitted
 from edgeq.graph.static_shapes import fix_shapes
 from edgeq.quantization.vendor import rewrite_for_vendor
 from edgeq.records import Manifest, VendorSpec

@@ -21,7 +21,7 @@ from edgeq.backends import tflite
 from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, has_buckets, reads_tokens, rejected
 from edgeq.backends.ethos_u import rules
 from edgeq.data.sessions import Session
-from edgeq.data.tokens import lengths
+from edgeq.data.tokens import bucket_lengths
 from edgeq.errors import LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Estimate, HostOperator, IntegerSpec, Placement, QdqModel, Scheme, Target
 from edgeq.system.files import file_ref, storage_errors, write_bytes
@@ -133,7 +133,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
         str(target.runtime["accelerator"]), str(target.runtime["system_config"]), str(target.runtime["memory_mode"]),
         int(target.runtime["arena_kib"]),
     )  # fmt: skip
-    buckets = sorted(lengths(target.buckets_tokens, model.max_sequence), reverse=True)
+    buckets = sorted(bucket_lengths(target.buckets_tokens, model.max_sequence), reverse=True)
     made = []
     for bucket in buckets:
         # One signature in a file: Vela stores the weights again for each.

@@ -9,7 +9,7 @@ from pathlib import Path
 from edgeq.backends.contract import Rejection, Rule, Setting, reads_tokens, rejected, takes_kinds
 from edgeq.backends.openvino.ir import read_ir
 from edgeq.data.sessions import Session
-from edgeq.data.tokens import lengths
+from edgeq.data.tokens import bucket_lengths
 from edgeq.errors import ConfigError, DeviceUnavailable, LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Placement, QdqModel, Target
 from edgeq.system.files import file_ref, storage_errors, write_bytes
@@ -135,7 +135,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     tools()
     from edgeq.backends.openvino.lowering import BUCKET, STEM, read_qdq, serialized, static
 
-    buckets = lengths(target.buckets_tokens, model.max_sequence)
+    buckets = bucket_lengths(target.buckets_tokens, model.max_sequence)
     whole = read_qdq(Path(model.file.path))
     forms = {BUCKET.format(tokens): static(whole, tokens) for tokens in reversed(buckets)} or {"": whole}
     contents = {suffix: serialized(form) for suffix, form in forms.items()}

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, has_buckets, reads_tokens, rejected, takes_kinds
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, embed_by_bucket
-from edgeq.data.tokens import lengths
+from edgeq.data.tokens import bucket_lengths
 from edgeq.errors import BundleCorrupt, LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
+from edgeq.system.child_server import pack
 from edgeq.system.files import file_ref, replacing_dir
 from edgeq.system.untrusted import require_confined
-from edgeq.system.worker import Worker, pack, unpack
+from edgeq.system.worker import Worker, unpack_reply
 
 FOLDER = "qnn"
 
@@ -118,7 +119,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     from edgeq.backends.qnn.static import static
 
     versions = dict(tools())
-    buckets = sorted(lengths(target.buckets_tokens, model.max_sequence), reverse=True)
+    buckets = sorted(bucket_lengths(target.buckets_tokens, model.max_sequence), reverse=True)
     has_codes = target.runtime["io"] == "quantized"
     names = [pattern.format(length) for length in buckets for pattern in (CONTEXT, BINARY)]
     with replacing_dir(out_dir / FOLDER) as folder:
@@ -217,7 +218,7 @@ class QnnSession:
             name: pack(rows.astype(dtype)[:, None, :])
             for name, rows in (("input_ids", input_ids), ("attention_mask", attention_mask))
         }
-        vectors = unpack(self._worker.call(do="run_many", length=bucket, inputs=inputs)["output"])[:, 0]
+        vectors = unpack_reply(self._worker.call(do="run_many", length=bucket, inputs=inputs)["output"])[:, 0]
         if output["scale"] is None:
             return vectors.astype(np.float32)
         embeddings: Embeddings = (vectors.astype(np.float32) - output["zero_point"]) * np.float32(output["scale"])

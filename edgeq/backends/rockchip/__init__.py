@@ -21,14 +21,15 @@ from edgeq.backends.contract import Rejection, Rule, has_buckets, reads_tokens, 
 from edgeq.backends.rockchip import compiler_log
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, embed_by_bucket
-from edgeq.data.tokens import fitted, lengths
+from edgeq.data.tokens import bucket_lengths, fitted
 from edgeq.errors import BundleCorrupt, LoweringFailed
 from edgeq.graph.static_shapes import fix_shapes
 from edgeq.records import Artifact, HostOperator, Placement, QdqModel, Target
 from edgeq.system.cache import log_path
-from edgeq.system.environments import Environment, require
+from edgeq.system.child_server import pack
+from edgeq.system.environments import Environment, require_interpreter
 from edgeq.system.files import file_ref, replacing_dir, storage_errors, work_dir
-from edgeq.system.worker import Worker, pack, unpack
+from edgeq.system.worker import Worker, child_command, unpack_reply
 
 FOLDER = "rockchip"
 COMPILED, MODEL, FEEDS = "model_seq_{}.rknn", "model.onnx", "feeds.json"
@@ -84,7 +85,7 @@ def tools() -> Mapping[str, str]:
     Raises:
         ToolMissing: its environment does not exist.
     """
-    require(TOOLKIT)
+    require_interpreter(TOOLKIT)
     return {name: TOOLKIT.pins[name] for name in ("rknn-toolkit2", "onnx", "numpy", "torch")}
 
 
@@ -111,7 +112,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
         StorageFailed: a file cannot be written.
     """
     versions = dict(tools())
-    buckets = sorted(lengths(target.buckets_tokens, model.max_sequence), reverse=True)
+    buckets = sorted(bucket_lengths(target.buckets_tokens, model.max_sequence), reverse=True)
     inputs = {MODEL: Path(model.file.path)} | ({FEEDS: Path(model.feeds.path)} if model.feeds is not None else {})
     hosts: list[HostOperator] = []
     logs = []
@@ -185,7 +186,7 @@ def _differing(first: Path, second: Path) -> float:
 
 
 def _worker() -> Worker:
-    command = [str(require(TOOLKIT)), "-I", str(_CHILD)]
+    command = child_command(require_interpreter(TOOLKIT), _CHILD)
     return Worker(command, f"rknn-toolkit2 {TOOLKIT.pins['rknn-toolkit2']}", time_limit_s=_TIME_LIMIT_S)
 
 
@@ -264,5 +265,5 @@ class RockchipSession:
     def _run(self, bucket: int, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> Embeddings:
         inputs = [pack(rows[:, None, :]) for rows in (input_ids, attention_mask)]
         reply = self._worker.call(do="run_many", model=self._built[bucket], inputs=inputs)
-        vectors = unpack(reply["output"])
+        vectors = unpack_reply(reply["output"])
         return vectors.reshape(len(vectors), -1)

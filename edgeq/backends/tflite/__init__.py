@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, has_buckets, reads_tokens, rejected, takes_kinds
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, embed_by_bucket
-from edgeq.data.tokens import fitted, lengths, rows_by_bucket, token_feeds
+from edgeq.data.tokens import bucket_lengths, fitted, rows_by_bucket, token_feeds
 from edgeq.errors import LoweringFailed, ToolMissing
 from edgeq.records import Artifact, IntegerSpec, Placement, QdqModel, Scheme, Target
+from edgeq.system.child_server import pack
 from edgeq.system.environments import Environment, interpreter
 from edgeq.system.files import file_ref, storage_errors, write_bytes
-from edgeq.system.worker import Worker, pack, unpack
+from edgeq.system.worker import Worker, child_command, unpack_reply
 
 if TYPE_CHECKING:
     from edgeq.backends.tflite.emitter import Settings
@@ -125,7 +126,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
 
     runtime = target.runtime
     settings = Settings(int(runtime["bias_bits"]), str(runtime["upcast"]), str(runtime["lookup"]))
-    buckets = lengths(target.buckets_tokens, model.max_sequence)
+    buckets = bucket_lengths(target.buckets_tokens, model.max_sequence)
     data, contents = integer_file(model, target.name, buckets, settings, str(runtime["interpreter"]))
     path = out_dir / MODEL
     with storage_errors(f"writing {MODEL}"):
@@ -209,7 +210,7 @@ def open_session(path: Path, runtime: str, threads: int) -> TfliteSession:
     """
     python = interpreter(TFLITE_RUNTIME) if runtime == "tflite-runtime" else Path(sys.executable)
     tools()
-    worker = Worker([str(python), "-I", str(_CHILD), runtime], runtime)
+    worker = Worker(child_command(python, _CHILD, runtime), runtime)
     loaded = worker.call(do="load", path=str(path.resolve()), threads=threads)
     buckets = tuple(int(name.removeprefix(SIGNATURE.format(""))) for name in loaded["signatures"])
     return TfliteSession(worker, buckets, output_params(path))
@@ -253,7 +254,7 @@ class TfliteSession:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         packed = {name: pack(rows.astype(np.int32)[:, None, :]) for name, rows in inputs.items()}
         reply = self._worker.call(do="run_many", signature=SIGNATURE.format(bucket), inputs=packed)
-        values = unpack(reply["outputs"]["sentence_embedding"])[:, 0]
+        values = unpack_reply(reply["outputs"]["sentence_embedding"])[:, 0]
         embeddings: Embeddings = (values.astype(np.float32) - self._zero_point) * np.float32(self._scale)
         return embeddings
 
