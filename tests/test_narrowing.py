@@ -12,6 +12,8 @@ from onnxruntime import InferenceSession
 
 from edgeq.calibration.statistics import Statistics
 from edgeq.errors import EdgeqError
+from edgeq.graph import roles
+from edgeq.graph.roles import Role
 from edgeq.quantization import affine
 from edgeq.quantization.rewrites import npu_operators
 from edgeq.quantization.schemes import SCHEMES
@@ -43,6 +45,12 @@ def graph_of(nodes: list[onnx.NodeProto], inputs: dict[str, list[int]], output: 
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     return ir.from_proto(onnx.shape_inference.infer_shapes(model))
+
+
+def outlier_gelu(name: str) -> onnx.NodeProto:
+    node = helper.make_node("Gelu", ["x"], [name], name=name)
+    roles.note(node, Role.OUTLIER_BRANCH)
+    return node
 
 
 def run(model: ir.Model, **feeds: np.ndarray) -> np.ndarray:
@@ -137,8 +145,8 @@ def test_pooling_weighs_and_adds_the_tokens() -> None:
 
 @pytest.mark.parametrize("size", [0.5, 3.0, 40.0])
 def test_gelu_of_the_side_path_stays_near_gelu(size: float) -> None:
-    name = "layer/side"
-    model = graph_of([helper.make_node("Gelu", ["x"], [name], name=name)], {"x": [1, LENGTH, WIDTH]}, name)
+    name = "gelu"
+    model = graph_of([outlier_gelu(name)], {"x": [1, LENGTH, WIDTH]}, name)
     x = np.linspace(-size, size, LENGTH * WIDTH, dtype=np.float32).reshape(1, LENGTH, WIDTH)
     wanted = run(model, x=x)
     fixed = npu_operators.narrow(model.graph, {"x": seen(x), name: seen(wanted)}, FORM)
@@ -150,7 +158,7 @@ def test_gelu_of_the_side_path_stays_near_gelu(size: float) -> None:
 def test_what_the_form_allows_stays() -> None:
     form = SCHEMES["w8a8-int"].integer
     assert isinstance(form, IntegerForm)
-    model = graph_of([helper.make_node("Gelu", ["x"], ["layer/side"], name="layer/side")], {"x": [1, 8]}, "layer/side")
+    model = graph_of([outlier_gelu("gelu")], {"x": [1, 8]}, "gelu")
     assert npu_operators.narrow(model.graph, {}, form) == {}
     assert [node.op_type for node in model.graph] == ["Gelu"]
 

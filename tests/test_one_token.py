@@ -13,14 +13,16 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 from edgeq.calibration.statistics import Statistics
 from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Tokens, batches
+from edgeq.graph import roles
 from edgeq.graph.edit import add_constant, dims
 from edgeq.graph.float_session import FloatSession
+from edgeq.graph.roles import Role
 from edgeq.pipeline import calibrate
 from edgeq.quantization import quantize
 from edgeq.quantization.output_precision import rounding_loss, vector_codes
 from edgeq.quantization.rewrites import integer
 from edgeq.quantization.rewrites.decompose_norms import primitives
-from edgeq.quantization.rewrites.single_token_last_layer import ONE_TOKEN, follow_one_token
+from edgeq.quantization.rewrites.single_token_last_layer import follow_one_token
 from edgeq.quantization.schemes import SCHEMES
 
 TOKENS = Tokens(encoder.tokens(3, 40), 0, 0)
@@ -52,8 +54,8 @@ def rows_of(model: ir.Model) -> dict[str, bool]:
     found = {str(node.name): node for node in model.graph if node.op_type == "MatMul" and str(node.name)[:5] == "layer"}
     for node in found.values():
         shape = dims(node.outputs[0])
-        assert shape is not None and (ONE_TOKEN in node.meta) == (shape[-2] == 1)
-    return {name: ONE_TOKEN in node.meta for name, node in found.items()}
+        assert shape is not None and (roles.has(node, Role.SINGLE_TOKEN)) == (shape[-2] == 1)
+    return {name: roles.has(node, Role.SINGLE_TOKEN) for name, node in found.items()}
 
 
 @pytest.mark.parametrize(

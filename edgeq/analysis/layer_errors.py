@@ -15,11 +15,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.calibration.observe import equal_length_batches, observing
+from edgeq.calibration.outlier_neurons import SIDE
 from edgeq.calibration.statistics import Statistics
 from edgeq.data.tokens import Tokens
 from edgeq.errors import EdgeqError
 from edgeq.graph.edit import checked, constant, dims, readers
-from edgeq.graph.linear import SIDE
 from edgeq.quantization.rewrites.htp import htp_form
 from edgeq.quantization.rewrites.integer import integer_form
 from edgeq.records import Record, Scheme

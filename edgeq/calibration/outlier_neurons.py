@@ -9,9 +9,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.calibration.statistics import Statistics, magnitudes
-from edgeq.graph.edit import add_constant, add_node, constant, made_by, readers, replace_constant
-from edgeq.graph.linear import SIDE, FeedForward, bias_of, feed_forwards
+from edgeq.graph.edit import add_constant, add_node, constant, insert_after, made_by, readers, replace_constant
+from edgeq.graph.linear import FeedForward, bias_of, feed_forwards
+from edgeq.graph.roles import Role
 
+SIDE = "/side"  # ends the names of what belongs to the outlier branch
 SIDE_WIDTH = 16  # neurons move in blocks of this many: integer kernels work on such blocks
 SIDE_SHARE = 0.02
 SIDE_RATIO = 4.0  # a path of its own pays where a neuron would otherwise take two of the eight bits from all others
@@ -73,11 +75,11 @@ def _split(graph: ir.Graph, block: FeedForward, few: NDArray[np.int64], rest: ND
     for node in _in_order(block):
         copies[node.outputs[0]] = _copy_for(graph, block, node, copies, few, after)
     rows = add_constant(graph, f"{block.second.name}.weight{SIDE}", second[few])  # type: ignore[index]
-    product = add_node(after, "MatMul", [copies[block.hidden], rows], f"{block.second.name}{SIDE}")
-    total = add_node(after, "Add", [end, product], f"{block.second.name}.total{SIDE}")
-    for use in tuple(end.uses()):
-        if use.node is not total.producer():
-            use.node.replace_input_with(use.idx, total)
+    product = add_node(
+        after, "MatMul", [copies[block.hidden], rows], f"{block.second.name}{SIDE}", role=Role.OUTLIER_BRANCH
+    )
+    total = add_node(after, "Add", [end, product], f"{block.second.name}.total{SIDE}", role=Role.OUTLIER_SUM)
+    insert_after(end, total)
     for node in _in_order(block):
         for position, array in _by_neuron(node, len(few) + len(rest)):
             replace_constant(graph, node, position, array[..., rest])
@@ -127,7 +129,7 @@ def _copy_for(
         else:
             inputs.append(copies.get(value, value))
     attributes = {name: item.value for name, item in node.attributes.items() if item.value is not None}
-    return add_node(before, node.op_type, inputs, _name_of_copy(block, node), attributes)
+    return add_node(before, node.op_type, inputs, _name_of_copy(block, node), attributes, role=Role.OUTLIER_BRANCH)
 
 
 def _bias_of_first(block: FeedForward, node: ir.Node) -> ir.Node | None:

@@ -18,10 +18,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.calibration.statistics import Statistics, magnitudes
-from edgeq.graph.attention_mask import MASK_SIZE, is_mask
-from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by, replace_constant
+from edgeq.graph import roles
+from edgeq.graph.attention_mask import is_mask
+from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by, replace_constant, required
 from edgeq.graph.linear import Site, bias_of, sites, value_sum
 from edgeq.graph.rms_norm import root_mean_square
+from edgeq.graph.roles import Role
 
 SCALED = "/scaled"
 EXP_UNDERFLOW = 30.0  # exp(-30) is 1e-13: below the rounding of a float32 sum
@@ -130,10 +132,8 @@ def _only_products_read(site: Site) -> bool:
 
 def _behind_mul(graph: ir.Graph, site: Site, scales: NDArray[np.float64]) -> None:
     factor = add_constant(graph, f"{site.name}{SCALED}/factor", (1.0 / scales).astype(np.float32))
-    scaled = add_node(site.products[0], "Mul", [site.tensor, factor], f"{site.name}{SCALED}")
-    scaled.shape = site.tensor.shape
-    if site.tensor.dtype is not None:
-        scaled.dtype = site.tensor.dtype
+    name = f"{site.name}{SCALED}"
+    scaled = add_node(site.products[0], "Mul", [site.tensor, factor], name, like=site.tensor, role=Role.SMOOTHED)
     for node in site.products:
         node.replace_input_with(0, scaled)
 
@@ -157,11 +157,13 @@ def size_mask(graph: ir.Graph, observed: Mapping[str, Statistics]) -> float | No
     texts that were not observed, plus 30. Returns the size, or None when the graph has no mask or no scores.
     """
     names = [name for name in score_tensors(graph) if name in observed]
-    value = graph.initializers.get(MASK_SIZE)
-    if value is None or not names:
+    sizes = [value for node in graph if roles.has(node, Role.ATTENTION_MASK) for value in node.inputs]
+    sizes = [value for value in sizes if constant(value) is not None]
+    if not sizes or not names:
         return None
     low = min(float(observed[name].minimum.min()) for name in names)
     high = max(float(observed[name].maximum.max()) for name in names)
     size = float(np.ceil(1.5 * (high - low) + EXP_UNDERFLOW))
-    value.const_value = ir.Tensor(np.array(size, np.float32), name=MASK_SIZE)
+    for value in sizes:
+        required(value).const_value = ir.Tensor(np.array(size, np.float32), name=required(value).name)
     return size

@@ -7,8 +7,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import TopologicalSortPass
 
+from edgeq.graph import roles
 from edgeq.graph.edit import add_constant, add_node, constant, dims, is_read_once, made_by, readers, replace_uses
 from edgeq.graph.linear import bias_of
+from edgeq.graph.roles import Role
 
 _ELEMENTWISE = frozenset(
     "Add Cast DequantizeLinear Erf Gelu LayerNormalization Mul QuantizeLinear Relu Sigmoid Tanh".split()
@@ -145,8 +147,11 @@ def _enter(graph: ir.Graph, value: ir.Value, flat: list[ir.Value]) -> None:
             source.replace_input_with(1, target)
             operand.shape = None
             continue
-        known = next((use for use in readers(operand) if use.name == f"{operand.name}/flat"), None)
-        entered = known.outputs[0] if known else add_node(node, "Reshape", [operand, target], f"{operand.name}/flat")
+        known = next(filter(_is_entry, readers(operand)), None)
+        if known is None:
+            entered = add_node(node, "Reshape", [operand, target], f"{operand.name}/flat", role=Role.FLAT_TOKENS)
+        else:
+            entered = known.outputs[0]
         node.replace_input_with(position, entered)
 
 
@@ -167,7 +172,7 @@ def _leave(graph: ir.Graph, value: ir.Value, flat: list[ir.Value], shapes: _Shap
 
 
 def _is_entry(node: ir.Node) -> bool:
-    return str(node.name).endswith("/flat")
+    return roles.has(node, Role.FLAT_TOKENS)
 
 
 def _as_output(graph: ir.Graph, value: ir.Value, shapes: _Shapes, width: int) -> ir.Value:
@@ -201,6 +206,7 @@ def _as_gemm(graph: ir.Graph, node: ir.Node) -> bool:
     output = gemm.outputs[0]
     replaced = add.outputs[0] if add is not None and len(inputs) == 3 else node.outputs[0]
     output.name = f"{replaced.name}/gemm"
+    roles.hand_over(node, gemm)
     _copy_dtype(replaced, output)
     graph.insert_before(node, gemm)
     replace_uses(replaced, output)
@@ -247,6 +253,7 @@ def _take_summand(gemm: ir.Node) -> None:
         return
     sum_node = ir.node("Gemm", [gemm.inputs[0], gemm.inputs[1], other], name=str(gemm.name))
     sum_node.outputs[0].name = f"{add.outputs[0].name}/gemm"
+    roles.hand_over(gemm, sum_node)
     _copy_dtype(add.outputs[0], sum_node.outputs[0])
     graph.insert_before(add, sum_node)
     replace_uses(add.outputs[0], sum_node.outputs[0])

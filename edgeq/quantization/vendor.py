@@ -12,6 +12,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from edgeq.calibration.statistics import Statistics, magnitudes
 from edgeq.errors import Unsupported
+from edgeq.graph import roles
 from edgeq.graph.edit import add_constant, add_node, checked, constant, made_by, readers, replace_uses
 from edgeq.graph.linear import sites
 from edgeq.quantization.rewrites.decompose_norms import first_token
@@ -63,7 +64,7 @@ def vendor_form(
     graph_model.ir_version = _IR_VERSIONS[form.opset]
     weighted = [str(node.name) for node in graph if node.op_type == "MatMul" and constant(node.inputs[1]) is not None]
     floats = tuple(name for name in weighted if name not in read)
-    return checked(graph_model), tuple(name for name in weighted if name in read), floats
+    return roles.strip(checked(graph_model)), tuple(name for name in weighted if name in read), floats
 
 
 def _integer(graph: ir.Graph, observed: Mapping[str, Statistics], form: VendorForm) -> set[str]:

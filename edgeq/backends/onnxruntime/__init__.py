@@ -18,6 +18,7 @@ from edgeq.backends.onnxruntime.joined_heads import JOINT, joined_heads
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, Session
 from edgeq.errors import ConfigError, LoweringFailed
+from edgeq.graph import roles
 from edgeq.graph.dialect import OPERATORS
 from edgeq.graph.edit import checked
 from edgeq.passes.matmul_to_gemm import flat_tokens
@@ -133,7 +134,7 @@ def flattened(path: Path) -> onnx.ModelProto:
     model = ir.load(path)
     flat_tokens(model)
     joined_heads(model)
-    return checked(model)
+    return roles.strip(checked(model))
 
 
 def placement(path: Path, model: QdqModel, target: Target) -> Placement:

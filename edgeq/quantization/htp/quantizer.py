@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.errors import EdgeqError, Unsupported
+from edgeq.graph import roles
 from edgeq.graph.edit import add_constant, add_node, add_node_after, constant, readers
-from edgeq.graph.linear import SIDE
+from edgeq.graph.roles import Role
 from edgeq.quantization import affine, weight_rounding
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.htp.attention_mask import LookedUpMasks
@@ -202,7 +203,7 @@ class _Coder:
 
     def _is_wide(self, node: ir.Node) -> bool:
         """The side path of large neurons has 16 bits, and so have what is one row a text and what is raised."""
-        return str(node.name).endswith(SIDE) or node.name in self._wide
+        return roles.has(node, Role.OUTLIER_BRANCH) or node.name in self._wide
 
     def _norm(self, node: ir.Node) -> None:
         gain = constant(node.inputs[1])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeq.errors import Unsupported
+from edgeq.graph import roles
 from edgeq.graph.edit import add_node, constant, made_by, readers
+from edgeq.graph.roles import Role
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.qdq import Coded, CodedGraph
 
@@ -38,13 +40,13 @@ class Masks:
         """Lift what counts instead of lowering what does not: codes without zero point hold 0 and 1."""
         product = made_by(mask, "Mul")
         shifted = next(made_by(value, "Sub") for value in product.inputs if made_by(value, "Sub"))  # type: ignore[union-attr]
-        known = next((use for use in readers(shifted.inputs[0]) if str(use.name).startswith("attention_lift")), None)  # type: ignore[union-attr,arg-type]
+        known = next((use for use in readers(shifted.inputs[0]) if roles.has(use, Role.KEPT_MASK)), None)  # type: ignore[union-attr,arg-type]
         if known is not None:
             return known.outputs[0]
         size = next(value for value in product.inputs if constant(value) is not None)  # type: ignore[union-attr]
         taken = any(value.name == "attention_lift" for value in self.values)
         name = f"attention_lift_{len(self.values)}" if taken else "attention_lift"
-        lifted = add_node(product, "Mul", [shifted.inputs[0], size], name)  # type: ignore[union-attr,list-item,arg-type]
+        lifted = add_node(product, "Mul", [shifted.inputs[0], size], name, role=Role.KEPT_MASK)  # type: ignore[union-attr,list-item,arg-type]
         self.values.add(lifted)
         return lifted
 

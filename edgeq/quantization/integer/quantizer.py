@@ -12,8 +12,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.errors import EdgeqError, Unsupported
+from edgeq.graph import roles
 from edgeq.graph.edit import add_constant, add_node, add_node_after, constant, dims, readers
-from edgeq.graph.linear import SIDE, bias_of
+from edgeq.graph.linear import bias_of
+from edgeq.graph.roles import Role
 from edgeq.quantization import affine, weight_rounding
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.integer.attention_mask import Masks
@@ -25,8 +27,7 @@ from edgeq.quantization.qdq import HEADROOM, INTEGER_DTYPES, Coded, CodedGraph, 
 from edgeq.quantization.ranges import GELU_FLOOR, MASKED_BELOW
 from edgeq.quantization.rewrites.decompose_norms import ROW_MAXIMUM
 from edgeq.quantization.rewrites.integer import integer_form
-from edgeq.quantization.rewrites.npu_operators import CHOICE, ROOT_HEADROOM, Fixed, narrow
-from edgeq.quantization.rewrites.single_token_last_layer import ONE_TOKEN
+from edgeq.quantization.rewrites.npu_operators import ROOT_HEADROOM, Fixed, narrow
 from edgeq.records import IntegerForm, Scheme
 
 SOFTMAX = {8: Affine(1 / 256, -128, -128, 127), 16: Affine(1 / 32768, 0, -32768, 32767)}
@@ -160,7 +161,7 @@ class _Coder:
 
     def _matmul(self, node: ir.Node) -> None:
         weight = constant(node.inputs[1])
-        if weight is not None and str(node.name).endswith(CHOICE):
+        if weight is not None and roles.has(node, Role.ZERO_ONE_PRODUCT):
             self._choice(node, weight)
             return
         if weight is not None:
@@ -389,11 +390,11 @@ class _Coder:
         """The side path of large neurons has 16 bits, and so have raised products and those of one row."""
         shape = dims(node.inputs[0])
         is_dense = shape is not None and len(shape) == 2
-        return is_dense or str(node.name).endswith(SIDE) or node.name in self._wide
+        return is_dense or roles.has(node, Role.OUTLIER_BRANCH) or node.name in self._wide
 
     def _is_fine(self, node: ir.Node) -> bool:
         """Tell whether a node computes one token, where whatever has one row may have 16 bits."""
-        return ONE_TOKEN in node.meta and self._form.wide_matmul and self._form.wide_gelu
+        return roles.has(node, Role.SINGLE_TOKEN) and self._form.wide_matmul and self._form.wide_gelu
 
     def _attention_bits(self, node: ir.Node) -> int:
         return 16 if self._is_fine(node) else self._form.attention_bits

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from edgeq.graph import roles
 from edgeq.graph.edit import (
     add_constant,
     add_node,
@@ -21,7 +22,8 @@ from edgeq.graph.edit import (
     replace_uses,
 )
 from edgeq.graph.evaluate import computed
-from edgeq.graph.linear import SIDE, bias_of
+from edgeq.graph.linear import bias_of
+from edgeq.graph.roles import Role
 
 _PROBED = 7  # tokens on which positions are counted
 
@@ -164,7 +166,7 @@ def biased(graph: ir.Graph, node: ir.Node) -> int:
     """Give a product with weights a bias of zeros where it has none: constants of other places move into it."""
     weight = constant(node.inputs[1]) if node.op_type == "MatMul" else None
     output = node.outputs[0]
-    if weight is None or weight.ndim != 2 or str(node.name).endswith(SIDE) or output.is_graph_output():
+    if weight is None or weight.ndim != 2 or roles.has(node, Role.OUTLIER_BRANCH) or output.is_graph_output():
         return 0
     following = readers(output)
     if is_read_once(output) and following[0].op_type == "Add" and bias_of(following[0]) is not None:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from edgeq.graph import roles
 from edgeq.graph.attention_mask import is_mask
 from edgeq.graph.edit import add_constant, add_node, constant, dims, made_by, readers, replace_uses
 from edgeq.graph.rms_norm import root_mean_square
+from edgeq.graph.roles import Role
 from edgeq.quantization.rewrites.attention import biased, counted_positions, shared_heads, turned_halves
 from edgeq.quantization.rewrites.token_pooling import cap_padding, last_token
 
@@ -64,11 +66,11 @@ def primitives(model: ir.Model) -> int:
 def follows(node: ir.Node) -> bool:
     """Tell whether the statistics of a node's output follow from another tensor's, or nothing asks for them."""
     if node.op_type == "Mul":
-        return str(node.name).endswith(GAINED)
+        return roles.has(node, Role.NORM_GAIN)
     if node.op_type == "Add":
         gained = made_by(node.inputs[0], "Mul")
         is_biased = len(node.inputs) > 1 and constant(node.inputs[1]) is not None
-        return gained is not None and is_biased and str(gained.name).endswith(GAINED)
+        return is_biased and roles.has(gained, Role.NORM_GAIN)
     following = readers(node.outputs[0])
     if node.op_type != "MatMul" or len(following) != 1 or following[0].op_type != "Add":
         return False
@@ -88,14 +90,19 @@ def _norm(graph: ir.Graph, node: ir.Node) -> int:
     mean = _like(add_node(node, "ReduceMean", [x, axes], f"{name}{MEAN}"), node, 1)
     centred = _like(add_node(node, "Sub", [x, mean], f"{name}{CENTRED}"), node)
     inverse = _inverse_root(graph, node, centred, name, width * epsilon)
-    normalized = _like(add_node(node, "Mul", [centred, inverse], f"{name}{NORMALIZED}"), node)
+    normalized = _normalized(node, centred, inverse, name)
     factor = add_constant(graph, f"{name}/gain", (gain * np.sqrt(width)).astype(np.float32))
-    result = _like(add_node(node, "Mul", [normalized, factor], f"{name}{GAINED}"), node)
+    result = _like(add_node(node, "Mul", [normalized, factor], f"{name}{GAINED}", role=Role.NORM_GAIN), node)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
-        result = _like(add_node(node, "Add", [result, bias], f"{name}/primitives"), node)
+        result = _like(add_node(node, "Add", [result, bias], f"{name}/primitives", role=Role.NORM_BIAS), node)
     _take_place(graph, node, result, name)
     return 1
+
+
+def _normalized(node: ir.Node, centred: ir.Value, inverse: ir.Value, name: str) -> ir.Value:
+    value = add_node(node, "Mul", [centred, inverse], f"{name}{NORMALIZED}", role=Role.NORM_NORMALIZED)
+    return _like(value, node)
 
 
 def _mean_square(graph: ir.Graph, node: ir.Node) -> int:
@@ -105,9 +112,9 @@ def _mean_square(graph: ir.Graph, node: ir.Node) -> int:
         return 0
     name, width = str(node.outputs[0].name), found.gain.size
     inverse = _inverse_root(graph, node, found.x, name, width * found.epsilon)
-    normalized = _like(add_node(node, "Mul", [found.x, inverse], f"{name}{NORMALIZED}"), node)
+    normalized = _normalized(node, found.x, inverse, name)
     factor = add_constant(graph, f"{name}/gain", (found.gain * np.sqrt(width)).astype(np.float32))
-    result = _like(add_node(node, "Mul", [normalized, factor], f"{name}{GAINED}"), node)
+    result = _like(add_node(node, "Mul", [normalized, factor], f"{name}{GAINED}", role=Role.NORM_GAIN), node)
     above = list(node.inputs)
     _take_place(graph, node, result, name)
     for value in above:

@@ -10,9 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeq.calibration.statistics import Observed
-from edgeq.graph.edit import add_constant, add_node, constant, made_by, readers
-from edgeq.graph.linear import SIDE
-from edgeq.quantization.rewrites.decompose_norms import GAINED, NORMALIZED
+from edgeq.graph import roles
+from edgeq.graph.edit import add_constant, add_node, constant, made_by, readers, required
+from edgeq.graph.roles import Role
 
 FACTOR = "/factor_of_rows"
 
@@ -36,12 +36,13 @@ def outer_gains(graph: ir.Graph, observed: Observed) -> int:
     for node in list(graph):
         normalized = made_by(node.inputs[0], "Mul") if node.op_type == "Mul" else None
         gain = constant(node.inputs[1]) if normalized is not None else None
-        if normalized is None or gain is None or not str(normalized.name).endswith(NORMALIZED):
+        if normalized is None or gain is None or not roles.has(normalized, Role.NORM_NORMALIZED):
             continue
         centred, inverse = normalized.inputs
         if centred is None or inverse is None or not _share_input(graph, node, observed):
             continue
-        first = add_node(node, "Mul", [inverse, node.inputs[1]], f"{node.name}{FACTOR}")  # type: ignore[list-item]
+        inputs = [inverse, required(node.inputs[1])]
+        first = add_node(node, "Mul", inputs, f"{node.name}{FACTOR}", role=Role.ROW_FACTOR)
         node.replace_input_with(0, centred)
         node.replace_input_with(1, first)
         count += 1 + _own_product(node, observed)
@@ -50,10 +51,11 @@ def outer_gains(graph: ir.Graph, observed: Observed) -> int:
 
 def _share_input(graph: ir.Graph, node: ir.Node, observed: Observed) -> bool:
     """Let the side path read what the other products of this LayerNormalization read, its weights scaled to fit."""
-    sides = [use for use in readers(node.outputs[0]) if use.op_type == "MatMul" and str(use.name).endswith(SIDE)]
+    products = [use for use in readers(node.outputs[0]) if use.op_type == "MatMul"]
+    sides = [use for use in products if roles.has(use, Role.OUTLIER_BRANCH)]
     normalized = node.inputs[0]
     others = [use for use in readers(normalized) if use is not node and use.op_type == "Mul"] if normalized else []
-    scaled = next((use for use in others if not str(use.name).endswith(GAINED)), None)
+    scaled = next((use for use in others if not roles.has(use, Role.NORM_GAIN)), None)
     factor = constant(scaled.inputs[1]) if scaled is not None else None
     gain = constant(node.inputs[1])
     if scaled is None or factor is None or gain is None or np.any(factor == 0.0):
@@ -63,7 +65,7 @@ def _share_input(graph: ir.Graph, node: ir.Node, observed: Observed) -> bool:
         if weight is None:
             return False
         fitted = weight * (gain / factor)[:, None]
-        name = str(side.inputs[1].name)  # type: ignore[union-attr]
+        name = str(required(side.inputs[1]).name)
         side.replace_input_with(0, scaled.outputs[0])
         side.replace_input_with(1, add_constant(graph, name, fitted.astype(np.float32)))
     return True
@@ -81,7 +83,7 @@ def _own_product(node: ir.Node, observed: Observed) -> int:
         if centred is None or gain_of is None:
             raise ValueError(f"{node.name} is no product of rows")
         inputs = [value for value in gain_of.inputs if value is not None]
-        own = add_node(node, "Mul", inputs, f"{node.name}/{number}{FACTOR}")
+        own = add_node(node, "Mul", inputs, f"{node.name}/{number}{FACTOR}", role=Role.ROW_FACTOR)
         copy = add_node(node, "Mul", [centred, own], f"{name}/{number}")
         copy.shape, copy.dtype = output.shape, ir.DataType.FLOAT
         observed[f"{name}/{number}"] = observed[name]

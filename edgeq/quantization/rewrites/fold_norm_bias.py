@@ -13,9 +13,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.calibration.statistics import Observed, Statistics
+from edgeq.graph import roles
 from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by, readers
 from edgeq.graph.linear import Site, bias_of, sites, value_sum
-from edgeq.passes.pool_by_matmul import POOLING
+from edgeq.graph.roles import Role
 from edgeq.quantization.rewrites.decompose_norms import GAINED, NORMALIZED
 
 WIDENED = "/widened"
@@ -65,9 +66,10 @@ def serve_gains(graph: ir.Graph, observed: Observed) -> int:
     """
     count = 0
     for node in list(graph):
-        gain = constant(node.inputs[1]) if node.op_type == "Mul" and str(node.name).endswith(GAINED) else None
+        gain = constant(node.inputs[1]) if roles.has(node, Role.NORM_GAIN) else None
         normalized, output = node.inputs[0], node.outputs[0]
-        if gain is None or normalized is None or str(output.name).endswith(GAINED):
+        has_bias = any(roles.has(reader, Role.NORM_BIAS) for reader in readers(output))
+        if gain is None or normalized is None or has_bias:
             continue  # with a bias, which `fold_norm_biases` serves
         if str(output.name) not in observed:
             observed[str(output.name)] = _affine(observed[str(normalized.name)], gain, 0.0)
@@ -86,7 +88,7 @@ def _norm(node: ir.Node) -> _Norm | None:
     if node.op_type != "Add":
         return None
     gained = made_by(node.inputs[0], "Mul")
-    if gained is None or not str(gained.name).endswith(GAINED):
+    if gained is None or not roles.has(gained, Role.NORM_GAIN):
         return None
     gain, bias, normalized = constant(gained.inputs[1]), constant(node.inputs[1]), gained.inputs[0]
     if gain is None or bias is None or normalized is None:
@@ -134,7 +136,7 @@ def _serve_scaled(graph: ir.Graph, norm: _Norm, scaled: ir.Node, observed: Obser
 
 def _serve_pooling(graph: ir.Graph, norm: _Norm, pooling: ir.Node, observed: Observed) -> int:
     """Pooling weights add up to one, so that the bias may be added behind."""
-    if not str(pooling.name).startswith(f"{POOLING}/"):
+    if not roles.has(pooling, Role.POOLING):
         return 0
     pooled = pooling.outputs[0]
     pooling.replace_input_with(1, norm.gained)

@@ -10,7 +10,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from edgeq.calibration.statistics import Observed, Statistics
-from edgeq.graph.edit import add_node, checked, constant, dims, made_by, readers, replace_uses
+from edgeq.graph import roles
+from edgeq.graph.edit import add_node, checked, constant, dims, made_by, readers, replace_uses, required
 from edgeq.passes.matmul_to_gemm import flat_tokens
 from edgeq.quantization.rewrites.decompose_norms import NORMALIZED, first_token
 from edgeq.quantization.rewrites.fold_norm_bias import even_values, widen_outputs
@@ -114,6 +115,7 @@ def _row_products(graph: ir.Graph) -> frozenset[str]:
         end = add if add is not None and bias is not None else node
         inputs = [*node.inputs, bias] if bias is not None else list(node.inputs)
         result = add_node(node, "Gemm", inputs, str(node.name))  # type: ignore[arg-type]
+        roles.hand_over(node, required(result.producer()))
         result.name = f"{end.outputs[0].name}/gemm"
         result.dtype, result.shape = ir.DataType.FLOAT, end.outputs[0].shape
         replace_uses(end.outputs[0], result)

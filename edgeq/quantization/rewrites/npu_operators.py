@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.errors import EdgeqError, Unsupported
-from edgeq.graph.edit import add_constant, add_node, constant, made_by, readers, replace_uses
-from edgeq.graph.linear import SIDE
+from edgeq.graph import roles
+from edgeq.graph.edit import add_constant, add_node, constant, insert_after, made_by, readers, replace_uses, required
+from edgeq.graph.roles import Role
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.qdq import HEADROOM, symmetric
 from edgeq.records import IntegerForm
@@ -52,7 +53,7 @@ def narrow(graph: ir.Graph, observed: Observed, form: IntegerForm) -> Fixed:
             _sum_squares(rewriting, node, form.tables)
         elif node.op_type == "MatMul" and not form.wide_matmul and node.inputs[0] in of_mask:
             _pool(rewriting, node)
-        elif node.op_type == "Gelu" and str(node.name).endswith(SIDE) and not form.wide_gelu:
+        elif node.op_type == "Gelu" and roles.has(node, Role.OUTLIER_BRANCH) and not form.wide_gelu:
             _gelu(rewriting, node)
         elif node.op_type == "Tanh" and not form.tables:
             rewriting.fixed[str(node.outputs[0].name)] = _OF_ONE
@@ -153,6 +154,7 @@ def _excess(rewriting: _Rewriting, node: ir.Node, x: ir.Value, picked: NDArray[n
     pick = rewriting.constant(f"{name}/large/pick", matrix)
     ends = [rewriting.constant(f"{name}/large/{end}", sign * limit) for end, sign in (("low", -1.0), ("high", 1.0))]
     large = rewriting.add(node, "MatMul", [x, pick], f"{name}/large{CHOICE}", x, count)
+    roles.give(required(large.producer()), Role.ZERO_ONE_PRODUCT)
     inside = rewriting.add(node, "Clip", [large, *ends], f"{name}/inside", large)
     outside = rewriting.add(node, "Sub", [large, inside], f"{name}/outside", large)
     both = rewriting.add(node, "Add", [large, inside], f"{name}/both", large)
@@ -171,6 +173,7 @@ def _total(rewriting: _Rewriting, before: ir.Node, parts: list[ir.Value], name: 
         own, width = f"{part.name}{ending}{CHOICE}", _width(part)
         ones = rewriting.constant(f"ones_{width}", np.ones((width, 1)))
         added = rewriting.add(before, "MatMul", [part, ones], own, part, 1)
+        roles.give(required(added.producer()), Role.ZERO_ONE_PRODUCT)
         rewriting.observed[own] = rewriting.observed[name]
         total = added if total is None else rewriting.add(before, "Add", [total, added], f"{name}{ending}/sum", added)
     if total is None:
@@ -206,9 +209,7 @@ def _split_root(rewriting: _Rewriting, total: ir.Value, parts: list[ir.Value], m
     at_middle = rewriting.constant(f"{stem}/middle", [middle**-0.5])
     above = rewriting.add(after, "Sub", [low_inverse, at_middle], f"{stem}/above", low)
     joined = rewriting.add(after, "Add", [above, result], f"{stem}/joined", low)
-    for use in tuple(result.uses()):
-        if use.node is not joined.producer():
-            use.node.replace_input_with(use.idx, joined)
+    insert_after(result, joined)
     result.name, joined.name = f"{stem}/high", stem
     rewriting.fixed |= {str(low.name): _to(middle), f"{stem}/high": _to(middle**-0.5)}
     rewriting.fixed |= {name: _to(least**-0.5) for name in (f"{stem}/low", f"{stem}/above", stem)}

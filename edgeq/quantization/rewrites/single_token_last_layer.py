@@ -28,6 +28,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from edgeq.calibration.statistics import Observed
+from edgeq.graph import roles
 from edgeq.graph.attention_mask import is_mask
 from edgeq.graph.edit import (
     add_constant,
@@ -41,10 +42,9 @@ from edgeq.graph.edit import (
     replace_uses,
 )
 from edgeq.graph.evaluate import computed
+from edgeq.graph.roles import Role
 from edgeq.passes.pool_by_matmul import POOLING
-from edgeq.quantization.rewrites.token_pooling import PICKED
 
-ONE_TOKEN = "edgeq.one_token"  # in the `meta` of nodes that compute one token of each text
 _ONE = "/one"  # ends the names of what is taken of a tensor
 _BY_ELEMENT = frozenset("Add Div Gelu Mul Neg Reciprocal Relu Sigmoid Sqrt Sub Tanh".split())
 _PROBED = 5  # positions on which a causal mask is told from others
@@ -83,7 +83,7 @@ def follow_one_token(model: ir.Model, observed: Observed) -> int:
         if demands is None or has_others or not all(_can(token, item, axis) for item, axis in demands.values()):
             _take(value, asked, token, observed)
             continue
-        node.meta[ONE_TOKEN] = True
+        roles.give(node, Role.SINGLE_TOKEN)
         value.shape = _with_one(value, asked.axis)
         for position, (item, axis) in demands.items():
             waiting.setdefault(item, _Waiting(axis)).uses.append((node, position))
@@ -140,7 +140,7 @@ class _Last:
         name = f"{value.name}{_ONE}"
         mask = _causal(value) if axis == 2 else None
         if mask is None:
-            return add_node(before, "MatMul", [self.shares, value], f"{POOLING}/{name}")
+            return add_node(before, "MatMul", [self.shares, value], f"{POOLING}/{name}", role=Role.POOLING)
         lowered = add_node(before, "Sub", [mask.padding, mask.one], f"{name}/lowered")
         return add_node(before, "Mul", [lowered, mask.size], name)
 
@@ -190,7 +190,7 @@ def _choice(graph: ir.Graph) -> tuple[ir.Node, ir.Value, _Token] | None:
         if node.op_type == "Slice" and _is_first(node):
             hidden: ir.Value | None = node.inputs[0]
             token: _Token = _First(graph)
-        elif node.op_type == "MatMul" and str(node.name).endswith(PICKED) and node.inputs[0] is not None:
+        elif roles.has(node, Role.PICKED_TOKEN) and node.inputs[0] is not None:
             hidden, token = node.inputs[1], _Last(node.inputs[0])
         else:
             continue

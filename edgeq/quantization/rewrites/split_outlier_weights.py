@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from edgeq.calibration.outlier_neurons import SIDE
 from edgeq.calibration.statistics import Observed, Statistics
-from edgeq.graph.edit import add_constant, add_node, constant, made_by, readers
-from edgeq.graph.linear import SIDE
+from edgeq.graph import roles
+from edgeq.graph.edit import add_constant, add_node, constant, insert_after, made_by, readers
+from edgeq.graph.roles import Role
 from edgeq.quantization import weight_rounding
 
 DOMINANT = 2.0  # times the block that the side path left: rounding its weights then costs more than all else
@@ -30,7 +32,7 @@ def fine_sides(graph: ir.Graph, observed: Observed, bits: int) -> int:
     """
     count = 0
     for node in list(graph):
-        if node.op_type != "Add" or not str(node.name).endswith(f".total{SIDE}"):
+        if not roles.has(node, Role.OUTLIER_SUM):
             continue
         second = made_by(node.inputs[1], "MatMul")
         if second is None or not _dominates(node, observed):
@@ -56,7 +58,7 @@ def _firsts(second: ir.Node) -> list[ir.Node]:
     while waiting:
         value = waiting.pop()
         node = value.producer() if value is not None else None
-        if node is None or node in found or not str(node.name).endswith(SIDE):
+        if node is None or node in found or not roles.has(node, Role.OUTLIER_BRANCH):
             continue
         if node.op_type == "MatMul":
             found.append(node)
@@ -80,15 +82,10 @@ def _part(graph: ir.Graph, product: ir.Node, observed: Observed, bits: int) -> i
     end = biased.outputs[0] if biased is not None and has_bias else output
     product.replace_input_with(1, add_constant(graph, f"{stem}.weight/coarse{SIDE}", coarse))
     place = next(each for each in graph if each in set(readers(end)))
-    fine = add_node(
-        place, "MatMul", [x, add_constant(graph, f"{stem}.weight{FINE}{SIDE}", rest)], f"{stem}{FINE}{SIDE}"
-    )
-    both = add_node(place, "Add", [end, fine], f"{stem}/both{SIDE}")
-    for value in (fine, both):
-        value.shape, value.dtype = end.shape, ir.DataType.FLOAT
-    for use in tuple(end.uses()):
-        if use.node is not both.producer():
-            use.node.replace_input_with(use.idx, both)
+    inputs = [x, add_constant(graph, f"{stem}.weight{FINE}{SIDE}", rest)]
+    fine = add_node(place, "MatMul", inputs, f"{stem}{FINE}{SIDE}", like=end, role=Role.OUTLIER_BRANCH)
+    both = add_node(place, "Add", [end, fine], f"{stem}/both{SIDE}", like=end, role=Role.OUTLIER_BRANCH)
+    insert_after(end, both)
     largest = np.maximum(-seen.minimum, seen.maximum).astype(np.float64) @ np.abs(rest)
     observed[str(fine.name)] = Statistics((-largest).astype(np.float32), largest.astype(np.float32))
     observed[str(both.name)] = observed[str(end.name)]

@@ -8,10 +8,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeq.graph.edit import add_constant, add_node, constant, made_by, readers, replace_uses, scalar
+from edgeq.graph import roles
+from edgeq.graph.edit import add_constant, add_node, constant, made_by, readers, replace_uses, required, scalar
+from edgeq.graph.roles import Role
 from edgeq.passes.pool_by_matmul import POOLING
 
-PICKED = "/picked"  # ends the name of the product that takes the last token
 _ON_THE_WAY = ("Cast", "Equal", "Expand", "Reshape", "Unsqueeze")  # between the mask and where padding is filled
 
 
@@ -74,7 +75,8 @@ def last_token(graph: ir.Graph, gather: ir.Node) -> int:
     last = add_node(gather, "Mul", [whole, mask], f"{name}/last")
     shares = add_node(gather, "Cast", [last], f"{name}/shares", {"to": ir.DataType.FLOAT.value})
     row = add_node(gather, "Unsqueeze", [shares, axes], f"{name}/weights")
-    picked = add_node(gather, "MatMul", [row, hidden], f"{name}{PICKED}")
+    picked = add_node(gather, "MatMul", [row, hidden], f"{name}/picked", role=Role.POOLING)
+    roles.give(required(picked.producer()), Role.PICKED_TOKEN)
     _replace(gather, picked)
     return 1
 
