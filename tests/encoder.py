@@ -119,7 +119,7 @@ def _pooled(b: Builder, x: str, mask: str, pooling: str) -> str:
         shares = b.node("Unsqueeze", [b.node("Cast", [shares], "shares", to=TensorProto.FLOAT), "axis1"], "shares3")
         x = b.node(
             "MatMul", [shares, x], "pooling/last/picked"
-        )  # as edgeq.quantization.rewrites.token_pooling.last_token writes it
+        )  # as edgeq.quantization.rewrites.pick_last_token writes it
         roles.note(b.nodes[-1], Role.POOLING, Role.PICKED_TOKEN)
     return b.node("Squeeze", [x, "axis1"], "pooled")
 

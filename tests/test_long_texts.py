@@ -24,8 +24,7 @@ from edgeq.frontend import locate  # noqa: E402
 from edgeq.frontend.torch import export  # noqa: E402
 from edgeq.graph import dialect  # noqa: E402
 from edgeq.graph.float_session import FloatSession  # noqa: E402
-from edgeq.passes.apply import apply  # noqa: E402
-from edgeq.passes.float_passes import FLOAT_PASSES  # noqa: E402
+from edgeq.passes import float_passes  # noqa: E402
 from edgeq.pipeline import calibrate  # noqa: E402
 from edgeq.quantization import quantize, schemes  # noqa: E402
 from edgeq.records import QdqModel, Source  # noqa: E402
@@ -59,7 +58,7 @@ def floats(name: str, longest: int, folder: Path) -> tuple[Source, onnx.ModelPro
         warnings.simplefilter("ignore")  # torch's own, while it exports
         record = export.run(locate.locate(str(made)), out, hidden_state=False)
     feeds, expected = export.load_probes(out / export.PROBES)
-    model, _ = apply(onnx.load(out / export.RAW), feeds, FLOAT_PASSES)
+    model, _ = float_passes.rewritten(onnx.load(out / export.RAW), feeds)
     dialect.verify(model, name)
     session = FloatSession.of(model)
     assert max(float(np.abs(v - session(f)).max()) for f, v in zip(feeds, expected, strict=True)) < 1e-5

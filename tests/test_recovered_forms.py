@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from test_passes import LAST, Node, graph, norm_constants, operators, rewritten, run
@@ -270,7 +268,6 @@ def test_scales_of_both_sides_move_into_the_weights(shared: bool) -> None:
 
 
 def test_forms_are_imported_once() -> None:
-    rewrites: tuple[Callable[[ir.Model], Rewrites], ...] = FLOAT_PASSES
-    names = [rewrite.__name__ for rewrite in rewrites]
+    names = [rewrite.__name__ for rewrite in FLOAT_PASSES]
     assert len(names) == len(set(names)) and names.index("unflatten_softmax") < names.index("recover_padding_mask")
     assert LAST.tolist() == [-1]

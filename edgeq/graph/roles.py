@@ -40,6 +40,8 @@ class Role(StrEnum):
     """Mul of one over a row's length with a gain: the factor of a product that is summed in int32."""
     ZERO_ONE_PRODUCT = "zero-one-product"
     """MatMul with a constant of zeros and ones, which picks channels or adds them up."""
+    TEXT_PRODUCT = "text-product"
+    """Gemm that has one row a text, such as a Dense layer behind the pooling."""
     SINGLE_TOKEN = "single-token"
     """Operator of the last layer that computes nothing but the token that becomes the vector."""
     FLAT_TOKENS = "flat-tokens"

@@ -24,7 +24,8 @@ from edgeq.graph.float_session import FloatSession
 from edgeq.graph.linear import feed_forwards, sites, value_sum
 from edgeq.quantization.convolution import map_tensors
 from edgeq.quantization.quantize import quantize
-from edgeq.quantization.rewrites.decompose_norms import follows, primitives
+from edgeq.quantization.rewrites.decompose import DECOMPOSE, has_derived_statistics
+from edgeq.quantization.rewrites.observe_row_maxima import observe_row_maxima
 from edgeq.quantization.schemes import SCHEMES
 from edgeq.records import Migration
 
@@ -96,7 +97,8 @@ def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Pro
     smooth_scales.migrate(equalized.graph, statistics, swept, migration.strengths)
     proto = ir.to_proto(equalized)
     read = [site.name for site in sites(equalized.graph)]
-    primitives(equalized)
+    for rewrite in (*DECOMPOSE, observe_row_maxima):
+        rewrite(equalized)
     tensors = list(dict.fromkeys([*_float_tensors(equalized.graph, read), *maps]))
     expanded = ir.to_proto(equalized)
     del parted, equalized
@@ -155,7 +157,7 @@ def _float_tensors(graph: ir.Graph, read: list[str]) -> list[str]:
             others += [str(value.name) for value in variable if value in positions and _has_channels(value)]
             if node.op_type == "Gather" and any(use.op_type != "Add" for use in readers(node.outputs[0])):
                 others += [str(value.name) for value in node.outputs if _is_real(value) and value.name not in read]
-            if node.op_type in _OBSERVED and not follows(node) and _is_real(node.outputs[0]):
+            if node.op_type in _OBSERVED and not has_derived_statistics(node) and _is_real(node.outputs[0]):
                 others += [str(value.name) for value in node.outputs if value.name not in read]
     return [*read, *dict.fromkeys(others)]
 

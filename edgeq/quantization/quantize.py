@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.calibration.statistics import Statistics
+from edgeq.data.batches import AnyFeeds
 from edgeq.errors import EdgeqError
 from edgeq.graph.edit import add_constant, add_node, checked, constant, dims, replace_uses
 from edgeq.graph.linear import Site, sites
@@ -25,7 +26,11 @@ from edgeq.records import Scheme
 
 
 def quantize(
-    model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme, compensate: bool = True
+    model: onnx.ModelProto,
+    observed: Mapping[str, Statistics],
+    scheme: Scheme,
+    compensate: bool = True,
+    feeds: Sequence[AnyFeeds] = (),
 ) -> tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]:
     """Put QuantizeLinear and DequantizeLinear around every token-level weight product and the embedding tables.
 
@@ -48,20 +53,22 @@ def quantize(
         observed: statistics of every tensor that a weight product reads.
         scheme: bits and signs.
         compensate: round weights with error compensation where a second moment was observed; else to nearest.
+        feeds: probe batches on which each of the scheme's rewrites is proved in FP32; none for trials that repeat what
+            was proved before.
 
     Returns:
         The QDQ model (opset 21, IR version 10), the names of the integer products, and those of weight products that
         stay float by the scheme.
 
     Raises:
-        EdgeqError: a tensor has no statistics.
+        EdgeqError: a tensor has no statistics, or a rewrite changed the FP32 function.
     """
     if scheme.vendor is not None:
-        return vendor_form(model, observed, scheme.vendor, scheme.raised)
+        return vendor_form(model, observed, scheme.vendor, scheme.raised, feeds)
     if scheme.htp is not None:
-        return quantize_htp(model, observed, scheme)
+        return quantize_htp(model, observed, scheme, feeds)
     if scheme.integer is not None:
-        return quantize_integer(model, observed, scheme)
+        return quantize_integer(model, observed, scheme, feeds)
     graph_model = ir.from_proto(model)
     graph = graph_model.graph
     integer: list[str] = []

@@ -21,7 +21,7 @@ from edgeq.errors import ConfigError, LoweringFailed
 from edgeq.graph import roles
 from edgeq.graph.dialect import OPERATORS
 from edgeq.graph.edit import checked
-from edgeq.passes.matmul_to_gemm import flat_tokens
+from edgeq.passes.matmul_to_gemm import matmul_to_gemm
 from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
 from edgeq.system.files import file_ref, storage_errors, write_bytes
 from edgeq.system.host import meets
@@ -132,7 +132,7 @@ def flattened(path: Path) -> onnx.ModelProto:
     The model is checked and its shapes are inferred.
     """
     model = ir.load(path)
-    flat_tokens(model)
+    matmul_to_gemm(model)
     joined_heads(model)
     return roles.strip(checked(model))
 

@@ -7,7 +7,7 @@ positions, values over tokens), LayerNorm, pooling, the side path of large neuro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -15,6 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.calibration.statistics import Observed, Statistics
+from edgeq.data.batches import AnyFeeds
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph import roles
 from edgeq.graph.edit import add_constant, add_node, add_node_after, constant, readers
@@ -26,8 +27,8 @@ from edgeq.quantization.htp.qdq import UnsignedGraph
 from edgeq.quantization.htp.unsupported import refusal
 from edgeq.quantization.qdq import HEADROOM, Coded, finished
 from edgeq.quantization.ranges import GELU_FLOOR, MASKED_BELOW
-from edgeq.quantization.rewrites.decompose_norms import ROW_MAXIMUM
 from edgeq.quantization.rewrites.htp import htp_form
+from edgeq.quantization.rewrites.observe_row_maxima import ROW_MAXIMUM
 from edgeq.records import HtpForm, Scheme
 
 GAIN_BITS = 8  # LayerNorm's gain: the unit takes no other beside an int32 bias, on any version
@@ -35,12 +36,11 @@ GAIN_BITS = 8  # LayerNorm's gain: the unit takes no other beside an int32 bias,
 # channel is off by up to 20 codes of 65,536 (measured in QAIRT 2.51's emulator; later versions keep more).
 _MULTIPLIER_BITS = 11
 _STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather"})
-_SUFFIXES = ("/gemm", "/flat", "/axes")  # of what `flat_tokens` renames or adds
 _INT32 = np.iinfo(np.int32)
 
 
 def quantize_htp(
-    model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme, feeds: Sequence[AnyFeeds] = ()
 ) -> tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]:
     """Bring weight products to Gemm form, fold constants, and give every tensor unsigned codes.
 
@@ -48,6 +48,7 @@ def quantize_htp(
         model: equalised FP32 ONNX; not changed.
         observed: statistics of the tensors of the model and of its primitives.
         scheme: with an `htp` form.
+        feeds: probe batches on which each rewrite is proved.
 
     Returns:
         The QDQ model, the names of the integer products, and an empty tuple: nothing stays float.
@@ -59,7 +60,7 @@ def quantize_htp(
     form = scheme.htp
     if form is None:
         raise EdgeqError(f"{scheme.name} has no form for HTP")
-    graph_model, seen, rows = htp_form(model, observed, form)
+    graph_model, seen, rows = htp_form(model, observed, form, feeds)
     graph = graph_model.graph
     coder = _Coder(graph, seen, scheme, form, rows)
     for node in list(graph):
@@ -74,11 +75,6 @@ class _Coder:
     def __init__(
         self, graph: ir.Graph, observed: Observed, scheme: Scheme, form: HtpForm, rows: frozenset[str]
     ) -> None:
-        for node in graph:  # reshaping changes no statistics
-            name = str(node.outputs[0].name)
-            stem = next((name.removesuffix(end) for end in _SUFFIXES if name.endswith(end)), name)
-            if name not in observed and stem in observed:
-                observed[name] = observed[stem]
         self._codes = UnsignedGraph(graph, observed)
         self._form = form
         self._scheme = scheme

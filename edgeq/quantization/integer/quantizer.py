@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from edgeq.calibration.statistics import Observed, Statistics
+from edgeq.data.batches import AnyFeeds
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph import roles
 from edgeq.graph.edit import add_constant, add_node, add_node_after, constant, dims, readers
@@ -25,9 +26,9 @@ from edgeq.quantization.integer.int32_sums import ExactSums
 from edgeq.quantization.output_precision import vector_codes
 from edgeq.quantization.qdq import HEADROOM, INTEGER_DTYPES, Coded, CodedGraph, finished, symmetric
 from edgeq.quantization.ranges import GELU_FLOOR, MASKED_BELOW
-from edgeq.quantization.rewrites.decompose_norms import ROW_MAXIMUM
 from edgeq.quantization.rewrites.integer import integer_form
-from edgeq.quantization.rewrites.npu_operators import ROOT_HEADROOM, Fixed, narrow
+from edgeq.quantization.rewrites.npu_operators import ROOT_HEADROOM, Fixed, npu_operators
+from edgeq.quantization.rewrites.observe_row_maxima import ROW_MAXIMUM
 from edgeq.records import IntegerForm, Scheme
 
 SOFTMAX = {8: Affine(1 / 256, -128, -128, 127), 16: Affine(1 / 32768, 0, -32768, 32767)}
@@ -38,7 +39,7 @@ _INT16, _INT32 = np.iinfo(np.int16), np.iinfo(np.int32)
 
 
 def quantize_integer(
-    model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme, feeds: Sequence[AnyFeeds] = ()
 ) -> tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]:
     """Take norms apart, fold constants, and give every tensor codes.
 
@@ -46,6 +47,7 @@ def quantize_integer(
         model: equalised FP32 ONNX; not changed.
         observed: statistics of the tensors of the model and of its primitives.
         scheme: bits of products, attention and the rest.
+        feeds: probe batches on which each rewrite is proved.
 
     Returns:
         The QDQ model, the names of the integer products, and an empty tuple: nothing stays float.
@@ -57,9 +59,9 @@ def quantize_integer(
     form = scheme.integer
     if form is None:
         raise EdgeqError(f"{scheme.name} is no integer-only scheme")
-    graph_model, seen = integer_form(model, observed, form)
+    graph_model, seen = integer_form(model, observed, form, feeds)
     graph = graph_model.graph
-    fixed = narrow(graph, seen, form)
+    fixed = npu_operators(graph, seen, form)
     RemoveUnusedNodesPass()(graph_model)
     TopologicalSortPass()(graph_model)
     coder = _Coder(graph, seen, scheme, form, fixed)

@@ -21,7 +21,7 @@ from edgeq.quantization.affine import Affine
 from edgeq.quantization.qdq import HEADROOM, symmetric
 from edgeq.records import IntegerForm
 
-CHOICE = "/choice"  # ends the names of products with zeros and ones, which add or pick channels
+CHOICE = "/choice"  # ends the names of products with zeros and ones
 ROOT_HEADROOM = 4.0  # of sums of squares below the smallest observed: a text of many names has half the usual length
 Fixed = dict[str, Affine]
 
@@ -36,13 +36,13 @@ _SIGMOID_REACH = 12.0  # sigmoid(-12) = 6e-6: below, nothing is left to tell apa
 _OF_ONE = Affine(1 / 32768, 0, -32768, 32767)  # the only codes that the operators of sigmoid and tanh give
 
 
-def narrow(graph: ir.Graph, observed: Observed, form: IntegerForm) -> Fixed:
+def npu_operators(graph: ir.Graph, statistics: Observed, form: IntegerForm) -> Fixed:
     """Rewrite the operators that the form excludes; give the codes that follow from the rewrites, by tensor.
 
     Raises:
         EdgeqError: a tensor has no statistics.
     """
-    rewriting = _Rewriting(graph, observed)
+    rewriting = _Rewriting(graph, statistics)
     of_mask = {value for value in graph.inputs if value.name == "attention_mask"}
     for node in list(graph):
         variable = [value for value in node.inputs if value is not None and constant(value) is None]
