@@ -109,55 +109,65 @@ class Calibration(Record):
     migration: Migration
 
 
-class IntegerForm(Record):
-    """Decide the bits of a scheme that leaves nothing float; what is not named here has 16."""
+class MixedSpec(Record):
+    """Quantise the weight products and the embedding tables; every other tensor stays float."""
 
-    gemm_bits: int  # input and output of weight products
-    attention_bits: int  # scores, probabilities, values
-    output_bits: int  # the vectors
-    sum_bits: int  # 32: the residual stream's sums and products are exact and rounded once; 16: each is rounded
-    shares: Literal["softmax", "exact"]  # attention divides in front of its product with values, or behind it
-    widen_quantile: float  # output channels above this quantile of magnitudes are scaled down in the weights
-    wide_matmul: bool  # whether two 16-bit tensors may be multiplied as matrices; else element by element
-    wide_gelu: bool  # whether GELU may have 16 bits; else the side path takes it from a sigmoid
-    tables: bool  # whether functions of 16 bits may be tables of all codes; else roots are interpolated, in two ranges
+    kind: Literal["mixed"] = "mixed"
 
 
-class HtpForm(Record):
-    """Decide the unsigned bits of a scheme for Hexagon's tensor unit; what is not named here has 16."""
+class IntegerSpec(Record):
+    """Give the bits of a scheme that quantises every tensor to signed integers; what is not named here has 16."""
 
-    gemm_bits: int  # what weight products read and give, and activations between them
-    attention_bits: int  # queries, keys, values, scores, probabilities
-    widen_quantile: float  # as in IntegerForm; only 8-bit products need it
+    kind: Literal["integer"] = "integer"
+    gemm_bits: int = 8  # input and output of weight products
+    attention_bits: int = 8  # scores, probabilities, values
+    output_bits: int = 8  # the vectors
+    sum_bits: int = 32  # 32: the residual stream's sums and products are exact and rounded once; 16: each is rounded
+    softmax: Literal["normalized", "deferred"] = "deferred"  # divide in front of the product with values, or behind it
+    scaled_output_quantile: float = 0.5  # output channels above this quantile of magnitudes shrink in the weights
+    has_16bit_matmul: bool = True  # whether two 16-bit tensors may be multiplied as matrices; else element by element
+    has_16bit_gelu: bool = True  # whether GELU may have 16 bits; else the outlier branch takes it from a sigmoid
+    has_16bit_tables: bool = True  # whether a function may look up all 16-bit values; else roots are interpolated
 
 
-class VendorForm(Record):
-    """Leave the codes to a vendor's compiler, which takes the equalised float model and the calibration's feeds."""
+class HtpSpec(Record):
+    """Give the unsigned bits of a scheme for Hexagon's tensor unit; what is not named here has 16."""
 
+    kind: Literal["htp"] = "htp"
+    gemm_bits: int = 8  # what weight products read and give, and activations between them
+    attention_bits: int = 8  # queries, keys, values, scores, probabilities
+    scaled_output_quantile: float = 0.5  # as in IntegerSpec; only 8-bit products need it
+
+
+class VendorSpec(Record):
+    """Leave quantising to a vendor's compiler, which takes the equalised float model and the calibration's feeds."""
+
+    kind: Literal["vendor"] = "vendor"
     opset: int  # the newest that it reads
     dtype: Literal["float16", "int8"]  # of weight products
-    feeds: int  # how many calibration texts it is given, of evenly spread lengths; 0: it asks for none
     output_ratio_max: float  # a product stays float whose largest output channel is more times the median one than this
+
+
+SchemeKind = Literal["mixed", "integer", "htp", "vendor"]
 
 
 class Scheme(Record):
     """Decide dtypes. Weights are symmetric per output channel, activations asymmetric per tensor."""
 
     name: str
-    weight_bits: int
-    activation_bits: int
-    activations_signed: bool
-    embedding_bits: int
-    range_method: RangeMethod
-    integer: IntegerForm | None = None  # None, and no `htp`: what is no weight product stays float
-    htp: HtpForm | None = None
-    vendor: VendorForm | None = Field(default=None, exclude_if=lambda form: form is None)  # no word of it elsewhere
-    raised: tuple[str, ...] = ()  # weight products with more bits than the rest: 16 where all is integer, else float
+    weight_bits: int = 8
+    activation_bits: int = 8
+    activations_signed: bool = True
+    embedding_bits: int = 8
+    range_method: RangeMethod = "minmax"
+    spec: Annotated[MixedSpec | IntegerSpec | HtpSpec | VendorSpec, Field(discriminator="kind")] = MixedSpec()
+    feeds: int = 0  # how many calibration texts, of evenly spread lengths, the compiler observes itself
+    promoted: tuple[str, ...] = ()  # weight products of higher precision: 16 bits, or float where other tensors are
 
     @property
-    def leaves_nothing_float(self) -> bool:
-        """Tell whether every tensor has codes."""
-        return self.integer is not None or self.htp is not None
+    def kind(self) -> SchemeKind:
+        """Give the key of what quantises by it: see `edgeq.quantization.quantize.QUANTIZERS`."""
+        return self.spec.kind
 
 
 class QdqModel(Record):

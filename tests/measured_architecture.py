@@ -24,6 +24,7 @@ from edgeq.graph.float_session import FloatSession
 from edgeq.passes import float_passes
 from edgeq.pipeline import calibrate
 from edgeq.quantization import quantize, schemes
+from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import QdqModel, Source
 from edgeq.system.files import file_ref
 
@@ -113,7 +114,7 @@ def lowered(made: Exported, column: str, folder: Path) -> dict[str, Any]:
             dim=made.record.dim, max_sequence=made.record.max_sequence, integer_matmuls=integer, float_matmuls=floats,
         )  # fmt: skip
         artifact = backend.lower(model, target, out)
-        result: dict[str, Any] = {"form": "integer" if scheme.leaves_nothing_float else "mixed"}
+        result: dict[str, Any] = {"form": "mixed" if QUANTIZERS[scheme.kind].keeps_float else "integer"}
         floating = artifact.placement.float_fallbacks
         if floating:
             return {"form": "refused", "reason": f"products run in float: {', '.join(floating)}"}

@@ -20,6 +20,7 @@ from edgeq.pipeline import calibrate
 from edgeq.quantization import quantize
 from edgeq.quantization.rewrites.htp import htp_form
 from edgeq.quantization.schemes import SCHEMES
+from edgeq.records import HtpSpec
 
 TOKENS = Tokens(encoder.tokens(3, 40), 0, 0)
 HTP = ("w8a8-htp", "w8a16-htp")
@@ -63,8 +64,8 @@ def bits_of(value: ir.Value | None) -> int:
 
 @pytest.mark.parametrize("name", HTP)
 def test_the_form_keeps_the_function(calibrated: calibrate.Observed, name: str) -> None:
-    form = SCHEMES[name].htp
-    assert form is not None
+    form = SCHEMES[name].spec
+    assert isinstance(form, HtpSpec)
     model, _, _ = htp_form(calibrated.model, calibrated.statistics, form)
     kinds = [node.op_type for node in model.graph]
     assert kinds.count("Gemm") == PRODUCTS and kinds.count("LpNormalization") == 1 and "ReduceL2" not in kinds

@@ -16,6 +16,7 @@ from edgeq.calibration.statistics import Statistics
 from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import EdgeqError, Unsupported
+from edgeq.graph.dataflow import mask_values
 from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline import calibrate
 from edgeq.quantization import quantize
@@ -110,11 +111,10 @@ def test_every_operator_reads_and_writes_codes(qdq: onnx.ModelProto) -> None:
         for name in node.input:
             readers.setdefault(name, []).append(node.op_type)
     stored = {tensor.name for tensor in qdq.graph.initializer}
-    of_mask = {"attention_mask"}
+    of_mask = {value.name for value in mask_values(ir.from_proto(qdq).graph)}
     for node in qdq.graph.node:
         variable = [name for name in node.input if name not in stored]
-        if variable and all(name in of_mask for name in variable) and node.op_type != "QuantizeLinear":
-            of_mask.update(node.output)
+        if node.output[0] in of_mask:
             continue
         if node.op_type in ("QuantizeLinear", "DequantizeLinear", "Gather", "Shape", "Slice"):
             continue

@@ -17,11 +17,11 @@ from edgeq.graph.roles import Role
 from edgeq.quantization import affine
 from edgeq.quantization.rewrites import npu_operators
 from edgeq.quantization.schemes import SCHEMES
-from edgeq.records import IntegerForm
+from edgeq.records import IntegerSpec
 
 WIDTH, LENGTH = 64, 40
-FORM = SCHEMES["w8a8-int-npu"].integer
-assert FORM is not None
+FORM = SCHEMES["w8a8-int-npu"].spec
+assert isinstance(FORM, IntegerSpec)
 RANDOM = np.random.default_rng(3)
 # One token in ten has one channel two hundred times as large as the rest, as the residual of real models has.
 ROWS = RANDOM.standard_normal((1, LENGTH, WIDTH)).astype(np.float32)
@@ -156,8 +156,8 @@ def test_gelu_of_the_side_path_stays_near_gelu(size: float) -> None:
 
 
 def test_what_the_form_allows_stays() -> None:
-    form = SCHEMES["w8a8-int"].integer
-    assert isinstance(form, IntegerForm)
+    form = SCHEMES["w8a8-int"].spec
+    assert isinstance(form, IntegerSpec)
     model = graph_of([outlier_gelu("gelu")], {"x": [1, 8]}, "gelu")
     assert npu_operators.npu_operators(model.graph, {}, form) == {}
     assert [node.op_type for node in model.graph] == ["Gelu"]

@@ -19,7 +19,7 @@ from edgeq.graph.float_session import FloatSession
 from edgeq.graph.roles import Role
 from edgeq.pipeline import calibrate
 from edgeq.quantization import quantize
-from edgeq.quantization.output_precision import rounding_loss, vector_codes
+from edgeq.quantization.output_precision import output_params, rounding_loss
 from edgeq.quantization.rewrites import integer
 from edgeq.quantization.rewrites.decompose import DECOMPOSE
 from edgeq.quantization.rewrites.single_token_last_layer import single_token_last_layer
@@ -165,10 +165,10 @@ def test_vectors_with_one_large_channel_have_16_bits_and_others_what_is_wanted()
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((400, 64))
     even = seen(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
-    assert vector_codes(even, 8)[1] == 8
+    assert output_params(even, 8)[1] == 8
     vectors[:, 5] += 30.0
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    codes, bits = vector_codes(seen(vectors), 8)
+    codes, bits = output_params(seen(vectors), 8)
     assert bits == 16 and codes.high == 32767 and codes.scale * 32767 == pytest.approx(1.1 * vectors.max(), rel=1e-4)
     step = codes.scale * 32767 / 127
     rounded = np.rint(vectors / step) * step
@@ -177,4 +177,4 @@ def test_vectors_with_one_large_channel_have_16_bits_and_others_what_is_wanted()
 
 
 def test_vectors_that_never_differ_have_the_bits_that_are_wanted() -> None:
-    assert vector_codes(seen(np.ones((3, 8))), 8)[1] == 8
+    assert output_params(seen(np.ones((3, 8))), 8)[1] == 8

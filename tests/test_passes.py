@@ -121,9 +121,9 @@ def test_another_erf_is_left_alone() -> None:
     assert done.count == 0 and "Erf" in done.near_misses[0]
 
 
-def attention(scale_op: str = "Mul", bias: bool = True) -> onnx.ModelProto:
+def attention(scale_op: str = "Mul", query_op: str = "Add") -> onnx.ModelProto:
     nodes: list[Node] = [("MatMul", ["x", "wq"], "q0", {})]
-    nodes += [("Add", ["q0", "bq"], "q", {})] if bias else [("Identity", ["q0"], "q", {})]
+    nodes += [(query_op, ["q0", "bq"] if query_op == "Add" else ["q0"], "q", {})]
     nodes += [
         ("MatMul", ["x", "wk"], "k", {}),
         ("Transpose", ["k"], "kt", {"perm": [0, 2, 1]}),
@@ -138,9 +138,10 @@ def attention(scale_op: str = "Mul", bias: bool = True) -> onnx.ModelProto:
     )
 
 
+@pytest.mark.parametrize("query_op", ["Add", "Identity", "Neg"])
 @pytest.mark.parametrize("scale_op", ["Mul", "Div"])
-def test_the_attention_scale_moves_into_the_query(scale_op: str) -> None:
-    model = attention(scale_op)
+def test_the_attention_scale_moves_into_the_query(scale_op: str, query_op: str) -> None:
+    model = attention(scale_op, query_op)
     new, done = rewritten(model, fold_attention_scale)
     assert done.count == 1 and scale_op not in operators(new)
     x = RNG.standard_normal((2, 5, 8)).astype(np.float32)
@@ -148,7 +149,7 @@ def test_the_attention_scale_moves_into_the_query(scale_op: str) -> None:
 
 
 def test_a_query_that_is_no_product_keeps_the_scale() -> None:
-    _, done = rewritten(attention(bias=False), fold_attention_scale)
+    _, done = rewritten(attention(query_op="Tanh"), fold_attention_scale)
     assert done.count == 0 and "no product with constant weights" in done.near_misses[0]
 
 

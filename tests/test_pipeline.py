@@ -89,24 +89,24 @@ def test_an_export_writes_a_bundle_that_verifies(request_: export.ExportRequest)
     assert (Path(made.path) / "2_Dense" / "model.safetensors").is_file()
 
 
-def test_a_scheme_with_raised_products_makes_a_bundle_that_verifies(
+def test_a_scheme_with_promoted_products_makes_a_bundle_that_verifies(
     request_: export.ExportRequest, tmp_path: Path
 ) -> None:
     (plain,) = export.export(request_, silent)
     own = schemes.find(request_.targets[0].scheme, "")
     manifest = json.loads((Path(plain.path) / "manifest.json").read_text(encoding="utf-8"))
-    raised, path = manifest["qdq_model"]["integer_matmuls"][0], tmp_path / "scheme.json"
-    path.write_text(schemes.raising(own, [raised]).model_dump_json(), encoding="utf-8")
-    wanted = replace(request_, scheme=path, out=tmp_path / "raised")
+    promoted, path = manifest["qdq_model"]["integer_matmuls"][0], tmp_path / "scheme.json"
+    path.write_text(schemes.promote(own, [promoted]).model_dump_json(), encoding="utf-8")
+    wanted = replace(request_, scheme=path, out=tmp_path / "promoted")
     (made,) = export.export(wanted, silent)
     manifest = json.loads((Path(made.path) / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["qdq_model"]["scheme"]["name"] == f"{own.name}+1"
-    assert raised in manifest["artifact"]["placement"]["float_by_scheme"]
+    assert promoted in manifest["artifact"]["placement"]["float_by_scheme"]
     assert verify(Path(made.path)).status == "passed"
-    path.write_text(schemes.raising(own, ["no.such.product"]).model_dump_json(), encoding="utf-8")
+    path.write_text(schemes.promote(own, ["no.such.product"]).model_dump_json(), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"raises no\.such\.product, which this model does not have"):
         export.export(wanted, silent)
-    path.write_text(schemes.raising(schemes.find("w8a8-int", ""), []).model_dump_json(), encoding="utf-8")
+    path.write_text(schemes.promote(schemes.find("w8a8-int", ""), []).model_dump_json(), encoding="utf-8")
     with pytest.raises(ConfigError, match="is a form of w8a8-int"):
         export.export(wanted, silent)
 

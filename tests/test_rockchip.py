@@ -53,7 +53,7 @@ def make_model(scheme_name: str, folder: Path) -> QdqModel:
         file=file_ref(path), float_model_sha256="0" * 64, calibration_sha256="0" * 64, scheme=scheme,
         inputs=("input_ids", "attention_mask"), outputs=("sentence_embedding",), dim=encoder.DIM,
         max_sequence=encoder.LONGEST, integer_matmuls=integer, float_matmuls=floats,
-        feeds=file_ref(feeds) if scheme.vendor is not None and scheme.vendor.feeds else None,
+        feeds=file_ref(feeds) if scheme.feeds else None,
     )  # fmt: skip
 
 
@@ -222,7 +222,7 @@ def test_wrong_settings_are_named(tmp_path: Path, changes: dict[str, object], de
 
 def test_a_qdq_model_is_refused(tmp_path: Path) -> None:
     (found,) = rockchip.rejections(make_model("w8a8-gemm", tmp_path), make_target())
-    assert found.detail == "scheme w8a8-gemm makes them itself"
+    assert found.detail == "scheme w8a8-gemm quantises the model itself"
 
 
 LOG = """D RKNN: [10:00:00.1] ID   OpType   DataType Target InputShape  OutputShape  Cycles  RW(KB)  FullName

@@ -18,6 +18,7 @@ from edgeq.quantization.quantize import quantize
 from edgeq.quantization.rewrites import htp, integer, vendor
 from edgeq.quantization.rewrites.integer import integer_passes
 from edgeq.quantization.schemes import SCHEMES
+from edgeq.records import IntegerSpec
 
 FEEDS = text_probes(tiny_integer.TOKENS.ids)
 
@@ -65,8 +66,8 @@ def test_a_proof_changes_no_byte(scheme: str) -> None:
 
 def test_every_rewrite_is_reported_under_its_name() -> None:
     observed = tiny_integer.calibrated()
-    form = SCHEMES["w8a8-int"].integer
-    assert form is not None
+    form = SCHEMES["w8a8-int"].spec
+    assert isinstance(form, IntegerSpec)
     statistics = dict(observed.statistics)
     _, reports = apply_to(observed.model, FEEDS, integer_passes(form), statistics, outputs=1, drops_unused=False)
     done = {report.name: report for report in reports}

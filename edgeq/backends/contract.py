@@ -12,7 +12,7 @@ import onnx
 from edgeq.data.batches import PIXELS, AnyFeeds
 from edgeq.data.sessions import Session
 from edgeq.graph import external_data
-from edgeq.records import Artifact, Place, QdqModel, Scheme, Target
+from edgeq.records import Artifact, Place, QdqModel, Scheme, SchemeKind, Target
 from edgeq.system.environments import Environment
 
 Verdict = Literal["supported", "on-host", "refused", "unknown"]
@@ -67,6 +67,22 @@ def rejected(rules: Iterable[Rule], model: QdqModel, target: Target) -> tuple[Re
     """Hold a model and a target against every rule, and the one of all runtimes."""
     found = [(rule.__doc__ or rule.__name__, rule(model, target)) for rule in (fits_one_file, *rules)]
     return tuple(Rejection(sentence, detail) for sentence, detail in found if detail is not None)
+
+
+def takes_kinds(kinds: tuple[SchemeKind, ...], sentence: str, detail: str) -> Rule:
+    """Make the rule that a scheme must be of one of these kinds.
+
+    Args:
+        kinds: that the backend takes.
+        sentence: shown to the user as the rule.
+        detail: what is said of a scheme of another kind, behind its name.
+    """
+
+    def takes_kind(model: QdqModel, target: Target) -> str | None:
+        return None if model.scheme.kind in kinds else f"scheme {model.scheme.name} {detail}"
+
+    takes_kind.__doc__ = sentence
+    return takes_kind
 
 
 @runtime_checkable

@@ -19,6 +19,7 @@ from edgeq.errors import BundleCorrupt, DeviceUnavailable, ParityFailed
 from edgeq.evaluation.gate import judge, judge_placement, judge_settings
 from edgeq.evaluation.parity import unit
 from edgeq.quantization import schemes
+from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import FileRef, Manifest, ParityReport, Place, Record, Status
 from edgeq.system.files import file_ref
 from edgeq.system.host import describe, place
@@ -150,12 +151,12 @@ def _broken_file(path: Path, ref: FileRef) -> list[str]:
 
 def _broken_vendor(manifest: Manifest) -> list[str]:
     """Say what a vendor's compiler was given and the bundle does not hold: without it nobody can build again."""
-    qdq, vendor = manifest.qdq_model, manifest.qdq_model.scheme.vendor
-    if vendor is None:
-        return [] if qdq.feeds is None else [f"qdq_model.feeds is there, but {qdq.scheme.name} asks for none"]
-    if (qdq.feeds is None) != (vendor.feeds == 0):
+    qdq, scheme = manifest.qdq_model, manifest.qdq_model.scheme
+    if (qdq.feeds is None) != (scheme.feeds == 0):
         found = "missing" if qdq.feeds is None else "there"
-        return [f"qdq_model.feeds is {found}, but the scheme asks for {vendor.feeds}"]
+        return [f"qdq_model.feeds is {found}, but {scheme.name} asks for {scheme.feeds or 'none'}"]
+    if QUANTIZERS[scheme.kind].writes_integers:
+        return []
     shipped = {ref.sha256 for ref in manifest.artifact.files}
     given = {"qdq_model.file": qdq.file, "qdq_model.feeds": qdq.feeds}
     return [

@@ -58,7 +58,7 @@ _VERBS: tuple[Callable[..., None], ...] = (
     cache,
 )
 for _verb in _VERBS:
-    # What a verb raises is for who reads the code; its exit codes are in the README.
+    # What a verb raises is for who reads the code; its exit codes are in docs/guides/troubleshooting.md.
     app.command(help=(introspection.getdoc(_verb) or "").split("\n\nRaises:")[0])(_verb)
 
 

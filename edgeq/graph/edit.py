@@ -53,38 +53,6 @@ def readers(value: ir.Value) -> list[ir.Node]:
     return [use.node for use in value.uses()]
 
 
-def follows_from_sizes(value: ir.Value | None) -> bool:
-    """Tell whether a value is computed from nothing but the sizes of the inputs, as positions and rotations are."""
-    seen: set[ir.Value] = set()
-    waiting = [value]
-    has_size = False
-    while waiting:
-        each = waiting.pop()
-        if each is None or each in seen or constant(each) is not None:
-            continue
-        seen.add(each)
-        node = each.producer()
-        if node is None:
-            return False
-        if node.op_type == "Shape":
-            has_size = True
-            continue
-        waiting += node.inputs
-    return has_size
-
-
-def made_of_sizes(graph: ir.Graph) -> set[ir.Value]:
-    """Collect all values of a graph that follow from nothing but the sizes of the inputs; see `follows_from_sizes`."""
-    found: set[ir.Value] = set()
-    for node in graph:
-        variable = [value for value in node.inputs if value is not None and constant(value) is None]
-        table = constant(node.inputs[0]) if node.inputs else None
-        has_codes = node.op_type == "QuantizeLinear" or (table is not None and table.dtype in (np.int8, np.int16))
-        if node.op_type == "Shape" or (variable and not has_codes and all(value in found for value in variable)):
-            found.update(node.outputs)
-    return found
-
-
 def is_read_once(value: ir.Value) -> bool:
     """Tell whether exactly one node input reads the value and it is no graph output."""
     return len(value.uses()) == 1 and not value.is_graph_output()

@@ -6,12 +6,12 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeq.graph.attention_mask import MASK_SIZE
+from edgeq.graph.dataflow import follows_from_sizes
 from edgeq.graph.edit import (
     Rewrites,
     add_constant,
     add_node,
     constant,
-    follows_from_sizes,
     made_by,
     readers,
     replace_uses,

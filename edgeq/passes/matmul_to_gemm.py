@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import TopologicalSortPass
 
-from edgeq.graph import roles
+from edgeq.graph import operators, roles
 from edgeq.graph.edit import (
     Rewrites,
     add_constant,
@@ -25,10 +25,6 @@ from edgeq.graph.edit import (
 from edgeq.graph.linear import bias_of
 from edgeq.graph.roles import Role
 
-_ELEMENTWISE = frozenset(
-    "Add Cast DequantizeLinear Erf Gelu LayerNormalization Mul QuantizeLinear Relu Sigmoid Tanh".split()
-)
-_STARTS = frozenset({"LayerNormalization", "MatMul", "QuantizeLinear"})
 _INT32 = np.iinfo(np.int32)
 
 
@@ -92,7 +88,7 @@ def _flat_values(graph: ir.Graph) -> list[ir.Value]:
         output = node.outputs[0]
         if _makes_tokens(node, tokens):
             tokens.add(output)
-            starts = node.op_type in _STARTS or any(value in flat for value in node.inputs)
+            starts = node.op_type in operators.TOKEN_LIST_BEGINS or any(value in flat for value in node.inputs)
             if starts and _treats_tokens_alone(node, tokens):
                 flat[output] = None
     return list(flat)
@@ -112,7 +108,7 @@ def _makes_tokens(node: ir.Node, tokens: set[ir.Value]) -> bool:
     if node.op_type == "MatMul":
         weight = dims(node.inputs[1])
         return node.inputs[0] in tokens and weight is not None and len(weight) == 2
-    return node.op_type in _ELEMENTWISE and any(value in tokens for value in node.inputs)
+    return node.op_type in operators.TOKEN_LIST and any(value in tokens for value in node.inputs)
 
 
 def _treats_tokens_alone(node: ir.Node, tokens: set[ir.Value]) -> bool:

@@ -27,6 +27,7 @@ from edgeq.frontend.onnx.find import OnnxOptions
 from edgeq.pipeline import check, compare, stages
 from edgeq.pipeline.stages import Report
 from edgeq.quantization import schemes
+from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import Measures, ParityReport, Place, QdqModel, Record, Scheme, Status, Target
 from edgeq.system import files
 from edgeq.system.cache import Cache
@@ -222,12 +223,12 @@ def bundled(target: Target, shared: Shared, request: ExportRequest, report: Repo
 
 
 def _scheme(request: ExportRequest, target: Target) -> Scheme:
-    """Give the target's scheme, or the one that was asked for, which differs in raised products only."""
+    """Give the target's scheme, or the one that was asked for, which differs in promoted products only."""
     own = schemes.find(target.scheme, target.name)
     if request.scheme is None:
         return own
     given = schemes.read(request.scheme)
-    if given != schemes.raising(own, given.raised):
+    if given != schemes.promote(own, given.promoted):
         raise ConfigError(
             f"{request.scheme}: is a form of {schemes.base_name(given)}; {target.name} takes {own.name}. "
             "Leave --scheme out, or choose another target."
@@ -237,7 +238,7 @@ def _scheme(request: ExportRequest, target: Target) -> Scheme:
 
 def _refuse_islands(request: ExportRequest, target: Target) -> None:
     """Refuse float islands where nothing may stay float."""
-    if request.float_ops and schemes.find(target.scheme, target.name).leaves_nothing_float:
+    if request.float_ops and not QUANTIZERS[schemes.find(target.scheme, target.name).kind].keeps_float:
         raise Unsupported(
             f"{target.name}: its scheme {target.scheme} leaves nothing float, so {', '.join(request.float_ops)} cannot "
             "stay. Choose a target that keeps floats (`edgeq targets`), or write the model without."

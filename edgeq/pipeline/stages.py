@@ -29,6 +29,7 @@ from edgeq.graph.dialect import OutsideDialect
 from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline import calibrate
 from edgeq.quantization import quantize, schemes
+from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import Calibration, FloatModel, ImageSet, QdqModel, Record, Scheme, Source, Target, TextSet
 from edgeq.system import files
 from edgeq.system.cache import Cache, key
@@ -127,10 +128,10 @@ def float_model(located: Located, has_hidden_state: bool, cache: Cache, float_op
 
 def _ways_out(operators: Sequence[str]) -> str:
     """Say which targets could still take these operators, and how; what is not the standard's nobody takes."""
-    rewrite = "Write the line with operators of edgeq.graph.dialect.OPERATORS"
+    rewrite = "Write the line with operators of edgeq.graph.operators.DIALECT"
     if not operators:
         return f"{rewrite}, or export with opset {dialect.OPSET} and without optimisation."
-    keep_floats = [each for each in list_targets() if not schemes.find(each.scheme, each.name).leaves_nothing_float]
+    keep_floats = [each for each in list_targets() if QUANTIZERS[schemes.find(each.scheme, each.name).kind].keeps_float]
     options = " ".join(f"--float-op {name}" for name in operators)
     names = ", ".join(each.name for each in keep_floats)
     return (
@@ -193,10 +194,10 @@ def quantized(target: Target, calibrated: Calibrated, cache: Cache, given: Schem
         target: whose scheme is used.
         calibrated: the equalised model and its calibration.
         cache: where QDQ models are kept.
-        given: the target's scheme with some products raised.
+        given: the target's scheme with some products promoted.
 
     Raises:
-        ConfigError: a product that is raised is not there.
+        ConfigError: a product that is promoted is not there.
     """
     scheme = given or schemes.find(target.scheme, target.name)
 
@@ -206,15 +207,15 @@ def quantized(target: Target, calibrated: Calibrated, cache: Cache, given: Schem
         with external_data.outside_if_large(equalized, folder / _WEIGHTS):
             model, integer, floats = quantize.quantize(equalized, statistics, scheme, feeds=_probes(calibrated))
             external_data.save(model, folder / _QDQ)
-        unknown = sorted(set(scheme.raised) - {node.name for node in model.graph.node})
+        unknown = sorted(set(scheme.promoted) - {node.name for node in model.graph.node})
         if unknown:
             raise ConfigError(
-                f"the scheme {scheme.name} raises {', '.join(unknown)}, which this model does not have. "
+                f"the scheme {scheme.name} promotes {', '.join(unknown)}, which this model does not have. "
                 "Run edgeq analyze --auto for this model."
             )
-        if scheme.vendor is not None and scheme.vendor.feeds:
+        if scheme.feeds:
             tokens = json.loads((calibrated.folder / _TOKENS).read_bytes())
-            files.write_bytes(folder / _FEEDS, json.dumps(spread(tokens, scheme.vendor.feeds)).encode())
+            files.write_bytes(folder / _FEEDS, json.dumps(spread(tokens, scheme.feeds)).encode())
         parent = calibrated.equalized
         record = QdqModel(
             file=files.file_ref(folder / _QDQ),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SUFFIX = ".intoto.json"
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
-BUILD_TYPE = "urn:edgeq:release:1"  # what the parameters below mean: docs/releasing.md
+BUILD_TYPE = "urn:edgeq:release:1"  # what the parameters below mean: docs/guides/releasing.md
 BUILDER = "urn:edgeq:cli"
 
 

@@ -14,6 +14,7 @@ from edgeq.calibration.file import load
 from edgeq.data.tokens import Tokens
 from edgeq.errors import EdgeqError
 from edgeq.graph import external_data
+from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import FileRef
 from edgeq.reports.bundles import Found
 from edgeq.reports.contents import Layers
@@ -41,7 +42,7 @@ def _of_one_model(items: Sequence[Found], tokens: Tokens, cache: Path) -> Layers
     """Measure one QDQ model, or say what the cache lacks."""
     manifest = items[0].manifest
     scheme, names = manifest.qdq_model.scheme, tuple(item.name for item in items)
-    if scheme.vendor is not None:
+    if not QUANTIZERS[scheme.kind].writes_integers:
         reason = "the vendor's compiler makes the codes inside its own file; no QDQ model is there to be compared"
         return Layers(scheme=scheme.name, names=names, errors=None, reason=reason)
     wanted = {

@@ -23,7 +23,7 @@ from edgeq.backends.ethos_u import rules
 from edgeq.data.sessions import Session
 from edgeq.data.tokens import lengths
 from edgeq.errors import LoweringFailed, ToolMissing
-from edgeq.records import Artifact, Estimate, HostOperator, Placement, QdqModel, Scheme, Target
+from edgeq.records import Artifact, Estimate, HostOperator, IntegerSpec, Placement, QdqModel, Scheme, Target
 from edgeq.system.files import file_ref, storage_errors, write_bytes
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ _ROWS = ("mul", "depthwise")
 _log = logging.getLogger(__name__)
 
 
-def needs_no_wide_operators(model: QdqModel, target: Target) -> str | None:
+def needs_no_16bit_operators(model: QdqModel, target: Target) -> str | None:
     """The scheme must do without 16-bit products of two tensors, 16-bit GELU and tables, which Ethos-U lacks."""
-    form = model.scheme.integer
-    if form is None:
+    spec = model.scheme.spec
+    if not isinstance(spec, IntegerSpec):
         return f"scheme {model.scheme.name} leaves tensors in float"
-    wide = {"products": form.wide_matmul, "GELU": form.wide_gelu, "tables": form.tables}
-    found = [name for name, is_wide in wide.items() if is_wide]
+    has = {"products": spec.has_16bit_matmul, "GELU": spec.has_16bit_gelu, "tables": spec.has_16bit_tables}
+    found = [name for name, is_there in has.items() if is_there]
     return f"scheme {model.scheme.name} has 16-bit {', '.join(found)}; take w8a8-int-npu" if found else None
 
 
@@ -72,7 +72,7 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
     return "; ".join(wrong) or None
 
 
-RULES: tuple[Rule, ...] = (reads_tokens, needs_no_wide_operators, has_buckets, has_known_settings)
+RULES: tuple[Rule, ...] = (reads_tokens, needs_no_16bit_operators, has_buckets, has_known_settings)
 
 
 def tools() -> Mapping[str, str]:
@@ -96,11 +96,11 @@ def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) ->
     """Say of each operator of a float model what it becomes, and whether it stays on the host."""
     from edgeq.backends.tflite import forms
 
-    if scheme.integer is None:
+    if not isinstance(scheme.spec, IntegerSpec):
         return ()
     product = rules.product_of(str(target.runtime["accelerator"]))
     return forms.verdicts(
-        ir.from_proto(model), scheme.integer, lambda name, dtype: rules.on_host(name, dtype, product),
+        ir.from_proto(model), scheme.spec, lambda name, dtype: rules.on_host(name, dtype, product),
         lambda name, dtype: None,
     )  # fmt: skip
 

@@ -19,8 +19,8 @@ from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, Session
 from edgeq.errors import ConfigError, LoweringFailed
 from edgeq.graph import roles
-from edgeq.graph.dialect import OPERATORS
 from edgeq.graph.edit import checked
+from edgeq.graph.operators import DIALECT
 from edgeq.passes.matmul_to_gemm import matmul_to_gemm
 from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
 from edgeq.system.files import file_ref, storage_errors, write_bytes
@@ -88,7 +88,7 @@ def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) ->
     stored = {tensor.name for tensor in model.graph.initializer}
     found = []
     for node in model.graph.node:
-        is_known = node.domain in ("", "ai.onnx") and node.op_type in OPERATORS
+        is_known = node.domain in ("", "ai.onnx") and node.op_type in DIALECT
         is_product = node.op_type in ("Conv", "MatMul") and node.input[1] in stored
         why = ("an integer product" if is_product else "stays float") if is_known else "is not in the dialect"
         verdict: Verdict = "supported" if is_known else "refused"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from edgeq.backends.contract import Rejection, Rule, Setting, reads_tokens, rejected
+from edgeq.backends.contract import Rejection, Rule, Setting, reads_tokens, rejected, takes_kinds
 from edgeq.backends.openvino.ir import read_ir
 from edgeq.data.sessions import Session
 from edgeq.data.tokens import lengths
@@ -45,9 +45,10 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
     return "; ".join(f"{key} is {value!r}" for key, value in chosen.items() if value not in _CHOICES[key]) or None
 
 
-def quantises_products_only(model: QdqModel, target: Target) -> str | None:
-    """The scheme must leave in float what is no weight product: OpenVINO runs 16-bit activations in float."""
-    return f"scheme {model.scheme.name} leaves nothing float" if model.scheme.leaves_nothing_float else None
+quantises_products_only = takes_kinds(
+    ("mixed",), "The scheme must leave in float what is no weight product: OpenVINO runs 16-bit activations in float.",
+    "leaves nothing float",
+)  # fmt: skip
 
 
 def has_unsigned_activations(model: QdqModel, target: Target) -> str | None:

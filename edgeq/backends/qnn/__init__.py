@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, has_buckets, reads_tokens, rejected
+from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, has_buckets, reads_tokens, rejected, takes_kinds
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, embed_by_bucket
 from edgeq.data.tokens import lengths
@@ -36,9 +36,9 @@ _LOWEST_GLIBC = (2, 35)  # Source: onnxruntime-qnn 2.7.0, the wheel's tag manyli
 _RUN_LIMIT_S = 3600.0  # the emulator takes seconds for a text
 
 
-def has_htp_form(model: QdqModel, target: Target) -> str | None:
-    """The scheme must be one for HTP: unsigned codes on every tensor, nothing float."""
-    return f"scheme {model.scheme.name} has another form" if model.scheme.htp is None else None
+is_for_htp = takes_kinds(
+    ("htp",), "The scheme must be one for HTP: unsigned integers in every tensor, nothing float.", "has another form"
+)
 
 
 def has_known_settings(model: QdqModel, target: Target) -> str | None:
@@ -62,7 +62,7 @@ def names_one_soc(model: QdqModel, target: Target) -> str | None:
     return None if arch == known else f"soc_model {soc} has HTP v{known}, htp_arch is {arch}"
 
 
-RULES: tuple[Rule, ...] = (reads_tokens, has_htp_form, has_buckets, has_known_settings, names_one_soc)
+RULES: tuple[Rule, ...] = (reads_tokens, is_for_htp, has_buckets, has_known_settings, names_one_soc)
 
 
 def tools() -> Mapping[str, str]:
@@ -95,7 +95,7 @@ def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) ->
     """Say of each operator of a float model whether HTP's form takes it; nothing may stay on the host."""
     from edgeq.backends.qnn.verdicts import verdicts
 
-    return verdicts(ir.from_proto(model)) if scheme.htp is not None else ()
+    return verdicts(ir.from_proto(model)) if scheme.kind == "htp" else ()
 
 
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import Rejection, Rule, has_buckets, reads_tokens, rejected
+from edgeq.backends.contract import Rejection, Rule, has_buckets, reads_tokens, rejected, takes_kinds
 from edgeq.backends.rockchip import listing
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, embed_by_bucket
@@ -54,9 +54,10 @@ _DIFFERING_MAX = 0.01  # of a file's bytes, from build to build: the compiler le
 _CHILD = Path(__file__).with_name("child.py")
 
 
-def leaves_codes_to_a_vendor(model: QdqModel, target: Target) -> str | None:
-    """The scheme must leave the codes to a vendor's compiler: Rockchip's takes no QDQ model."""
-    return f"scheme {model.scheme.name} makes them itself" if model.scheme.vendor is None else None
+leaves_quantising_to_vendor = takes_kinds(
+    ("vendor",), "The scheme must leave quantising to a vendor's compiler: Rockchip's takes no QDQ model.",
+    "quantises the model itself",
+)  # fmt: skip
 
 
 def has_known_settings(model: QdqModel, target: Target) -> str | None:
@@ -68,7 +69,7 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
     return None if platform in PLATFORMS else f'platform is "{platform}"; known are {", ".join(PLATFORMS)}'
 
 
-RULES: tuple[Rule, ...] = (reads_tokens, leaves_codes_to_a_vendor, has_buckets, has_known_settings)
+RULES: tuple[Rule, ...] = (reads_tokens, leaves_quantising_to_vendor, has_buckets, has_known_settings)
 
 
 def environments() -> tuple[Environment, ...]:

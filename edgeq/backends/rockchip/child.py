@@ -30,6 +30,7 @@ import numpy as np
 Announce = Callable[[str], None]
 
 # What keeps the 8 bits of the operator before it: an activation is part of its product, a lookup is only shaped anew.
+# The names are the compiler's (it writes exGelu), and edgeq.graph.operators is not installed where this file runs.
 _FOLLOWERS = {"product": ("exGelu", "Relu", "Sigmoid", "Tanh"), "lookup": ("Reshape",)}
 
 

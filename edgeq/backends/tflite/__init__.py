@@ -14,12 +14,12 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, has_buckets, reads_tokens, rejected
+from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, has_buckets, reads_tokens, rejected, takes_kinds
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, embed_by_bucket
 from edgeq.data.tokens import fitted, lengths, rows_by_bucket, token_feeds
 from edgeq.errors import LoweringFailed, ToolMissing
-from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
+from edgeq.records import Artifact, IntegerSpec, Placement, QdqModel, Scheme, Target
 from edgeq.system.environments import Environment, interpreter
 from edgeq.system.files import file_ref, storage_errors, write_bytes
 from edgeq.system.worker import Worker, pack, unpack
@@ -44,9 +44,10 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
 _CHILD = Path(__file__).with_name("child.py")
 
 
-def leaves_nothing_float(model: QdqModel, target: Target) -> str | None:
-    """The scheme must be integer-only: TFLite has no kernels that mix integer products with float around them."""
-    return f"scheme {model.scheme.name} leaves tensors in float" if model.scheme.integer is None else None
+leaves_nothing_float = takes_kinds(
+    ("integer",), "The scheme must be integer-only: TFLite has no kernels that mix integer products with float around "
+    "them.", "leaves tensors in float",
+)  # fmt: skip
 
 
 def has_known_settings(model: QdqModel, target: Target) -> str | None:
@@ -98,9 +99,9 @@ def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) ->
         known = any(dtypes[-1] == dtype for kinds in table.get(name, {}).values() for dtypes in kinds)
         return None if known else f"{name} of {dtype} is not known to be right in {target.runtime['interpreter']}"
 
-    if scheme.integer is None:
+    if not isinstance(scheme.spec, IntegerSpec):
         return ()
-    return forms.verdicts(ir.from_proto(model), scheme.integer, lambda name, dtype: None, refusal)
+    return forms.verdicts(ir.from_proto(model), scheme.spec, lambda name, dtype: None, refusal)
 
 
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:

@@ -10,7 +10,7 @@ from edgeq.backends.tflite import functions, masks, moves, pooling, products, sh
 from edgeq.backends.tflite.emitter import Emitter, Settings
 from edgeq.backends.tflite.writer import ModelWriter
 from edgeq.errors import LoweringFailed
-from edgeq.graph.edit import made_of_sizes
+from edgeq.graph.dataflow import shape_values
 
 SIGNATURE = "seq_{}"
 
@@ -66,7 +66,7 @@ def lower_model(graph_model: ir.Model, buckets: Sequence[int], settings: Setting
 
 
 def _lower_graph(graph: ir.Graph, emit: Emitter) -> None:
-    left_out, of_sizes = shares.left_out(graph, emit.length), made_of_sizes(graph)
+    left_out, of_sizes = shares.left_out(graph, emit.length), shape_values(graph)
     for node in graph:
         if node.outputs[0] in of_sizes:
             continue  # stored where it is read

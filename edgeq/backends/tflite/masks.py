@@ -12,7 +12,8 @@ from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
 from edgeq.backends.tflite.sums import raw
 from edgeq.backends.tflite.writer import Codes, Tensor
 from edgeq.errors import LoweringFailed
-from edgeq.graph.edit import constant, follows_from_sizes, made_by
+from edgeq.graph.dataflow import follows_from_sizes
+from edgeq.graph.edit import constant, made_by
 
 _EXACT_STEP, _WIDE_CODES = 128, 2**15
 

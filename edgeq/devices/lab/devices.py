@@ -49,7 +49,7 @@ def read_devices(path: Path) -> tuple[LabDevice, ...]:
         ConfigError: it is no such file, two devices have one name, or an address is none.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file; a TOML list of devices is needed, as docs/device.md shows it")
+        raise ConfigError(f"{path}: no such file; a TOML list of devices is needed: docs/guides/devices.md")
     with storage_errors(f"reading {path}"), path.open("rb") as file:
         content = file.read(_LARGEST_BYTES + 1)
     try:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.graph.edit import Rewrites, constant, is_read_once, made_by, required
-from edgeq.graph.linear import Site, bias_of, sites, value_sum
+from edgeq.graph.linear import Site, sites, value_projection
 from edgeq.quantization.rewrites.affine_statistics import affine
 from edgeq.quantization.rewrites.product_bias import bias_add, put_constant, shift_input
 
@@ -29,19 +29,16 @@ def center_values(model: ir.Model, statistics: Observed) -> Rewrites:
     graph = model.graph
     count, near = 0, []
     for site in list(sites(graph)):
-        add = value_sum(site)
-        product = made_by(add.inputs[0], "MatMul") if add is not None else None
-        found = bias_of(add) if add is not None else None
-        weight = constant(product.inputs[1]) if product is not None else None
-        if add is None or product is None or found is None or weight is None:
+        values = value_projection(site)
+        if values is None:
             continue
-        if not is_read_once(add.outputs[0]):
-            near.append(f"{add.name}: the values are read elsewhere too")
+        name = str(values.output.name)
+        if not is_read_once(values.output):
+            near.append(f"{name}: the values are read elsewhere too")
             continue
-        name = str(add.outputs[0].name)
         seen = statistics[name]
         if seen.mean is None or any(bias_add(node) is None for node in site.products):
-            near.append(f"{add.name}: their mean was not observed, or the products behind attention have no bias")
+            near.append(f"{name}: their mean was not observed, or the products behind attention have no bias")
             continue
         mean = seen.mean.astype(np.float64)
         largest = np.maximum(np.maximum(mean - seen.minimum, seen.maximum - mean), 1e-6)
@@ -49,8 +46,8 @@ def center_values(model: ir.Model, statistics: Observed) -> Rewrites:
         for node in site.products:
             shift_input(graph, node, mean)
             put_constant(graph, node, 1, required(constant(node.inputs[1])) * factors[:, None])
-        put_constant(graph, product, 1, weight / factors)
-        put_constant(graph, add, found[0], (found[1] - mean) / factors)
+        put_constant(graph, values.product, 1, values.weight / factors)
+        put_constant(graph, values.end, values.bias_position, (values.bias - mean) / factors)
         statistics[name] = affine(seen, 1.0 / factors, -mean / factors)
         even = statistics[site.name] = affine(statistics[site.name], 1.0 / factors, -mean / factors)
         mixed = _mixed(site)

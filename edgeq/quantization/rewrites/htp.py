@@ -24,12 +24,12 @@ from edgeq.quantization.rewrites.scale_outputs import scale_outputs
 from edgeq.quantization.rewrites.take_first_token import take_first_token
 from edgeq.quantization.rewrites.transpose_pooling import transpose_pooling
 from edgeq.quantization.rewrites.unit_length_to_lp_normalization import unit_length_to_lp_normalization
-from edgeq.records import HtpForm
+from edgeq.records import HtpSpec
 
 
-def htp_passes(form: HtpForm) -> tuple[Pass[Observed], ...]:
+def htp_passes(spec: HtpSpec) -> tuple[Pass[Observed], ...]:
     """List the rewrites of a scheme for HTP in order."""
-    scales = (partial(scale_outputs, quantile=form.widen_quantile),) if form.gemm_bits == 8 else ()
+    scales = (partial(scale_outputs, quantile=spec.scaled_output_quantile),) if spec.gemm_bits == 8 else ()
     return (
         without_statistics(take_first_token),
         without_statistics(pick_last_token),
@@ -45,7 +45,7 @@ def htp_passes(form: HtpForm) -> tuple[Pass[Observed], ...]:
 
 
 def htp_form(
-    model: onnx.ModelProto, observed: Mapping[str, Statistics], form: HtpForm, feeds: Sequence[AnyFeeds] = ()
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], spec: HtpSpec, feeds: Sequence[AnyFeeds] = ()
 ) -> tuple[ir.Model, Observed, frozenset[str]]:
     """Rewrite an equalised float model: constants folded, tokens a flat list, weight products Gemm.
 
@@ -53,8 +53,8 @@ def htp_form(
 
     Args:
         model: equalised FP32 ONNX; not changed.
-        observed: statistics of the tensors of the model and of its decomposed form.
-        form: whether products have 8 bits.
+        observed: statistics of the tensors of the model and of its decomposed spec.
+        spec: whether products have 8 bits.
         feeds: probe batches on which each rewrite is proved; none where the same was proved before.
 
     Returns:
@@ -66,7 +66,7 @@ def htp_form(
     """
     statistics: Observed = dict(observed)
     with_shapes = checked(ir.from_proto(model))  # of what equalising added
-    graph_model, _ = apply_to(with_shapes, feeds, htp_passes(form), statistics, outputs=1)
+    graph_model, _ = apply_to(with_shapes, feeds, htp_passes(spec), statistics, outputs=1)
     for value in (value for node in graph_model.graph for value in node.outputs):
         if not value.is_graph_output():
             value.shape = None  # many have lost an axis

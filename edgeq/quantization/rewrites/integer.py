@@ -21,13 +21,13 @@ from edgeq.quantization.rewrites.join_positions import join_positions
 from edgeq.quantization.rewrites.scale_outputs import scale_outputs
 from edgeq.quantization.rewrites.single_token_last_layer import single_token_last_layer
 from edgeq.quantization.rewrites.split_outlier_weights import split_outlier_weights
-from edgeq.records import IntegerForm
+from edgeq.records import IntegerSpec
 
 
-def integer_passes(form: IntegerForm) -> tuple[Pass[Observed], ...]:
+def integer_passes(spec: IntegerSpec) -> tuple[Pass[Observed], ...]:
     """List the rewrites of an integer-only scheme in order."""
-    scales = (partial(scale_outputs, quantile=form.widen_quantile),) if form.gemm_bits == 8 else ()
-    factors = (factor_layernorm_gain,) if form.sum_bits == 32 else ()
+    scales = (partial(scale_outputs, quantile=spec.scaled_output_quantile),) if spec.gemm_bits == 8 else ()
+    factors = (factor_layernorm_gain,) if spec.sum_bits == 32 else ()
     return (
         *map(without_statistics, DECOMPOSE),  # first: what follows folds the gains and biases that these write
         fold_norm_gain,
@@ -43,14 +43,14 @@ def integer_passes(form: IntegerForm) -> tuple[Pass[Observed], ...]:
 
 
 def integer_form(
-    model: onnx.ModelProto, observed: Mapping[str, Statistics], form: IntegerForm, feeds: Sequence[AnyFeeds] = ()
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], spec: IntegerSpec, feeds: Sequence[AnyFeeds] = ()
 ) -> tuple[ir.Model, Observed]:
     """Rewrite an equalised float model into what is quantised then, tensor by tensor.
 
     Args:
         model: equalised FP32 ONNX; not changed.
-        observed: statistics of the tensors of the model and of its decomposed form.
-        form: which rewrites there are.
+        observed: statistics of the tensors of the model and of its decomposed spec.
+        spec: which rewrites there are.
         feeds: probe batches on which each rewrite is proved; none where the same was proved before.
 
     Returns:
@@ -61,5 +61,5 @@ def integer_form(
     """
     statistics: Observed = dict(observed)
     # Unused nodes stay meanwhile: they count as readers where copies of a tensor are numbered.
-    graph_model, _ = apply_to(model, feeds, integer_passes(form), statistics, outputs=1, drops_unused=False)
+    graph_model, _ = apply_to(model, feeds, integer_passes(spec), statistics, outputs=1, drops_unused=False)
     return graph_model, statistics

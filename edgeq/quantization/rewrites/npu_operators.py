@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph import roles
+from edgeq.graph.dataflow import mask_values
 from edgeq.graph.edit import add_constant, add_node, constant, insert_after, made_by, readers, replace_uses, required
 from edgeq.graph.roles import Role
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.qdq import HEADROOM, symmetric
-from edgeq.records import IntegerForm
+from edgeq.records import IntegerSpec
 
 CHOICE = "/choice"  # ends the names of products with zeros and ones
 ROOT_HEADROOM = 4.0  # of sums of squares below the smallest observed: a text of many names has half the usual length
@@ -32,19 +33,19 @@ _SQUARES_ERROR = 1e-3  # of the smallest sum of squares: what rounding each squa
 _LARGE_CHANNELS = 16  # one channel in so many may have its square in two parts
 _EXACT_CODE = 512  # an interpolated root is within 0.6 % from here up
 _TABLE_STEP = 128  # integers between two entries of an interpolated table
-_SLOPE, _CUBIC = 2 * np.sqrt(2 / np.pi), 0.044715 * 2 * np.sqrt(2 / np.pi)  # of GELU's tanh form: within 0.0005
+_SLOPE, _CUBIC = 2 * np.sqrt(2 / np.pi), 0.044715 * 2 * np.sqrt(2 / np.pi)  # of GELU's tanh spec: within 0.0005
 _GELU_REACH = 4.0  # beyond, sigmoid has said everything
 _SIGMOID_REACH = 12.0  # sigmoid(-12) = 6e-6: below, nothing is left to tell apart
 _OF_ONE = Affine(1 / 32768, 0, -32768, 32767)  # the only parameters that LOGISTIC and TANH give
 
 
-def npu_operators(graph: ir.Graph, statistics: Observed, form: IntegerForm) -> Fixed:
+def npu_operators(graph: ir.Graph, statistics: Observed, spec: IntegerSpec) -> Fixed:
     """Rewrite ReduceSumSquare, MatMul and Gelu where the scheme has no operator for them in 16 bits.
 
     Args:
         graph: of the decomposed float model; edited in place.
         statistics: of its tensors; edited in place.
-        form: which operators there are.
+        spec: which operators there are.
 
     Returns:
         The scale and zero point of each tensor whose range follows from a rewrite, by name.
@@ -53,19 +54,17 @@ def npu_operators(graph: ir.Graph, statistics: Observed, form: IntegerForm) -> F
         EdgeqError: a tensor has no statistics.
     """
     rewriting = _Rewriting(graph, statistics)
-    of_mask = {value for value in graph.inputs if value.name == "attention_mask"}
+    of_mask = mask_values(graph)
     for node in list(graph):
-        variable = [value for value in node.inputs if value is not None and constant(value) is None]
-        if variable and all(value in of_mask for value in variable):
-            of_mask.update(node.outputs)
+        if node.outputs[0] in of_mask:
             continue
-        if node.op_type == "ReduceSumSquare" and not form.wide_matmul:
-            _sum_squares(rewriting, node, form.tables)
-        elif node.op_type == "MatMul" and not form.wide_matmul and node.inputs[0] in of_mask:
+        if node.op_type == "ReduceSumSquare" and not spec.has_16bit_matmul:
+            _sum_squares(rewriting, node, spec.has_16bit_tables)
+        elif node.op_type == "MatMul" and not spec.has_16bit_matmul and node.inputs[0] in of_mask:
             _pool(rewriting, node)
-        elif node.op_type == "Gelu" and roles.has(node, Role.OUTLIER_BRANCH) and not form.wide_gelu:
+        elif node.op_type == "Gelu" and roles.has(node, Role.OUTLIER_BRANCH) and not spec.has_16bit_gelu:
             _gelu(rewriting, node)
-        elif node.op_type == "Tanh" and not form.tables:
+        elif node.op_type == "Tanh" and not spec.has_16bit_tables:
             rewriting.fixed[str(node.outputs[0].name)] = _OF_ONE
     return rewriting.fixed
 
@@ -302,7 +301,7 @@ def _to(largest: float) -> Affine:
 
 def _largest(seen: Statistics) -> NDArray[np.float64]:
     """Give the largest magnitude that each channel's int16 range holds."""
-    return np.maximum(-seen.minimum, seen.maximum).astype(np.float64) * HEADROOM
+    return seen.magnitudes * HEADROOM
 
 
 def _width(value: ir.Value) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from edgeq.graph.dataflow import follows_from_sizes
 from edgeq.graph.edit import (
     Rewrites,
     add_constant,
     add_node,
     constant,
     dims,
-    follows_from_sizes,
     made_by,
     readers,
     replace_uses,

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeq.calibration.statistics import Observed
-from edgeq.graph.edit import Rewrites, add_constant, add_node, constant, is_read_once, made_by, readers
-from edgeq.graph.linear import bias_of
+from edgeq.graph.edit import Rewrites, add_constant, add_node, is_read_once, readers
+from edgeq.graph.linear import Linear, bias_of
 from edgeq.quantization.rewrites.affine_statistics import affine
 from edgeq.quantization.rewrites.product_bias import put_constant
 
@@ -36,21 +36,19 @@ def scale_outputs(model: ir.Model, statistics: Observed, quantile: float) -> Rew
     graph = model.graph
     count = 0
     for add in list(graph):
-        found = bias_of(add) if add.op_type == "Add" else None
-        product = made_by(add.inputs[1 - found[0]], "MatMul") if found is not None else None
-        weight = constant(product.inputs[1]) if product is not None else None
-        output = add.outputs[0]
-        if found is None or product is None or weight is None or not is_read_once(output):
+        linear = Linear.making(add.outputs[0]) if bias_of(add) is not None else None
+        if linear is None or not is_read_once(linear.output):
             continue
+        output = linear.output
         reader = readers(output)[0]
         if reader.op_type != "Add":
             continue
         name = str(output.name)
         seen = statistics[name]
-        largest = np.maximum(np.abs(seen.minimum), np.abs(seen.maximum)).astype(np.float64)
+        largest = seen.magnitudes
         factors = np.maximum(1.0, largest / max(float(np.quantile(largest, quantile)), 1e-12))
-        put_constant(graph, product, 1, weight / factors)
-        put_constant(graph, add, found[0], found[1] / factors)
+        put_constant(graph, linear.product, 1, linear.weight / factors)
+        put_constant(graph, add, linear.bias_position, linear.bias / factors)
         factor = add_constant(graph, f"{name}/factor", factors.astype(np.float32))
         scaled = add_node(reader, "Mul", [output, factor], f"{name}{WIDENED}", like=output)
         reader.replace_input_with(next(i for i, value in enumerate(reader.inputs) if value is output), scaled)

@@ -28,15 +28,15 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from edgeq.calibration.statistics import Observed
-from edgeq.graph import roles
+from edgeq.graph import operators, roles
 from edgeq.graph.attention_mask import is_mask
+from edgeq.graph.dataflow import follows_from_sizes
 from edgeq.graph.edit import (
     Rewrites,
     add_constant,
     add_node,
     constant,
     dims,
-    follows_from_sizes,
     is_read_once,
     made_by,
     readers,
@@ -47,7 +47,6 @@ from edgeq.graph.roles import Role
 from edgeq.passes.pool_by_matmul import POOLING
 
 _ONE = "/one"  # ends the names of what is taken of a tensor
-_BY_ELEMENT = frozenset("Add Div Gelu Mul Neg Reciprocal Relu Sigmoid Sqrt Sub Tanh".split())
 _PROBED = 5  # positions on which a causal mask is told from others
 
 Demands = dict[int, tuple[ir.Value, int]]  # by the place of an input: the input, and the axis of its tokens
@@ -257,7 +256,7 @@ def _demands(node: ir.Node, axis: int) -> Demands | None:
     shape, source = dims(node.outputs[0]), node.inputs[0] if node.inputs else None
     if shape is None or source is None or len(node.outputs) > 1:
         return None
-    if node.op_type in _BY_ELEMENT:
+    if node.op_type in operators.ELEMENTWISE:
         return _of_elements(node, axis, len(shape))
     rule = _RULES.get(node.op_type)
     place = rule(node, axis, len(shape)) if rule is not None else None

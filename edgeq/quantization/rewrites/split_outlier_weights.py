@@ -54,7 +54,7 @@ def _dominates(total: ir.Node, statistics: Observed) -> bool:
     block, branch = (statistics.get(str(value.name)) for value in total.inputs if value is not None)
     if block is None or branch is None:
         return False
-    sizes = [np.maximum(-seen.minimum, seen.maximum) for seen in (block, branch)]
+    sizes = [seen.magnitudes for seen in (block, branch)]
     return bool(np.median(sizes[1] / np.maximum(sizes[0], 1e-9)) > DOMINANT)
 
 
@@ -93,7 +93,7 @@ def _split(graph: ir.Graph, product: ir.Node, statistics: Observed, bits: int) -
     fine = add_node(place, "MatMul", inputs, f"{stem}{FINE}{SIDE}", like=end, role=Role.OUTLIER_BRANCH)
     both = add_node(place, "Add", [end, fine], f"{stem}/both{SIDE}", like=end, role=Role.OUTLIER_BRANCH)
     insert_after(end, both)
-    largest = np.maximum(-seen.minimum, seen.maximum).astype(np.float64) @ np.abs(rest)
+    largest = seen.magnitudes @ np.abs(rest)
     statistics[str(fine.name)] = Statistics((-largest).astype(np.float32), largest.astype(np.float32))
     statistics[str(both.name)] = statistics[str(end.name)]
     return 1

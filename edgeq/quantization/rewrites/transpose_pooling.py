@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeq.calibration.statistics import Observed
-from edgeq.graph.edit import Rewrites, add_node, constant, replace_uses
+from edgeq.graph.dataflow import mask_values
+from edgeq.graph.edit import Rewrites, add_node, replace_uses
 
 
 def transpose_pooling(model: ir.Model, statistics: Observed) -> Rewrites:
@@ -23,12 +24,9 @@ def transpose_pooling(model: ir.Model, statistics: Observed) -> Rewrites:
     one weight, so that rounding it does not turn the vector.
     """
     graph = model.graph
-    of_mask = {value for value in graph.inputs if value.name == "attention_mask"}
+    of_mask = mask_values(graph)
     count = 0
     for node in list(graph):
-        variable = [value for value in node.inputs if value is not None and constant(value) is None]
-        if variable and all(value in of_mask for value in variable):
-            of_mask.update(node.outputs)
         if node.op_type != "MatMul" or node.inputs[0] not in of_mask or node.inputs[1] is None:
             continue
         operands = [

@@ -9,13 +9,13 @@ from edgeq.quantization.rewrites.pick_last_token import pick_last_token
 from edgeq.quantization.rewrites.split_scaled_layer_normalization import split_scaled_layer_normalization
 from edgeq.quantization.rewrites.take_first_token import take_first_token
 from edgeq.quantization.rewrites.write_norm_defaults import write_norm_defaults
-from edgeq.records import VendorForm
+from edgeq.records import VendorSpec
 
 
-def vendor_passes(form: VendorForm) -> tuple[Pass[Observed], ...]:
+def vendor_passes(spec: VendorSpec) -> tuple[Pass[Observed], ...]:
     """List the rewrites of a vendor's scheme in order."""
-    gelu = (decompose_gelu,) if form.opset < FIRST_OPSET else ()
-    norms = (split_scaled_layer_normalization,) if form.dtype == "int8" else ()
+    gelu = (decompose_gelu,) if spec.opset < FIRST_OPSET else ()
+    norms = (split_scaled_layer_normalization,) if spec.dtype == "int8" else ()
     return (
         without_statistics(take_first_token),
         without_statistics(pick_last_token),
