@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgeq.data.tokens import Feeds
 from edgeq.errors import EdgeqError
 from edgeq.graph.edit import Rewrites
-from edgeq.passes.apply import apply
+from edgeq.passes.apply import apply_to, without_statistics
 from edgeq.passes.constant_segment import constant_segment
 from edgeq.passes.finite_fill import finite_fill
 from edgeq.passes.finite_mask import finite_mask
@@ -240,7 +240,7 @@ def test_a_pass_that_moves_the_outputs_is_a_defect() -> None:
     ids = np.array([[5, 6, 7, 8], [9, 3, 0, 0]], np.int64)
     feeds = (Feeds(ids, (ids > 0).astype(np.int64)),)
     with pytest.raises(EdgeqError, match="halve: moved the FP32 outputs"):
-        apply(encoder.encoder(), feeds, (halve,))
+        apply_to(encoder.encoder(), feeds, (without_statistics(halve),), None)
 
 
 def test_a_pass_that_does_nothing_changes_nothing() -> None:
@@ -248,6 +248,7 @@ def test_a_pass_that_does_nothing_changes_nothing() -> None:
 
     ids = np.array([[5, 6, 7, 8]], np.int64)
     model = encoder.encoder()
-    new, (report,) = apply(model, (Feeds(ids, np.ones_like(ids)),), (lambda graph: Rewrites(0, ("why",)),))
+    feeds = (Feeds(ids, np.ones_like(ids)),)
+    new, (report,) = apply_to(model, feeds, (lambda graph, statistics: Rewrites(0, ("why",)),), None)
     assert (report.rewrites, report.max_abs_error, report.near_misses) == (0, 0.0, ("why",))
-    assert [node.op_type for node in new.graph.node] == [node.op_type for node in model.graph.node]
+    assert [node.op_type for node in new.graph] == [node.op_type for node in model.graph.node]

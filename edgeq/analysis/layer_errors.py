@@ -15,11 +15,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.calibration.observe import equal_length_batches, observing
+from edgeq.calibration.outlier_neurons import SIDE
 from edgeq.calibration.statistics import Statistics
 from edgeq.data.tokens import Tokens
 from edgeq.errors import EdgeqError
 from edgeq.graph.edit import constant, dims, readers
-from edgeq.graph.linear import SIDE
 from edgeq.graph.operators import LAYOUT
 from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import Record, Scheme

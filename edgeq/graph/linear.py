@@ -10,12 +10,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgeq.graph import roles
 from edgeq.graph.edit import constant, dims, is_read_once, made_by, readers
 from edgeq.graph.operators import ACTIVATIONS, ELEMENTWISE
 from edgeq.graph.rms_norm import root_mean_square
+from edgeq.graph.roles import Role
 
 Maker = Literal["norm", "context", "activation"]
-SIDE = "/side"  # ends the names of what belongs to the branch of outlier neurons
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,9 @@ def sites(graph: ir.Graph) -> Iterator[Site]:
         if node.op_type != "MatMul" or node.inputs[0] is None:
             continue
         weight, shape = constant(node.inputs[1]), dims(node.inputs[0])
-        if weight is None or weight.ndim != 2 or shape is None or len(shape) != 3 or str(node.name).endswith(SIDE):
+        if weight is None or weight.ndim != 2 or shape is None or len(shape) != 3:
+            continue
+        if roles.has(node, Role.OUTLIER_BRANCH):
             continue
         found.setdefault(node.inputs[0], []).append(node)
     for tensor, products in found.items():
@@ -129,7 +132,7 @@ def sites(graph: ir.Graph) -> Iterator[Site]:
 
 def _maker(tensor: ir.Value) -> Maker:
     maker = made_by(tensor, "Reshape", "Transpose", "LayerNormalization", "Mul", "Add", "MatMul", *ACTIVATIONS)
-    if maker is not None and maker.op_type == "Mul" and maker.name and maker.name.endswith("/scaled"):
+    if maker is not None and roles.has(maker, Role.SMOOTHED):
         maker = maker.inputs[0].producer() if maker.inputs[0] is not None else None
     if root_mean_square(maker) is not None:
         return "norm"
@@ -175,7 +178,7 @@ def feed_forwards(graph: ir.Graph) -> Iterator[FeedForward]:
     """
     for node in graph:
         weight = constant(node.inputs[1]) if node.op_type == "MatMul" and len(node.inputs) == 2 else None
-        if weight is None or weight.ndim != 2 or str(node.name).endswith(SIDE):
+        if weight is None or weight.ndim != 2 or roles.has(node, Role.OUTLIER_BRANCH):
             continue
         cone = _elementwise_cone(node, weight.shape[0])
         if cone is None:
@@ -207,8 +210,9 @@ def _elementwise_cone(second: ir.Node, width: int) -> tuple[list[ir.Node], list[
             return None
         if node in firsts or node in inside:
             continue
-        weight = constant(node.inputs[1]) if node.op_type == "MatMul" else None
-        if weight is not None and weight.shape == (weight.shape[0], width) and not str(node.name).endswith(SIDE):
+        is_product = node.op_type == "MatMul" and not roles.has(node, Role.OUTLIER_BRANCH)
+        weight = constant(node.inputs[1]) if is_product else None
+        if weight is not None and weight.shape == (weight.shape[0], width):
             firsts.append(node)
         elif node.op_type in ELEMENTWISE and _are_of_neurons(node, width):
             inside.append(node)

@@ -88,7 +88,7 @@ OPERATORS: Mapping[str, Operator] = {
     ),
     "Div": Operator("arithmetic", "pooling, normalisation", "deferred_softmax", integer="inserted"),
     "Max": Operator("arithmetic", "divisors kept off zero"),
-    "Min": Operator("arithmetic", "distances between positions in buckets", "token_pooling", integer="rewritten"),
+    "Min": Operator("arithmetic", "distances between positions in buckets", "where_to_min", integer="rewritten"),
     "Mul": Operator(
         "arithmetic", "scales, gates", observed=True, integer="computed", htp="computed", token_list="follows"
     ),
@@ -104,13 +104,13 @@ OPERATORS: Mapping[str, Operator] = {
     "Log": Operator("function", "distances between positions in buckets"),
     "Neg": Operator("function", "pooling of the last token, rotation by position"),
     "Reciprocal": Operator(
-        "function", "normalisation by the root of the mean square", "decompose_norms", observed=True, integer="joined"
+        "function", "normalisation by the root of the mean square", "norm_parts", observed=True, integer="joined"
     ),
     "Round": Operator("function", written_by="deferred_softmax", integer="inserted"),
     "Sign": Operator("function", "distances between positions"),
     "Sin": Operator("function", "rotation by position"),
     "Sqrt": Operator(
-        "function", "mean_sqrt_len pooling, normalisation by the root of the mean square", "decompose_norms",
+        "function", "mean_sqrt_len pooling, normalisation by the root of the mean square", "norm_parts",
         integer="computed",
     ),
 
@@ -158,19 +158,19 @@ OPERATORS: Mapping[str, Operator] = {
     "ScatterElements": Operator("joining", "pooling of the last token"),
     "MaxPool": Operator("extremum", "maps of an image"),
     "ReduceMax": Operator(
-        "extremum", "max pooling", "decompose_norms, deferred_softmax", observed=True, integer="copied"
+        "extremum", "max pooling", "observe_row_maxima, deferred_softmax", observed=True, integer="copied"
     ),
 
     "GlobalAveragePool": Operator("reduction", "pooling of maps"),
     "ReduceL2": Operator("reduction", "unit length"),
-    "ReduceMean": Operator("reduction", "pooling", "decompose_norms", observed=True, integer="computed"),
+    "ReduceMean": Operator("reduction", "pooling", "decompose_layer_normalization", observed=True, integer="computed"),
     "ReduceSum": Operator("reduction", "pooling", "npu_operators, deferred_softmax", integer="rewritten"),
-    "ReduceSumSquare": Operator("reduction", written_by="decompose_norms", observed=True, integer="computed"),
+    "ReduceSumSquare": Operator("reduction", written_by="norm_parts", observed=True, integer="computed"),
     "LayerNormalization": Operator(
         "normalization", "normalisation inside the encoder", htp="computed", token_list="begins"
     ),
     "LogSoftmax": Operator("normalization", _DENSE),
-    "LpNormalization": Operator("normalization", written_by="rewrites/htp", htp="computed"),
+    "LpNormalization": Operator("normalization", written_by="unit_length_to_lp_normalization", htp="computed"),
     "Softmax": Operator("normalization", "attention", integer="computed", htp="computed"),
 
     "ArgMax": Operator("index", "pooling of the last token"),

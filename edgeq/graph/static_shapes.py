@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgeq.errors import LoweringFailed
-from edgeq.graph import operators
+from edgeq.graph import operators, roles
 from edgeq.graph.edit import add_constant, checked, constant, replace_uses
 from edgeq.graph.evaluate import of_constants
 
@@ -45,7 +45,7 @@ def fix_shapes(model: ir.Model, length: int, ids: ir.DataType = ir.DataType.INT6
     output = graph.outputs[0]
     output.shape = ir.Shape([1, *list(output.shape or ())[1:]])
     RemoveUnusedNodesPass()(model)
-    return checked(model)
+    return roles.strip(checked(model))
 
 
 def _folded(node: ir.Node) -> NDArray[np.generic] | None:

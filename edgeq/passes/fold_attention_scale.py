@@ -44,7 +44,7 @@ def fold_attention_scale(model: ir.Model) -> Rewrites:
         if not is_read_once(scores.outputs[0]):
             near.append(f"{node.name}: the scores are read elsewhere too")
             continue
-        reason = _scale_query(model.graph, scores.inputs[0], factor if node.op_type == "Mul" else 1.0 / factor)
+        reason = scale_query(model.graph, scores.inputs[0], factor if node.op_type == "Mul" else 1.0 / factor)
         if reason:
             near.append(f"{node.name}: {reason}")
             continue
@@ -53,7 +53,7 @@ def fold_attention_scale(model: ir.Model) -> Rewrites:
     return Rewrites(count, tuple(near))
 
 
-def _scale_query(graph: ir.Graph, value: ir.Value | None, factor: float) -> str:
+def scale_query(graph: ir.Graph, value: ir.Value | None, factor: float) -> str:
     """Walk up from the scores' left operand to its weights and scale them; give the reason when there are none."""
     found = _source(value)
     if isinstance(found, str):

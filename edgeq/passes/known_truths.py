@@ -22,7 +22,7 @@ def known_truths(model: ir.Model) -> Rewrites:
 
         position <= position ─ mask
 
-    Exporters write masks so that were made by functions of functions.
+    torch exports such constant conditions for masks that transformers composes from several mask functions.
     """
     count, near = 0, []
     for node in list(model.graph):

@@ -28,7 +28,8 @@ from edgeq.graph.float_session import FloatSession
 from edgeq.graph.linear import feed_forwards, sites, value_projection
 from edgeq.quantization.convolution import map_tensors
 from edgeq.quantization.mixed import quantize_mixed
-from edgeq.quantization.rewrites.decompose_norms import follows, primitives
+from edgeq.quantization.rewrites.decompose import DECOMPOSE, has_derived_statistics
+from edgeq.quantization.rewrites.observe_row_maxima import observe_row_maxima
 from edgeq.quantization.schemes import SCHEMES
 from edgeq.records import Smoothing
 from edgeq.system.progress import Progress
@@ -94,10 +95,11 @@ def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Pro
     del graph, split  # each holds the weights once more
     smoothing = _search(model, parted, statistics, swept, held, longest, progress)
     equalized = ir.from_proto(parted)
-    smooth_scales.migrate(equalized.graph, statistics, swept, smoothing.alphas)
+    smooth_scales.smooth(equalized.graph, statistics, swept, smoothing.alphas)
     proto = ir.to_proto(equalized)
     read = [site.name for site in sites(equalized.graph)]
-    primitives(equalized)
+    for rewrite in (*DECOMPOSE, observe_row_maxima):
+        rewrite(equalized)
     tensors = list(dict.fromkeys([*_float_tensors(equalized.graph, read), *maps]))
     expanded = ir.to_proto(equalized)
     del parted, equalized
@@ -150,7 +152,7 @@ def _float_tensors(graph: ir.Graph, read: list[str]) -> list[str]:
             others += [str(value.name) for value in node.inputs if value in positions and _has_channels(value)]
             if node.op_type == "Gather" and any(use.op_type != "Add" for use in readers(node.outputs[0])):
                 others += [str(value.name) for value in node.outputs if _is_real(value) and value.name not in read]
-            if node.op_type in operators.OBSERVED and not follows(node) and _is_real(node.outputs[0]):
+            if node.op_type in operators.OBSERVED and not has_derived_statistics(node) and _is_real(node.outputs[0]):
                 others += [str(value.name) for value in node.outputs if value.name not in read]
     return [*read, *dict.fromkeys(others)]
 
@@ -219,7 +221,7 @@ def _score(
     reference: Embeddings,
 ) -> tuple[float, float]:
     graph = ir.from_proto(split)
-    moved = smooth_scales.migrate(graph.graph, statistics, swept, alphas)
+    moved = smooth_scales.smooth(graph.graph, statistics, swept, alphas)
     candidate = quantize_mixed(ir.to_proto(graph), {**statistics, **moved}, SCHEMES[SEARCH_SCHEME], compensate=False)[0]
     cosines = np.sort(_cosines(reference, embed_batches(FloatSession.of(candidate), batches, len(reference))))
     if not np.isfinite(cosines).all():

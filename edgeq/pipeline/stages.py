@@ -16,9 +16,10 @@ import psutil
 from edgeq.calibration import observe
 from edgeq.calibration.file import load, save
 from edgeq.data.prepare import identities, prepare
+from edgeq.data.probes import text_probes
 from edgeq.data.sessions import embed_batches
 from edgeq.data.splits import evenly_spaced
-from edgeq.data.tokens import Tokens, batches
+from edgeq.data.tokens import Feeds, Tokens, batches
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.frontend.float_model import write_float_model
 from edgeq.frontend.locate import Located
@@ -173,7 +174,7 @@ def quantized(target: Target, calibrated: Calibrated, cache: Cache, given: Schem
         statistics = load(Path(calibrated.calibration.file.path))
         equalized = external_data.load(Path(calibrated.equalized.file.path))
         with external_data.outside_if_large(equalized, folder / _WEIGHTS):
-            model, integer, floats = quantize.quantize(equalized, statistics, scheme)
+            model, integer, floats = quantize.quantize(equalized, statistics, scheme, feeds=_probes(calibrated))
             external_data.save(model, folder / _QDQ)
         unknown = sorted(set(scheme.promoted) - {node.name for node in model.graph.node})
         if unknown:
@@ -209,6 +210,12 @@ def quantized(target: Target, calibrated: Calibrated, cache: Cache, given: Schem
     if found.feeds is None:
         return found
     return found.model_copy(update={"feeds": found.feeds.model_copy(update={"path": str(folder / _FEEDS)})})
+
+
+def _probes(calibrated: Calibrated) -> tuple[Feeds, ...]:
+    """Give calibration texts on which the rewrites of a scheme are proved; none for images."""
+    path = calibrated.folder / _TOKENS
+    return text_probes(json.loads(path.read_bytes())) if path.is_file() else ()
 
 
 def spaced_by_length(tokens: Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from edgeq.calibration.statistics import Statistics
+from edgeq.data.batches import AnyFeeds
 from edgeq.graph.edit import add_constant, add_node, checked, constant, dims, replace_uses
 from edgeq.graph.linear import Site, sites
 from edgeq.quantization import affine, ranges, weight_rounding
@@ -29,6 +30,7 @@ def quantize_mixed(
     observed: Mapping[str, Statistics],
     scheme: Scheme,
     refusals: list[Refusal] | None = None,
+    feeds: Sequence[AnyFeeds] = (),
     compensate: bool = True,
 ) -> Quantized:
     """Put QuantizeLinear and DequantizeLinear around every token-level weight product and the embedding tables.
@@ -48,6 +50,7 @@ def quantize_mixed(
         observed: statistics of every tensor that a weight product reads.
         scheme: bits and signs.
         refusals: where refusals are collected; missing statistics are made up then. This kind refuses nothing.
+        feeds: not used: no rewrite is to be proved.
         compensate: round weights with error compensation (GPTQ) where a second moment was observed; else to nearest.
 
     Returns:

@@ -8,7 +8,8 @@ import onnx_ir as ir
 
 from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.graph.edit import dims
-from edgeq.quantization.rewrites.decompose_norms import primitives
+from edgeq.quantization.rewrites.decompose import DECOMPOSE
+from edgeq.quantization.rewrites.observe_row_maxima import observe_row_maxima
 
 _POSITIVE = frozenset({"Exp", "ReduceL2", "ReduceSumSquare", "Reciprocal", "Sigmoid", "Softmax", "Sqrt"})
 
@@ -22,7 +23,8 @@ def placeholders(model: onnx.ModelProto) -> Observed:
         model: FP32 ONNX; not changed.
     """
     graph_model = ir.from_proto(model)
-    primitives(graph_model)
+    for rewrite in (*DECOMPOSE, observe_row_maxima):
+        rewrite(graph_model)
     made: Observed = {}
     for node in graph_model.graph:
         low = 0.5 if node.op_type in _POSITIVE else -1.0

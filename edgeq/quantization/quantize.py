@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
 
 from edgeq.calibration.statistics import Statistics
+from edgeq.data.batches import AnyFeeds
 from edgeq.errors import Unsupported
 from edgeq.quantization.htp.quantizer import quantize_htp, rewrite_htp
 from edgeq.quantization.integer.quantizer import quantize_integer, rewrite_integer
@@ -24,13 +25,15 @@ class Quantizer:
 
     Attributes:
         quantize: makes the QDQ model from the equalised float model, its statistics and the scheme; collects refusals
-            where it is given a list for them.
+            where it is given a list for them, and proves rewrites on probe feeds.
         rewrite: gives the float model whose tensors that QDQ model holds as integers: what layer errors compare with.
         keeps_float: whether tensors stay float beside the integer ones.
         writes_integers: whether the QDQ model holds integers; else a vendor's compiler makes them from the float model.
     """
 
-    quantize: Callable[[onnx.ModelProto, Mapping[str, Statistics], Scheme, list[Refusal] | None], Quantized]
+    quantize: Callable[
+        [onnx.ModelProto, Mapping[str, Statistics], Scheme, list[Refusal] | None, Sequence[AnyFeeds]], Quantized
+    ]
     rewrite: Callable[[onnx.ModelProto, Mapping[str, Statistics], Scheme], onnx.ModelProto]
     keeps_float: bool
     writes_integers: bool
@@ -45,7 +48,11 @@ QUANTIZERS: Mapping[SchemeKind, Quantizer] = {
 
 
 def quantize(
-    model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme, refusals: list[Refusal] | None = None
+    model: onnx.ModelProto,
+    observed: Mapping[str, Statistics],
+    scheme: Scheme,
+    refusals: list[Refusal] | None = None,
+    feeds: Sequence[AnyFeeds] = (),
 ) -> Quantized:
     """Turn an equalised float model into a QDQ model by the quantiser of the scheme's kind.
 
@@ -55,6 +62,8 @@ def quantize(
         scheme: bits, signs, and its kind's own settings.
         refusals: where every reason not to quantise is collected, instead of the first one raised. Statistics may be
             missing then: those tensors are taken to lie between -1 and 1.
+        feeds: probe batches on which each of the scheme's rewrites is proved in FP32; none for trials that repeat what
+            was proved before.
 
     Returns:
         The QDQ model, and the names of its integer and float products; the given model where refusals were found.
@@ -62,10 +71,10 @@ def quantize(
     Raises:
         Unsupported: the scheme leaves nothing float, and the model holds an operator that has no integer form;
             UnsupportedRange where that follows from what was observed.
-        EdgeqError: a tensor has no statistics.
+        EdgeqError: a tensor has no statistics, or a rewrite changed the FP32 function.
     """
     try:
-        return QUANTIZERS[scheme.kind].quantize(model, observed, scheme, refusals)
+        return QUANTIZERS[scheme.kind].quantize(model, observed, scheme, refusals, feeds)
     except Unsupported as error:  # by a rewrite, which stops
         if refusals is None:
             raise

@@ -12,7 +12,7 @@ from edgeq.errors import Unsupported, UnsupportedRange
 from edgeq.graph.edit import constant, made_by, scalar
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.qdq import HEADROOM, QdqBuilder, QuantizedValue
-from edgeq.quantization.rewrites.decompose_norms import ROW_MAXIMUM
+from edgeq.quantization.rewrites.observe_row_maxima import ROW_MAXIMUM
 from edgeq.records import Scheme
 
 

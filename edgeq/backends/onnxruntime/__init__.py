@@ -18,9 +18,10 @@ from edgeq.backends.onnxruntime.joined_heads import JOINT, joined_heads
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, Session
 from edgeq.errors import ConfigError, LoweringFailed
+from edgeq.graph import roles
 from edgeq.graph.edit import checked
 from edgeq.graph.operators import DIALECT
-from edgeq.passes.matmul_to_gemm import flat_tokens
+from edgeq.passes.matmul_to_gemm import matmul_to_gemm
 from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
 from edgeq.system.files import file_ref, storage_errors, write_bytes
 from edgeq.system.host import meets
@@ -131,9 +132,9 @@ def flattened(path: Path) -> onnx.ModelProto:
     The model is checked, with inferred shapes.
     """
     model = ir.load(path)
-    flat_tokens(model)
+    matmul_to_gemm(model)
     joined_heads(model)
-    return checked(model)
+    return roles.strip(checked(model))
 
 
 def placement(path: Path, model: QdqModel, target: Target) -> Placement:

@@ -8,18 +8,20 @@ have 16.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from edgeq.calibration.statistics import Observed, Statistics
+from edgeq.calibration.statistics import Statistics
+from edgeq.data.batches import AnyFeeds
 from edgeq.errors import EdgeqError, Unsupported
+from edgeq.graph import roles
 from edgeq.graph.edit import checked, constant, readers
-from edgeq.graph.linear import SIDE
 from edgeq.graph.operators import HTP_COPIED
+from edgeq.graph.roles import Role
 from edgeq.quantization import affine, weight_rounding
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.htp.attention_mask import LONGEST, lowered_mask, pooling_weights
@@ -44,11 +46,14 @@ GAIN_BITS = 8  # LayerNormalization's gain: the unit takes no other beside an in
 # more, all of the channel is off by up to 20 steps of 65,536 (measured in QAIRT 2.51's emulator; later versions keep
 # more).
 _MULTIPLIER_BITS = 11
-_SUFFIXES = ("/gemm", "/flat", "/axes")  # of what `flat_tokens` renames or adds
 
 
 def quantize_htp(
-    model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme, refusals: list[Refusal] | None = None
+    model: onnx.ModelProto,
+    observed: Mapping[str, Statistics],
+    scheme: Scheme,
+    refusals: list[Refusal] | None = None,
+    feeds: Sequence[AnyFeeds] = (),
 ) -> Quantized:
     """Rewrite weight products as Gemm, fold constants, and quantise every tensor to uint8 or uint16.
 
@@ -57,6 +62,7 @@ def quantize_htp(
         observed: statistics of the tensors of the model and of its decomposed norms.
         scheme: with an HtpSpec.
         refusals: where what cannot be quantised is collected instead of raised; missing statistics are made up then.
+        feeds: probe batches on which each rewrite is proved in FP32; none where the same was proved before.
 
     Returns:
         The QDQ model, the names of the integer products, and an empty tuple: nothing stays float. Where something was
@@ -64,12 +70,11 @@ def quantize_htp(
 
     Raises:
         Unsupported: the graph holds an operator that cannot be quantised.
-        EdgeqError: a tensor has no statistics.
+        EdgeqError: a tensor has no statistics, or a rewrite changed the FP32 function.
     """
     spec = _spec(scheme)
-    graph_model, seen, rows = htp_form(model, observed, spec)
+    graph_model, seen, rows = htp_form(model, observed, spec, feeds)
     graph = graph_model.graph
-    _observe_reshaped(graph, seen)
     builder = UnsignedQdqBuilder(graph, seen, refusal, has_placeholders=refusals is not None)
     promoted = rows | frozenset(scheme.promoted)
     walk = HtpWalk(builder=builder, scheme=scheme, refusals=refusals, spec=spec, promoted=promoted)
@@ -90,15 +95,6 @@ def _spec(scheme: Scheme) -> HtpSpec:
     if not isinstance(scheme.spec, HtpSpec):
         raise EdgeqError(f"{scheme.name} is no scheme for HTP")
     return scheme.spec
-
-
-def _observe_reshaped(graph: ir.Graph, observed: Observed) -> None:
-    """Give what `flat_tokens` reshaped the statistics that it had before."""
-    for node in graph:
-        name = str(node.outputs[0].name)
-        stem = next((name.removesuffix(end) for end in _SUFFIXES if name.endswith(end)), name)
-        if name not in observed and stem in observed:
-            observed[name] = observed[stem]
 
 
 @dataclass(kw_only=True)
@@ -190,7 +186,7 @@ def _product_params(walk: HtpWalk, output: ir.Value, bits: int) -> Affine:
 
 def _is_16bit(walk: HtpWalk, node: ir.Node) -> bool:
     """Tell whether a product belongs to the outlier branch, is promoted, or has one row a text."""
-    return str(node.name).endswith(SIDE) or node.name in walk.promoted
+    return roles.has(node, Role.OUTLIER_BRANCH) or node.name in walk.promoted
 
 
 # attention and pooling -----------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeq.errors import Unsupported
+from edgeq.graph import roles
 from edgeq.graph.edit import add_node, constant, made_by, readers
+from edgeq.graph.roles import Role
 
 _NAME = "attention_lift"
 
@@ -29,10 +31,12 @@ def non_negative_mask(of_mask: set[ir.Value], mask: ir.Value | None) -> ir.Value
     kept = shifted.inputs[0] if shifted is not None else None
     if product is None or kept is None or size is None:
         raise Unsupported("the attention mask is not of the form (mask - 1) * size")
-    known = next((use for use in readers(kept) if str(use.name).startswith(_NAME)), None)
+    known = next((use for use in readers(kept) if roles.has(use, Role.KEPT_MASK)), None)
     if known is not None:
         return known.outputs[0]
     is_taken = any(value.name == _NAME for value in of_mask)
-    result = add_node(product, "Mul", [kept, size], f"{_NAME}_{len(of_mask)}" if is_taken else _NAME)
+    result = add_node(
+        product, "Mul", [kept, size], f"{_NAME}_{len(of_mask)}" if is_taken else _NAME, role=Role.KEPT_MASK
+    )
     of_mask.add(result)
     return result

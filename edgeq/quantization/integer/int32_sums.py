@@ -13,11 +13,12 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeq.errors import Unsupported, UnsupportedRange
+from edgeq.graph import roles
 from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by, readers
+from edgeq.graph.roles import Role
 from edgeq.quantization import weight_rounding
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.qdq import HEADROOM, QdqBuilder, QuantizedValue, symmetric
-from edgeq.quantization.rewrites.factor_layernorm_gain import FACTOR
 
 FACTOR_HEADROOM = 2.0  # of 1/sigma over what was observed: a row with a quarter of the variance
 LARGEST_SHIFT = 16
@@ -272,7 +273,7 @@ def _is_table(node: ir.Node) -> bool:
 
 
 def _is_factor(node: ir.Node) -> bool:
-    return str(node.name).endswith(FACTOR)
+    return roles.has(node, Role.ROW_FACTOR)
 
 
 def _is_product_of_rows(node: ir.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from edgeq.calibration.statistics import Statistics
+from edgeq.data.batches import AnyFeeds
 from edgeq.errors import EdgeqError, Unsupported
+from edgeq.graph import roles
 from edgeq.graph.edit import constant, dims, readers
-from edgeq.graph.linear import SIDE, Linear
+from edgeq.graph.linear import Linear
 from edgeq.graph.operators import INTEGER_COPIED
+from edgeq.graph.roles import Role
 from edgeq.quantization import affine, weight_rounding
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.integer.attention_mask import non_negative_mask
@@ -27,7 +30,7 @@ from edgeq.quantization.output_precision import output_params
 from edgeq.quantization.qdq import HEADROOM, QdqBuilder, Quantized, finished, int32_bias, symmetric
 from edgeq.quantization.ranges import GELU_FLOOR, MASKED_BELOW
 from edgeq.quantization.rewrites.integer import integer_form
-from edgeq.quantization.rewrites.npu_operators import CHOICE, narrow
+from edgeq.quantization.rewrites.npu_operators import npu_operators
 from edgeq.quantization.walk import (
     Refusal,
     mask_size,
@@ -43,7 +46,11 @@ SOFTMAX = {8: Affine(1 / 256, -128, -128, 127), 16: Affine(1 / 32768, 0, -32768,
 
 
 def quantize_integer(
-    model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme, refusals: list[Refusal] | None = None
+    model: onnx.ModelProto,
+    observed: Mapping[str, Statistics],
+    scheme: Scheme,
+    refusals: list[Refusal] | None = None,
+    feeds: Sequence[AnyFeeds] = (),
 ) -> Quantized:
     """Decompose norms, fold constants, and quantise every tensor to int8 or int16.
 
@@ -52,6 +59,7 @@ def quantize_integer(
         observed: statistics of the tensors of the model and of its decomposed norms.
         scheme: with an IntegerSpec: bits of products, attention and the rest.
         refusals: where what cannot be quantised is collected instead of raised; missing statistics are made up then.
+        feeds: probe batches on which each rewrite is proved in FP32; none where the same was proved before.
 
     Returns:
         The QDQ model, the names of the integer products, and an empty tuple: nothing stays float. Where something was
@@ -59,12 +67,12 @@ def quantize_integer(
 
     Raises:
         Unsupported: the graph holds an operator that cannot be quantised.
-        EdgeqError: a tensor has no statistics.
+        EdgeqError: a tensor has no statistics, or a rewrite changed the FP32 function.
     """
     spec = _spec(scheme)
-    graph_model, seen = integer_form(model, observed, spec)
+    graph_model, seen = integer_form(model, observed, spec, feeds)
     graph = graph_model.graph
-    fixed = narrow(graph, seen, spec)
+    fixed = npu_operators(graph, seen, spec)
     RemoveUnusedNodesPass()(graph_model)
     TopologicalSortPass()(graph_model)
     # Sums in int32 take int8 values as they are, by a cast. Without them a scale of its own keeps a compiler (Vela)
@@ -143,7 +151,7 @@ def _matmul(walk: IntegerWalk, node: ir.Node) -> None:
     """Quantise MatMul: with a weight, with pooling weights, or of attention."""
     builder, (left, right) = walk.builder, node.inputs
     weight = constant(right)
-    if weight is not None and str(node.name).endswith(CHOICE):
+    if weight is not None and roles.has(node, Role.ZERO_ONE_PRODUCT):
         _choice(walk, node, weight)
     elif weight is not None:
         _product(walk, node, weight)
@@ -221,7 +229,7 @@ def _is_16bit(walk: IntegerWalk, node: ir.Node) -> bool:
     """Tell whether a product belongs to the outlier branch, is promoted, or has one row a text."""
     shape = dims(node.inputs[0])
     is_dense = shape is not None and len(shape) == 2
-    return is_dense or str(node.name).endswith(SIDE) or node.name in walk.promoted
+    return is_dense or roles.has(node, Role.OUTLIER_BRANCH) or node.name in walk.promoted
 
 
 # attention -----------------------------------------------------------------------------------------------------------

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from edgeq.graph import roles
+from edgeq.graph.roles import Role
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.integer.deferred_softmax import DeferredSoftmax
 from edgeq.quantization.integer.int32_sums import Int32Sums
-from edgeq.quantization.rewrites.single_token_last_layer import ONE_TOKEN
 from edgeq.quantization.walk import Walk
 from edgeq.records import IntegerSpec
 
@@ -35,7 +36,7 @@ class IntegerWalk(Walk):
 
 def is_single_token(node: ir.Node, spec: IntegerSpec) -> bool:
     """Tell whether a node computes one token, where whatever has one row may have 16 bits."""
-    return ONE_TOKEN in node.meta and spec.has_16bit_matmul and spec.has_16bit_gelu
+    return roles.has(node, Role.SINGLE_TOKEN) and spec.has_16bit_matmul and spec.has_16bit_gelu
 
 
 def attention_bits(walk: IntegerWalk, node: ir.Node) -> int:
