@@ -24,7 +24,12 @@ ONE_INTERPRETER = (
 )  # fmt: skip
 
 # Files that take a minute or more, the longest first: a worker that meets one of them last works alone at the end.
-LONGEST_FIRST: tuple[str, ...] = ()
+LONGEST_FIRST = (
+    "test_real_model", "test_pipeline", "test_architectures", "test_qnn", "test_sentence_modules", "test_export",
+    "test_long_texts", "test_faults", "test_images", "test_environments", "test_onnx_source", "test_export_server",
+    "test_docs", "test_same_bytes", "test_arm64", "test_wheel", "test_lab", "test_text_towers", "test_tensorflow",
+    "test_tflite_kernels",
+)  # fmt: skip
 
 # A file's tests go to one worker, which makes the fixtures of the module once. In these files the costly fixture has
 # parameters and shares nothing between them, so each parameter may go to another worker.

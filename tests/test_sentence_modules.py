@@ -324,7 +324,7 @@ def test_a_tokenizer_that_pads_left_and_gives_no_mask_is_mended(tmp_path: Path, 
     assert cutting.ids[0][-2] == last  # a long text loses its beginning
     batches = edgeq.data.tokens.batches(Tokenizer.from_file(folder / "tokenizer.json", 64).encode(TEXTS))
     session = edgeq.graph.float_session.FloatSession.of(tmp_path / "out" / float_model.MODEL)
-    found = edgeq.backends.contract.embed_batches(session, batches, len(TEXTS))
+    found = edgeq.data.sessions.embed_batches(session, batches, len(TEXTS))
     alone = SentenceTransformer(str(model), device="cpu").encode(TEXTS, batch_size=1)
     assert np.abs(found - alone).max() < 1e-5
     assert record.inputs == ("input_ids", "attention_mask")
