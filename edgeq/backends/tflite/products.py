@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
 from edgeq.backends.tflite.int32_sums import exact_sum, is_exact_sum, outer_product
 from edgeq.backends.tflite.writer import QuantParams, Tensor
-from edgeq.errors import LoweringFailed
+from edgeq.errors import LoweringFailed, UnsupportedRange
 from edgeq.graph.edit import constant, is_read_once, made_by, readers
 
 _WEIGHT = 127  # magnitude of each int8 weight; a channel's factor is in its scale
@@ -59,7 +59,7 @@ def elementwise(emit: Emitter, node: ir.Node) -> None:
     if node.op_type != "Mul" and result.dtype == "int16":
         largest = max(left.params.scales[0], right.params.scales[0])  # type: ignore[union-attr]
         if largest >= _ADD_LIMIT * result.params.scales[0]:  # type: ignore[union-attr]
-            raise LoweringFailed(f"{node.name}: its operand's scale {largest:g} is too large for its result's")
+            raise UnsupportedRange(f"{node.name}: its operand's scale {largest:g} is too large for its result's")
 
 
 def _stored_row(emit: Emitter, node: ir.Node) -> NDArray[np.float64] | None:
