@@ -4,6 +4,7 @@ EdgeqError                1  a defect of ours, or a stage that failed its own ve
 ├── ConfigError           2  a wrong argument, file, text, target or record
 ├── ToolMissing           3  a toolchain is not installed; the message holds the install command
 ├── Unsupported           4  the model, the scheme or this CPU does not meet a written rule
+│   └── UnsupportedRange  4  the ranges that were observed do not allow it; other texts may
 ├── LoweringFailed        5  a toolchain refused, crashed, or wrote something wrong
 │   └── ChildDied         5  its process ended without a reply
 ├── ParityFailed          6  the artifact's vectors miss the target's gate
@@ -41,6 +42,10 @@ class Unsupported(EdgeqError):
     """Refuse a model, scheme or CPU that does not meet a written rule."""
 
     exit_code = 4
+
+
+class UnsupportedRange(Unsupported):
+    """Refuse what the ranges of this calibration, not the model's structure, do not allow."""
 
 
 class LoweringFailed(EdgeqError):

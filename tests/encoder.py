@@ -7,6 +7,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from edgeq.graph import roles
+from edgeq.graph.roles import Role
+
 VOCABULARY, DIM, HEADS, HIDDEN, LONGEST = 300, 64, 4, 256, 48
 
 
@@ -68,6 +71,7 @@ def encoder(
     seen = _seen(b, b.node("Unsqueeze", [mask, "axes12"], "mask4"), attention)
     bias = b.node("Sub", [seen, "one"], "mask_shifted")
     bias = b.node("Mul", [bias, "attention_mask_size"], "attention_bias")
+    roles.note(b.nodes[-1], Role.ATTENTION_MASK)
     x = b.node("Gather", [b.weight("words", VOCABULARY, DIM, spread=0.5), "input_ids"], "looked_up")
     length = b.node("Shape", ["input_ids"], "length", start=1, end=2)
     rows = b.node("Slice", [b.weight("positions", 1, LONGEST, DIM), "start", length, "axis1"], "rows")
@@ -115,7 +119,8 @@ def _pooled(b: Builder, x: str, mask: str, pooling: str) -> str:
         shares = b.node("Unsqueeze", [b.node("Cast", [shares], "shares", to=TensorProto.FLOAT), "axis1"], "shares3")
         x = b.node(
             "MatMul", [shares, x], "pooling/last/picked"
-        )  # as edgeq.quantization.rewrites.token_pooling.last_token writes it
+        )  # as edgeq.quantization.rewrites.pick_last_token writes it
+        roles.note(b.nodes[-1], Role.POOLING, Role.PICKED_TOKEN)
     return b.node("Squeeze", [x, "axis1"], "pooled")
 
 

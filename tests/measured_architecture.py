@@ -22,10 +22,10 @@ from edgeq.frontend import locate
 from edgeq.frontend.torch.convert import CONFIG, PROBES, RAW, convert, load_probes
 from edgeq.graph import dialect
 from edgeq.graph.float_session import FloatSession
-from edgeq.passes.apply import apply
-from edgeq.passes.float_passes import FLOAT_PASSES
+from edgeq.passes import float_passes
 from edgeq.pipeline import calibrate
 from edgeq.quantization import quantize, schemes
+from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import QdqModel, Source
 from edgeq.system.files import file_ref
 
@@ -69,7 +69,7 @@ def export(name: str, folder: Path) -> Exported:
         warnings.simplefilter("ignore")  # torch's own, while it exports
         record = convert(located, out, hidden_state=True)
     feeds, expected = load_probes(out / PROBES)
-    model, _ = apply(onnx.load(out / RAW), feeds, FLOAT_PASSES)
+    model, _ = float_passes.rewritten(onnx.load(out / RAW), feeds)
     dialect.verify(model, name)
     session = FloatSession.of(model)
     error = max(float(np.abs(vectors - session(feed)).max()) for feed, vectors in zip(feeds, expected, strict=True))
@@ -115,7 +115,7 @@ def lowered(made: Exported, column: str, folder: Path) -> dict[str, Any]:
             dim=made.record.dim, max_sequence=made.record.max_sequence, integer_matmuls=integer, float_matmuls=floats,
         )  # fmt: skip
         artifact = backend.lower(model, target, out)
-        result: dict[str, Any] = {"form": "integer" if scheme.leaves_nothing_float else "mixed"}
+        result: dict[str, Any] = {"form": "mixed" if QUANTIZERS[scheme.kind].keeps_float else "integer"}
         floating = artifact.placement.float_fallbacks
         if floating:
             return {"form": "refused", "reason": f"products run in float: {', '.join(floating)}"}

@@ -85,7 +85,7 @@ def session(path: Path, runtime: str, buckets: Sequence[int]) -> tflite.TfliteSe
     its_python = python() if runtime.startswith("tensorflow") else Path(sys.executable)
     worker = Worker(child_command(its_python, child.__file__, runtime), runtime)
     worker.call(do="load", path=str(path), threads=1)
-    return tflite.TfliteSession(worker, tuple(buckets), tflite.output_codes(path))
+    return tflite.TfliteSession(worker, tuple(buckets), tflite.output_params(path))
 
 
 def compared(tensors: Sequence[Tensor], wanted: Mapping[str, Meant]) -> dict[str, bool]:

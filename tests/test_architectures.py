@@ -1,6 +1,6 @@
 """Take one small model of each kind of architecture, with planted outliers, through the backends that run here.
 
-tools/architectures measures all of them and fills the README's table; here are those that differ in their graph.
+tools/architectures measures all of them for docs/reference/architectures.md; here are those that differ in their graph.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from edgeq.data.tokens import Feeds  # noqa: E402
 from edgeq.graph.float_session import FloatSession  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-RESULTS = json.loads((REPOSITORY / "docs" / "architectures.json").read_text(encoding="utf-8"))
+RESULTS = json.loads((REPOSITORY / "docs" / "measured" / "architectures.json").read_text(encoding="utf-8"))
 
 # name -> what its graph has that no other here has
 KINDS = {

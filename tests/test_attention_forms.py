@@ -12,16 +12,21 @@ from test_passes_text import array, numbers, with_inputs
 
 from edgeq.calibration.statistics import Statistics
 from edgeq.errors import EdgeqError
+from edgeq.graph import roles
 from edgeq.graph.evaluate import computed
-from edgeq.quantization.rewrites import split_outlier_weights as fine
-from edgeq.quantization.rewrites.attention import biased, counted_positions, shared_heads, turned_halves
+from edgeq.graph.roles import Role
+from edgeq.quantization.rewrites.add_zero_bias import add_zero_bias
+from edgeq.quantization.rewrites.repeat_kv_by_gather import repeat_kv_by_gather
+from edgeq.quantization.rewrites.rotate_half_by_gather import rotate_half_by_gather
+from edgeq.quantization.rewrites.slice_counted_positions import slice_counted_positions
+from edgeq.quantization.rewrites.split_outlier_weights import split_outlier_weights
 
 
-def after(model: onnx.ModelProto, rewrite, op_type: str) -> tuple[onnx.ModelProto, int]:  # type: ignore[no-untyped-def]
+def after(model: onnx.ModelProto, rewrite) -> tuple[onnx.ModelProto, int]:  # type: ignore[no-untyped-def]
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     edited = ir.from_proto(model)
-    count = sum(rewrite(edited.graph, node) for node in list(edited.graph) if node.op_type == op_type)
+    count = rewrite(edited).count
     RemoveUnusedNodesPass()(edited)
     proto = ir.to_proto(edited)
     onnx.checker.check_model(proto, full_check=True)
@@ -53,14 +58,14 @@ def rotation(swapped: bool = False) -> onnx.ModelProto:
 
 def test_halves_change_places_in_one_lookup() -> None:
     model = rotation()
-    new, count = after(model, turned_halves, "Concat")
+    new, count = after(model, rotate_half_by_gather)
     assert count == 1 and operators(new)["Gather"] == 1 and not {"Neg", "Concat", "Slice"} & set(operators(new))
     x = array(2, 5, 8)
     np.testing.assert_allclose(run(model, x=x), run(new, x=x), atol=1e-6)
 
 
 def test_halves_that_stay_where_they_are_are_no_rotation() -> None:
-    assert after(rotation(swapped=True), turned_halves, "Concat")[1] == 0
+    assert after(rotation(swapped=True), rotate_half_by_gather)[1] == 0
 
 
 def test_shared_heads_are_looked_up() -> None:
@@ -71,7 +76,7 @@ def test_shared_heads_are_looked_up() -> None:
     ]
     constants = {"two": numbers(2), "times": numbers(1, 2, 3, 5, 4), "shape": numbers(0, 6, -1, 4)}
     model = graph(nodes, constants, [1, 2, 5, 4])
-    new, count = after(model, shared_heads, "Reshape")
+    new, count = after(model, repeat_kv_by_gather)
     assert count == 1 and operators(new) == {"Gather": 1}
     x = array(1, 2, 5, 4)
     np.testing.assert_array_equal(run(model, x=x), run(new, x=x))
@@ -96,23 +101,23 @@ def counted(step: int = 1) -> onnx.ModelProto:
 
 def test_counted_positions_become_rows() -> None:
     model = counted()
-    new, count = after(model, counted_positions, "Gather")
+    new, count = after(model, slice_counted_positions)
     assert count == 1 and "CumSum" not in operators(new)
     ids = np.array([[5, 7, 9, 4]], np.int64)
     np.testing.assert_array_equal(run(model, input_ids=ids), run(new, input_ids=ids))
 
 
 def test_positions_with_gaps_are_counted_on() -> None:
-    assert after(counted(step=2), counted_positions, "Gather")[1] == 0
+    assert after(counted(step=2), slice_counted_positions)[1] == 0
 
 
 def test_a_product_without_bias_gets_one_of_zeros() -> None:
     model = graph([("MatMul", ["x", "w"], "p", {}), ("Tanh", ["p"], "y", {})], {"w": array(4, 6)}, [2, 3, 4])
-    new, count = after(model, biased, "MatMul")
+    new, count = after(model, add_zero_bias)
     assert count == 1 and operators(new) == {"MatMul": 1, "Add": 1, "Tanh": 1}
     x = array(2, 3, 4)
     np.testing.assert_array_equal(run(model, x=x), run(new, x=x))
-    assert after(new, biased, "MatMul")[1] == 0  # it has one
+    assert after(new, add_zero_bias)[1] == 0  # it has one
 
 
 def test_a_value_is_computed_from_what_it_follows_from_only() -> None:
@@ -125,8 +130,7 @@ def test_a_value_is_computed_from_what_it_follows_from_only() -> None:
 
 
 @pytest.mark.parametrize("dominates", [True, False])
-def test_a_dominant_side_path_gets_fine_weights(dominates: bool) -> None:
-    side = fine.SIDE
+def test_a_dominant_outlier_branch_gets_16_bit_weights(dominates: bool) -> None:
     nodes: list[Node] = [
         ("MatMul", ["x", "w"], "block", {}),
         ("MatMul", ["x", "few"], "h", {}),
@@ -136,14 +140,11 @@ def test_a_dominant_side_path_gets_fine_weights(dominates: bool) -> None:
         ("Neg", ["total"], "y", {}),
     ]
     model = ir.from_proto(graph(nodes, {"w": array(4, 4), "few": array(4, 3), "back": array(3, 4)}, [2, 3, 4]))
-    for name, new in {
-        "h": f"ffn{side}",
-        "a": f"ffn.activation{side}",
-        "s": f"out{side}",
-        "total": f"out.total{side}",
-    }.items():
-        node = next(each for each in model.graph if each.name == f"node_{name}")
-        node.name = new
+    for node in model.graph:
+        if node.name in ("node_h", "node_a", "node_s"):
+            roles.give(node, Role.OUTLIER_BRANCH)
+        if node.name == "node_total":
+            roles.give(node, Role.OUTLIER_SUM)
     before = ir.to_proto(model)
     large = np.full(4, 100.0 if dominates else 1.0, np.float32)
     one, three = np.ones(4, np.float32), np.ones(3, np.float32)
@@ -151,7 +152,7 @@ def test_a_dominant_side_path_gets_fine_weights(dominates: bool) -> None:
         "block": Statistics(-one, one), "s": Statistics(-large, large), "x": Statistics(-one, one),
         "h": Statistics(-three, three), "a": Statistics(0 * three, three),
     }  # fmt: skip
-    assert fine.fine_sides(model.graph, observed, 8) == (2 if dominates else 0)
+    assert split_outlier_weights(model, observed, 8).count == (2 if dominates else 0)
     new = ir.to_proto(model)
     onnx.checker.check_model(new, full_check=True)
     x = array(2, 3, 4)

@@ -16,12 +16,13 @@ from tiny_card import AlteringBackend, MissingBackend, write_bundle, write_float
 from edgeq import cli
 from edgeq.backends.registry import BACKENDS
 from edgeq.bundle import benchmark
+from edgeq.bundle.benchmark_child import Job, Sample
 from edgeq.data.tokens import Tokens, sha256_texts
 from edgeq.errors import BundleCorrupt, ConfigError, LoweringFailed, ToolMissing
 from edgeq.records import RunsOn
 from edgeq.reports import figures, timing
 from edgeq.reports.bundles import collect
-from edgeq.reports.card import Request, compare
+from edgeq.reports.card import Request, make_card
 from edgeq.reports.contents import Card, Row
 
 TEXTS = [" ".join(WORDS[i : i + 1 + i % 5]) for i in range(14)]
@@ -51,7 +52,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 def compared(*paths: Path, cache: Path, **options: object) -> Card:
-    return compare(Request(bundles=paths, cache=cache, **options), silent)  # type: ignore[arg-type]
+    return make_card(Request(bundles=paths, cache=cache, **options), silent)  # type: ignore[arg-type]
 
 
 def vectors(words: dict[str, NDArray[np.float32]]) -> list[NDArray[np.float64]]:
@@ -154,7 +155,7 @@ def test_small_numbers_by_hand() -> None:
     assert pair.cosine_mean == pytest.approx(0.74)
     assert pair.cosine_min == pytest.approx(0.0)
     texts = ["one", "two", "three", "x" * 201]
-    made = figures.compare("b", reference, other, texts, 1.0)
+    made = figures.measured("b", reference, other, texts, 1.0)
     worst = figures.worst_texts([made], reference, texts, Tokens(((1,), (1, 2), (1,), (1,)), 0, 0))
     assert [item.text for item in worst] == ["x" * 200 + "…", "three", "one", "two"]
     assert [item.errors[0].max_abs_error for item in worst] == [2.0, 1.0, 0.0, 0.0]
@@ -371,12 +372,12 @@ def test_latency_takes_turns_and_is_the_devices_own(
     elsewhere = RunsOn(machine="another", cpu_flags_all=(), cpu_flags_any=())
     write_bundle(tmp_path / "out", "here", "tiny", float_file)
     write_bundle(tmp_path / "out", "there", "tiny", float_file, runs_on=elsewhere)
-    jobs: list[benchmark.Job] = []
+    jobs: list[Job] = []
 
-    def in_process(job: benchmark.Job) -> benchmark.Sample:
+    def in_process(job: Job) -> Sample:
         jobs.append(job)
         value = 2.0 if job.model.endswith(".onnx") else 1.0
-        return benchmark.Sample(latencies_ms=(value,) * job.num_runs, peak_memory_bytes=len(jobs))
+        return Sample(latencies_ms=(value,) * job.num_runs, peak_memory_bytes=len(jobs))
 
     monkeypatch.setattr(benchmark, "in_process", in_process)
     found = compared(tmp_path / "out", cache=tmp_path / "cache", texts=texts, latency=True, threads=3)
@@ -397,9 +398,9 @@ def test_a_runtime_that_cannot_be_timed_says_why(
 ) -> None:
     write_bundle(tmp_path / "out", "here", "tiny", float_file)
 
-    def in_process(job: benchmark.Job) -> benchmark.Sample:
+    def in_process(job: Job) -> Sample:
         if job.model.endswith(".onnx"):
-            return benchmark.Sample(latencies_ms=(1.0,), peak_memory_bytes=1)
+            return Sample(latencies_ms=(1.0,), peak_memory_bytes=1)
         raise LoweringFailed("it died")
 
     monkeypatch.setattr(benchmark, "in_process", in_process)

@@ -18,7 +18,7 @@ from edgeq.data.sessions import embed_batches
 from edgeq.data.tokens import Feeds, Tokens, batches
 from edgeq.graph.edit import add_constant, add_node, made_by, readers
 from edgeq.graph.float_session import FloatSession
-from edgeq.passes.matmul_to_gemm import flat_tokens
+from edgeq.passes.matmul_to_gemm import matmul_to_gemm
 from edgeq.pipeline import calibrate
 from edgeq.quantization import quantize
 from edgeq.quantization.schemes import SCHEMES
@@ -52,7 +52,7 @@ def test_every_token_level_product_becomes_a_gemm(qdq: Path) -> None:
 
 def test_joined_heads_give_the_same_bits(qdq: Path) -> None:
     apart = ir.load(qdq)
-    flat_tokens(apart)
+    matmul_to_gemm(apart)
     joined = ir.from_proto(ir.to_proto(apart))
     assert joined_heads(joined) == LAYERS
     tokens = Tokens(encoder.tokens(5, 24), 0, 0)
@@ -73,7 +73,7 @@ def test_onnx_runtime_keeps_heads_joined(qdq: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("reason", ["read by another", "another size of head"])
 def test_heads_that_differ_stay_apart(qdq: Path, reason: str) -> None:
     model = ir.load(qdq)
-    flat_tokens(model)
+    matmul_to_gemm(model)
     products = {node.name: node for node in model.graph if node.op_type == "Gemm"}
     reshape = readers(products["layer.0.value"].outputs[0])[0]
     if reason == "read by another":

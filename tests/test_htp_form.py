@@ -12,13 +12,15 @@ from onnx import helper, numpy_helper
 from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import EdgeqError, Unsupported
+from edgeq.graph import roles
 from edgeq.graph.edit import checked, constant, made_by, readers
 from edgeq.graph.float_session import FloatSession
-from edgeq.graph.linear import SIDE
+from edgeq.graph.roles import Role
 from edgeq.pipeline import calibrate
 from edgeq.quantization import quantize
 from edgeq.quantization.rewrites.htp import htp_form
 from edgeq.quantization.schemes import SCHEMES
+from edgeq.records import HtpSpec
 
 TOKENS = Tokens(encoder.tokens(3, 40), 0, 0)
 HTP = ("w8a8-htp", "w8a16-htp")
@@ -62,8 +64,8 @@ def bits_of(value: ir.Value | None) -> int:
 
 @pytest.mark.parametrize("name", HTP)
 def test_the_form_keeps_the_function(calibrated: calibrate.Observed, name: str) -> None:
-    form = SCHEMES[name].htp
-    assert form is not None
+    form = SCHEMES[name].spec
+    assert isinstance(form, HtpSpec)
     model, _, _ = htp_form(calibrated.model, calibrated.statistics, form)
     kinds = [node.op_type for node in model.graph]
     assert kinds.count("Gemm") == PRODUCTS and kinds.count("LpNormalization") == 1 and "ReduceL2" not in kinds
@@ -88,7 +90,7 @@ def test_sixteen_bits_are_where_the_rule_says(models: dict[str, onnx.ModelProto]
     counted = {"Gemm": 0, "Add": 0, "LayerNormalization": 0, "8-bit MatMul": 0, "16-bit MatMul": 0}
     for node in ir.from_proto(models["w8a8-htp"]).graph:
         if node.op_type == "Gemm":
-            assert bits_of(node.inputs[0]) == (16 if str(node.name).endswith(SIDE) else 8), node.name
+            assert bits_of(node.inputs[0]) == (16 if roles.has(node, Role.OUTLIER_BRANCH) else 8), node.name
             counted["Gemm"] += 1
         elif node.op_type == "LayerNormalization":
             assert [bits_of(value) for value in node.inputs[:2]] == [16, 8], node.name
@@ -169,7 +171,7 @@ def test_quantising_twice_gives_the_same_bytes(
 def test_an_operator_without_form_is_named(calibrated: calibrate.Observed) -> None:
     model = onnx.ModelProto()
     model.CopyFrom(calibrated.model)
-    next(node for node in model.graph.node if node.op_type == "Gelu" and SIDE not in node.name).op_type = "Erf"
+    next(node for node in model.graph.node if node.op_type == "Gelu" and not node.metadata_props).op_type = "Erf"
     with pytest.raises(Unsupported, match=r"layer\.0\.gelu \(Erf, near layer\.0\.\w+\): Erf has no form for HTP"):
         quantize.quantize(model, calibrated.statistics, SCHEMES["w8a16-htp"])
 

@@ -17,6 +17,7 @@ from edgeq.passes.drop_open_mask import drop_open_mask
 from edgeq.passes.patch_product import patch_product
 from edgeq.passes.pool_maps import pool_maps
 from edgeq.quantization import affine, convolution
+from edgeq.quantization.qdq import UnsignedQdqBuilder
 from edgeq.quantization.schemes import SCHEMES
 
 RNG = np.random.default_rng(0)
@@ -134,7 +135,7 @@ def test_convolutions_get_codes_and_their_activation_goes() -> None:
     observed = {name: Statistics(array.min().reshape(1), array.max().reshape(1)) for name, array in ends.items()}
     edited = ir.from_proto(model)
     assert convolution.map_tensors(edited.graph) == ["x", "c", "e"]
-    names = convolution.quantize_convolutions(edited.graph, observed, SCHEMES["w8a8-gemm"])
+    names = convolution.quantize_convolutions(UnsignedQdqBuilder(edited.graph, observed), SCHEMES["w8a8-gemm"])
     assert names == ["node_a", "node_e"]
     made = checked(edited)
     assert operators(made) == Counter(Conv=2, QuantizeLinear=3, DequantizeLinear=7, Add=1)

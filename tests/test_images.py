@@ -34,8 +34,7 @@ from edgeq.frontend.float_model import _largest_error  # noqa: E402
 from edgeq.frontend.torch import convert as torch_convert  # noqa: E402
 from edgeq.graph import dialect  # noqa: E402
 from edgeq.graph.float_session import FloatSession  # noqa: E402
-from edgeq.passes.apply import apply  # noqa: E402
-from edgeq.passes.float_passes import FLOAT_PASSES  # noqa: E402
+from edgeq.passes import float_passes  # noqa: E402
 from edgeq.pipeline import calibrate, check, validate  # noqa: E402
 from edgeq.pipeline.export import export  # noqa: E402
 from edgeq.pipeline.request import ExportRequest  # noqa: E402
@@ -72,7 +71,7 @@ def floats(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     located = locate.locate(str(directory), POOLING.get(name), tower=None if name in POOLING else "image")
     record = torch_convert.convert(located, folder / "raw", hidden_state=True)
     feeds, expected = torch_convert.load_probes(folder / "raw" / torch_convert.PROBES)
-    rewritten, reports = apply(onnx.load(folder / "raw" / torch_convert.RAW), feeds, FLOAT_PASSES)
+    rewritten, reports = float_passes.rewritten(onnx.load(folder / "raw" / torch_convert.RAW), feeds)
     dialect.verify(rewritten, name)
     error = _largest_error(rewritten, feeds, expected)
     how = image_preprocessing.read(folder / "raw" / torch_convert.CONFIG / image_preprocessing.CONFIG)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import encoder
 import numpy as np
 import onnx
@@ -14,11 +16,15 @@ from edgeq.calibration.statistics import Statistics
 from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import EdgeqError, Unsupported
+from edgeq.graph.dataflow import mask_values
 from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline import calibrate
 from edgeq.quantization import quantize
-from edgeq.quantization.rewrites import fold_norm_bias
-from edgeq.quantization.rewrites.decompose_norms import primitives
+from edgeq.quantization.rewrites.affine_statistics import affine
+from edgeq.quantization.rewrites.center_values import center_values
+from edgeq.quantization.rewrites.decompose import DECOMPOSE
+from edgeq.quantization.rewrites.fold_norm_bias import fold_norm_bias
+from edgeq.quantization.rewrites.scale_outputs import scale_outputs
 from edgeq.quantization.schemes import SCHEMES
 
 TOKENS = Tokens(encoder.tokens(3, 40), 0, 0)
@@ -60,7 +66,8 @@ def clean(model: ir.Model) -> ir.Model:
 
 def test_taking_norms_apart_keeps_the_function(calibrated: calibrate.Observed) -> None:
     apart = ir.from_proto(calibrated.model)
-    assert primitives(apart) == 5 + 1  # LayerNorms, and the unit length
+    counts = {rewrite.__name__: rewrite(apart).count for rewrite in DECOMPOSE}
+    assert (counts["decompose_layer_normalization"], counts["decompose_unit_length"]) == (5, 1)
     left = {node.op_type for node in clean(apart).graph}
     assert not left & {"LayerNormalization", "ReduceL2"}
     assert np.abs(embed(calibrated.model) - embed(apart)).max() < 1e-5
@@ -69,17 +76,18 @@ def test_taking_norms_apart_keeps_the_function(calibrated: calibrate.Observed) -
 @pytest.mark.parametrize(
     ("fold", "least"),
     [
-        (lambda graph, seen: fold_norm_bias.even_values(graph, seen), 2),
-        (lambda graph, seen: fold_norm_bias.fold_norm_biases(graph, seen), 9),
-        (lambda graph, seen: fold_norm_bias.widen_outputs(graph, seen, 0.5), 4),
+        (center_values, 2),
+        (fold_norm_bias, 9),
+        (partial(scale_outputs, quantile=0.5), 4),
     ],
-    ids=["even_values", "fold_norm_biases", "widen_outputs"],
+    ids=["center_values", "fold_norm_bias", "scale_outputs"],
 )
 def test_folding_keeps_the_function_and_its_statistics(calibrated: calibrate.Observed, fold, least: int) -> None:  # type: ignore[no-untyped-def]
     model = ir.from_proto(calibrated.model)
-    primitives(model)
+    for rewrite in DECOMPOSE:
+        rewrite(model)
     seen = dict(calibrated.statistics)
-    assert fold(model.graph, seen) >= least
+    assert fold(model, seen).count >= least
     proto = ir.to_proto(clean(model))
     assert np.abs(embed(calibrated.model) - embed(proto)).max() < 1e-5
     # What was derived is what observing the folded model on the same texts gives.
@@ -103,11 +111,10 @@ def test_every_operator_reads_and_writes_codes(qdq: onnx.ModelProto) -> None:
         for name in node.input:
             readers.setdefault(name, []).append(node.op_type)
     stored = {tensor.name for tensor in qdq.graph.initializer}
-    of_mask = {"attention_mask"}
+    of_mask = {value.name for value in mask_values(ir.from_proto(qdq).graph)}
     for node in qdq.graph.node:
         variable = [name for name in node.input if name not in stored]
-        if variable and all(name in of_mask for name in variable) and node.op_type != "QuantizeLinear":
-            of_mask.update(node.output)
+        if node.output[0] in of_mask:
             continue
         if node.op_type in ("QuantizeLinear", "DequantizeLinear", "Gather", "Shape", "Slice"):
             continue
@@ -188,7 +195,7 @@ def test_affine_statistics_are_exact() -> None:
         moment = (values.T @ values / len(values)).astype(np.float32)
         return Statistics(values.min(0), values.max(0), None, moment, values.mean(0))
 
-    moved, wanted = fold_norm_bias._affine(seen(rows), factor, shift), seen(rows * factor + shift)
+    moved, wanted = affine(seen(rows), factor, shift), seen(rows * factor + shift)
     for name in ("minimum", "maximum", "mean", "moment"):
         np.testing.assert_allclose(getattr(moved, name), getattr(wanted, name), atol=1e-4)
 

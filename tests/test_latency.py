@@ -13,7 +13,8 @@ from tiny_bundle import DIM, MAX_SEQUENCE, WORDS, make_bundle, make_model
 
 from edgeq import errors
 from edgeq.bundle import benchmark
-from edgeq.bundle.benchmark import Job, Sample, Shapes
+from edgeq.bundle.benchmark import Shapes
+from edgeq.bundle.benchmark_child import Job, Sample
 from edgeq.bundle.manifest import load_manifest
 from edgeq.errors import ConfigError
 from edgeq.records import FileRef, Manifest
@@ -138,7 +139,7 @@ def test_peak_memory_is_this_process_s_own() -> None:
     """A child of a large process must not report its parent's peak, as getrusage does."""
     code = (
         "import subprocess, sys; block = b'x' * 400_000_000\n"
-        "child = 'from edgeq.bundle.benchmark import peak_memory_bytes; print(peak_memory_bytes())'\n"
+        "child = 'from edgeq.bundle.benchmark_child import peak_memory_bytes; print(peak_memory_bytes())'\n"
         "print(subprocess.run([sys.executable, '-c', child], capture_output=True, text=True, check=True).stdout)\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -194,7 +195,7 @@ def test_validation_and_evaluation_compare_with_float32(path: Path, tmp_path: Pa
 
 def test_a_wrong_job_exits_with_the_error_s_code(tmp_path: Path) -> None:
     job = Job(model=str(tmp_path), threads=1, batch=1, sequence=2, vocabulary=5, num_runs=1, warmup_runs=0)
-    command = [sys.executable, "-m", "edgeq.bundle.benchmark", job.model_dump_json()]
+    command = [sys.executable, "-m", "edgeq.bundle.benchmark_child", job.model_dump_json()]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 2
     assert "is no bundle" in found.stderr

@@ -25,8 +25,7 @@ from edgeq.frontend import locate  # noqa: E402
 from edgeq.frontend.torch import convert  # noqa: E402
 from edgeq.graph import dialect  # noqa: E402
 from edgeq.graph.float_session import FloatSession  # noqa: E402
-from edgeq.passes.apply import apply  # noqa: E402
-from edgeq.passes.float_passes import FLOAT_PASSES  # noqa: E402
+from edgeq.passes import float_passes  # noqa: E402
 from edgeq.pipeline import calibrate  # noqa: E402
 from edgeq.quantization import quantize, schemes  # noqa: E402
 from edgeq.records import QdqModel, Source  # noqa: E402
@@ -60,7 +59,7 @@ def floats(name: str, longest: int, folder: Path) -> tuple[Source, onnx.ModelPro
         warnings.simplefilter("ignore")  # torch's own, while it exports
         record = convert.convert(locate.locate(str(made)), out, hidden_state=False)
     feeds, expected = convert.load_probes(out / convert.PROBES)
-    model, _ = apply(onnx.load(out / convert.RAW), feeds, FLOAT_PASSES)
+    model, _ = float_passes.rewritten(onnx.load(out / convert.RAW), feeds)
     dialect.verify(model, name)
     session = FloatSession.of(model)
     assert max(float(np.abs(v - session(f)).max()) for f, v in zip(feeds, expected, strict=True)) < 1e-5

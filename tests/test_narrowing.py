@@ -12,14 +12,16 @@ from onnxruntime import InferenceSession
 
 from edgeq.calibration.statistics import Statistics
 from edgeq.errors import EdgeqError
+from edgeq.graph import roles
+from edgeq.graph.roles import Role
 from edgeq.quantization import affine
 from edgeq.quantization.rewrites import npu_operators
 from edgeq.quantization.schemes import SCHEMES
-from edgeq.records import IntegerForm
+from edgeq.records import IntegerSpec
 
 WIDTH, LENGTH = 64, 40
-FORM = SCHEMES["w8a8-int-npu"].integer
-assert FORM is not None
+FORM = SCHEMES["w8a8-int-npu"].spec
+assert isinstance(FORM, IntegerSpec)
 RANDOM = np.random.default_rng(3)
 # One token in ten has one channel two hundred times as large as the rest, as the residual of real models has.
 ROWS = RANDOM.standard_normal((1, LENGTH, WIDTH)).astype(np.float32)
@@ -45,6 +47,12 @@ def graph_of(nodes: list[onnx.NodeProto], inputs: dict[str, list[int]], output: 
     return ir.from_proto(onnx.shape_inference.infer_shapes(model))
 
 
+def outlier_gelu(name: str) -> onnx.NodeProto:
+    node = helper.make_node("Gelu", ["x"], [name], name=name)
+    roles.note(node, Role.OUTLIER_BRANCH)
+    return node
+
+
 def run(model: ir.Model, **feeds: np.ndarray) -> np.ndarray:
     proto = ir.to_proto(model)
     session = InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -65,7 +73,7 @@ def roots(rows: np.ndarray) -> tuple[ir.Model, npu_operators.Fixed]:
         "y",
     )
     observed = {"x": seen(rows), "n/squares": seen(sums), "n/inverse": seen(1 / np.sqrt(sums))}
-    return model, npu_operators.narrow(model.graph, observed, FORM)
+    return model, npu_operators.npu_operators(model.graph, observed, FORM)
 
 
 def coded(model: ir.Model, fixed: npu_operators.Fixed, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -130,28 +138,28 @@ def test_pooling_weighs_and_adds_the_tokens() -> None:
     )
     mask = (np.arange(LENGTH) < 30).astype(np.float32)[None, None]
     share = mask / 30
-    npu_operators.narrow(model.graph, {"x": seen(ROWS), "pooling/pooled": seen(share @ ROWS)}, FORM)
+    npu_operators.npu_operators(model.graph, {"x": seen(ROWS), "pooling/pooled": seen(share @ ROWS)}, FORM)
     assert "MatMul" not in [node.op_type for node in model.graph]
     np.testing.assert_allclose(run(model, attention_mask=mask, x=ROWS), share @ ROWS, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [0.5, 3.0, 40.0])
 def test_gelu_of_the_side_path_stays_near_gelu(size: float) -> None:
-    name = "layer/side"
-    model = graph_of([helper.make_node("Gelu", ["x"], [name], name=name)], {"x": [1, LENGTH, WIDTH]}, name)
+    name = "gelu"
+    model = graph_of([outlier_gelu(name)], {"x": [1, LENGTH, WIDTH]}, name)
     x = np.linspace(-size, size, LENGTH * WIDTH, dtype=np.float32).reshape(1, LENGTH, WIDTH)
     wanted = run(model, x=x)
-    fixed = npu_operators.narrow(model.graph, {"x": seen(x), name: seen(wanted)}, FORM)
+    fixed = npu_operators.npu_operators(model.graph, {"x": seen(x), name: seen(wanted)}, FORM)
     assert "Sigmoid" in [node.op_type for node in model.graph]
     found = coded(model, fixed, {"x": x})[name]
     assert np.abs(found - wanted).max() < max(1e-3, size * 1e-4)
 
 
 def test_what_the_form_allows_stays() -> None:
-    form = SCHEMES["w8a8-int"].integer
-    assert isinstance(form, IntegerForm)
-    model = graph_of([helper.make_node("Gelu", ["x"], ["layer/side"], name="layer/side")], {"x": [1, 8]}, "layer/side")
-    assert npu_operators.narrow(model.graph, {}, form) == {}
+    form = SCHEMES["w8a8-int"].spec
+    assert isinstance(form, IntegerSpec)
+    model = graph_of([outlier_gelu("gelu")], {"x": [1, 8]}, "gelu")
+    assert npu_operators.npu_operators(model.graph, {}, form) == {}
     assert [node.op_type for node in model.graph] == ["Gelu"]
 
 
@@ -162,4 +170,4 @@ def test_a_tensor_without_statistics_is_named() -> None:
         "n/squares",
     )
     with pytest.raises(EdgeqError, match="n/squares: the calibration has no statistics"):
-        npu_operators.narrow(model.graph, {}, FORM)
+        npu_operators.npu_operators(model.graph, {}, FORM)

@@ -13,14 +13,16 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 from edgeq.calibration.statistics import Statistics
 from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Tokens, batches
-from edgeq.graph.edit import add_constant, dims
+from edgeq.graph import roles
+from edgeq.graph.edit import Rewrites, add_constant, dims
 from edgeq.graph.float_session import FloatSession
+from edgeq.graph.roles import Role
 from edgeq.pipeline import calibrate
 from edgeq.quantization import quantize
-from edgeq.quantization.output_precision import rounding_loss, vector_codes
+from edgeq.quantization.output_precision import output_params, rounding_loss
 from edgeq.quantization.rewrites import integer
-from edgeq.quantization.rewrites.decompose_norms import primitives
-from edgeq.quantization.rewrites.single_token_last_layer import ONE_TOKEN, follow_one_token
+from edgeq.quantization.rewrites.decompose import DECOMPOSE
+from edgeq.quantization.rewrites.single_token_last_layer import single_token_last_layer
 from edgeq.quantization.schemes import SCHEMES
 
 TOKENS = Tokens(encoder.tokens(3, 40), 0, 0)
@@ -37,7 +39,8 @@ def embed(model: onnx.ModelProto) -> Embeddings:
 
 def apart(model: onnx.ModelProto) -> ir.Model:
     graph_model = ir.from_proto(model)
-    primitives(graph_model)
+    for rewrite in DECOMPOSE:
+        rewrite(graph_model)
     return clean(graph_model)
 
 
@@ -52,8 +55,8 @@ def rows_of(model: ir.Model) -> dict[str, bool]:
     found = {str(node.name): node for node in model.graph if node.op_type == "MatMul" and str(node.name)[:5] == "layer"}
     for node in found.values():
         shape = dims(node.outputs[0])
-        assert shape is not None and (ONE_TOKEN in node.meta) == (shape[-2] == 1)
-    return {name: ONE_TOKEN in node.meta for name, node in found.items()}
+        assert shape is not None and (roles.has(node, Role.SINGLE_TOKEN)) == (shape[-2] == 1)
+    return {name: roles.has(node, Role.SINGLE_TOKEN) for name, node in found.items()}
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,7 @@ def rows_of(model: ir.Model) -> dict[str, bool]:
 def test_the_function_stays_and_the_last_layer_computes_one_token(pooling: str, attention: str, crosses: bool) -> None:
     before = encoder.encoder(pooling=pooling, attention=attention)
     model = apart(before)
-    assert follow_one_token(model, {}) > 15
+    assert single_token_last_layer(model, {}).count > 15
     one = {name for name, is_one in rows_of(clean(model)).items() if is_one}
     products = set(LAST_PRODUCTS if crosses else LAST_PRODUCTS[1:])
     assert products <= one and not any(name.startswith(("layer.0", "layer.1.key", "layer.1.value")) for name in one)
@@ -85,20 +88,20 @@ def test_what_is_taken_of_a_tensor_has_its_statistics() -> None:
     model = apart(encoder.encoder(pooling="slice"))
     known = Statistics(np.array([-1.0], np.float32), np.array([1.0], np.float32))
     observed = {"layer.0.norm2": known}
-    follow_one_token(model, observed)
+    single_token_last_layer(model, observed)
     assert observed == {"layer.0.norm2": known, "layer.0.norm2/one": known}
 
 
 def test_a_mean_and_hidden_states_with_other_readers_are_left_alone() -> None:
     model = apart(encoder.encoder())
     kept = ir.to_proto(model).SerializeToString(deterministic=True)
-    assert follow_one_token(model, {}) == 0
+    assert single_token_last_layer(model, {}).count == 0
     assert ir.to_proto(model).SerializeToString(deterministic=True) == kept
     model = apart(encoder.encoder(pooling="slice"))
     hidden = next(node for node in model.graph if node.name == "pooled3").inputs[0]
     assert hidden is not None
     model.graph.append(ir.node("Relu", [hidden], name="other"))
-    assert follow_one_token(model, {}) == 0
+    assert single_token_last_layer(model, {}).count == 0
     assert any(node.name == "pooled3" for node in model.graph)
 
 
@@ -106,7 +109,7 @@ def test_a_row_that_is_not_the_first_is_no_choice() -> None:
     model = apart(encoder.encoder(pooling="lookup"))
     lookup = next(node for node in model.graph if node.name == "pooled")
     lookup.replace_input_with(1, add_constant(model.graph, "second", np.array(1, np.int64)))
-    assert follow_one_token(model, {}) == 0
+    assert single_token_last_layer(model, {}).count == 0
 
 
 @pytest.fixture(scope="module", params=["slice", "last"])
@@ -131,7 +134,7 @@ def test_one_row_has_finer_codes_where_its_kernels_exist(
     found = bits_read(one)
     assert {found[name] for name in (*LAST_PRODUCTS, "layer.1.context")} == {bits}
     assert found["layer.1.key"] == found["layer.1.value"] == 8
-    monkeypatch.setattr(integer, "follow_one_token", lambda model, observed: 0)
+    monkeypatch.setattr(integer, "single_token_last_layer", lambda model, statistics: Rewrites(0))
     every = quantize.quantize(calibrated.model, calibrated.statistics, SCHEMES[scheme])[0]
     reference = embed(calibrated.model)
     finer, coarse = (1.0 - cosines(reference, embed(model)) for model in (one, every))
@@ -162,10 +165,10 @@ def test_vectors_with_one_large_channel_have_16_bits_and_others_what_is_wanted()
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((400, 64))
     even = seen(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
-    assert vector_codes(even, 8)[1] == 8
+    assert output_params(even, 8)[1] == 8
     vectors[:, 5] += 30.0
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    codes, bits = vector_codes(seen(vectors), 8)
+    codes, bits = output_params(seen(vectors), 8)
     assert bits == 16 and codes.high == 32767 and codes.scale * 32767 == pytest.approx(1.1 * vectors.max(), rel=1e-4)
     step = codes.scale * 32767 / 127
     rounded = np.rint(vectors / step) * step
@@ -174,4 +177,4 @@ def test_vectors_with_one_large_channel_have_16_bits_and_others_what_is_wanted()
 
 
 def test_vectors_that_never_differ_have_the_bits_that_are_wanted() -> None:
-    assert vector_codes(seen(np.ones((3, 8))), 8)[1] == 8
+    assert output_params(seen(np.ones((3, 8))), 8)[1] == 8

@@ -9,7 +9,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from test_passes import Node, graph, operators, rewritten, run
 
+from edgeq.graph import roles
 from edgeq.graph.rms_norm import root_mean_square
+from edgeq.graph.roles import Role
 from edgeq.passes.apply import _distance
 from edgeq.passes.drop_reshape import drop_reshape
 from edgeq.passes.finite_mask import finite_mask
@@ -173,6 +175,7 @@ def test_the_mask_is_added_last() -> None:
     constants = {"attention_mask_size": np.array(50, np.float32), "bias": array(4, 4)}
     ports = {"x": (TensorProto.FLOAT, [2, 4, 4]), "shifted": (TensorProto.FLOAT, [2, 1, 4])}
     model = with_inputs(nodes, constants, ports)
+    roles.note(model.graph.node[0], Role.ATTENTION_MASK)
     new, done = rewritten(model, mask_last)
     (last,) = (node for node in new.graph.node if node.name == "node_masked")
     assert done.count == 1 and last.input[1] == "mask"

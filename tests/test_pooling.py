@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 pytest.importorskip("ai_edge_litert", reason="needs the extra `tflite`")
 
 from edgeq.backends.tflite import pooling as lowered
-from edgeq.quantization.rewrites.token_pooling import cap_padding, last_token
+from edgeq.quantization.rewrites.pick_last_token import pick_last_token
+from edgeq.quantization.rewrites.where_to_min import where_to_min
 
 pytestmark = pytest.mark.tflite
 
@@ -77,12 +78,10 @@ def node_of(model: ir.Model, op_type: str) -> ir.Node:
 
 @pytest.mark.parametrize("name", ["max", "lasttoken"])
 def test_the_function_stays_and_padding_stays_out(name: str) -> None:
-    nodes, rewrite, op_type = {
-        "max": (LARGEST, cap_padding, "Where"), "lasttoken": (LAST, last_token, "GatherElements"),
-    }[name]  # fmt: skip
+    nodes, rewrite = {"max": (LARGEST, where_to_min), "lasttoken": (LAST, pick_last_token)}[name]
     before = model_of(nodes)
     model = ir.from_proto(before)
-    assert rewrite(model.graph, node_of(model, op_type)) == 1
+    assert rewrite(model).count == 1
     hidden = np.random.default_rng(0).standard_normal((3, 6, DIM)).astype(np.float32) - 2.0  # a zero would be largest
     after = ir.to_proto(model)
     texts = [row[:count] for row, count in zip(hidden, MASK.sum(axis=1), strict=True)]
@@ -106,9 +105,9 @@ def test_what_is_no_max_pooling_is_left_alone() -> None:
     ):
         nodes = LARGEST if output != "column" else [("Add", ["attention_mask", "one"], "padding", {}), *LARGEST]
         model = changed(nodes, output, inputs)
-        assert cap_padding(model.graph, node_of(model, "Where")) == 0
+        assert where_to_min(model).count == 0
     model = changed([*LARGEST, ("Neg", ["filled"], "other", {})], "", [])
-    assert cap_padding(model.graph, node_of(model, "Where")) == 0
+    assert where_to_min(model).count == 0
 
 
 def test_what_is_no_last_token_is_left_alone() -> None:
@@ -118,7 +117,7 @@ def test_what_is_no_last_token_is_left_alone() -> None:
         ("masked", ["h", "h"]),
     ):
         model = changed(LAST, output, inputs)
-        assert last_token(model.graph, node_of(model, "GatherElements")) == 0, output
+        assert pick_last_token(model).count == 0, output
 
 
 @pytest.mark.parametrize(

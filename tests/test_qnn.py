@@ -184,11 +184,11 @@ def test_a_product_in_float_is_named(models: dict[str, QdqModel], tmp_path: Path
 
 def test_parts_and_nodes_elsewhere_are_refused() -> None:
     whole = {"provider": compiling.PROVIDER, "nodes": [["Gemm", "a"], ["Gelu", "b"]]}
-    assert compiling.placed([whole], "x") == ({"Gelu": 1, "Gemm": 1}, frozenset({"a"}))
+    assert compiling.operators_on_htp([whole], "x") == ({"Gelu": 1, "Gemm": 1}, frozenset({"a"}))
     with pytest.raises(LoweringFailed, match="in 2 partitions"):
-        compiling.placed([whole, whole], "x")
+        compiling.operators_on_htp([whole, whole], "x")
     with pytest.raises(LoweringFailed, match=r"c \(Gemm\) on CPUExecutionProvider"):
-        compiling.placed([whole, {"provider": "CPUExecutionProvider", "nodes": [["Gemm", "c"]]}], "x")
+        compiling.operators_on_htp([whole, {"provider": "CPUExecutionProvider", "nodes": [["Gemm", "c"]]}], "x")
 
 
 def test_a_binary_for_another_soc_is_refused_where_it_is_written(

@@ -17,8 +17,10 @@ from edgeq.calibration.statistics import Histogram, Statistics
 from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import ConfigError, EdgeqError
+from edgeq.graph import roles
 from edgeq.graph.float_session import FloatSession
-from edgeq.graph.linear import SIDE, sites
+from edgeq.graph.linear import sites
+from edgeq.graph.roles import Role
 from edgeq.pipeline import calibrate
 from edgeq.pipeline.calibrate import Observed
 from edgeq.quantization import ranges, weight_rounding
@@ -64,12 +66,12 @@ def test_equalising_keeps_the_function(model: onnx.ModelProto, observed: Observe
 
 def test_massive_neurons_leave_the_integer_product_where_there_are_any(observed: Observed) -> None:
     graph = ir.from_proto(observed.model).graph
-    side = [node for node in graph if str(node.name).endswith(SIDE) and node.op_type == "MatMul"]
+    side = [node for node in graph if roles.has(node, Role.OUTLIER_BRANCH) and node.op_type == "MatMul"]
     assert len(side) == 2
     assert all(str(node.name).startswith("layer.0.") for node in side)
     hidden = {s.name[:7]: s.weights()[0].shape for s in sites(graph) if "gelu" in s.name}
     assert hidden == {
-        "layer.0": (encoder.HIDDEN - outlier_neurons.SIDE_WIDTH, encoder.DIM), "layer.1": (encoder.HIDDEN, encoder.DIM),
+        "layer.0": (encoder.HIDDEN - outlier_neurons.BRANCH_WIDTH, encoder.DIM), "layer.1": (encoder.HIDDEN, encoder.DIM),
     }  # fmt: skip
 
 
@@ -114,7 +116,9 @@ def test_integer_products_are_near_fp32(model: onnx.ModelProto, observed: Observ
     cosines = centred_cosines(embed(model, held_out), embed(quantized, held_out))
     assert len(integer) == 12
     assert set(floats) == {
-        node.name for node in quantized.graph.node if node.name.endswith(SIDE) and node.op_type == "MatMul"
+        node.name
+        for node in ir.from_proto(quantized).graph
+        if roles.has(node, Role.OUTLIER_BRANCH) and node.op_type == "MatMul"
     }
     assert cosines.mean() > 0.99
     assert cosines.min() > 0.9  # one of 64 random texts lies near the mean, where a centred cosine says little

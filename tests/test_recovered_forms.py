@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from test_passes import LAST, Node, graph, norm_constants, operators, rewritten, run
 
 from edgeq.data.tokens import Feeds
+from edgeq.graph import roles
 from edgeq.graph.edit import Rewrites
 from edgeq.graph.float_session import FloatSession
+from edgeq.graph.roles import Role
 from edgeq.passes.drop_nan_guard import drop_nan_guard
 from edgeq.passes.float_passes import FLOAT_PASSES
 from edgeq.passes.fold_side_scales import fold_side_scales
@@ -192,11 +192,13 @@ GUARD: list[Node] = [
 
 @pytest.mark.parametrize("finite", [True, False])
 def test_a_guard_goes_only_behind_a_finite_mask(finite: bool) -> None:
-    make: Node = ("Mul", ["ones", "attention_mask_size" if finite else "big"], "attention_mask_bias", {})
+    make: Node = ("Mul", ["ones", "size" if finite else "big"], "attention_mask_bias", {})
     ones = np.ones((1, 4), np.float32)
     constants = {"ones": ones, "zero": np.array(0, np.float32), "big": np.array(-1e9, np.float32)}
-    constants["attention_mask_size"] = np.array(1e4, np.float32)
+    constants["size"] = np.array(1e4, np.float32)
     model = graph([make, *GUARD], constants, ["n", 4])
+    if finite:
+        roles.note(model.graph.node[0], Role.ATTENTION_MASK)
     new, done = rewritten(model, drop_nan_guard)
     assert (done.count, len(done.near_misses)) == ((1, 0) if finite else (0, 1))
     assert ("IsNaN" in operators(new)) is not finite
@@ -266,7 +268,6 @@ def test_scales_of_both_sides_move_into_the_weights(shared: bool) -> None:
 
 
 def test_forms_are_imported_once() -> None:
-    rewrites: tuple[Callable[[ir.Model], Rewrites], ...] = FLOAT_PASSES
-    names = [rewrite.__name__ for rewrite in rewrites]
+    names = [rewrite.__name__ for rewrite in FLOAT_PASSES]
     assert len(names) == len(set(names)) and names.index("unflatten_softmax") < names.index("recover_padding_mask")
     assert LAST.tolist() == [-1]

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from edgeq import targets
 from edgeq.backends import rockchip
 from edgeq.backends.contract import TimesItself
-from edgeq.backends.rockchip import listing
+from edgeq.backends.rockchip import compiler_log
 from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import BundleCorrupt, LoweringFailed, ToolMissing
@@ -53,7 +53,7 @@ def make_model(scheme_name: str, folder: Path) -> QdqModel:
         file=file_ref(path), float_model_sha256="0" * 64, calibration_sha256="0" * 64, scheme=scheme,
         inputs=("input_ids", "attention_mask"), outputs=("sentence_embedding",), dim=encoder.DIM,
         max_sequence=encoder.LONGEST, integer_matmuls=integer, float_matmuls=floats,
-        feeds=file_ref(feeds) if scheme.vendor is not None and scheme.vendor.feeds else None,
+        feeds=file_ref(feeds) if scheme.feeds else None,
     )  # fmt: skip
 
 
@@ -222,7 +222,7 @@ def test_wrong_settings_are_named(tmp_path: Path, changes: dict[str, object], de
 
 def test_a_qdq_model_is_refused(tmp_path: Path) -> None:
     (found,) = rockchip.rejections(make_model("w8a8-gemm", tmp_path), make_target())
-    assert found.detail == "scheme w8a8-gemm makes them itself"
+    assert found.detail == "scheme w8a8-gemm quantises the model itself"
 
 
 LOG = """D RKNN: [10:00:00.1] ID   OpType   DataType Target InputShape  OutputShape  Cycles  RW(KB)  FullName
@@ -238,9 +238,9 @@ E RKNN: [10:00:00.2] Unkown op target: 0
 
 
 def test_the_listing_tells_place_and_dtype() -> None:
-    assert [(item.kind, item.place, item.name) for item in listing.operators(LOG)] == [
+    assert [(item.kind, item.processor, item.name) for item in compiler_log.operators(LOG)] == [
         ("Gather", "CPU", "lookup"), ("Conv", "NPU", "ffn#2"),
     ]  # fmt: skip
-    assert listing.weights(LOG) == {"ffn.weight": {"INT8", "FLOAT16"}}
-    assert "Unkown" not in listing.complaints(LOG + "\x1b[1;31mE\x1b[0m build: no such SoC")
-    assert listing.complaints(LOG + "\x1b[1;31mE\x1b[0m build: no such SoC") == "  build: no such SoC"
+    assert compiler_log.weights(LOG) == {"ffn.weight": {"INT8", "FLOAT16"}}
+    assert "Unkown" not in compiler_log.complaints(LOG + "\x1b[1;31mE\x1b[0m build: no such SoC")
+    assert compiler_log.complaints(LOG + "\x1b[1;31mE\x1b[0m build: no such SoC") == "  build: no such SoC"

@@ -17,7 +17,7 @@ from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline import calibrate
 from edgeq.quantization import quantize
 from edgeq.quantization.integer.embedding_rows import scaled_rows
-from edgeq.quantization.qdq import CodedGraph
+from edgeq.quantization.qdq import QdqBuilder
 from edgeq.quantization.schemes import SCHEMES
 
 ROWS, DIM = 200, 32
@@ -87,7 +87,7 @@ def test_each_row_keeps_its_own_codes() -> None:
     model = ir.from_proto(static_model())
     graph = model.graph
     (lookup,) = [node for node in graph if node.op_type == "Gather"]
-    scaled_rows(CodedGraph(graph, {}), lookup, 8)
+    scaled_rows(QdqBuilder(graph, {}), lookup, 8)
     (product,) = [node for node in graph if node.op_type == "Mul"]
     assert [node.op_type for node in (value.producer() for value in product.inputs)] == ["DequantizeLinear"] * 2  # type: ignore[union-attr]
     assert sum(node.op_type == "Gather" for node in graph) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -32,6 +33,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "same_bytes_tool", module)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(TOOL.parent.parent / "tests")])
     loader.exec_module(module)
     return module
 
@@ -92,32 +94,31 @@ def test_what_does_not_repeat_is_dropped_from_messages(tool: ModuleType) -> None
 
 
 @pytest.mark.export
-def test_a_real_export_is_recorded_and_every_change_of_the_record_fails_the_comparison(tmp_path: Path) -> None:
+def test_a_real_export_is_recorded_and_every_change_of_the_record_fails_the_comparison(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("sentence_transformers", reason="needs the extra `export`")
     path = tmp_path / "before.json"
-
-    def run(verb: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, TOOL, verb, path, "--only", "bert", "--target", TARGET]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    done = run("record")
+    command = [sys.executable, TOOL, "record", path, "--only", "bert", "--target", TARGET]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads(path.read_text(encoding="utf-8"))
     artifact = f"bert/{TARGET}/onnx/model.onnx"
     stages = [f"bert/stages/{name}" for name in ("calibration", "equalised model", "float model")]
     assert (sorted(content["files"]), content["refusals"]) == ([*stages, artifact], {})
-    real = content["files"][artifact]
-    content["files"] |= {artifact: "0" * 64, f"bert/{TARGET}/gone": "1" * 64}
+
+    made = {kind: content[kind] for kind in tool.KINDS}
+    monkeypatch.setattr(tool, "make_all", lambda plan: (made, {}))  # the same bytes again, without a second export
+    options = argparse.Namespace(file=path, only=[], target=[], quick=False)
+    assert tool.compare(options) == 0
+    assert "0 differences" in capsys.readouterr().out
+
+    content["files"] = made["files"] | {artifact: "0" * 64, f"bert/{TARGET}/gone": "1" * 64}
     del content["files"][stages[2]]
     path.write_text(json.dumps(content), encoding="utf-8")
-    done = run("compare")
-    differing = [line for line in done.stdout.splitlines() if line.startswith("DIFFERS")]
-    assert (
-        done.returncode == 1
-        and differing
-        == [  # the stages that are not named here gave the same bytes again
-            "DIFFERS: bert/stages/float model: new",
-            f"DIFFERS: bert/{TARGET}/gone: missing",
-            f"DIFFERS: {artifact}: 000000000000 -> {real[:12]}",
-        ]
-    )
+    assert tool.compare(options) == 1
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("DIFFERS")] == [
+        "DIFFERS: bert/stages/float model: new",
+        f"DIFFERS: bert/{TARGET}/gone: missing",
+        f"DIFFERS: {artifact}: 000000000000 -> {made['files'][artifact][:12]}",
+    ]

@@ -45,7 +45,10 @@ def test_every_product_is_ranked_and_raising_helps(calibrated: calibrate.Observe
     assert sorted(item.name for item in found.products) == sorted(products)
     gains = [item.gain for item in found.products]
     assert gains == sorted(gains, reverse=True)
-    assert [step.raised for step in found.steps] == [*(2**n for n in range(10) if 2**n < len(products)), len(products)]
+    assert [step.promoted for step in found.steps] == [
+        *(2**n for n in range(10) if 2**n < len(products)),
+        len(products),
+    ]
     assert [name for step in found.steps for name in step.added] == [item.name for item in found.products]
     assert max(step.quality.cosine_mean for step in found.steps) > found.base.cosine_mean
     assert gains[0] > 0.0
@@ -53,7 +56,7 @@ def test_every_product_is_ranked_and_raising_helps(calibrated: calibrate.Observe
 
 def test_without_any_codes_the_gemm_scheme_is_fp32_but_for_its_table(calibrated: calibrate.Observed) -> None:
     counterpart, model, products = parts(calibrated, "w8a8-gemm")
-    bare = sensitivity.raised(model, products, sensitivity._weights(counterpart))
+    bare = sensitivity.promoted(model, products, sensitivity._weights(counterpart))
     assert not [node for node in bare.graph.node if node.op_type == "MatMul" and node.input[0].endswith("/dequantized")]
     batches = equal_length_batches(TOKENS, encoder.LONGEST)
     reference, found, coded = (embed_batches(FloatSession.of(m), batches, 12) for m in (counterpart, bare, model))
@@ -77,15 +80,15 @@ def test_a_product_with_a_wrong_scale_comes_first(calibrated: calibrate.Observed
 def test_an_unknown_product_is_named(calibrated: calibrate.Observed) -> None:
     _, model, _ = parts(calibrated, "w8a8-gemm")
     with pytest.raises(EdgeqError, match="no product named nothing"):
-        sensitivity.raised(model, ["nothing"], None)
+        sensitivity.promoted(model, ["nothing"], None)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8-gemm", "w8a8-int"])
-def test_a_raised_product_changes_the_model_and_nothing_else(calibrated: calibrate.Observed, scheme: str) -> None:
+def test_a_promoted_product_changes_the_model_and_nothing_else(calibrated: calibrate.Observed, scheme: str) -> None:
     _, before, products = parts(calibrated, scheme)
-    raised = schemes.raising(SCHEMES[scheme], products[:1])
-    assert (raised.name, raised.raised) == (f"{scheme}+1", products[:1])
-    after, integer, floats = quantize.quantize(calibrated.model, calibrated.statistics, raised)
+    promoted = schemes.promote(SCHEMES[scheme], products[:1])
+    assert (promoted.name, promoted.promoted) == (f"{scheme}+1", products[:1])
+    after, integer, floats = quantize.quantize(calibrated.model, calibrated.statistics, promoted)
     assert after.SerializeToString(deterministic=True) != before.SerializeToString(deterministic=True)
     if scheme == "w8a8-gemm":
         assert products[0] in floats
@@ -97,10 +100,10 @@ def test_a_raised_product_changes_the_model_and_nothing_else(calibrated: calibra
 
 def test_a_scheme_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "scheme.json"
-    scheme = schemes.raising(SCHEMES["w8a8-gemm"], ["b", "a"])
+    scheme = schemes.promote(SCHEMES["w8a8-gemm"], ["b", "a"])
     path.write_text(scheme.model_dump_json())
     assert schemes.read(path) == scheme
-    assert schemes.raising(scheme, []) == SCHEMES["w8a8-gemm"]
+    assert schemes.promote(scheme, []) == SCHEMES["w8a8-gemm"]
 
 
 def test_a_scheme_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def damaged(folder: Path, old: str, new: str) -> Path:
         ("spearman_min = 0.995", "spearman_min = nan", "spearman_min"),
         ('name = "x86-64-onnxruntime"', 'name = "other"', "the file's own name"),
         ("[gate]", "[gate", "not valid TOML"),
-        ('export_places = ["device"', 'export_places = ["divice"', "export_places"),
+        ('export_run_kinds = ["device"', 'export_run_kinds = ["divice"', "export_run_kinds"),
     ],
 )
 def test_a_typo_is_named(old: str, new: str, message: str, tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ def edited(path: Path, scheme: object, feeds: object) -> Path:
 @pytest.mark.parametrize(
     ("scheme", "feeds", "message"),
     [
-        (INT8, None, "feeds is missing, but the scheme asks for 64"),
-        (FLOAT16, FEEDS, "feeds is there, but the scheme asks for 0"),
+        (INT8, None, "feeds is missing, but rockchip-int8 asks for 64"),
+        (FLOAT16, FEEDS, "feeds is there, but rockchip-float16 asks for none"),
         (INT8, FEEDS, r"feeds \(sha256 7{64}\) is none of the artifact's files"),
         (FLOAT16, None, r"qdq_model\.file \(sha256 5{64}\) is none of the artifact's files"),
         (SCHEMES["w8a8-gemm"], FEEDS, "feeds is there, but w8a8-gemm asks for none"),

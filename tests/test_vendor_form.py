@@ -18,12 +18,12 @@ from edgeq.errors import Unsupported
 from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline import stages
 from edgeq.quantization import quantize
-from edgeq.quantization.schemes import SCHEMES, raising
-from edgeq.quantization.vendor import vendor_form
-from edgeq.records import QdqModel, Scheme, VendorForm
+from edgeq.quantization.schemes import SCHEMES, promote
+from edgeq.quantization.vendor import rewrite_for_vendor
+from edgeq.records import QdqModel, Scheme, VendorSpec
 
 TOKENS = Tokens(encoder.tokens(3, 12), 0, 0)
-INT8 = VendorForm(opset=19, dtype="int8", feeds=8, output_ratio_max=10.0)
+INT8 = VendorSpec(opset=19, dtype="int8", output_ratio_max=10.0)
 
 SEEN = tiny_integer.calibrated().statistics
 
@@ -44,7 +44,7 @@ def scaled_norms(model: onnx.ModelProto) -> list[str]:
 
 def test_the_function_stays_and_every_operator_can_be_read() -> None:
     equalized = tiny_integer.calibrated().model
-    made, integer, floats = vendor_form(equalized, SEEN, INT8)
+    made, integer, floats = rewrite_for_vendor(equalized, SEEN, INT8)
     assert made.opset_import[0].version == 19 and made.ir_version == 9
     assert [output.name for output in made.graph.output] == ["sentence_embedding"]
     assert kinds(made)["Erf"] == kinds(equalized)["Gelu"] and "Gelu" not in kinds(made)
@@ -55,12 +55,12 @@ def test_the_function_stays_and_every_operator_can_be_read() -> None:
 def test_scaled_tensors_come_from_a_norm_of_their_own() -> None:
     equalized = tiny_integer.calibrated().model
     before = scaled_norms(equalized)
-    made = vendor_form(equalized, SEEN, INT8)[0]
+    made = rewrite_for_vendor(equalized, SEEN, INT8)[0]
     assert before and not scaled_norms(made)
     assert kinds(made)["LayerNormalization"] == kinds(equalized)["LayerNormalization"] + len(before)
     norms = [node for node in made.graph.node if node.op_type == "LayerNormalization"]
     assert all({"axis", "epsilon"} <= {attribute.name for attribute in node.attribute} for node in norms)
-    whole = vendor_form(equalized, SEEN, INT8.model_copy(update={"dtype": "float16"}))
+    whole = rewrite_for_vendor(equalized, SEEN, INT8.model_copy(update={"dtype": "float16"}))
     assert scaled_norms(whole[0]) == before and whole[1] == ()
 
 
@@ -71,7 +71,7 @@ def test_a_factor_of_another_shape_is_no_gain() -> None:
     (node,) = (item for item in near.graph.node if item.name == name)
     factor = next(tensor for tensor in near.graph.initializer if tensor.name in node.input)
     factor.CopyFrom(onnx.numpy_helper.from_array(np.float32([2.0]), factor.name))
-    assert scaled_norms(vendor_form(near, SEEN, INT8)[0]) == [name]
+    assert scaled_norms(rewrite_for_vendor(near, SEEN, INT8)[0]) == [name]
 
 
 def test_an_approximated_gelu_is_refused() -> None:
@@ -80,7 +80,7 @@ def test_an_approximated_gelu_is_refused() -> None:
     gelu = next(node for node in model.graph.node if node.op_type == "Gelu")
     gelu.attribute.append(helper.make_attribute("approximate", "tanh"))
     with pytest.raises(Unsupported, match="Gelu by tanh has no form before opset 20"):
-        vendor_form(model, SEEN, INT8)
+        rewrite_for_vendor(model, SEEN, INT8)
 
 
 def test_a_product_with_one_huge_channel_stays_float() -> None:
@@ -88,13 +88,14 @@ def test_a_product_with_one_huge_channel_stays_float() -> None:
     huge = np.where(np.arange(encoder.DIM) == 5, np.float32(50.0) * np.abs(seen.maximum).max(), seen.maximum)
     wide = {**SEEN, "layer.1.ffn_out.out": Statistics(seen.minimum, huge)}
     model = tiny_integer.calibrated().model
-    assert set(vendor_form(model, SEEN, INT8)[1]) - set(vendor_form(model, wide, INT8)[1]) == {"layer.1.ffn_out"}
+    before, after = (rewrite_for_vendor(model, seen, INT8).integer_products for seen in (SEEN, wide))
+    assert set(before) - set(after) == {"layer.1.ffn_out"}
     lenient = INT8.model_copy(update={"output_ratio_max": 1e6})
-    assert "layer.1.ffn_out" in vendor_form(model, wide, lenient)[1]
+    assert "layer.1.ffn_out" in rewrite_for_vendor(model, wide, lenient)[1]
 
 
-def test_raised_products_stay_float() -> None:
-    scheme = raising(SCHEMES["rockchip-int8"], ["layer.1.ffn_out"])
+def test_promoted_products_stay_float() -> None:
+    scheme = promote(SCHEMES["rockchip-int8"], ["layer.1.ffn_out"])
     observed = tiny_integer.calibrated()
     _, integer, floats = quantize.quantize(observed.model, observed.statistics, scheme)
     assert "layer.1.ffn_out" in floats and len(integer) == 11
@@ -106,9 +107,7 @@ def test_feeds_are_spread_over_the_lengths() -> None:
     assert [len(ids) for ids in stages.spaced_by_length(tokens, 99)] == [9, 7, 5, 3, 1]
 
 
-def test_records_of_other_schemes_know_no_vendor() -> None:
-    """Bundles of every other scheme keep their bytes."""
-    assert "vendor" not in SCHEMES["w8a8-int"].model_dump(mode="json")
+def test_a_scheme_of_a_vendor_is_read_back_as_it_was() -> None:
     given = SCHEMES["rockchip-int8"]
     assert Scheme.model_validate_json(given.model_dump_json()) == given
     assert QdqModel.model_fields["feeds"].default is None

@@ -18,8 +18,7 @@ from edgeq.data.tokens import Feeds, Tokens, batches
 from edgeq.errors import ConfigError, StorageFailed
 from edgeq.graph import external_data
 from edgeq.graph.float_session import FloatSession
-from edgeq.passes.apply import apply
-from edgeq.passes.float_passes import FLOAT_PASSES
+from edgeq.passes import float_passes
 from edgeq.pipeline import calibrate
 from edgeq.quantization.quantize import quantize
 from edgeq.quantization.schemes import SCHEMES
@@ -113,7 +112,7 @@ def test_a_large_model_calibrates_and_quantises_to_the_same_codes(
     small = calibrate.calibrate(encoder.encoder(), TOKENS, 0, lambda *_: None)
     wanted, names, _ = quantize(small.model, small.statistics, SCHEMES["w8a8-gemm"])
     assert integer == names
-    assert observed.migration.strengths == small.migration.strengths
+    assert observed.smoothing.alphas == small.smoothing.alphas
     for name, values in stored(wanted).items():
         if name.endswith("/codes"):  # ONNX Runtime sums in another order where it packs no copy of a weight
             assert np.mean(found[name] != values) < 1e-3, name
@@ -126,7 +125,7 @@ def test_passes_rewrite_a_large_model_without_taking_it_in(tmp_path: Path) -> No
     made = saved(tmp_path)
     feeds = Feeds(np.array([[1, 2, 3, 4], [5, 6, 0, 0]]), np.array([[1, 1, 1, 1], [1, 1, 0, 0]]))
     with external_data.outside(tmp_path / "work"):
-        rewritten, _ = apply(made, (feeds,), FLOAT_PASSES)
+        rewritten, _ = float_passes.rewritten(made, (feeds,))
         assert sum(map(external_data.is_external, rewritten.graph.initializer)) > 8
         assert rewritten.ByteSize() < 60_000
         error = np.abs(FloatSession.of(rewritten)(feeds) - FloatSession.of(encoder.encoder())(feeds)).max()

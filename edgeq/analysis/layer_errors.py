@@ -15,17 +15,16 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.calibration.observe import equal_length_batches, observing
+from edgeq.calibration.outlier_neurons import SIDE
 from edgeq.calibration.statistics import Statistics
 from edgeq.data.tokens import Tokens
 from edgeq.errors import EdgeqError
-from edgeq.graph.edit import checked, constant, dims, readers
-from edgeq.graph.linear import SIDE
-from edgeq.quantization.rewrites.htp import htp_form
-from edgeq.quantization.rewrites.integer import integer_form
+from edgeq.graph.edit import constant, dims, readers
+from edgeq.graph.operators import LAYOUT
+from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import Record, Scheme
 
 OUTPUT = "sentence_embedding"
-_STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze"})
 
 FloatArray = NDArray[np.float32]
 
@@ -84,11 +83,7 @@ def counterpart(model: onnx.ModelProto, observed: Mapping[str, Statistics], sche
         observed: the calibration's statistics.
         scheme: of the QDQ model.
     """
-    if scheme.htp is not None:
-        return checked(htp_form(model, observed, scheme.htp)[0])
-    if scheme.integer is None:
-        return model
-    return ir.to_proto(integer_form(model, observed, scheme.integer)[0])
+    return QUANTIZERS[scheme.kind].rewrite(model, observed, scheme)
 
 
 def residual_stream(model: onnx.ModelProto) -> tuple[str, ...]:
@@ -188,7 +183,7 @@ def _common(reference: ir.Graph, quantized: ir.Graph, stream: frozenset[str]) ->
         name, shape = str(value.name), dims(value)
         is_tokens = shape is not None and len(shape) == 3 and isinstance(shape[2], int) and shape[2] > 1
         is_wanted = is_tokens or name in stream or name == OUTPUT  # the stream may be a flat list of tokens
-        is_compared = value.dtype == ir.DataType.FLOAT and node.op_type not in _STILL and is_wanted
+        is_compared = value.dtype == ir.DataType.FLOAT and node.op_type not in LAYOUT and is_wanted
         if is_compared and name in theirs:
             found.append(_Common(name=name, seen_as=_as_read(theirs[name]), after=after, is_stream=name in stream))
     return found

@@ -23,6 +23,7 @@ from edgeq.pipeline import export as pipeline
 from edgeq.pipeline import stages
 from edgeq.pipeline.request import ExportRequest
 from edgeq.quantization import schemes
+from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import Measures, Record, Scheme, Status, Target
 from edgeq.system import files
 from edgeq.system.progress import Progress
@@ -41,7 +42,7 @@ class AnalysisRequest:
 
 
 class Cost(Record):
-    """Say what raising one product of a shape costs, from artifacts that differ in all products of that shape."""
+    """Say what promoting one product of a shape costs, from artifacts that differ in all products of that shape."""
 
     channels: int
     outputs: int
@@ -52,9 +53,9 @@ class Cost(Record):
 
 
 class Trial(Record):
-    """Say how the real artifact did with some products raised."""
+    """Say how the real artifact did with some products promoted."""
 
-    raised: tuple[str, ...]
+    promoted: tuple[str, ...]
     status: Status
     measures: Measures | None
     size_bytes: int
@@ -64,7 +65,7 @@ class Analysis(Record):
     """Hold what was found for one target."""
 
     target: str
-    change: str  # what raising does in this scheme
+    change: str  # what promoting does in this scheme
     sensitivity: Sensitivity
     costs: tuple[Cost, ...]
     trials: tuple[Trial, ...]
@@ -80,18 +81,18 @@ def analyze(request: AnalysisRequest, progress: Progress) -> Analysis:
 
     Raises:
         Unsupported: the target's codes are made by a vendor's compiler.
-        ParityFailed: automatic, and the gate does not hold with every product raised either.
+        ParityFailed: automatic, and the gate does not hold with every product promoted either.
         EdgeqError: any stage of an export.
     """
     (target,) = request.export.targets
     own = schemes.find(target.scheme, target.name)
-    if own.vendor is not None:
+    if not QUANTIZERS[own.kind].writes_integers:
         raise Unsupported(
             f"{target.name}: the scheme {own.name} leaves the codes to the vendor's compiler; one whose codes edgeq "
             "makes is needed. Analyse the model for another target."
         )
     found = _sensitivity(request.export, target, progress)
-    integer = own.leaves_nothing_float
+    integer = not QUANTIZERS[own.kind].keeps_float
     with tempfile.TemporaryDirectory() as folder:
         trials = _Trials(request.export, Path(folder), progress)
         costs = _costs(found.products, trials) if request.is_costed or request.is_automatic else ()
@@ -135,7 +136,7 @@ def _sensitivity(request: ExportRequest, target: Target, progress: Progress) -> 
 
 
 class _Trials:
-    """Export the target with products raised, each set once, and keep what came out."""
+    """Export the target with products promoted, each set once, and keep what came out."""
 
     def __init__(self, request: ExportRequest, folder: Path, progress: Progress) -> None:
         self._request = request
@@ -149,21 +150,23 @@ class _Trials:
 
     def scheme(self, names: Sequence[str]) -> Scheme:
         (target,) = self._request.targets
-        return schemes.raising(schemes.find(target.scheme, target.name), names)
+        return schemes.promote(schemes.find(target.scheme, target.name), names)
 
     def run(self, names: Sequence[str]) -> tuple[Trial, Path]:
         """Give the trial, and its bundle."""
         scheme = self.scheme(names)
-        if scheme.raised not in self._known:
+        if scheme.promoted not in self._known:
             number = len(self._known)
             path = self._folder / f"scheme_{number}.json"
             files.write_bytes(path, scheme.model_dump_json().encode())
             out = self._folder / str(number)
             wanted = replace(self._request, scheme=path, out=out, keep_failed=True, dry_run=False)
             (made,) = pipeline.export(wanted, self._progress)
-            trial = Trial(raised=scheme.raised, status=made.status, measures=made.parity, size_bytes=made.size_bytes)
-            self._known[scheme.raised] = trial, Path(made.path)
-        return self._known[scheme.raised]
+            trial = Trial(
+                promoted=scheme.promoted, status=made.status, measures=made.parity, size_bytes=made.size_bytes
+            )
+            self._known[scheme.promoted] = trial, Path(made.path)
+        return self._known[scheme.promoted]
 
     def milliseconds(self, bundle: Path) -> tuple[float | None, str | None]:
         """Give the median time of one text, or None and why."""
@@ -201,7 +204,7 @@ def _costs(products: Sequence[Product], trials: _Trials) -> tuple[Cost, ...]:
 
 
 def _cheapest(products: Sequence[Product], costs: Sequence[Cost], trials: _Trials) -> Scheme:
-    """Raise what gains most for its cost first, and find the fewest products with which the gate holds."""
+    """Promote what gains most for its cost first, and find the fewest products with which the gate holds."""
     ordered = [item.name for item in by_value(products, costs)]
     if trials.run(())[0].status == "passed":
         return trials.scheme(())
@@ -210,7 +213,7 @@ def _cheapest(products: Sequence[Product], costs: Sequence[Cost], trials: _Trial
         if high >= len(ordered):
             failed = trials.run(ordered)[0].measures
             raise ParityFailed(
-                f"with all {len(ordered)} products raised the gate does not hold either (cosine mean "
+                f"with all {len(ordered)} products promoted the gate does not hold either (cosine mean "
                 f"{failed.cosine_mean if failed else math.nan:.5f}): the loss is elsewhere. See the layers in "
                 "edgeq compare --html, calibrate on texts like your own, or choose another target."
             )

@@ -1,7 +1,8 @@
-"""Measure what the codes of each weight product cost in quality: one product at a time without them, and many together.
+"""Measure what quantising each weight product costs: promote one product at a time, and many together.
 
-A product is raised by taking its codes away in the QDQ model, which runs in ONNX Runtime: no model is quantised again.
-In a scheme that leaves nothing float its weights keep their codes, because raised means 16-bit activations there.
+A product is promoted by taking QuantizeLinear and DequantizeLinear away around it in the QDQ model, which runs in ONNX
+Runtime: no model is quantised again. In a scheme that leaves nothing float its weights stay int8, because promoted
+means 16-bit activations there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from edgeq.data.tokens import Tokens
 from edgeq.errors import EdgeqError
 from edgeq.evaluation.parity import unit
 from edgeq.graph.float_session import FloatSession
+from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import Record, Scheme
 from edgeq.system.progress import Progress
 
@@ -41,7 +43,7 @@ class Quality(Record):
 
 
 class Product(Record):
-    """Say what one weight product costs, measured with that product alone raised."""
+    """Say what one weight product costs, measured with that product alone promoted."""
 
     name: str
     channels: int  # of its input
@@ -51,9 +53,9 @@ class Product(Record):
 
 
 class Step(Record):
-    """Say what raising the best products together gives."""
+    """Say what promoting the best products together gives."""
 
-    raised: int
+    promoted: int
     added: tuple[str, ...]
     quality: Quality
 
@@ -72,7 +74,7 @@ def measure(
     float_model: onnx.ModelProto, qdq_model: onnx.ModelProto, scheme: Scheme, names: Sequence[str], tokens: Tokens,
     progress: Progress,
 ) -> Sensitivity:  # fmt: skip
-    """Raise each product alone, rank them, then raise 1, 2, 4, ... and all of them together.
+    """Promote each product alone, rank them, then promote 1, 2, 4, ... and all of them together.
 
     Args:
         float_model: FP32, whose tensors the scheme puts codes on (`edgeq.analysis.layer_errors.counterpart`).
@@ -87,16 +89,18 @@ def measure(
     """
     batches = equal_length_batches(tokens, max(len(ids) for ids in tokens.ids))
 
+    keeps_float = QUANTIZERS[scheme.kind].keeps_float
+
     def embed(model: onnx.ModelProto) -> Embeddings:
-        return embed_batches(FloatSession.of(model, optimize=not scheme.leaves_nothing_float), batches, len(tokens.ids))
+        return embed_batches(FloatSession.of(model, optimize=keeps_float), batches, len(tokens.ids))
 
     reference = embed_batches(FloatSession.of(float_model), batches, len(tokens.ids))
     base = _quality(reference, embed(qdq_model))
-    weights = None if scheme.leaves_nothing_float else _weights(float_model)
+    weights = _weights(float_model) if keeps_float else None
     found = []
     for done, name in enumerate(names):
         progress("sensitivity", done, len(names))
-        quality = _quality(reference, embed(raised(qdq_model, (name,), weights)))
+        quality = _quality(reference, embed(promoted(qdq_model, (name,), weights)))
         channels, outputs = _shape(float_model, name)
         found.append(
             Product(name=name, channels=channels, outputs=outputs, quality=quality, gain=quality.score - base.score)
@@ -106,14 +110,14 @@ def measure(
     counts = [2**power for power in range(len(ranked).bit_length()) if 2**power < len(ranked)]
     for count in [*counts, len(ranked)]:
         chosen = [item.name for item in ranked[:count]]
-        quality = _quality(reference, embed(raised(qdq_model, chosen, weights)))
-        steps.append(Step(raised=count, added=tuple(chosen[before:]), quality=quality))
+        quality = _quality(reference, embed(promoted(qdq_model, chosen, weights)))
+        steps.append(Step(promoted=count, added=tuple(chosen[before:]), quality=quality))
         before = count
     progress("sensitivity", len(names), len(names))
     return Sensitivity(scheme=scheme.name, texts=len(tokens.ids), base=base, products=tuple(ranked), steps=tuple(steps))
 
 
-def raised(
+def promoted(
     model: onnx.ModelProto, names: Sequence[str], weights: dict[str, NDArray[np.float32]] | None
 ) -> onnx.ModelProto:
     """Give the QDQ model with some products reading and giving values without codes.
@@ -137,7 +141,7 @@ def raised(
     for name, node in products.items():
         node.input[0] = _uncoded(made, node.input[0])
         if weights is not None:
-            weight = numpy_helper.from_array(weights[name], f"{name}/raised")
+            weight = numpy_helper.from_array(weights[name], f"{name}/promoted")
             graph.initializer.append(weight)
             node.input[1] = weight.name
         _uncode_result(graph, node)

@@ -1,4 +1,4 @@
-"""Load a bundle: find its backend, check this machine, and give what embeds texts or images."""
+"""Load a bundle: find its backend, check this machine's CPU, and make an embedder of texts or images."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from edgeq.system.host import machine, run_kind
 
 
 def load(bundle: str | Path, threads: int = 0, allow_failed: bool = False) -> Embedder:
-    """Load a bundle.
+    """Load a bundle's artifact with its tokenizer or image preprocessing.
 
     Args:
         bundle: OUT/TARGET, as `edgeq export` wrote it.
-        threads: 0 leaves the choice to the target.
+        threads: 0 takes the target's number.
         allow_failed: load a bundle that missed its gate, too.
 
     Returns:
-        What embeds texts; for a bundle of an image model, what embeds images.
+        An embedder of texts, or an `ImageEmbedder` for an image model.
 
     Raises:
         ConfigError: there is no bundle at this path, or edgeq lacks its backend.
         BundleCorrupt: its manifest is not what edgeq writes.
-        Unsupported: this CPU lacks flags the target needs, or the bundle missed its gate.
+        Unsupported: this CPU lacks flags that the target needs, or the bundle missed its gate.
     """
     path = Path(bundle)
     manifest = load_manifest(path)

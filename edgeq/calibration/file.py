@@ -1,4 +1,4 @@
-"""Write and read a calibration: the statistics of every observed tensor, byte for byte the same."""
+"""Write and read a calibration (.npz): the statistics of every observed tensor; equal statistics give equal bytes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def load(path: Path) -> dict[str, Statistics]:
 
 
 def _members(path: Path) -> dict[str, NDArray[Any]]:
-    """Read the arrays of an archive that is not compressed; second moments of a large model take gigabytes."""
+    """Read the arrays of a .npz, and map large ones that are not compressed: second moments can take gigabytes."""
     arrays: dict[str, NDArray[Any]] = {}
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():

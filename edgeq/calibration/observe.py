@@ -1,4 +1,4 @@
-"""Run a float model over texts and keep statistics of its tensors in bounded memory."""
+"""Run a float model over texts in ONNX Runtime, and keep statistics of its tensors in memory that does not grow."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def observe(
             statistics.histogram = statistics.histogram or Histogram()
             statistics.histogram.add(array, float(max(-low.min(), high.max())))
         if name in with_mean:
-            share = rows.sum(0) / np.float32(total)
-            statistics.mean = share if statistics.mean is None else statistics.mean + share
+            part = rows.sum(0) / np.float32(total)
+            statistics.mean = part if statistics.mean is None else statistics.mean + part
         if name in with_moment:
             _add_moment(statistics, rows, max(1, total // MOMENT_ROWS))
 
@@ -129,7 +129,7 @@ def tensor_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
 
 
 def peak_bytes(model: onnx.ModelProto, longest: int) -> int:
-    """Bound what observing takes above the bare process, for texts of up to `longest` tokens.
+    """Bound the memory that `observe` takes above the bare process, for texts of up to `longest` tokens.
 
     The weights twice (ONNX Runtime packs them anew; it does not where they are large), one layer's attention, and one
     group of observed tensors.
@@ -151,7 +151,7 @@ def _size(shape: tuple[int | None, ...], longest: int) -> int:
 def _groups(
     tensors: Sequence[str], shapes: dict[str, tuple[int | None, ...]], longest: int, moments: set[str]
 ) -> list[list[str]]:
-    """Part tensors so that those of one run stay below GROUP_BYTES with their moments; each group costs a run."""
+    """Split tensors into groups, one for each run, that stay below GROUP_BYTES together with their moments."""
     groups: list[list[str]] = [[]]
     left = GROUP_BYTES
     for name in tensors:
@@ -166,10 +166,10 @@ def _groups(
 
 
 def observing(model: onnx.ModelProto, tensors: Sequence[str], reduced: Sequence[str] = ()) -> FloatSession:
-    """Load the model with the tensors as outputs; what only the sentence embedding needs is not run.
+    """Load the model in ONNX Runtime with the tensors as outputs; what only the sentence embedding needs is not run.
 
-    Of `reduced` tensors the smallest and the largest value are outputs, float32[] each: attention over 4,096 tokens is
-    too large to hand over.
+    Of `reduced` tensors ReduceMin and ReduceMax give the smallest and the largest value as outputs, float32[] each:
+    attention over 4,096 tokens is too large to hand over.
     """
     outputs = len(model.graph.output)
     have = {output.name for output in model.graph.output}
@@ -181,20 +181,20 @@ def observing(model: onnx.ModelProto, tensors: Sequence[str], reduced: Sequence[
     ]
     ends = {node.output[0] for _, node in added}
     for name, node in added:  # right behind what makes the tensor, so that it can be freed
-        made = next(place for place, item in enumerate(model.graph.node) if name in item.output)
+        made = next(position for position, item in enumerate(model.graph.node) if name in item.output)
         model.graph.node.insert(made + 1, node)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in (*extra, *sorted(ends)))
     try:
         return FloatSession.of(model)
     finally:
         del model.graph.output[outputs:]
-        for place in reversed(range(len(model.graph.node))):
-            if model.graph.node[place].output[0] in ends:
-                del model.graph.node[place]
+        for position in reversed(range(len(model.graph.node))):
+            if model.graph.node[position].output[0] in ends:
+                del model.graph.node[position]
 
 
 def _add_moment(statistics: Statistics, rows: NDArray[np.float32], stride: int) -> None:
-    """Gather rows and multiply them in blocks: one large product costs far less than many small ones."""
+    """Collect every `stride`-th row, and add x xᵀ of them in blocks: one large product costs less than many."""
     statistics.waiting.append(rows[-statistics.seen % stride :: stride].copy())
     statistics.seen += len(rows)
     if sum(map(len, statistics.waiting)) >= MOMENT_BLOCK:

@@ -1,4 +1,4 @@
-"""Move the few feed-forward neurons that carry massive activations into a small product of their own."""
+"""Move the few feed-forward neurons with outlier activations into a small branch of their own."""
 
 from __future__ import annotations
 
@@ -8,19 +8,32 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.calibration.statistics import Statistics, magnitudes
-from edgeq.graph.edit import add_constant, add_node, constant, made_by, readers, replace_constant
-from edgeq.graph.linear import SIDE, FeedForward, bias_of, feed_forwards
+from edgeq.calibration.statistics import Statistics
+from edgeq.graph.edit import (
+    add_constant,
+    add_node,
+    constant,
+    insert_after,
+    made_by,
+    readers,
+    replace_constant,
+    required,
+)
+from edgeq.graph.linear import FeedForward, bias_of, feed_forwards
+from edgeq.graph.roles import Role
 
-SIDE_WIDTH = 16  # neurons move in blocks of this many: integer kernels work on such blocks
-SIDE_SHARE = 0.02
-SIDE_RATIO = 4.0  # a path of its own pays where a neuron would otherwise take two of the eight bits from all others
+SIDE = "/side"  # ends the names of what belongs to the outlier branch
+BRANCH_WIDTH = 16  # neurons move in blocks of this many: integer kernels work on such blocks
+BRANCH_RATIO = 0.02  # of the neurons of a block
+OUTLIER_RATIO = (
+    4.0  # a branch of its own pays where a neuron would otherwise take two of the eight bits from all others
+)
 
 
 def split_neurons(
     graph: ir.Graph, observed: Mapping[str, Statistics], swept: Mapping[str, Statistics]
 ) -> dict[str, Statistics]:
-    """Move the neurons with the largest possible contribution of each feed-forward pair into a side path.
+    """Move the neurons with the largest possible contribution of each feed-forward block into an outlier branch.
 
     Before::
 
@@ -33,8 +46,8 @@ def split_neurons(
 
     A neuron's contribution is bounded by its largest activation times the norm of its row of W2. Two per cent of
     the neurons move, rounded up to a block of 16, if the largest of them is four times what stays; else none does. The
-    largest activation counts the vocabulary sweep too: some neurons sleep through every calibration text and wake, far
-    past every range, at a rare name.
+    largest activation counts the vocabulary sweep too: some neurons are inactive on every calibration text, and far
+    past every range at a rare name.
 
     Args:
         graph: edited in place.
@@ -49,13 +62,13 @@ def split_neurons(
         name = str(block.hidden.name)
         statistics = observed.get(name)
         weight = constant(block.second.inputs[1])
-        if statistics is None or weight is None or weight.shape[0] < 4 * SIDE_WIDTH:
+        if statistics is None or weight is None or weight.shape[0] < 4 * BRANCH_WIDTH:
             continue
-        largest = np.maximum(magnitudes(statistics), magnitudes(swept[name]))
+        largest = np.maximum(statistics.active_magnitudes, swept[name].active_magnitudes)
         bound = largest * np.linalg.norm(weight.astype(np.float64), axis=1)
-        width = SIDE_WIDTH * int(np.ceil(SIDE_SHARE * weight.shape[0] / SIDE_WIDTH))
+        width = BRANCH_WIDTH * int(np.ceil(BRANCH_RATIO * weight.shape[0] / BRANCH_WIDTH))
         order = np.argsort(-bound, kind="stable")
-        if bound[order[0]] < SIDE_RATIO * bound[order[width]]:
+        if bound[order[0]] < OUTLIER_RATIO * bound[order[width]]:
             continue
         few = np.sort(order[:width])
         rest = np.setdiff1d(np.arange(weight.shape[0]), few)
@@ -66,24 +79,23 @@ def split_neurons(
 
 def _split(graph: ir.Graph, block: FeedForward, few: NDArray[np.int64], rest: NDArray[np.int64]) -> None:
     """Copy a block for a few neurons, add what the copy gives, and leave the rest to the block."""
-    end, second = block.end, constant(block.second.inputs[1])
+    end, second = block.end, required(constant(block.second.inputs[1]))
     reading = set(readers(end))
     after = next(node for node in graph if node in reading)
     copies: dict[ir.Value, ir.Value] = {}
     for node in _in_order(block):
         copies[node.outputs[0]] = _copy_for(graph, block, node, copies, few, after)
-    rows = add_constant(graph, f"{block.second.name}.weight{SIDE}", second[few])  # type: ignore[index]
-    product = add_node(after, "MatMul", [copies[block.hidden], rows], f"{block.second.name}{SIDE}")
-    total = add_node(after, "Add", [end, product], f"{block.second.name}.total{SIDE}")
-    for use in tuple(end.uses()):
-        if use.node is not total.producer():
-            use.node.replace_input_with(use.idx, total)
+    rows = add_constant(graph, f"{block.second.name}.weight{SIDE}", second[few])
+    name = str(block.second.name)
+    product = add_node(after, "MatMul", [copies[block.hidden], rows], f"{name}{SIDE}", role=Role.OUTLIER_BRANCH)
+    total = add_node(after, "Add", [end, product], f"{name}.total{SIDE}", role=Role.OUTLIER_SUM)
+    insert_after(end, total)
     for node in _in_order(block):
         for position, array in _by_neuron(node, len(few) + len(rest)):
             replace_constant(graph, node, position, array[..., rest])
         value = node.outputs[0]
         value.shape = None if value.shape is None else ir.Shape([*list(value.shape)[:-1], len(rest)])
-    replace_constant(graph, block.second, 1, second[rest])  # type: ignore[index]
+    replace_constant(graph, block.second, 1, second[rest])
 
 
 def _in_order(block: FeedForward) -> list[ir.Node]:
@@ -127,7 +139,7 @@ def _copy_for(
         else:
             inputs.append(copies.get(value, value))
     attributes = {name: item.value for name, item in node.attributes.items() if item.value is not None}
-    return add_node(before, node.op_type, inputs, _name_of_copy(block, node), attributes)
+    return add_node(before, node.op_type, inputs, _name_of_copy(block, node), attributes, role=Role.OUTLIER_BRANCH)
 
 
 def _bias_of_first(block: FeedForward, node: ir.Node) -> ir.Node | None:

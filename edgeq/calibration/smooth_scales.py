@@ -1,10 +1,10 @@
-"""Move scale between tensors and weights so that every tensor has a friendly range. The FP32 function stays the same.
+"""Move scale between tensors and weights (SmoothQuant), so that 8 bits suit both; FP32 stays the same.
 
 Three exact rewrites of the float model, done once and shared by all backends:
 
-- the few FFN neurons that carry massive activations leave for a small product of their own
+- the few FFN neurons with outlier activations move to a small branch of their own
   (`edgeq.calibration.outlier_neurons`);
-- per-channel scale moves from a tensor into the weights that read it (`migrate`): into the LayerNorm or the value
+- per-channel scale moves from a tensor into the weights that read it (`smooth`): into the LayerNorm or the value
   weights where nothing else reads them, and behind one `Mul` where the residual stream is in the way;
 - the mask gets a finite size that follows from the range of the scores (`size_mask`).
 """
@@ -17,44 +17,46 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.calibration.statistics import Statistics, magnitudes
-from edgeq.graph.attention_mask import MASK_SIZE, is_mask
+from edgeq.calibration.statistics import Statistics
+from edgeq.graph import roles
+from edgeq.graph.attention_mask import is_mask
 from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by, replace_constant
-from edgeq.graph.linear import Site, bias_of, sites, value_sum
+from edgeq.graph.linear import Site, sites, value_projection
 from edgeq.graph.rms_norm import root_mean_square
+from edgeq.graph.roles import Role
 
 SCALED = "/scaled"
 EXP_UNDERFLOW = 30.0  # exp(-30) is 1e-13: below the rounding of a float32 sum
 
 
-def migration_scales(site: Site, statistics: Statistics, swept: Statistics, strength: float) -> NDArray[np.float64]:
-    """Give the divisor of each channel: magnitude^strength / weight^(1 - strength), with geometric mean 1.
+def smoothing_scales(site: Site, statistics: Statistics, swept: Statistics, alpha: float) -> NDArray[np.float64]:
+    """Give the divisor of each channel: magnitude^alpha / weight^(1 - alpha), with geometric mean 1.
 
     Args:
         site: the tensor and the weights that read it.
         statistics: of the tensor on the calibration texts.
-        swept: of the tensor on the vocabulary sweep. A channel that merely looks quiet in the texts must not be blown
-            up: a new text would drive it past the range.
-        strength: 0 evens out the weights, 1 the tensor.
+        swept: of the tensor on the vocabulary sweep. A channel that is near zero on the texts alone must not get a
+            large scale: a new text would drive it past the range.
+        alpha: 0 evens out the weights, 1 the tensor.
 
     Returns:
         float64[channels].
 
     Source: Xiao et al. 2023, SmoothQuant, equation 4.
     """
-    largest = np.maximum(magnitudes(statistics), magnitudes(swept))
+    largest = np.maximum(statistics.active_magnitudes, swept.active_magnitudes)
     rows = np.max([np.abs(weight).max(axis=1) for weight in site.weights()], axis=0).astype(np.float64)
     rows = np.maximum(rows, 1e-3 * max(float(np.median(rows)), 1e-9))
-    scales: NDArray[np.float64] = largest**strength / rows ** (1.0 - strength)
+    scales: NDArray[np.float64] = largest**alpha / rows ** (1.0 - alpha)
     scales /= np.exp(np.mean(np.log(scales)))
     return scales
 
 
-def migrate(
+def smooth(
     graph: ir.Graph,
     observed: Mapping[str, Statistics],
     swept: Mapping[str, Statistics],
-    strengths: Mapping[str, float],
+    alphas: Mapping[str, float],
 ) -> dict[str, Statistics]:
     """Divide each site's tensor per channel, and multiply the weights that read it.
 
@@ -62,7 +64,7 @@ def migrate(
         graph: edited in place.
         observed: statistics of each site's tensor on the calibration texts, by name.
         swept: the same on the vocabulary sweep.
-        strengths: per kind; a kind without one is left alone.
+        alphas: by what makes the tensor; one without alpha is left alone.
 
     Returns:
         The statistics of the tensors that the products read now, by name: exact, because scaling is.
@@ -70,12 +72,12 @@ def migrate(
     moved: dict[str, Statistics] = {}
     for site in list(sites(graph)):
         statistics = observed[site.name]
-        if site.kind not in strengths:
+        if site.maker not in alphas:
             moved[site.name] = statistics
             continue
-        scales = migration_scales(site, statistics, swept[site.name], strengths[site.kind])
+        scales = smoothing_scales(site, statistics, swept[site.name], alphas[site.maker])
         if not (_into_norm(graph, site, scales) or _into_value(graph, site, scales)):
-            if site.kind == "context":
+            if site.maker == "context":
                 moved[site.name] = statistics
                 continue
             _behind_mul(graph, site, scales)
@@ -109,18 +111,13 @@ def _into_norm(graph: ir.Graph, site: Site, scales: NDArray[np.float64]) -> bool
 
 def _into_value(graph: ir.Graph, site: Site, scales: NDArray[np.float64]) -> bool:
     """Divide the value weights: attention mixes positions, never channels."""
-    if site.kind != "context" or not _only_products_read(site):
+    if site.maker != "context" or not _only_products_read(site):
         return False
-    add = value_sum(site)
-    bias = bias_of(add) if add is not None else None
-    product = made_by(add.inputs[1 - bias[0]], "MatMul") if add is not None and bias is not None else None
-    weight = constant(product.inputs[1]) if product is not None else None
-    if add is None or bias is None or product is None or weight is None or weight.shape[1] != len(scales):
+    values = value_projection(site)
+    if values is None or values.weight.shape[1] != len(scales) or not is_read_once(values.output):
         return False
-    if not (is_read_once(add.outputs[0]) and is_read_once(product.outputs[0])):
-        return False
-    replace_constant(graph, product, 1, (weight / scales).astype(np.float32))
-    replace_constant(graph, add, bias[0], (bias[1] / scales).astype(np.float32))
+    replace_constant(graph, values.product, 1, (values.weight / scales).astype(np.float32))
+    replace_constant(graph, values.end, values.bias_position, (values.bias / scales).astype(np.float32))
     return True
 
 
@@ -130,10 +127,8 @@ def _only_products_read(site: Site) -> bool:
 
 def _behind_mul(graph: ir.Graph, site: Site, scales: NDArray[np.float64]) -> None:
     factor = add_constant(graph, f"{site.name}{SCALED}/factor", (1.0 / scales).astype(np.float32))
-    scaled = add_node(site.products[0], "Mul", [site.tensor, factor], f"{site.name}{SCALED}")
-    scaled.shape = site.tensor.shape
-    if site.tensor.dtype is not None:
-        scaled.dtype = site.tensor.dtype
+    name = f"{site.name}{SCALED}"
+    scaled = add_node(site.products[0], "Mul", [site.tensor, factor], name, like=site.tensor, role=Role.SMOOTHED)
     for node in site.products:
         node.replace_input_with(0, scaled)
 
@@ -157,11 +152,13 @@ def size_mask(graph: ir.Graph, observed: Mapping[str, Statistics]) -> float | No
     texts that were not observed, plus 30. Returns the size, or None when the graph has no mask or no scores.
     """
     names = [name for name in score_tensors(graph) if name in observed]
-    value = graph.initializers.get(MASK_SIZE)
-    if value is None or not names:
+    masks = [node for node in graph if roles.has(node, Role.ATTENTION_MASK)]
+    sizes = [value for node in masks for value in node.inputs if value is not None and constant(value) is not None]
+    if not sizes or not names:
         return None
     low = min(float(observed[name].minimum.min()) for name in names)
     high = max(float(observed[name].maximum.max()) for name in names)
     size = float(np.ceil(1.5 * (high - low) + EXP_UNDERFLOW))
-    value.const_value = ir.Tensor(np.array(size, np.float32), name=MASK_SIZE)
+    for value in sizes:
+        value.const_value = ir.Tensor(np.array(size, np.float32), name=value.name)
     return size

@@ -1,4 +1,4 @@
-"""Hold what is observed of a tensor: minimum, maximum, histogram, mean and second moment, per channel."""
+"""Hold the statistics of one float32 tensor: minimum, maximum, histogram, mean and second moment, per channel."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 BINS = 2048
+LEAST_OF_MEDIAN = 1e-3  # an inactive channel counts as this part of the median channel
+LEAST_MEDIAN = 1e-6  # where most channels are inactive
+LEAST_LARGEST = 1e-9
 
 
 @dataclass
@@ -18,21 +21,21 @@ class Histogram:
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2 * BINS, np.int64))
 
     def add(self, values: NDArray[np.float32], magnitude: float) -> None:
-        """Count values whose largest magnitude is given."""
+        """Count float32 values of any shape, whose largest magnitude is given."""
         if self.limit == 0.0:
             self.limit = 2.0 ** np.ceil(np.log2(max(magnitude, 1e-30)))
         while magnitude > self.limit:
             middle = self.counts.reshape(-1, 2).sum(1)
             self.counts = np.concatenate([np.zeros(BINS // 2, np.int64), middle, np.zeros(BINS // 2, np.int64)])
             self.limit *= 2.0
-        codes = (values.reshape(-1) * np.float32(BINS / self.limit) + np.float32(BINS)).astype(np.int32)
-        np.minimum(codes, 2 * BINS - 1, out=codes)
-        self.counts += np.bincount(codes, minlength=2 * BINS)
+        bins = (values.reshape(-1) * np.float32(BINS / self.limit) + np.float32(BINS)).astype(np.int32)
+        np.minimum(bins, 2 * BINS - 1, out=bins)
+        self.counts += np.bincount(bins, minlength=2 * BINS)
 
 
 @dataclass
 class Statistics:
-    """Hold what is kept of one tensor.
+    """Hold the statistics of one tensor.
 
     Attributes:
         minimum: float32[channels], smallest value per channel (last axis).
@@ -54,11 +57,21 @@ class Statistics:
     rows: int = 0
     waiting: list[NDArray[np.float32]] = field(default_factory=list, repr=False)
 
+    @property
+    def magnitudes(self) -> NDArray[np.float64]:
+        """Give the largest absolute value per channel, float64[channels]."""
+        return np.maximum(np.abs(self.minimum), np.abs(self.maximum)).astype(np.float64)
+
+    @property
+    def active_magnitudes(self) -> NDArray[np.float64]:
+        """Give `magnitudes`, each at least a thousandth of the median: what divides by them needs no number near 0."""
+        magnitudes = self.magnitudes
+        return np.maximum(magnitudes, LEAST_OF_MEDIAN * max(float(np.median(magnitudes)), LEAST_MEDIAN))
+
+    @property
+    def largest(self) -> float:
+        """Give the largest absolute value of all channels, at least 1e-9, so that a scale can be made of it."""
+        return max(-float(self.minimum.min()), float(self.maximum.max()), LEAST_LARGEST)
+
 
 Observed = dict[str, Statistics]
-
-
-def magnitudes(statistics: Statistics) -> NDArray[np.float64]:
-    """Give the largest absolute value per channel, float64[channels], kept off zero."""
-    largest = np.maximum(np.abs(statistics.minimum), np.abs(statistics.maximum)).astype(np.float64)
-    return np.maximum(largest, 1e-3 * max(float(np.median(largest)), 1e-6))

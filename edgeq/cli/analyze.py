@@ -70,8 +70,8 @@ def analyze(
         return
     _put(found)
     if auto is not None and found.found is not None:
-        count = len(found.found.raised)
-        said = f"the gate holds with {count} products raised" if count else "the gate holds as it is"
+        count = len(found.found.promoted)
+        said = f"the gate holds with {count} products promoted" if count else "the gate holds as it is"
         console.put(f"{auto}: {found.found.name}: {said}")
 
 
@@ -93,15 +93,15 @@ def _put(found: Analysis) -> None:
     columns = ("", "product", "mean", "worst tenth", "bytes", "ms")
     console.put_table(columns, rows)
     left = len(sensitivity.products) - len(rows)
-    console.put(f"raising a product: {found.change}" + (f"; {left} more with --json" if left > 0 else ""))
+    console.put(f"promoting a product: {found.change}" + (f"; {left} more with --json" if left > 0 else ""))
     steps = [
-        [str(step.raised), *(f"{value:.5f}" for value in (step.quality.cosine_mean, step.quality.cosine_tail))]
+        [str(step.promoted), *(f"{value:.5f}" for value in (step.quality.cosine_mean, step.quality.cosine_tail))]
         for step in sensitivity.steps
     ]
-    console.put_table(("raised together", "cosine mean", "worst tenth"), steps)
+    console.put_table(("promoted together", "cosine mean", "worst tenth"), steps)
     if found.trials:
         trials = [
-            [str(len(trial.raised)), trial.status, *_measured(trial.measures), console.megabytes(trial.size_bytes)]
+            [str(len(trial.promoted)), trial.status, *_measured(trial.measures), console.megabytes(trial.size_bytes)]
             for trial in found.trials
         ]
         console.put_table(("artifact with", "gate", "cosine mean", "cosine min", "size"), trials)

@@ -55,7 +55,7 @@ def compare(
         threads=threads,
     )
     with console.stages() as progress:
-        found = card.compare(request, progress)
+        found = card.make_card(request, progress)
     if html is not None:
         card_page.write(found, html)
     if as_json:

@@ -9,13 +9,13 @@ from edgeq.cli import console
 from edgeq.errors import EdgeqError, ParityFailed, error_of
 
 if TYPE_CHECKING:
-    from edgeq.devices.contract import Place
+    from edgeq.devices.contract import Transport
     from edgeq.devices.lab.validate import LabResult
     from edgeq.devices.report import DeviceReport
     from edgeq.records import Gate
 
 
-def conclude(found: DeviceReport, place: Place, bundle: Path, as_json: bool) -> None:
+def conclude(found: DeviceReport, transport: Transport, bundle: Path, as_json: bool) -> None:
     """Keep a device report beside its bundle, and print it.
 
     Raises:
@@ -26,7 +26,7 @@ def conclude(found: DeviceReport, place: Place, bundle: Path, as_json: bool) -> 
     from edgeq.devices.report import keep_report
 
     manifest = load_manifest(bundle)
-    path = keep_report(bundle, place.name, found)
+    path = keep_report(bundle, transport.name, found)
     if as_json:
         console.put_json({"report": str(path), **found.model_dump(mode="json")})
     else:
@@ -60,7 +60,7 @@ def _put_report(report: DeviceReport, gate: Gate, path: Path) -> None:
         rows.append(["loading", f"{report.load_ms:.0f} ms", ""])
     if report.peak_memory_bytes is not None:
         rows.append(["peak memory", console.megabytes(report.peak_memory_bytes), ""])
-    title = f"{report.target}: {report.status}, ran on {report.ran_on} ({report.place}: {report.machine.cpu})"
+    title = f"{report.target}: {report.status}, ran on {report.ran_on} ({report.transport}: {report.machine.cpu})"
     console.put_table(("measure", "value", "gate"), rows, title)
     console.put(f"report: {path}")
 

@@ -10,7 +10,7 @@ import typer
 from edgeq.cli import console
 
 if TYPE_CHECKING:
-    from edgeq.analysis.inspect.report import Anatomy, Port
+    from edgeq.analysis.inspect.summary import ModelSummary, Port
 
 
 def inspect(
@@ -20,41 +20,41 @@ def inspect(
     quiet: console.Quiet = False,
 ) -> None:
     """Show a file's operators by dtype, its tensors by dtype, and sizes."""
-    from edgeq.analysis.inspect.model_file import inspect as inspect_file
+    from edgeq.analysis.inspect.model_file import inspect as summarize
 
-    anatomy = inspect_file(file)
+    summary = summarize(file)
     if as_json:
-        console.put_json(anatomy.model_dump(mode="json"))
+        console.put_json(summary.model_dump(mode="json"))
     else:
-        _put_anatomy(anatomy)
+        _put_summary(summary)
 
 
-def _put_anatomy(anatomy: Anatomy) -> None:
+def _put_summary(summary: ModelSummary) -> None:
     """Print a file's operators, tensors and sizes."""
-    opsets = "".join(f", opset {domain} {version}" for domain, version in anatomy.opsets.items())
-    kind = f"{'IR' if anatomy.format == 'onnx' else 'schema'} {anatomy.format_version}{opsets}"
-    console.put(f"{anatomy.file}: {console.megabytes(anatomy.size_bytes)}, {kind}")
-    if not anatomy.signatures:
-        _put_ports("", anatomy.inputs, anatomy.outputs)
-    for signature in anatomy.signatures:
+    opsets = "".join(f", opset {domain} {version}" for domain, version in summary.opsets.items())
+    kind = f"{'IR' if summary.format == 'onnx' else 'schema'} {summary.format_version}{opsets}"
+    console.put(f"{summary.file}: {console.megabytes(summary.size_bytes)}, {kind}")
+    if not summary.signatures:
+        _put_ports("", summary.inputs, summary.outputs)
+    for signature in summary.signatures:
         console.put(f"signature {signature.name}: {signature.operators} operators")
         _put_ports("  ", signature.inputs, signature.outputs)
     counts = [
-        [operator, dtype, str(count)] for operator, kinds in anatomy.operators.items() for dtype, count in kinds.items()
+        [operator, dtype, str(count)] for operator, kinds in summary.operators.items() for dtype, count in kinds.items()
     ]
     console.put_table(("operator", "computes on", "count"), counts)
     groups = [
         [dtype, str(group.count), str(group.elements), console.megabytes(group.size_bytes)]
-        for dtype, group in anatomy.tensors.items()
+        for dtype, group in summary.tensors.items()
     ]
     console.put_table(("tensor dtype", "tensors", "elements", "size"), groups)
     largest = [
         [tensor.name, tensor.dtype, " x ".join(map(str, tensor.shape)), console.megabytes(tensor.size_bytes)]
-        for tensor in anatomy.largest
+        for tensor in summary.largest
     ]
     console.put_table(("largest tensors", "dtype", "shape", "size"), largest)
-    if anatomy.bundle_files:
-        files = [[name, console.megabytes(size)] for name, size in anatomy.bundle_files.items()]
+    if summary.bundle_files:
+        files = [[name, console.megabytes(size)] for name, size in summary.bundle_files.items()]
         console.put_table(("file of the bundle", "size"), files)
 
 

@@ -55,7 +55,7 @@ def release(
 
     with console.stages() as progress:
         made = release_bundles(
-            bundles, version, to, form=archive_format.value, previous=previous, key=key,
+            bundles, version, to, archive_format=archive_format.value, previous=previous, key=key,
             model_licence=model_licence, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if as_json:

@@ -68,13 +68,13 @@ def validate(
         _refuse_beside_on(texts=texts, column=column, images=images, against=against)
         from edgeq.cli.devices import conclude
         from edgeq.devices.contract import Job
-        from edgeq.devices.transports import Access, place_of
+        from edgeq.devices.transports import Access, transport_of
 
-        place = place_of(on, Access(device_python, native, keep))
+        transport = transport_of(on, Access(device_python, native, keep))
         with console.stages() as progress:
             job = Job(bundle, runs=runs, threads=threads, time_limit_s=time_limit, progress=progress)
-            found_there = place.validate(job)
-        return conclude(found_there, place, bundle, as_json)
+            found_there = transport.validate(job)
+        return conclude(found_there, transport, bundle, as_json)
     from edgeq.bundle.manifest import load_manifest
     from edgeq.pipeline.validate import require_kind
     from edgeq.pipeline.validate import validate as validate_bundle

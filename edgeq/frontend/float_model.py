@@ -21,8 +21,7 @@ from edgeq.frontend.onnx.convert import Raw, convert
 from edgeq.frontend.torch import convert as torch_convert
 from edgeq.graph import dialect, external_data, origins
 from edgeq.graph.float_session import FloatSession
-from edgeq.passes.apply import apply
-from edgeq.passes.float_passes import FLOAT_PASSES
+from edgeq.passes import float_passes
 from edgeq.records import FloatModel, Source
 from edgeq.system.files import file_ref
 
@@ -61,7 +60,7 @@ def write_float_model(
 
 def _float_model(located: Located, raw: Raw, path: Path, float_ops: Sequence[str]) -> FloatModel:
     """Apply the float passes to a graph, compare its vectors with the source's, and write it."""
-    rewritten, reports = apply(raw.model, raw.feeds, FLOAT_PASSES)
+    rewritten, reports = float_passes.rewritten(raw.model, raw.feeds)
     name = located.display_name if located.onnx is not None else located.name
     dialect.verify(rewritten, name, float_ops)
     origins.strip(rewritten)

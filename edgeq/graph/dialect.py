@@ -1,4 +1,4 @@
-"""Define the closed set of ops a float model is written in, and verify a model against it."""
+"""Verify a float model against the dialect: the operators with a reason in `operators.DIALECT`, opset 21, FP32."""
 
 from __future__ import annotations
 
@@ -10,94 +10,21 @@ from onnx import TensorProto
 
 from edgeq.data.batches import PIXELS
 from edgeq.errors import Unsupported
-from edgeq.graph import external_data
+from edgeq.graph import external_data, operators
 from edgeq.graph.origins import origin
 
 OPSET = 21
-
-# op -> why a float model may hold it. Adding an op is one row here, and one row or file in each backend that takes it.
-OPERATORS: dict[str, str] = {
-    "Abs": "distances between positions",
-    "Add": "bias, residual, mask, positions",
-    "And": "pooling of the last token",
-    "ArgMax": "pooling of the last token",
-    "Cast": "mask to float",
-    "Ceil": "distances between positions in buckets",
-    "Clip": "divisors kept off zero",
-    "Cos": "rotation by position",
-    "CumSum": "weighted mean pooling, positions of tokens that are no padding",
-    "Concat": "pooling modes side by side, class token",
-    "Conv": "maps of an image",
-    "Div": "pooling, normalisation",
-    "Equal": "pooling of the last token",
-    "Erf": "activations that are not GELU",
-    "Expand": "pooling",
-    "Gather": "embedding tables, first token",
-    "GatherElements": "pooling of the last token",
-    "GatherND": "pooling of the last token",
-    "Gelu": "activation",
-    "Greater": "distances between positions",
-    "GreaterOrEqual": "distances between positions",
-    "GlobalAveragePool": "pooling of maps",
-    "HardSigmoid": "activation, gates of maps",
-    "HardSwish": "activation",
-    "Identity": "Dense without activation",
-    "LayerNormalization": "normalisation inside the encoder",
-    "Less": "distances between positions",
-    "LessOrEqual": "causal and local attention",
-    "Log": "distances between positions in buckets",
-    "MatMul": "weights, attention, pooling",
-    "Max": "divisors kept off zero",
-    "Min": "distances between positions in buckets",
-    "MaxPool": "maps of an image",
-    "Mul": "scales, gates",
-    "Neg": "pooling of the last token, rotation by position",
-    "Not": "pooling masks",
-    "Or": "local attention",
-    "Pow": "activations, squares",
-    "Range": "positions",
-    "Reciprocal": "normalisation by the root of the mean square",
-    "ReduceL2": "unit length",
-    "ReduceMax": "max pooling",
-    "ReduceMean": "pooling",
-    "ReduceSum": "pooling",
-    "Relu": "activation",
-    "Reshape": "heads",
-    "ScatterElements": "pooling of the last token",
-    "Shape": "symbolic sizes",
-    "Sigmoid": "activation, gates",
-    "Sign": "distances between positions",
-    "Sin": "rotation by position",
-    "Slice": "positions, first token",
-    "Softmax": "attention",
-    "Split": "heads, gates",
-    "Sqrt": "mean_sqrt_len pooling, normalisation by the root of the mean square",
-    "Squeeze": "pooling",
-    "Sub": "mask",
-    "Tanh": "activation, Dense",
-    "Tile": "projections of positions for each head, the query of a pooling head for each image",
-    "Transpose": "heads",
-    "Unsqueeze": "mask",
-    "Where": "max pooling",
-}
-
-# What torch's activations are made of, one of which a Dense behind the pooling may have.
-for _name in (
-    "Abs", "Celu", "Elu", "Greater", "HardSigmoid", "HardSwish", "LeakyRelu", "LessOrEqual", "Log", "LogSoftmax",
-    "Mish", "PRelu", "Selu", "Sign", "Softplus",
-):  # fmt: skip
-    OPERATORS.setdefault(_name, "activation of a Dense")
 
 LARGEST_CONSTANT = 1e30  # an infinite mask ruins every range it meets
 
 
 class OutsideDialect(Unsupported):
-    """Refuse a graph that leaves the dialect; `operators` are the standard's own among those it should not hold."""
+    """Refuse a graph that leaves the dialect; `operators` names those of ONNX's own that it should not hold."""
 
-    def __init__(self, message: str, operators: Sequence[str]) -> None:
-        """Take the message and the operators."""
+    def __init__(self, message: str, names: Sequence[str]) -> None:
+        """Take the message and the names of the operators."""
         super().__init__(message)
-        self.operators = tuple(operators)
+        self.operators = tuple(names)
 
 
 def verify(model: onnx.ModelProto, name: str, float_ops: Sequence[str] = ()) -> None:
@@ -121,7 +48,7 @@ def verify(model: onnx.ModelProto, name: str, float_ops: Sequence[str] = ()) -> 
 
 
 def _unknown_nodes(model: onnx.ModelProto, float_ops: Sequence[str]) -> list[onnx.NodeProto]:
-    known = {*OPERATORS, *float_ops}
+    known = {*operators.DIALECT, *float_ops}
     return [node for node in model.graph.node if node.domain not in ("", "ai.onnx") or node.op_type not in known]
 
 

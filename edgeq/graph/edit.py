@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.graph import external_data
+from edgeq.graph import external_data, roles
+from edgeq.graph.roles import Role
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,38 +53,6 @@ def readers(value: ir.Value) -> list[ir.Node]:
     return [use.node for use in value.uses()]
 
 
-def follows_from_sizes(value: ir.Value | None) -> bool:
-    """Tell whether a value is computed from nothing but the sizes of the inputs, as positions and rotations are."""
-    seen: set[ir.Value] = set()
-    waiting = [value]
-    has_size = False
-    while waiting:
-        each = waiting.pop()
-        if each is None or each in seen or constant(each) is not None:
-            continue
-        seen.add(each)
-        node = each.producer()
-        if node is None:
-            return False
-        if node.op_type == "Shape":
-            has_size = True
-            continue
-        waiting += node.inputs
-    return has_size
-
-
-def made_of_sizes(graph: ir.Graph) -> set[ir.Value]:
-    """Collect all values of a graph that follow from nothing but the sizes of the inputs; see `follows_from_sizes`."""
-    found: set[ir.Value] = set()
-    for node in graph:
-        variable = [value for value in node.inputs if value is not None and constant(value) is None]
-        table = constant(node.inputs[0]) if node.inputs else None
-        has_codes = node.op_type == "QuantizeLinear" or (table is not None and table.dtype in (np.int8, np.int16))
-        if node.op_type == "Shape" or (variable and not has_codes and all(value in found for value in variable)):
-            found.update(node.outputs)
-    return found
-
-
 def is_read_once(value: ir.Value) -> bool:
     """Tell whether exactly one node input reads the value and it is no graph output."""
     return len(value.uses()) == 1 and not value.is_graph_output()
@@ -100,11 +71,34 @@ def add_constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
 
 
 def add_node(
-    before: ir.Node, op_type: str, inputs: list[ir.Value], name: str, attributes: dict[str, Any] | None = None
+    before: ir.Node,
+    op_type: str,
+    inputs: list[ir.Value],
+    name: str,
+    attributes: dict[str, Any] | None = None,
+    *,
+    like: ir.Value | None = None,
+    width: int | None = None,
+    role: Role | None = None,
 ) -> ir.Value:
-    """Insert a node with one output before another, and give its output, named like the node."""
+    """Insert a node with one output before another, and give its output, named like the node.
+
+    Args:
+        before: stands behind the new node.
+        op_type: of the default domain.
+        inputs: what the node reads.
+        name: of the node and its output.
+        attributes: by name.
+        like: gives the output its shape, and its dtype, which is float32 where none is known.
+        width: of the output's last axis, where it is another than that of `like`.
+        role: what the node is for.
+    """
     node = _named_node(op_type, inputs, name, attributes)
     _graph_of(before).insert_before(before, node)
+    if like is not None:
+        _take_shape(node.outputs[0], like, width)
+    if role is not None:
+        roles.give(node, role)
     return node.outputs[0]
 
 
@@ -113,6 +107,30 @@ def add_node_after(after: ir.Node, op_type: str, inputs: list[ir.Value], name: s
     node = _named_node(op_type, inputs, name, None)
     _graph_of(after).insert_after(after, node)
     return node.outputs[0]
+
+
+def insert_after(value: ir.Value, new: ir.Value) -> None:
+    """Let every reader of a value read what a new node makes of it; the new node itself reads the value still."""
+    for use in tuple(value.uses()):
+        if use.node is not new.producer():
+            use.node.replace_input_with(use.idx, new)
+
+
+def required(found: T | None) -> T:
+    """Give an operand or a producer that the graph is known to have.
+
+    Raises:
+        ValueError: it has none, which is a defect of edgeq.
+    """
+    if found is None:
+        raise ValueError("an operator lacks an operand, or a value the operator that makes it")
+    return found
+
+
+def _take_shape(value: ir.Value, like: ir.Value, width: int | None) -> None:
+    value.dtype = like.dtype if like.dtype is not None else ir.DataType.FLOAT
+    if like.shape is not None:
+        value.shape = like.shape if width is None else ir.Shape([*list(like.shape)[:-1], width])
 
 
 def _named_node(op_type: str, inputs: list[ir.Value], name: str, attributes: dict[str, Any] | None) -> ir.Node:

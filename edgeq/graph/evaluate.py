@@ -1,4 +1,7 @@
-"""Compute one value of a graph from a few inputs, in numpy: what lowering stores instead of computing."""
+"""Evaluate a piece of a graph: one node on constants, what makes one value, or all that makes some values.
+
+The first two run in ONNX's reference evaluator (numpy), the last in ONNX Runtime.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,17 @@ from edgeq.graph.float_session import FloatSession
 _OPSET = 21
 
 
+def of_constants(node: ir.Node) -> NDArray[Any] | None:
+    """Run a node with one output whose operands are all constants; None where one is not, or there is none."""
+    stored = {str(value.name): constant(value) for value in node.inputs if value is not None}
+    known = [numpy_helper.from_array(array, name) for name, array in stored.items() if array is not None]
+    if not known or len(known) < len(stored) or len(node.outputs) != 1:
+        return None
+    return _run([ir.to_proto(node)], [], str(node.outputs[0].name), known, {})
+
+
 def computed(value: ir.Value | None, feeds: Mapping[str, NDArray[np.int64]]) -> NDArray[Any]:
-    """Run what makes a value, and nothing else.
+    """Run the nodes that make a value from inputs, and no others: lowering stores the result instead of computing it.
 
     Args:
         value: of a graph.
@@ -54,12 +66,24 @@ def computed(value: ir.Value | None, feeds: Mapping[str, NDArray[np.int64]]) -> 
         raise EdgeqError(f"{value.name if value else None}: does not follow from {', '.join(sorted(feeds))} alone")
     graph = next(iter(nodes)).graph
     ordered = [ir.to_proto(node) for node in graph or () if node in nodes]
-    ports = [helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None) for name in sorted(inputs)]
-    output = helper.make_tensor_value_info(str(value.name), onnx.TensorProto.FLOAT, None)
-    whole = helper.make_graph(ordered, "computed", ports, [output], list(stored.values()))
+    given = {name: feeds[name] for name in sorted(inputs)}
+    return _run(ordered, sorted(inputs), str(value.name), list(stored.values()), given)
+
+
+def _run(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[str],
+    output: str,
+    stored: Sequence[onnx.TensorProto],
+    feeds: Mapping[str, NDArray[Any]],
+) -> NDArray[Any]:
+    """Run some nodes in ONNX's reference evaluator."""
+    ports = [helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None) for name in inputs]
+    end = helper.make_tensor_value_info(output, onnx.TensorProto.UNDEFINED, None)
+    whole = helper.make_graph(nodes, "computed", ports, [end], stored)
     model = helper.make_model(whole, opset_imports=[helper.make_opsetid("", _OPSET)])
     with np.errstate(all="ignore"):  # what is computed for both branches of a Where need not be a number
-        (result,) = ReferenceEvaluator(model).run(None, {name: feeds[name] for name in inputs})
+        (result,) = ReferenceEvaluator(model).run(None, dict(feeds))
     return np.asarray(result)
 
 

@@ -1,4 +1,4 @@
-"""Keep a large model's weights in files: they are mapped when they are read, and never all in memory.
+"""Keep the weights of models over 2 GB in files (ONNX external data): they are mapped, and never all in memory.
 
 In memory such a model is an ordinary ONNX model, small enough for protobuf, whose large initializers name an absolute
 path as their external data; `onnx_ir` maps them, and ONNX Runtime does. On disk the names are relative, as ONNX asks.
@@ -42,7 +42,7 @@ def is_external(tensor: TensorProto) -> bool:
 
 
 def place(tensor: TensorProto) -> tuple[str, int, int]:
-    """Give the file, the first byte and the number of bytes of an external initializer.
+    """Give the file, the offset and the number of bytes of an external initializer.
 
     Raises:
         ConfigError: it names none, or as many bytes as its shape does not have.
@@ -196,7 +196,7 @@ def from_root(model: onnx.ModelProto) -> bytes:
 
 @contextlib.contextmanager
 def outside(folder: Path) -> Iterator[None]:
-    """Put large arrays that become weights in here into files of a folder; they are gone afterwards."""
+    """Write arrays of 1 MB and more that become weights in this context to files of a folder, removed at its end."""
     with storage_errors(f"making {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     token = _folder.set(folder)
@@ -208,13 +208,13 @@ def outside(folder: Path) -> Iterator[None]:
 
 
 def outside_if_large(model: onnx.ModelProto, folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Put what a large model's weights become into a folder; a small one's stay in memory."""
+    """Open `outside` for a model over 2 GB; the weights of a smaller one stay in memory."""
     return outside(folder) if is_large(model) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def passing() -> Iterator[None]:
-    """Let what is put outside in here be gone afterwards; nothing happens where weights stay in memory."""
+    """Remove, at the end of this context, the files that `outside` got in it, where weights go to files at all."""
     folder = _folder.get()
     if folder is None:
         yield
@@ -224,7 +224,7 @@ def passing() -> Iterator[None]:
 
 
 def tensor_of(values: NDArray[Any], name: str) -> ir.TensorProtocol:
-    """Make an initializer's tensor: in memory, or large and `outside`, in a file."""
+    """Make an initializer's tensor, in memory or, where it is large and `outside` is open, in a file."""
     path = _written(values)
     if path is None:
         return ir.Tensor(np.asarray(values, order="C"), name=name)
@@ -234,7 +234,7 @@ def tensor_of(values: NDArray[Any], name: str) -> ir.TensorProtocol:
 
 
 def mapped(values: NDArray[Any]) -> NDArray[Any]:
-    """Give the same array, large and `outside` mapped from a file."""
+    """Give the same array, mapped from a file where it is large and `outside` is open."""
     path = _written(values)
     return values if path is None else np.memmap(path, values.dtype, "r", 0, values.shape)
 
@@ -249,7 +249,7 @@ def _written(values: NDArray[Any]) -> str | None:
 
 
 def serialized(model: ir.Model) -> onnx.ModelProto:
-    """Turn a graph into a model; the weights of a large one go `outside` one by one."""
+    """Turn `onnx_ir` into protobuf; weights of a model over 2 GB go to files first if `outside` is open."""
     held = [value for value in model.graph.initializers.values() if value.const_value is not None]
     if sum(value.const_value.nbytes for value in held if value.const_value is not None) > LARGE_BYTES:
         for value in held:

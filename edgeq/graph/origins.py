@@ -1,7 +1,8 @@
-"""Keep where a node of an exported graph comes from: the module, and the line of Python, without machine paths.
+"""Keep, in the metadata of each node, which torch module and which line of Python it comes from, without machine paths.
 
-torch's exporter notes a stack trace and the names of the modules around each operator. Of those one short sentence
-stays with the node while the graph is rewritten, so that a refusal can name the line; it goes before a file is written.
+torch's exporter writes a stack trace and the names of the modules around each operator. One short sentence of that
+stays with the node while the graph is rewritten, so that a refusal can name the line. `strip` removes it before a file
+is written.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _CODE_WIDTH = 80
 
 
 def keep(model: onnx.ModelProto) -> None:
-    """Shorten what torch's exporter noted to one sentence a node, and drop everything else that names a machine."""
+    """Shorten the metadata that torch's exporter wrote to one sentence for each node, and drop all other metadata."""
     del model.metadata_props[:]
     del model.graph.metadata_props[:]
     for node in model.graph.node:
@@ -38,7 +39,7 @@ def keep(model: onnx.ModelProto) -> None:
 
 
 def strip(model: onnx.ModelProto) -> None:
-    """Drop the sentences."""
+    """Drop the sentences from all nodes."""
     for node in model.graph.node:
         kept = [item for item in node.metadata_props if item.key != KEY]
         del node.metadata_props[:]
@@ -46,7 +47,7 @@ def strip(model: onnx.ModelProto) -> None:
 
 
 def origin(node: onnx.NodeProto) -> str:
-    """Give the sentence of a node, or nothing."""
+    """Give the sentence of a node, or an empty string."""
     return next((item.value for item in node.metadata_props if item.key == KEY), "")
 
 

@@ -1,4 +1,4 @@
-"""Read an ONNX file, with one sentence where it is none."""
+"""Read an ONNX file that a user gives, and say in one sentence what is wrong with it."""
 
 from __future__ import annotations
 

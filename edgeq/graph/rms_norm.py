@@ -1,4 +1,4 @@
-"""Find normalisation by the root of the mean square, which has no operator of its own in the dialect."""
+"""Find RMSNorm, for which the dialect has no operator: Pow, ReduceMean, Add, Sqrt, Reciprocal and Mul."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edgeq.graph.edit import constant, made_by, scalar
 
 @dataclass(frozen=True)
 class RootMeanSquare:
-    """Hold x / sqrt(mean(x²) + epsilon) * gain, over the last axis.
+    """Hold the parts of an RMSNorm, x / sqrt(mean(x²) + epsilon) * gain, over the last axis.
 
     Attributes:
         x: what is normalised.
@@ -31,7 +31,7 @@ class RootMeanSquare:
 
 
 def root_mean_square(end: ir.Node | None) -> RootMeanSquare | None:
-    """Give the normalisation whose gain a Mul multiplies, or None.
+    """Find the RMSNorm that ends with a Mul by its gain, or give None.
 
     It looks for::
 
@@ -51,7 +51,7 @@ def root_mean_square(end: ir.Node | None) -> RootMeanSquare | None:
 
 
 def _normalized(value: ir.Value | None) -> tuple[ir.Value, float] | None:
-    """Give x and epsilon where a value is x over the root of its mean square."""
+    """Give x and epsilon where a value is x / sqrt(mean(x²) + epsilon)."""
     node = made_by(value, "Mul", "Div")
     if node is None:
         return None
@@ -63,8 +63,8 @@ def _normalized(value: ir.Value | None) -> tuple[ir.Value, float] | None:
         add = made_by(root.inputs[0], "Add") if root is not None and is_inverse else None
         if add is None or x is None:
             continue
-        for place in (0, 1):
-            epsilon, mean = scalar(add.inputs[place]), made_by(add.inputs[1 - place], "ReduceMean")
+        for side in (0, 1):
+            epsilon, mean = scalar(add.inputs[side]), made_by(add.inputs[1 - side], "ReduceMean")
             if epsilon is not None and mean is not None and _is_mean_square(mean, x):
                 return x, epsilon
     return None

@@ -1,90 +1,175 @@
-"""Rewrite an exported graph, one exact rewrite per file, and prove each by running FP32 before and after.
+"""Run rewrites in order, and prove each by running FP32 before and after.
 
-Every pass takes an `onnx_ir` model, edits it in place and returns `Rewrites`. `apply` runs the passes in the order of
-`FLOAT_PASSES`, compares the outputs on probe feeds after each, and takes a pass back that moved them.
+Every rewrite, of float models and of schemes, has one signature: it takes an `onnx_ir` model and the statistics of its
+tensors by name, edits both in place, and returns `Rewrites`. One that needs no statistics takes the model alone;
+`without_statistics` makes the other of it. `apply` compares the outputs on probe feeds after each rewrite that found
+something to do, and raises if one moved them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
+from typing import TypeVar
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.tokens import Feeds
 from edgeq.errors import EdgeqError
 from edgeq.graph import external_data
-from edgeq.graph.edit import Rewrites, infer_shapes
+from edgeq.graph.edit import Rewrites
 from edgeq.graph.float_session import FloatSession
 from edgeq.records import PassReport
 from edgeq.system import files
 
-Pass = Callable[[ir.Model], Rewrites]
-
+StatisticsT = TypeVar("StatisticsT")  # statistics by name of the tensor, or None for a float model
+Pass = Callable[[ir.Model, StatisticsT], Rewrites]
 
 TOLERANCE = 1e-5
 _OUTSIDE_BYTES = 1 << 16
 
 
-def apply(
-    model: onnx.ModelProto, feeds: Sequence[AnyFeeds], passes: Sequence[Pass]
-) -> tuple[onnx.ModelProto, tuple[PassReport, ...]]:
-    """Run the passes in order, each verified on FP32 outputs.
+def without_statistics(rewrite: Callable[[ir.Model], Rewrites]) -> Pass[object]:
+    """Give the signature of all rewrites to one that needs no statistics."""
+
+    @wraps(rewrite)
+    def passed(model: ir.Model, statistics: object) -> Rewrites:
+        return rewrite(model)
+
+    return passed
+
+
+def apply_to(
+    model: onnx.ModelProto,
+    feeds: Sequence[AnyFeeds],
+    passes: Sequence[Pass[StatisticsT]],
+    statistics: StatisticsT,
+    outputs: int | None = None,
+    drops_unused: bool = True,
+) -> tuple[ir.Model, tuple[PassReport, ...]]:
+    """Load an ONNX model and apply rewrites to it.
 
     Args:
-        model: FP32 ONNX with symbolic batch and sequence; it loses its large weights to files.
-        feeds: probe batches, see `probes.probe_feeds`.
-        passes: what to run.
+        model: FP32 ONNX with symbolic batch and sequence; not changed.
+        feeds: probe batches, see `apply`.
+        passes: what to run, in order.
+        statistics: of the model's tensors, edited in place.
+        outputs: how many of the model's outputs are kept, the first ones; None keeps all.
+        drops_unused: see `apply`.
 
     Returns:
-        The rewritten model and one report for each pass. The weights of a large model stay where `weights.outside`
-        put them.
+        The rewritten model and one report for each rewrite.
 
     Raises:
-        EdgeqError: a pass wrote a graph that is invalid, or moved an output by more than 1e-5.
+        EdgeqError: see `apply`.
+    """
+    if not feeds:
+        loaded = _loaded(model, outputs)
+        return loaded, apply(loaded, feeds, passes, statistics, drops_unused)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    with weights_outside(copy) as light:
+        loaded = _loaded(light, outputs)
+        reports = apply(loaded, feeds, passes, statistics, drops_unused)
+        if not external_data.is_large(model):
+            _take_in(loaded.graph)
+        return loaded, reports
+
+
+@contextmanager
+def weights_outside(model: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
+    """Keep the weights of a model in files meanwhile: every proof writes and loads it, and copying them takes longest.
+
+    Args:
+        model: loses its large weights to the files.
     """
     if external_data.is_large(model):
-        return _apply(model, feeds, passes)
+        yield model
+        return
     with files.work_dir() as folder:
-        # Every pass serialises and loads the graph, and copying weights takes longest.
-        rewritten, reports = _apply(external_data.put_outside(model, folder, _OUTSIDE_BYTES), feeds, passes)
-        return external_data.inlined(rewritten), reports
+        yield external_data.put_outside(model, folder, _OUTSIDE_BYTES)
 
 
-def _apply(
-    model: onnx.ModelProto, feeds: Sequence[AnyFeeds], passes: Sequence[Pass]
-) -> tuple[onnx.ModelProto, tuple[PassReport, ...]]:
+def apply(
+    model: ir.Model,
+    feeds: Sequence[AnyFeeds],
+    passes: Sequence[Pass[StatisticsT]],
+    statistics: StatisticsT,
+    drops_unused: bool = True,
+) -> tuple[PassReport, ...]:
+    """Run rewrites in order, each verified on FP32 outputs, with the nodes sorted behind each.
+
+    Args:
+        model: FP32 with symbolic batch and sequence; edited in place.
+        feeds: probe batches, see `edgeq.data.probes`. Without any, nothing is proved: for trials that repeat on one
+            model what was proved once.
+        passes: what to run.
+        statistics: of the model's tensors, edited in place.
+        drops_unused: drop nodes that nothing reads behind each rewrite; else behind the last.
+
+    Returns:
+        One report for each rewrite.
+
+    Raises:
+        EdgeqError: a rewrite wrote a graph that is invalid, or moved an output by more than 1e-5.
+    """
     reports = []
     before = _outputs(model, feeds)
     for rewrite in passes:
-        graph = ir.from_proto(model)
-        done = rewrite(graph)
+        done = rewrite(model, statistics)
         error = 0.0
         if done.count:
-            RemoveUnusedNodesPass()(graph)
-            model = ir.to_proto(graph)
+            if drops_unused:
+                RemoveUnusedNodesPass()(model)
+            TopologicalSortPass()(model)
             error = _distance(before, _outputs(model, feeds), feeds)
-        name = getattr(rewrite, "__name__", repr(rewrite))
         if not error <= TOLERANCE:
             raise EdgeqError(
-                f"pass {name}: moved the FP32 outputs by {error:.2e}, at most {TOLERANCE:.0e} is allowed; "
+                f"pass {_name(rewrite)}: moved the FP32 outputs by {error:.2e}, at most {TOLERANCE:.0e} is allowed; "
                 "this is a defect of edgeq: please report the model"
             )
-        reports.append(PassReport(name=name, rewrites=done.count, max_abs_error=error, near_misses=done.near_misses))
-    return infer_shapes(model), tuple(reports)
+        reports.append(
+            PassReport(name=_name(rewrite), rewrites=done.count, max_abs_error=error, near_misses=done.near_misses)
+        )
+    RemoveUnusedNodesPass()(model)
+    return tuple(reports)
+
+
+def _take_in(graph: ir.Graph) -> None:
+    """Load what lies in files."""
+    for name, value in graph.initializers.items():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = ir.Tensor(np.array(value.const_value.numpy()), name=name)
+
+
+def _loaded(model: onnx.ModelProto, outputs: int | None) -> ir.Model:
+    loaded = ir.from_proto(model)
+    while outputs is not None and len(loaded.graph.outputs) > outputs:
+        loaded.graph.outputs.pop()  # `del outputs[1:]` leaves them marked as outputs
+    return loaded
+
+
+def _name(rewrite: Callable[..., Rewrites]) -> str:
+    """Give the name of a function, or of the one that `functools.partial` gave options to."""
+    return _name(rewrite.func) if isinstance(rewrite, partial) else getattr(rewrite, "__name__", repr(rewrite))
 
 
 Outputs = list[Mapping[str, NDArray[np.float32]]]
 
 
-def _outputs(model: onnx.ModelProto, feeds: Sequence[AnyFeeds]) -> Outputs:
+def _outputs(model: ir.Model, feeds: Sequence[AnyFeeds]) -> Outputs:
     """Check that the model is valid ONNX, and run it."""
-    onnx.checker.check_model(external_data.bare(model))
-    session = FloatSession.of(model)
+    if not feeds:
+        return []
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(external_data.bare(proto))
+    session = FloatSession.of(proto)
     return [session.outputs(feed) for feed in feeds]
 
 

@@ -6,10 +6,9 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeq.graph.edit import Rewrites, add_constant, constant, made_by, readers, replace_uses
+from edgeq.graph.operators import SAME_VALUES
 
-_SPREADING = (
-    "Cast", "ConstantOfShape", "Expand", "Gather", "GatherElements", "Reshape", "Slice", "Squeeze", "Unsqueeze",
-)  # fmt: skip
+_SPREADING = SAME_VALUES | {"ConstantOfShape"}
 
 
 def constant_segment(model: ir.Model) -> Rewrites:

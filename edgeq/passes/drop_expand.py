@@ -5,8 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeq.graph.edit import Rewrites, dims, readers, replace_uses
-
-_BROADCASTING = {"Add", "Sub", "Mul", "Div", "Where", "Pow", "Min", "Max"}
+from edgeq.graph.operators import BROADCASTING
 
 
 def drop_expand(model: ir.Model) -> Rewrites:
@@ -42,7 +41,7 @@ def drop_expand(model: ir.Model) -> Rewrites:
 
 
 def _is_covered(reader: ir.Node, expanded: ir.Value, shape: list[int | str | None]) -> bool:
-    if reader.op_type not in _BROADCASTING or None in shape:
+    if reader.op_type not in BROADCASTING or None in shape:
         return False
     others = [value for value in reader.inputs if value is not expanded]
     return any(dims(value) == shape for value in others)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgeq.graph.attention_mask import MASK_SIZE
+from edgeq.graph.attention_mask import is_mask
 from edgeq.graph.edit import Rewrites, made_by, replace_uses, scalar
 
 
@@ -27,14 +27,9 @@ def drop_nan_guard(model: ir.Model) -> Rewrites:
             continue
         softmax = made_by(node.inputs[2], "Softmax")
         masked = made_by(softmax.inputs[0], "Add") if softmax is not None else None
-        if softmax is None or masked is None or not any(_is_finite_mask(value) for value in masked.inputs):
+        if softmax is None or masked is None or not any(map(is_mask, masked.inputs)):
             near.append(f"{node.name}: guards what is no softmax behind a finite mask")
             continue
         replace_uses(node.outputs[0], softmax.outputs[0])
         count += 1
     return Rewrites(count, tuple(near))
-
-
-def _is_finite_mask(value: ir.Value | None) -> bool:
-    size = made_by(value, "Mul")
-    return size is not None and any(item is not None and str(item.name).startswith(MASK_SIZE) for item in size.inputs)

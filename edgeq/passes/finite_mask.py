@@ -6,16 +6,17 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeq.graph.attention_mask import MASK_SIZE
+from edgeq.graph.dataflow import follows_from_sizes
 from edgeq.graph.edit import (
     Rewrites,
     add_constant,
     add_node,
     constant,
-    follows_from_sizes,
     made_by,
     readers,
     replace_uses,
 )
+from edgeq.graph.roles import Role
 from edgeq.passes.known_truths import truth
 
 INFINITE = 1e30
@@ -82,7 +83,7 @@ def _bias(graph: ir.Graph, node: ir.Node, mask: ir.Value, limits: list[ir.Value]
         allowed = add_node(node, "Cast", [allowed], f"{name}/allowed", {"to": int(ir.DataType.FLOAT)})
         kept = add_node(node, "Mul", [kept, allowed], f"{name}/limited")
     shifted = add_node(node, "Sub", [kept, one], f"{name}/shifted")
-    return add_node(node, "Mul", [shifted, size], name)
+    return add_node(node, "Mul", [shifted, size], name, role=Role.ATTENTION_MASK)
 
 
 def _limits(condition: ir.Value | None) -> list[ir.Value]:

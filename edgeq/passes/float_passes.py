@@ -1,8 +1,16 @@
-"""List the rewrites of every float model, in order."""
+"""List the rewrites of every float model, in order, and run them."""
 
 from __future__ import annotations
 
-from edgeq.passes.apply import Pass
+from collections.abc import Sequence
+
+import onnx
+import onnx_ir as ir
+
+from edgeq.data.batches import AnyFeeds
+from edgeq.graph import external_data
+from edgeq.graph.edit import infer_shapes
+from edgeq.passes.apply import Pass, apply, weights_outside, without_statistics
 from edgeq.passes.constant_reshape import constant_reshape
 from edgeq.passes.constant_segment import constant_segment
 from edgeq.passes.direct_position import direct_position
@@ -29,8 +37,9 @@ from edgeq.passes.recover_layer_normalization import recover_layer_normalization
 from edgeq.passes.recover_padding_mask import recover_padding_mask
 from edgeq.passes.split_gemm import split_gemm
 from edgeq.passes.unflatten_softmax import unflatten_softmax
+from edgeq.records import PassReport
 
-FLOAT_PASSES: tuple[Pass, ...] = (
+_REWRITES = (
     fold_constants,  # first: what follows looks for constants
     recover_layer_normalization,  # before all else: the later passes look for whole LayerNormalization and Gelu nodes
     recover_gelu,
@@ -58,3 +67,24 @@ FLOAT_PASSES: tuple[Pass, ...] = (
     fold_side_scales,
     name_weights,  # last: names follow the final weights
 )
+FLOAT_PASSES: tuple[Pass[object], ...] = tuple(map(without_statistics, _REWRITES))
+
+
+def rewritten(model: onnx.ModelProto, feeds: Sequence[AnyFeeds]) -> tuple[onnx.ModelProto, tuple[PassReport, ...]]:
+    """Apply every rewrite of float models, and infer the shapes of what they wrote.
+
+    Args:
+        model: FP32 ONNX with symbolic batch and sequence, as an exporter wrote it; it loses its large weights.
+        feeds: probe batches, see `edgeq.data.probes`.
+
+    Returns:
+        The float model and one report for each rewrite.
+
+    Raises:
+        EdgeqError: a rewrite wrote a graph that is invalid, or moved an output by more than 1e-5.
+    """
+    with weights_outside(model) as light:
+        loaded = ir.from_proto(light)
+        reports = apply(loaded, feeds, FLOAT_PASSES, None)
+        proto = infer_shapes(ir.to_proto(loaded))
+        return proto if external_data.is_large(proto) else external_data.inlined(proto), reports

@@ -5,20 +5,19 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from edgeq.graph.dataflow import follows_from_sizes
 from edgeq.graph.edit import (
     Rewrites,
     add_constant,
     constant,
-    follows_from_sizes,
     is_read_once,
     made_by,
     readers,
     replace_uses,
     scalar,
 )
+from edgeq.graph.operators import LINEAR_IN_FIRST
 from edgeq.graph.rms_norm import root_mean_square
-
-_MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Neg")
 
 
 def fold_attention_scale(model: ir.Model) -> Rewrites:
@@ -45,7 +44,7 @@ def fold_attention_scale(model: ir.Model) -> Rewrites:
         if not is_read_once(scores.outputs[0]):
             near.append(f"{node.name}: the scores are read elsewhere too")
             continue
-        reason = _scale_query(model.graph, scores.inputs[0], factor if node.op_type == "Mul" else 1.0 / factor)
+        reason = scale_query(model.graph, scores.inputs[0], factor if node.op_type == "Mul" else 1.0 / factor)
         if reason:
             near.append(f"{node.name}: {reason}")
             continue
@@ -54,7 +53,7 @@ def fold_attention_scale(model: ir.Model) -> Rewrites:
     return Rewrites(count, tuple(near))
 
 
-def _scale_query(graph: ir.Graph, value: ir.Value | None, factor: float) -> str:
+def scale_query(graph: ir.Graph, value: ir.Value | None, factor: float) -> str:
     """Walk up from the scores' left operand to its weights and scale them; give the reason when there are none."""
     found = _source(value)
     if isinstance(found, str):
@@ -123,7 +122,7 @@ def _source(value: ir.Value | None) -> ir.Value | str:
 
 def _linear_operands(node: ir.Node) -> list[ir.Value | None]:
     """Give what a node is linear in, or nothing where it is not linear or only adds a constant."""
-    if node.op_type in _MOVES:
+    if node.op_type in LINEAR_IN_FIRST:
         return [node.inputs[0]]
     if node.op_type == "Concat":
         return list(node.inputs)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-from onnx import helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
 from edgeq.graph.edit import Rewrites, add_constant, constant, replace_uses
+from edgeq.graph.evaluate import of_constants
 
-_OPSET = 21
 _LARGEST_ELEMENTS = 1 << 26  # a larger constant is left to the runtime: it may be a table over pairs of positions
 _RANDOM = frozenset({"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli"})
 
@@ -34,28 +31,16 @@ def fold_constants(model: ir.Model) -> Rewrites:
         is_whole = arrays and len(arrays) == len(node.inputs) and all(array is not None for array in arrays)
         if not is_whole or node.op_type in _RANDOM or len(node.outputs) != 1 or node.domain not in ("", "ai.onnx"):
             continue
-        pairs = zip(node.inputs, arrays, strict=True)
-        known = {str(value.name): array for value, array in pairs if value is not None and array is not None}
         if not any(array is not None and array.dtype.kind == "f" for array in arrays):
             continue
         if sum(array.size for array in arrays if array is not None) > _LARGEST_ELEMENTS:
             near.append(f"{node.name}: reads constants of more than {_LARGEST_ELEMENTS} elements")
             continue
-        result = _computed(node, known)
-        if result.dtype != np.float32 or result.size > max(array.size for array in arrays if array is not None):
+        result = of_constants(node)
+        largest = max(array.size for array in arrays if array is not None)
+        if result is None or result.dtype != np.float32 or result.size > largest:
             near.append(f"{node.name}: its result is larger than what it reads, or not float32")
             continue
         replace_uses(node.outputs[0], add_constant(model.graph, f"{node.outputs[0].name}/folded", result))
         count += 1
     return Rewrites(count, tuple(near))
-
-
-def _computed(node: ir.Node, known: dict[str, np.ndarray]) -> np.ndarray:
-    """Run one node on constants."""
-    output = str(node.outputs[0].name)
-    stored = [numpy_helper.from_array(np.asarray(array), name) for name, array in known.items()]
-    ports = [helper.make_tensor_value_info(output, onnx.TensorProto.UNDEFINED, None)]
-    graph = helper.make_graph([ir.to_proto(node)], "constant", [], ports, stored)
-    whole = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)])
-    (result,) = ReferenceEvaluator(whole).run(None, {})
-    return np.asarray(result)

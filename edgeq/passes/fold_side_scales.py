@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeq.graph.edit import Rewrites, constant, is_read_once, made_by, scalar
-from edgeq.passes.fold_attention_scale import _scale_query
+from edgeq.passes.fold_attention_scale import scale_query
 
 
 def fold_side_scales(model: ir.Model) -> Rewrites:
@@ -36,7 +36,7 @@ def fold_side_scales(model: ir.Model) -> Rewrites:
             if not is_read_once(product.outputs[0]):
                 near.append(f"{product.name}: the scaled value is read elsewhere too")
                 continue
-            reason = _scale_query(model.graph, product.inputs[1 - at], factor)
+            reason = scale_query(model.graph, product.inputs[1 - at], factor)
             if reason:
                 near.append(f"{product.name}: {reason}")
                 continue

@@ -6,8 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeq.graph.edit import Rewrites, constant, dims, made_by, replace_uses
-
-_SPREADING = ("Cast", "Expand", "Reshape", "Squeeze", "Unsqueeze")
+from edgeq.graph.operators import SAME_VALUES
 
 
 def known_truths(model: ir.Model) -> Rewrites:
@@ -23,7 +22,7 @@ def known_truths(model: ir.Model) -> Rewrites:
 
         position <= position ─ mask
 
-    Exporters write masks so that were made by functions of functions.
+    torch exports such constant conditions for masks that transformers composes from several mask functions.
     """
     count, near = 0, []
     for node in list(model.graph):
@@ -44,7 +43,7 @@ def known_truths(model: ir.Model) -> Rewrites:
 
 def truth(value: ir.Value | None) -> bool | None:
     """Tell whether a condition holds everywhere (True) or nowhere (False), or give None."""
-    while (step := made_by(value, *_SPREADING)) is not None:
+    while (step := made_by(value, *SAME_VALUES)) is not None:
         value = step.inputs[0]
     array = constant(value)
     if array is not None:

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import TopologicalSortPass
 
-from edgeq.graph.edit import add_constant, add_node, constant, dims, is_read_once, made_by, readers, replace_uses
-from edgeq.graph.linear import bias_of
-
-_ELEMENTWISE = frozenset(
-    "Add Cast DequantizeLinear Erf Gelu LayerNormalization Mul QuantizeLinear Relu Sigmoid Tanh".split()
+from edgeq.graph import operators, roles
+from edgeq.graph.edit import (
+    Rewrites,
+    add_constant,
+    add_node,
+    constant,
+    dims,
+    is_read_once,
+    made_by,
+    readers,
+    replace_uses,
 )
-_STARTS = frozenset({"LayerNormalization", "MatMul", "QuantizeLinear"})
+from edgeq.graph.linear import bias_of
+from edgeq.graph.roles import Role
+
 _INT32 = np.iinfo(np.int32)
 
 
-def flat_tokens(model: ir.Model, take_summands: bool = True) -> int:
-    """Take batch and sequence together wherever ops treat each token alone, and give the number of Gemm nodes made.
+def matmul_to_gemm(
+    model: ir.Model, statistics: MutableMapping[str, Any] | None = None, takes_summands: bool = True
+) -> Rewrites:
+    """Replace MatMul and Add by Gemm on a flat list of tokens, batch and sequence together; give how many there are.
 
     Before::
 
@@ -32,29 +45,35 @@ def flat_tokens(model: ir.Model, take_summands: bool = True) -> int:
     rounded to the step of the integer sums, far below the rounding of the activations.
 
     Args:
-        model: edited in place.
-        take_summands: let a float Gemm without bias add what is added behind it.
+        model: edited in place; it loses the shapes of its tensors.
+        statistics: by tensor, where there are any: a tensor in another shape has those of the tensor that it was.
+        takes_summands: let a float Gemm without bias add what is added behind it.
     """
     graph = model.graph
     flat = _flat_values(graph)
     if not flat:
-        return 0
-    shapes = _Shapes(graph)
+        return Rewrites(0)
+    shapes, same = _Shapes(graph), dict[str, str]()
     for value in flat:
-        _enter(graph, value, flat)
+        _enter(graph, value, flat, same)
     for value in flat:
-        _leave(graph, value, flat, shapes)
+        _leave(graph, value, flat, shapes, same)
     for value in flat:
         value.shape = None
-    made = sum(_as_gemm(graph, node) for node in list(graph) if node.op_type == "MatMul" and node.outputs[0] in flat)
+    products = [node for node in graph if node.op_type == "MatMul" and node.outputs[0] in flat]
+    for node in products:
+        _write_gemm(graph, node, same)
     for node in list(graph):
-        if node.op_type == "Gemm" and take_summands:
+        if node.op_type == "Gemm" and takes_summands:
             _take_summand(node)
+    for new, old in same.items():
+        if statistics is not None and old in statistics:
+            statistics.setdefault(new, statistics[old])
     for value in (value for node in graph for value in node.outputs):
         if not value.is_graph_output():
             value.shape = None
     TopologicalSortPass()(model)
-    return made
+    return Rewrites(len(products))
 
 
 def _flat_values(graph: ir.Graph) -> list[ir.Value]:
@@ -69,7 +88,7 @@ def _flat_values(graph: ir.Graph) -> list[ir.Value]:
         output = node.outputs[0]
         if _makes_tokens(node, tokens):
             tokens.add(output)
-            starts = node.op_type in _STARTS or any(value in flat for value in node.inputs)
+            starts = node.op_type in operators.TOKEN_LIST_BEGINS or any(value in flat for value in node.inputs)
             if starts and _treats_tokens_alone(node, tokens):
                 flat[output] = None
     return list(flat)
@@ -89,7 +108,7 @@ def _makes_tokens(node: ir.Node, tokens: set[ir.Value]) -> bool:
     if node.op_type == "MatMul":
         weight = dims(node.inputs[1])
         return node.inputs[0] in tokens and weight is not None and len(weight) == 2
-    return node.op_type in _ELEMENTWISE and any(value in tokens for value in node.inputs)
+    return node.op_type in operators.TOKEN_LIST and any(value in tokens for value in node.inputs)
 
 
 def _treats_tokens_alone(node: ir.Node, tokens: set[ir.Value]) -> bool:
@@ -126,7 +145,7 @@ class _Shapes:
         return self._made[tail]
 
 
-def _enter(graph: ir.Graph, value: ir.Value, flat: list[ir.Value]) -> None:
+def _enter(graph: ir.Graph, value: ir.Value, flat: list[ir.Value], same: dict[str, str]) -> None:
     """Flatten what a flat node reads and no flat node made."""
     node = value.producer()
     if node is None:
@@ -145,38 +164,44 @@ def _enter(graph: ir.Graph, value: ir.Value, flat: list[ir.Value]) -> None:
             source.replace_input_with(1, target)
             operand.shape = None
             continue
-        known = next((use for use in readers(operand) if use.name == f"{operand.name}/flat"), None)
-        entered = known.outputs[0] if known else add_node(node, "Reshape", [operand, target], f"{operand.name}/flat")
+        known = next(filter(_is_entry, readers(operand)), None)
+        if known is None:
+            entered = add_node(node, "Reshape", [operand, target], f"{operand.name}/flat", role=Role.FLAT_TOKENS)
+            same[str(entered.name)] = str(operand.name)
+        else:
+            entered = known.outputs[0]
         node.replace_input_with(position, entered)
 
 
-def _leave(graph: ir.Graph, value: ir.Value, flat: list[ir.Value], shapes: _Shapes) -> None:
+def _leave(graph: ir.Graph, value: ir.Value, flat: list[ir.Value], shapes: _Shapes, same: dict[str, str]) -> None:
     """Give a flat value its three axes back where anything else reads it."""
     shape = dims(value)
     if shape is None or not isinstance(shape[2], int):
         return
     outside = [use for use in value.uses() if not (use.node.outputs[0] in flat or _is_entry(use.node))]
-    back = _as_output(graph, value, shapes, shape[2]) if value.is_graph_output() else None
+    back = _as_output(graph, value, shapes, shape[2], same) if value.is_graph_output() else None
     for use in outside:
         split = constant(use.node.inputs[1]) if use.node.op_type == "Reshape" else None
         if split is not None and split.tolist()[:2] == [0, 0]:
             use.node.replace_input_with(1, shapes.of(tuple(split.tolist()[2:])))
             continue
         back = back or add_node(use.node, "Reshape", [value, shapes.of((shape[2],))], f"{value.name}/axes")
+        same[str(back.name)] = str(value.name)
         use.node.replace_input_with(use.idx, back)
 
 
 def _is_entry(node: ir.Node) -> bool:
-    return str(node.name).endswith("/flat")
+    return roles.has(node, Role.FLAT_TOKENS)
 
 
-def _as_output(graph: ir.Graph, value: ir.Value, shapes: _Shapes, width: int) -> ir.Value:
+def _as_output(graph: ir.Graph, value: ir.Value, shapes: _Shapes, width: int, same: dict[str, str]) -> ir.Value:
     """Let a Reshape carry the output's name, shape and place."""
     position = graph.outputs.index(value)
     node = ir.node("Reshape", [value, shapes.of((width,))], name=f"{value.name}/axes")
     graph.append(node)
     output = node.outputs[0]
     output.name, value.name = value.name, f"{value.name}/flat"
+    same[str(value.name)] = str(output.name)
     output.shape = value.shape
     _copy_dtype(value, output)
     graph.outputs[position] = output
@@ -188,8 +213,8 @@ def _copy_dtype(old: ir.Value, new: ir.Value) -> None:
         new.dtype = old.dtype
 
 
-def _as_gemm(graph: ir.Graph, node: ir.Node) -> bool:
-    """Turn MatMul and the Add behind it into a Gemm of the same name, the bias quantised where the product is."""
+def _write_gemm(graph: ir.Graph, node: ir.Node, same: dict[str, str]) -> None:
+    """Replace MatMul and the Add behind it by a Gemm of the same name, the bias quantised where the product is."""
     reader = readers(node.outputs[0])
     add = reader[0] if len(reader) == 1 and reader[0].op_type == "Add" and is_read_once(node.outputs[0]) else None
     bias = bias_of(add) if add is not None else None
@@ -201,13 +226,14 @@ def _as_gemm(graph: ir.Graph, node: ir.Node) -> bool:
     output = gemm.outputs[0]
     replaced = add.outputs[0] if add is not None and len(inputs) == 3 else node.outputs[0]
     output.name = f"{replaced.name}/gemm"
+    same[str(output.name)] = str(replaced.name)
+    roles.hand_over(node, gemm)
     _copy_dtype(replaced, output)
     graph.insert_before(node, gemm)
     replace_uses(replaced, output)
     if len(inputs) == 3 and add is not None:
         graph.remove(add, safe=True)
     graph.remove(node, safe=True)
-    return True
 
 
 def _bias(graph: ir.Graph, node: ir.Node, name: str, bias: NDArray[np.float32]) -> ir.Value | None:
@@ -247,6 +273,7 @@ def _take_summand(gemm: ir.Node) -> None:
         return
     sum_node = ir.node("Gemm", [gemm.inputs[0], gemm.inputs[1], other], name=str(gemm.name))
     sum_node.outputs[0].name = f"{add.outputs[0].name}/gemm"
+    roles.hand_over(gemm, sum_node)
     _copy_dtype(add.outputs[0], sum_node.outputs[0])
     graph.insert_before(add, sum_node)
     replace_uses(add.outputs[0], sum_node.outputs[0])

@@ -6,8 +6,9 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeq.graph.edit import Rewrites, add_constant, add_node, constant, made_by, replace_uses, scalar
+from edgeq.graph.roles import Role
 
-POOLING = "pooling"  # begins the names of products whose weights add up to one
+POOLING = "pooling"  # begins the names of what is written here
 
 
 def pool_by_matmul(model: ir.Model) -> Rewrites:
@@ -23,7 +24,7 @@ def pool_by_matmul(model: ir.Model) -> Rewrites:
         mask ─ Transpose ─ Div(n) ─ MatMul(·, h) ─ Squeeze(1)
 
     The weights mask / n lie in [0, 1]; the sum before, which grows with the length, is never formed. Where the model
-    divides by sqrt(n), so do the weights, whose name is another then: they do not add up to one.
+    divides by sqrt(n), so do the weights. They do not add up to one then, and the product has no role.
     """
     count, near = 0, []
     for node in list(model.graph):
@@ -50,12 +51,12 @@ def pool_by_matmul(model: ir.Model) -> Rewrites:
 
 
 def _write_product(node: ir.Node, mask: ir.Value, hidden: ir.Value, size: ir.Node) -> None:
-    name = POOLING if size.op_type != "Sqrt" else "root_pooling"
+    name, role = (POOLING, Role.POOLING) if size.op_type != "Sqrt" else (f"root_{POOLING}", None)
     axis = add_constant(node.graph, f"{name}_axis", np.array([1], np.int64))  # type: ignore[arg-type]
     row = add_node(node, "Transpose", [mask], f"{name}/mask", {"perm": [0, 2, 1]})
     divisor = add_node(node, "Unsqueeze", [size.outputs[0], axis], f"{name}/count")
     weights = add_node(node, "Div", [row, divisor], f"{name}/weights")
-    pooled = add_node(node, "MatMul", [weights, hidden], f"{name}/pooled")
+    pooled = add_node(node, "MatMul", [weights, hidden], f"{name}/pooled", role=role)
     replace_uses(node.outputs[0], add_node(node, "Squeeze", [pooled, axis], f"{name}/mean"))
 
 

@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 
 from edgeq.data.tokens import Feeds
 from edgeq.errors import ConfigError
-from edgeq.graph.attention_mask import MASK_SIZE
+from edgeq.graph.attention_mask import MASK_SIZE, is_mask
 from edgeq.graph.edit import Rewrites, add_constant, add_node, constant, is_read_once, readers, replace_uses, scalar
 from edgeq.graph.evaluate import outputs_of
+from edgeq.graph.roles import Role
 from edgeq.passes.finite_mask import START_SIZE
 
 _MASK, _BIAS = "attention_mask", "attention_bias"
@@ -62,7 +63,7 @@ def _shut(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
         for value, scores in ((first, second), (second, first)):
             if value is None or scores is None or constant(scores) is not None:
                 continue
-            if _is_of_mask(value) and not _is_written_here(value):
+            if _is_of_mask(value) and not is_mask(value):
                 return value, scores
         return None
     condition, yes, no = node.inputs
@@ -84,12 +85,6 @@ def _leads_to_softmax(value: ir.Value) -> bool:
             return False
         value = node.outputs[0]
     return False
-
-
-def _is_written_here(value: ir.Value) -> bool:
-    node = value.producer()
-    names = [item.name for item in node.inputs if item is not None] if node is not None else []
-    return any(str(name).startswith(MASK_SIZE) for name in names)
 
 
 def _is_of_mask(value: ir.Value) -> bool:
@@ -150,4 +145,4 @@ def _bias(graph: ir.Graph, mask: ir.Value) -> ir.Value:
     whole = add_node(first, "Cast", [mask], f"{_BIAS}/mask", {"to": int(ir.DataType.FLOAT)})
     row = add_node(first, "Unsqueeze", [whole, axes], f"{_BIAS}/unsqueezed")
     shifted = add_node(first, "Sub", [row, one], f"{_BIAS}/shifted")
-    return add_node(first, "Mul", [shifted, size], _BIAS)
+    return add_node(first, "Mul", [shifted, size], _BIAS, role=Role.ATTENTION_MASK)

@@ -1,4 +1,7 @@
-"""Observe a float model on texts: find the migration strength, equalise, and keep the statistics once."""
+"""Calibrate a float model: move outlier neurons, smooth scales (SmoothQuant), and observe every tensor once.
+
+How much of a tensor's scale moves into weights (SmoothQuant's alpha) is searched for on texts that are not observed.
+"""
 
 from __future__ import annotations
 
@@ -18,56 +21,55 @@ from edgeq.data.batches import Batch, Samples
 from edgeq.data.plans import FEWEST_CALIBRATION
 from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.errors import ConfigError, EdgeqError
-from edgeq.graph import external_data
+from edgeq.graph import external_data, operators
+from edgeq.graph.dataflow import mask_values, shape_values
 from edgeq.graph.edit import constant, dims, readers
 from edgeq.graph.float_session import FloatSession
-from edgeq.graph.linear import feed_forwards, sites, value_sum
+from edgeq.graph.linear import feed_forwards, sites, value_projection
 from edgeq.quantization.convolution import map_tensors
-from edgeq.quantization.quantize import quantize
-from edgeq.quantization.rewrites.decompose_norms import follows, primitives
+from edgeq.quantization.mixed import quantize_mixed
+from edgeq.quantization.rewrites.decompose import DECOMPOSE, has_derived_statistics
+from edgeq.quantization.rewrites.observe_row_maxima import observe_row_maxima
 from edgeq.quantization.schemes import SCHEMES
-from edgeq.records import Migration
+from edgeq.records import Smoothing
 from edgeq.system.progress import Progress
 
 SamplesT = TypeVar("SamplesT", bound=Samples)
 
-# Activations have no strength: most of their channels are quiet in any set of texts, and one that was blown up for it
-# clips at the first text that wakes it. Their large neurons move to the side path instead.
-STRENGTHS: dict[str, tuple[float, ...]] = {
+# By what makes the tensor. GELU outputs are not smoothed: a channel near zero on the calibration texts would get a
+# large scale, and clip on the first text that activates it. Their outlier neurons move to a branch of their own.
+ALPHAS: dict[str, tuple[float, ...]] = {
     "norm": (0.8, 0.65, 0.9),
     "context": (0.8, 0.5),
 }
-SEARCH_SCHEME = "w8a8-gemm"  # the strength serves every scheme; this one quantises what all of them quantise
-HELD_BACK_SHARE = 8  # one calibration text in so many judges the strength and is never observed
+SEARCH_SCHEME = "w8a8-gemm"  # alpha serves every scheme; this one quantises what all of them quantise
+HELD_BACK_RATIO = 8  # one calibration text in so many judges alpha and is never observed
 HELD_BACK_MOST = 48
 TOLERANCE = 1e-5
-_OBSERVED = frozenset(
-    "Add Gelu MatMul Mul Reciprocal ReduceMax ReduceMean ReduceSumSquare Relu Sigmoid Sub Tanh".split()
-)
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Hold what calibrating gives: the equalised model, the statistics of its tensors, and how strength was chosen."""
+    """Hold what calibrating gives: the equalised model, the statistics of its tensors, and how alpha was chosen."""
 
     model: onnx.ModelProto
     statistics: dict[str, Statistics]
-    migration: Migration
+    smoothing: Smoothing
     max_abs_error: float  # of the equalised model's embeddings against the float model's
 
 
 def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Progress) -> Observed:
-    """Equalise a float model and observe it once.
+    """Equalise a float model, exactly in FP32, and observe its tensors once.
 
     Args:
         model: FP32 ONNX in the dialect; not changed.
         samples: the calibration texts as tokens, or images; at least 16.
-        seed: of the choice of texts that are held back to judge the strength.
+        seed: of the choice of texts that are held back to judge alpha.
         progress: called with (step, done, total).
 
     Raises:
         ConfigError: too few texts.
-        EdgeqError: FP32 gives NaN or infinity.
+        EdgeqError: FP32 gives NaN or infinity, or equalising changed the embeddings.
     """
     if len(samples) < FEWEST_CALIBRATION:
         raise ConfigError(
@@ -91,12 +93,13 @@ def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Pro
     smooth_scales.size_mask(split.graph, first)
     parted = ir.to_proto(split)
     del graph, split  # each holds the weights once more
-    migration = _search(model, parted, statistics, swept, held, longest, progress)
+    smoothing = _search(model, parted, statistics, swept, held, longest, progress)
     equalized = ir.from_proto(parted)
-    smooth_scales.migrate(equalized.graph, statistics, swept, migration.strengths)
+    smooth_scales.smooth(equalized.graph, statistics, swept, smoothing.alphas)
     proto = ir.to_proto(equalized)
     read = [site.name for site in sites(equalized.graph)]
-    primitives(equalized)
+    for rewrite in (*DECOMPOSE, observe_row_maxima):
+        rewrite(equalized)
     tensors = list(dict.fromkeys([*_float_tensors(equalized.graph, read), *maps]))
     expanded = ir.to_proto(equalized)
     del parted, equalized
@@ -104,11 +107,11 @@ def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Pro
         expanded, tensors, batches, lambda done, total: progress("calibrate", done, total),
         histograms=[*read, *maps], moments=read, means=_read_by_attention(expanded),
     )  # fmt: skip
-    return Observed(proto, kept, migration, _largest_error(model, proto, held, longest))
+    return Observed(proto, kept, smoothing, _largest_error(model, proto, held, longest))
 
 
 def _vocabulary(graph: ir.Graph) -> int:
-    """Give the rows of the table that tokens are looked up in; 0 where there is none."""
+    """Count the rows of the embedding table; 0 where there is none."""
     return max(
         (
             len(table)
@@ -121,7 +124,7 @@ def _vocabulary(graph: ir.Graph) -> int:
 
 
 def _largest_error(before: onnx.ModelProto, after: onnx.ModelProto, held: Samples, longest: int) -> float:
-    """Prove that equalising kept the FP32 function, on texts that were not observed.
+    """Check that equalising kept the FP32 embeddings of texts that were not observed, and give the largest error.
 
     Raises:
         EdgeqError: an embedding moved by more than 1e-5 of the largest value.
@@ -138,30 +141,24 @@ def _largest_error(before: onnx.ModelProto, after: onnx.ModelProto, held: Sample
 
 
 def _float_tensors(graph: ir.Graph, read: list[str]) -> list[str]:
-    """Name what is kept: the tensors that products read, and what schemes that leave nothing float need besides.
+    """Name the tensors to observe: those that products read, and what schemes that leave nothing float need besides.
 
-    What follows exactly from another tensor is left out, and so is what is made of the mask alone.
+    A tensor whose statistics follow exactly from another's is left out, and so is what follows from the mask.
     """
-    mask = {value for value in graph.inputs if value.name == "attention_mask"}
-    positions: set[ir.Value] = set()
+    mask, positions = mask_values(graph), shape_values(graph)
     others = []
     for node in graph:
-        variable = [value for value in node.inputs if value is not None and constant(value) is None]
-        if node.op_type == "Shape" or (variable and all(value in positions for value in variable)):
-            positions.update(node.outputs)
-        elif variable and all(value in mask or value in positions for value in variable):
-            mask.update(node.outputs)
-        else:
-            others += [str(value.name) for value in variable if value in positions and _has_channels(value)]
+        if node.outputs[0] not in mask and node.outputs[0] not in positions:
+            others += [str(value.name) for value in node.inputs if value in positions and _has_channels(value)]
             if node.op_type == "Gather" and any(use.op_type != "Add" for use in readers(node.outputs[0])):
                 others += [str(value.name) for value in node.outputs if _is_real(value) and value.name not in read]
-            if node.op_type in _OBSERVED and not follows(node) and _is_real(node.outputs[0]):
+            if node.op_type in operators.OBSERVED and not has_derived_statistics(node) and _is_real(node.outputs[0]):
                 others += [str(value.name) for value in node.outputs if value.name not in read]
     return [*read, *dict.fromkeys(others)]
 
 
 def _has_channels(value: ir.Value) -> bool:
-    """Tell whether a tensor of positions has statistics: its last axis does not grow, or it is one of attention."""
+    """Tell whether a tensor that follows from sizes can be observed: its last axis is fixed, or it has four axes."""
     shape = dims(value)
     return _is_real(value) and shape is not None and bool(shape) and (len(shape) == 4 or isinstance(shape[-1], int))
 
@@ -171,13 +168,13 @@ def _is_real(value: ir.Value) -> bool:
 
 
 def _read_by_attention(model: onnx.ModelProto) -> list[str]:
-    """Name the values that attention mixes, as their products make them."""
+    """Name the outputs of the value projections."""
     graph = ir.from_proto(model).graph
-    return [str(values.outputs[0].name) for site in sites(graph) if (values := value_sum(site)) is not None]
+    return [str(values.output.name) for site in sites(graph) if (values := value_projection(site)) is not None]
 
 
 def _hold_back(samples: SamplesT, seed: int) -> tuple[SamplesT, SamplesT]:
-    count = min(HELD_BACK_MOST, max(4, len(samples) // HELD_BACK_SHARE))
+    count = min(HELD_BACK_MOST, max(4, len(samples) // HELD_BACK_RATIO))
     held = set(np.random.default_rng(seed).choice(len(samples), count, replace=False).tolist())
     parts = [[row for row in range(len(samples)) if (row in held) is keep] for keep in (False, True)]
     return samples.chosen(parts[0]), samples.chosen(parts[1])
@@ -191,40 +188,41 @@ def _search(
     held: Samples,
     longest: int,
     progress: Progress,
-) -> Migration:
-    """Try strengths one kind after the other, judged on the embeddings of texts that were not observed.
+) -> Smoothing:
+    """Search SmoothQuant's alpha for each maker of tensors in turn, on the embeddings of texts that were not observed.
 
-    A tensor's own error overfits: an evenly scaled tensor clips every channel that a new text drives past its observed
-    maximum. Half the score is the mean cosine, half that of the worst tenth: a mean hides the text that is lost.
+    The rounding error of the tensors themselves would overfit: a tensor whose channels all fill the range clips on
+    every new text that passes an observed maximum. Half the score is the mean cosine, half that of the worst tenth: a
+    mean hides a single bad text.
     """
     batches = equal_length_batches(held, longest)
     reference = embed_batches(FloatSession.of(model), batches, len(held))
-    best = {kind: choices[0] for kind, choices in STRENGTHS.items()}
-    kinds = {site.kind for site in sites(ir.from_proto(split).graph)}
-    plan = [(kind, choice) for kind in STRENGTHS if kind in kinds for choice in STRENGTHS[kind][1:]]
+    best = {maker: choices[0] for maker, choices in ALPHAS.items()}
+    makers = {site.maker for site in sites(ir.from_proto(split).graph)}
+    plan = [(maker, alpha) for maker in ALPHAS if maker in makers for alpha in ALPHAS[maker][1:]]
     with external_data.passing():
         best_score, best_mean = _score(split, statistics, swept, best, batches, reference)
-    for done, (kind, choice) in enumerate(plan, start=1):
-        candidate = {**best, kind: choice}
+    for done, (maker, alpha) in enumerate(plan, start=1):
+        candidate = {**best, maker: alpha}
         with external_data.passing():
             score, mean = _score(split, statistics, swept, candidate, batches, reference)
         if score > best_score:
             best, best_score, best_mean = candidate, score, mean
         progress("equalize", done, len(plan))
-    return Migration(strengths=best, cosine_mean=best_mean, candidates=len(plan) + 1)
+    return Smoothing(alphas=best, cosine_mean=best_mean, candidates=len(plan) + 1)
 
 
 def _score(
     split: onnx.ModelProto,
     statistics: Mapping[str, Statistics],
     swept: Mapping[str, Statistics],
-    strengths: Mapping[str, float],
+    alphas: Mapping[str, float],
     batches: list[Batch],
     reference: Embeddings,
 ) -> tuple[float, float]:
     graph = ir.from_proto(split)
-    moved = smooth_scales.migrate(graph.graph, statistics, swept, strengths)
-    candidate = quantize(ir.to_proto(graph), {**statistics, **moved}, SCHEMES[SEARCH_SCHEME], compensate=False)[0]
+    moved = smooth_scales.smooth(graph.graph, statistics, swept, alphas)
+    candidate = quantize_mixed(ir.to_proto(graph), {**statistics, **moved}, SCHEMES[SEARCH_SCHEME], compensate=False)[0]
     cosines = np.sort(_cosines(reference, embed_batches(FloatSession.of(candidate), batches, len(reference))))
     if not np.isfinite(cosines).all():
         return -1.0, -1.0

@@ -1,4 +1,4 @@
-"""Hold a float model against the rules of targets, operator by operator, before anything is calibrated or converted."""
+"""Judge a float model against targets, by the rules and operator by operator, before any calibration or conversion."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NAMED = 3  # nodes that a sentence names
 
 
 class CheckedOperator(Record):
-    """Say what becomes of the nodes of one operator that share a verdict."""
+    """Hold the verdict on the nodes of one operator that share it, with the reason."""
 
     operator: str
     count: int
@@ -34,7 +34,7 @@ class CheckedOperator(Record):
 
 
 class Checked(Record):
-    """Hold a model's check for one target. `problems` has one sentence for each reason not to convert."""
+    """Hold the verdicts on a model for one target, and one sentence for each reason that prevents its conversion."""
 
     target: str
     operators: tuple[CheckedOperator, ...]
@@ -48,15 +48,15 @@ def check(
     """Check a model for each target.
 
     Args:
-        model: what `export` takes, or the path of an ONNX file.
-        targets: to check for.
+        model: as `edgeq export` takes it, or the path of an ONNX file.
+        targets: to check the model for.
         pooling: of a plain Hugging Face directory.
         cache: for the exported float model.
         tower: "text" or "image", of a model that embeds both.
 
     Raises:
         ConfigError: the model is not there, or a target names an unknown backend or scheme.
-        Unsupported: exporting finds what no backend takes.
+        Unsupported: the exported graph holds operators that no backend takes.
         ToolMissing: the model must be exported first, and the extra `export` is not installed.
     """
     path = Path(model)
@@ -69,10 +69,10 @@ def check(
 
 
 def require(checks: Iterable[Checked]) -> None:
-    """Refuse what has problems.
+    """Raise where a check found problems.
 
     Raises:
-        Unsupported: with every problem of every target.
+        Unsupported: the message lists every problem of every target.
     """
     problems = [f"  - {item.target}: {problem}" for item in checks for problem in item.problems]
     if problems:
@@ -108,7 +108,7 @@ def _check(model: onnx.ModelProto, file: FileRef, target: Target) -> Checked:
 
 
 def unquantised(file: FileRef, inputs: tuple[str, ...], scheme: Scheme) -> QdqModel:
-    """Give the record that rules on inputs, scheme and target read; nothing of it is quantised; no rule reads sizes."""
+    """Give a record of a model that is not quantised yet, for the rules that read inputs, scheme and target alone."""
     return QdqModel(
         file=file, float_model_sha256=file.sha256, calibration_sha256=file.sha256, scheme=scheme,
         inputs=inputs, outputs=("sentence_embedding",), dim=1, max_sequence=1,

@@ -1,6 +1,6 @@
-"""Map between real values and integer codes: scale, zero point, rounding, saturation. numpy only, no I/O.
+"""Map between float32 values and integers as QuantizeLinear and DequantizeLinear do. numpy only, no I/O.
 
-`real = (code - zero_point) * scale`, as ONNX defines QuantizeLinear and DequantizeLinear.
+`value = (integer - zero_point) * scale`, as ONNX defines QuantizeLinear and DequantizeLinear.
 Source: ONNX 1.23, docs/Operators.md, QuantizeLinear-21 (round half to even, then saturate).
 """
 
@@ -16,13 +16,13 @@ SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 
 @dataclass(frozen=True)
 class Affine:
-    """Hold the parameters of one tensor or channel.
+    """Hold the quantisation parameters of one tensor or channel.
 
     Attributes:
         scale: float32 step, over 0.
-        zero_point: the code of 0.0.
-        low: smallest code.
-        high: largest code.
+        zero_point: the integer of 0.0.
+        low: smallest integer.
+        high: largest integer.
     """
 
     scale: float
@@ -31,26 +31,26 @@ class Affine:
     high: int
 
 
-def code_limits(bits: int, signed: bool) -> tuple[int, int]:
-    """Give the smallest and largest code, e.g. (-128, 127) or (0, 255)."""
+def integer_limits(bits: int, signed: bool) -> tuple[int, int]:
+    """Give the smallest and largest integer, e.g. (-128, 127) or (0, 255)."""
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
 def asymmetric(minimum: float, maximum: float, bits: int = 8, signed: bool = False) -> Affine:
-    """Cover [minimum, maximum], widened to hold 0.0, so that 0.0 has a code of its own.
+    """Give parameters that cover [minimum, maximum] and 0.0, which an integer represents exactly.
 
     Args:
         minimum: smallest value.
         maximum: largest value, not below `minimum`.
         bits: 2 to 16.
-        signed: codes below 0.
+        signed: whether integers go below 0.
 
     Raises:
         ValueError: the range is not finite, or upside down.
     """
     if not (np.isfinite(minimum) and np.isfinite(maximum) and minimum <= maximum):
         raise ValueError(f"the range [{minimum}, {maximum}] is no range")
-    low, high = code_limits(bits, signed)
+    low, high = integer_limits(bits, signed)
     bottom, top = min(float(minimum), 0.0), max(float(maximum), 0.0)
     scale = max(float(np.float32((top - bottom) / (high - low))), SMALLEST_SCALE)
     zero_point = int(np.clip(np.rint(low - bottom / scale), low, high))
@@ -58,11 +58,11 @@ def asymmetric(minimum: float, maximum: float, bits: int = 8, signed: bool = Fal
 
 
 def symmetric_scales(magnitudes: ArrayLike, bits: int) -> NDArray[np.float32]:
-    """Give the scales of symmetric codes -(2^(bits-1) - 1) .. 2^(bits-1) - 1; the lowest code stays unused.
+    """Give the scales of symmetric integers -(2^(bits-1) - 1) .. 2^(bits-1) - 1; the lowest one stays unused.
 
     Args:
         magnitudes: largest absolute value per channel.
-        bits: of the codes.
+        bits: of the integers.
 
     Returns:
         float32, same shape; 1.0 where a channel is all zero.
@@ -71,18 +71,16 @@ def symmetric_scales(magnitudes: ArrayLike, bits: int) -> NDArray[np.float32]:
     return np.where(scales > SMALLEST_SCALE, scales, 1.0).astype(np.float32)
 
 
-def quantize(values: ArrayLike, affine: Affine) -> NDArray[np.int32]:
-    """Give int32 codes: divide, round half to even, add the zero point, saturate. float32 arithmetic."""
-    scaled = np.rint(np.asarray(values, np.float32) / np.float32(affine.scale))
-    codes: NDArray[np.int32] = np.clip(scaled.astype(np.float64) + affine.zero_point, affine.low, affine.high).astype(
-        np.int32
-    )
-    return codes
+def quantize(values: ArrayLike, params: Affine) -> NDArray[np.int32]:
+    """Turn float32 into int32 as QuantizeLinear does: divide, round half to even, add the zero point, saturate."""
+    scaled = np.rint(np.asarray(values, np.float32) / np.float32(params.scale)).astype(np.float64)
+    integers: NDArray[np.int32] = np.clip(scaled + params.zero_point, params.low, params.high).astype(np.int32)
+    return integers
 
 
-def dequantize(codes: ArrayLike, affine: Affine) -> NDArray[np.float32]:
-    """Give float32 values of codes."""
-    return ((np.asarray(codes, np.int64) - affine.zero_point) * np.float32(affine.scale)).astype(np.float32)
+def dequantize(integers: ArrayLike, params: Affine) -> NDArray[np.float32]:
+    """Turn integers into float32 as DequantizeLinear does."""
+    return ((np.asarray(integers, np.int64) - params.zero_point) * np.float32(params.scale)).astype(np.float32)
 
 
 def significant(values: NDArray[np.floating], bits: int) -> NDArray[np.float64]:

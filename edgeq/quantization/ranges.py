@@ -42,11 +42,11 @@ def centres(histogram: Histogram) -> NDArray[np.float64]:
     return middles
 
 
-def percentile(histogram: Histogram, low: float, high: float, share: float = PERCENTILE) -> tuple[float, float]:
-    """Leave out the same small share of values at both ends."""
+def percentile(histogram: Histogram, low: float, high: float, kept: float = PERCENTILE) -> tuple[float, float]:
+    """Leave out the same few values at both ends."""
     cumulated = np.cumsum(histogram.counts) / histogram.counts.sum()
     values, width = centres(histogram), histogram.limit / BINS
-    cut = (100.0 - share) / 100.0
+    cut = (100.0 - kept) / 100.0
     bottom = values[int(np.searchsorted(cumulated, cut))] - width / 2
     top = values[min(int(np.searchsorted(cumulated, 1.0 - cut)), len(values) - 1)] + width / 2
     return max(low, float(bottom)), min(high, float(top))
@@ -66,8 +66,8 @@ def _search(histogram: Histogram, low: float, high: float, scheme: Scheme, measu
 
 
 def _rounded(histogram: Histogram, low: float, high: float, scheme: Scheme) -> NDArray[np.float64]:
-    codes = affine.asymmetric(low, high, scheme.activation_bits, scheme.activations_signed)
-    return affine.dequantize(affine.quantize(centres(histogram), codes), codes).astype(np.float64)
+    params = affine.asymmetric(low, high, scheme.activation_bits, scheme.activations_signed)
+    return affine.dequantize(affine.quantize(centres(histogram), params), params).astype(np.float64)
 
 
 def _squared_error(histogram: Histogram, low: float, high: float, scheme: Scheme) -> float:
@@ -87,9 +87,9 @@ def _divergence(histogram: Histogram, low: float, high: float, scheme: Scheme) -
     return float(np.sum(original[inside] * np.log(original[inside] / spread[inside])))
 
 
-# How far a masked score lies below the smallest maximum of a row, by how attention divides.
+# How far a masked score lies below the smallest maximum of a row, by how softmax divides.
 MASKED_BELOW = {
-    "softmax": 20.0,  # exp(-20) = 2e-9: what is left of a masked position
-    "exact": 12.0,  # exp(-6.3) is half a code: nothing at all is left, for maxima 5.7 below those observed, too
+    "normalized": 20.0,  # exp(-20) = 2e-9: what is left of a masked position
+    "deferred": 12.0,  # exp(-6.3) rounds to 0: nothing at all is left, for maxima 5.7 below those observed, too
 }
 GELU_FLOOR = -4.0  # GELU(-4) = -1.3e-4: below, nothing is left to tell apart

@@ -8,138 +8,58 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from edgeq.errors import ConfigError
-from edgeq.records import HtpForm, IntegerForm, Scheme, VendorForm
+from edgeq.records import HtpSpec, IntegerSpec, Scheme, VendorSpec
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
-        Scheme(
-            name="w8a8-gemm",
-            weight_bits=8,
-            activation_bits=8,
-            activations_signed=False,
-            embedding_bits=8,
-            range_method="minmax",
-        ),
-        Scheme(
-            name="w8a8-gemm-7bit",
-            weight_bits=7,
-            activation_bits=8,
-            activations_signed=False,
-            embedding_bits=8,
-            range_method="minmax",
-        ),
-        Scheme(
-            name="w8a8-int",
-            weight_bits=8,
-            activation_bits=8,
-            activations_signed=True,
-            embedding_bits=8,
-            range_method="minmax",
-            integer=IntegerForm(
-                gemm_bits=8,
-                attention_bits=8,
-                output_bits=8,
-                sum_bits=32,
-                shares="exact",
-                widen_quantile=0.5,
-                wide_matmul=True,
-                wide_gelu=True,
-                tables=True,
-            ),
-        ),
+        Scheme(name="w8a8-gemm", activations_signed=False),
+        Scheme(name="w8a8-gemm-7bit", weight_bits=7, activations_signed=False),
+        Scheme(name="w8a8-int", spec=IntegerSpec()),
         Scheme(
             name="w8a8-int-npu",
-            weight_bits=8,
-            activation_bits=8,
-            activations_signed=True,
-            embedding_bits=8,
-            range_method="minmax",
-            integer=IntegerForm(
-                gemm_bits=8,
-                attention_bits=8,
-                output_bits=8,
-                sum_bits=16,
-                shares="softmax",
-                widen_quantile=0.5,
-                wide_matmul=False,
-                wide_gelu=False,
-                tables=False,
+            spec=IntegerSpec(
+                sum_bits=16, softmax="normalized", has_16bit_matmul=False, has_16bit_gelu=False, has_16bit_tables=False
             ),
         ),
         Scheme(
             name="w8a16-int",
-            weight_bits=8,
             activation_bits=16,
-            activations_signed=True,
-            embedding_bits=8,
-            range_method="minmax",
-            integer=IntegerForm(
-                gemm_bits=16,
-                attention_bits=16,
-                output_bits=8,
-                sum_bits=32,
-                shares="softmax",
-                widen_quantile=1.0,
-                wide_matmul=True,
-                wide_gelu=True,
-                tables=True,
-            ),
+            spec=IntegerSpec(gemm_bits=16, attention_bits=16, softmax="normalized", scaled_output_quantile=1.0),
         ),
-        Scheme(
-            name="w8a8-htp",
-            weight_bits=8,
-            activation_bits=8,
-            activations_signed=False,
-            embedding_bits=8,
-            range_method="minmax",
-            htp=HtpForm(gemm_bits=8, attention_bits=8, widen_quantile=0.5),
-        ),
+        Scheme(name="w8a8-htp", activations_signed=False, spec=HtpSpec()),
         Scheme(
             name="w8a16-htp",
-            weight_bits=8,
             activation_bits=16,
             activations_signed=False,
-            embedding_bits=8,
-            range_method="minmax",
-            htp=HtpForm(gemm_bits=16, attention_bits=16, widen_quantile=1.0),
+            spec=HtpSpec(gemm_bits=16, attention_bits=16, scaled_output_quantile=1.0),
         ),
-        Scheme(
-            name="rockchip-int8",
-            weight_bits=8,
-            activation_bits=8,
-            activations_signed=True,
-            embedding_bits=8,
-            range_method="minmax",
-            vendor=VendorForm(opset=19, dtype="int8", feeds=64, output_ratio_max=10.0),
-        ),
+        Scheme(name="rockchip-int8", feeds=64, spec=VendorSpec(opset=19, dtype="int8", output_ratio_max=10.0)),
         Scheme(
             name="rockchip-float16",
             weight_bits=16,
             activation_bits=16,
-            activations_signed=True,
             embedding_bits=16,
-            range_method="minmax",
-            vendor=VendorForm(opset=19, dtype="float16", feeds=0, output_ratio_max=10.0),
+            spec=VendorSpec(opset=19, dtype="float16", output_ratio_max=10.0),
         ),
     )
 }
 
 
-SEPARATOR = "+"  # between the name of a scheme and how many products are raised
+SEPARATOR = "+"  # between the name of a scheme and how many products are promoted
 
 
 def base_name(scheme: Scheme) -> str:
-    """Give the name of a scheme without what is raised in it: the one that targets give."""
+    """Give the name of a scheme without what is promoted in it: the one that targets give."""
     return scheme.name.split(SEPARATOR)[0]
 
 
-def raising(scheme: Scheme, products: Iterable[str]) -> Scheme:
-    """Give a scheme that differs in these products, named so."""
+def promote(scheme: Scheme, products: Iterable[str]) -> Scheme:
+    """Give a scheme that computes these weight products at higher precision, and is named after their number."""
     names = tuple(sorted(products))
     base = base_name(scheme)
     name = f"{base}{SEPARATOR}{len(names)}" if names else base
-    return scheme.model_copy(update={"name": name, "raised": names})
+    return scheme.model_copy(update={"name": name, "promoted": names})
 
 
 def read(path: Path) -> Scheme:
@@ -155,9 +75,9 @@ def read(path: Path) -> Scheme:
     except ValidationError as error:
         raise ConfigError(f"{path}: is no scheme: {error}. Give a file that edgeq analyze --auto wrote.") from error
     base = SCHEMES.get(base_name(found))
-    if base is None or found != raising(base, found.raised):
+    if base is None or found != promote(base, found.promoted):
         raise ConfigError(
-            f'{path}: the scheme "{found.name}" differs from those of this edgeq in more than its raised products. '
+            f'{path}: the scheme "{found.name}" differs from those of this edgeq in more than its promoted products. '
             "Run edgeq analyze --auto again."
         )
     return found

@@ -1,10 +1,11 @@
-"""Round weights to integer codes so that the product, not each weight, is nearest to FP32's."""
+"""Round float32 weights to int8: to nearest, or with error compensation (GPTQ) where inputs were observed."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq.calibration.statistics import Statistics
 from edgeq.quantization import affine
 
 BLOCK = 128
@@ -13,28 +14,28 @@ DAMPING = 1e-4
 
 
 def nearest(weight: NDArray[np.float32], bits: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Round each weight to its nearest code.
+    """Round each float32 weight to the nearest int8 multiple of its output channel's scale.
 
     Args:
         weight: float32[channels, out].
-        bits: of the codes, at most 8.
+        bits: of the integers, at most 8.
 
     Returns:
-        codes int8[channels, out] and scales float32[out].
+        Integers int8[channels, out] and scales float32[out].
     """
     scales = affine.symmetric_scales(np.maximum(weight.max(axis=0), -weight.min(axis=0)), bits)
     limit = 2 ** (bits - 1) - 1
-    codes = np.empty(weight.shape, np.int8)
+    values = np.empty(weight.shape, np.int8)
     for start in range(0, weight.shape[1], COLUMNS):  # a table of tokens has gigabytes: no copy of it as a whole
         part = slice(start, start + COLUMNS)
-        codes[:, part] = np.clip(np.rint(weight[:, part] / scales[part]), -limit, limit)
-    return codes, scales
+        values[:, part] = np.clip(np.rint(weight[:, part] / scales[part]), -limit, limit)
+    return values, scales
 
 
 def compensated(
     weight: NDArray[np.float32], moment: NDArray[np.float32], step: float, bits: int
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Round channel by channel and let the channels still to come make up for each one's error.
+    """Round float32 weights to int8 by GPTQ: the input channels still to come make up for each one's error.
 
     Minimises E‖x W - x̂ Ŵ‖² for the observed second moment of x, where x̂ is x rounded to `step`: the rounding adds
     step²/12 to the diagonal of the moment. Channels with the largest moment are rounded first.
@@ -42,15 +43,15 @@ def compensated(
     Args:
         weight: float32[channels, out].
         moment: float32[channels, channels], mean of x xᵀ.
-        step: the scale of x's codes.
-        bits: of the codes, at most 8.
+        step: the scale of x.
+        bits: of the integers, at most 8.
 
     Returns:
-        codes int8[channels, out] and scales float32[out].
+        Integers int8[channels, out] and scales float32[out].
 
     Source: Frantar et al. 2023, GPTQ, algorithm 1.
     """
-    codes_scale = nearest(weight, bits)[1]
+    own_scales = nearest(weight, bits)[1]
     limit = 2 ** (bits - 1) - 1
     hessian = moment.astype(np.float64)
     diagonal = np.diag(hessian).copy()
@@ -58,18 +59,50 @@ def compensated(
     order = np.argsort(-diagonal, kind="stable")
     upper = np.linalg.cholesky(np.linalg.inv(hessian[np.ix_(order, order)])).T
     left = weight.astype(np.float64)[order]
-    codes = np.empty(left.shape, np.int8)
-    scales = codes_scale.astype(np.float64)
+    values = np.empty(left.shape, np.int8)
+    scales = own_scales.astype(np.float64)
     for start in range(0, len(left), BLOCK):
         stop = min(start + BLOCK, len(left))
         errors = np.empty((stop - start, left.shape[1]))
         for row in range(start, stop):
             rounded = np.clip(np.rint(left[row] / scales), -limit, limit)
-            codes[row] = rounded
+            values[row] = rounded
             error = (left[row] - rounded * scales) / upper[row, row]
             left[row + 1 : stop] -= upper[row, row + 1 : stop, None] * error
             errors[row - start] = error
         left[stop:] -= upper[start:stop, stop:].T @ errors
     back = np.empty_like(order)
     back[order] = np.arange(len(order))
-    return codes[back], codes_scale
+    return values[back], own_scales
+
+
+def rounded(
+    weight: NDArray[np.float32], seen: Statistics | None, step: float, bits: int
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Round a MatMul's weight with compensation where the second moment of its input was observed, else to nearest.
+
+    Args:
+        weight: float32[channels, out].
+        seen: statistics of the input, if there are any.
+        step: the scale of the input.
+        bits: of the integers, at most 8.
+
+    Returns:
+        Integers int8[channels, out] and scales float32[out].
+    """
+    if seen is None or seen.moment is None:
+        return nearest(weight, bits)
+    return compensated(weight, seen.moment, step, bits)
+
+
+def lost_mean(
+    weight: NDArray[np.float32], values: NDArray[np.int8], scales: NDArray[np.float32], seen: Statistics | None
+) -> NDArray[np.float64]:
+    """Give by how much rounding a weight shifts the mean of a product, float64[out]: it is added to the bias.
+
+    0 where no mean of the input was observed.
+    """
+    if seen is None or seen.mean is None:
+        return np.zeros(len(scales))
+    lost: NDArray[np.float64] = seen.mean.astype(np.float64) @ (weight - values * scales.astype(np.float64))
+    return lost

@@ -1,4 +1,4 @@
-"""Choose the texts of a card, and FP32's vectors of them where FP32 itself is not at hand."""
+"""Choose the texts of a parity card, with FP32's recorded vectors where the float model is not found."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgeq.reports.bundles import Found
 
 @dataclass(frozen=True)
 class Chosen:
-    """Hold the texts, where they come from, what is to be said of them, and recorded vectors of FP32, if any.
+    """Hold the texts, their origin, a note for the card, and FP32's recorded vectors, if any.
 
     `recorded` is float32[texts, dim].
     """
@@ -29,9 +29,9 @@ class Chosen:
 
 
 def golden(found: Sequence[Found]) -> Chosen:
-    """Take the golden texts: their FP32 vectors stand in the bundles.
+    """Choose the golden texts of the bundle with the lowest token limit, with the FP32 vectors recorded there.
 
-    Those of the bundle with the lowest limit serve, because there FP32 was cut where all are cut here.
+    The card cuts all texts at this limit; only there FP32 was given texts cut alike.
     """
     shortest = min(found, key=lambda item: item.token_limit)
     data = read_golden(shortest.path)
@@ -43,9 +43,9 @@ def golden(found: Sequence[Found]) -> Chosen:
 
 
 def choose(found: Sequence[Found], texts: Path | None, column: str | None) -> Chosen:
-    """Read the texts that the user names, or the default validation texts.
+    """Read the user's texts, or the default validation texts.
 
-    Of a file that the export calibrated on, the fifth that validated there is taken.
+    Of a file that the export calibrated on, the fifth that the export validated on is chosen.
 
     Raises:
         ConfigError: the texts cannot be read.
@@ -68,7 +68,7 @@ def choose(found: Sequence[Found], texts: Path | None, column: str | None) -> Ch
 
 
 def require_enough(chosen: Chosen, fewest: int) -> None:
-    """Refuse too few texts.
+    """Refuse fewer than so many texts.
 
     Raises:
         ConfigError: there are fewer.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeq.records import Place, RunsOn
+from edgeq.records import RunKind, RunsOn
 
 # numpy's name of a CPU feature -> the kernel's name of the flag. numpy asks the CPU itself, which is right under
 # user-mode emulation too, where /proc/cpuinfo shows the host's CPU.
@@ -86,7 +86,7 @@ def meets(runs_on: RunsOn) -> tuple[str, ...]:
     return tuple(missing)
 
 
-def run_kind(runs_on: RunsOn) -> Place:
+def run_kind(runs_on: RunsOn) -> RunKind:
     """Give the kind of a run on this machine: "device", or the target's substitute where `runs_on` is not met."""
     return runs_on.elsewhere if meets(runs_on) else "device"
 

@@ -25,7 +25,7 @@ _CALIBRATE = """
 import json, sys
 from pathlib import Path
 import onnx
-from edgeq.bundle.benchmark import peak_memory_bytes
+from edgeq.bundle.benchmark_child import peak_memory_bytes
 from edgeq.data.tokenizer import Tokenizer
 from edgeq.pipeline import calibrate
 tokens = Tokenizer.from_file(Path(sys.argv[2]), 256).encode(json.loads(Path(sys.argv[3]).read_text()))

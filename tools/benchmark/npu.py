@@ -28,14 +28,14 @@ from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokenizer import Tokenizer
 from edgeq.data.tokens import fitted
 from edgeq.graph.static_shapes import fix_shapes
-from edgeq.quantization.vendor import vendor_form
-from edgeq.records import Manifest, VendorForm
+from edgeq.quantization.vendor import rewrite_for_vendor
+from edgeq.records import Manifest, VendorSpec
 from edgeq.system.cache import log_path
 from edgeq.system.host import run_kind
 
 TEXTS = 200  # emulating one takes seconds
 LONGEST = 128  # of the targets' buckets, in tokens
-_PLAIN = VendorForm(opset=19, dtype="float16", feeds=0, output_ratio_max=1.0)  # only the operators are rewritten
+_PLAIN = VendorSpec(opset=19, dtype="float16", output_ratio_max=1.0)  # only the operators are rewritten
 
 
 def measure(workshop: Workshop, data: Path, wanted: Sequence[str] | None) -> Figures:
@@ -141,7 +141,7 @@ def _peer(row: Row, bundle: Made, workshop: Workshop) -> Made:
     folder, given = workshop.folder / "peers" / f"rockchip-{row.form}", bundle.path / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     equalised = (given / MODEL).read_bytes()
-    plain, _, _ = vendor_form(onnx.load(workshop.float_model()), {}, _PLAIN)
+    plain, _, _ = rewrite_for_vendor(onnx.load(workshop.float_model()), {}, _PLAIN)
     content = equalised if source == "equalised" else plain.SerializeToString(deterministic=True)
     target = load_manifest(bundle.path).target
     for length in target.buckets_tokens:

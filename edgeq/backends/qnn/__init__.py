@@ -1,4 +1,4 @@
-"""Lower a QDQ model to one HTP context binary for each bucket, and run them in QAIRT's emulator, in a child process."""
+"""Lower a QDQ model to HTP context binaries, one per bucket, and run them in QAIRT's emulator in a child process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, has_buckets, reads_tokens, rejected
+from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, has_buckets, reads_tokens, rejected, takes_kinds
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, embed_by_bucket
 from edgeq.data.tokens import bucket_lengths
@@ -30,16 +30,16 @@ FOLDER = "qnn"
 # The SoCs whose number and HTP version are known. Source: pytorch/executorch, backends/qualcomm/serialization,
 # qc_schema.py (QcomChipset); 60, Snapdragon X Elite: microsoft/Olive, the option `soc` of its QNN context binary pass;
 # 30: what QAIRT 2.51 writes for v68 without a number.
-HTP_OF_SOC = {30: 68, 43: 73, 57: 75, 60: 73, 69: 79, 87: 81}
+_HTP_OF_SOC = {30: 68, 43: 73, 57: 75, 60: 73, 69: 79, 87: 81}
 
 _SETTINGS = {"soc_model", "htp_arch", "vtcm_mb", "optimization_mode", "io"}
 _LOWEST_GLIBC = (2, 35)  # Source: onnxruntime-qnn 2.7.0, the wheel's tag manylinux_2_35_x86_64
 _RUN_LIMIT_S = 3600.0  # the emulator takes seconds for a text
 
 
-def has_htp_form(model: QdqModel, target: Target) -> str | None:
-    """The scheme must be one for HTP: unsigned codes on every tensor, nothing float."""
-    return f"scheme {model.scheme.name} has another form" if model.scheme.htp is None else None
+is_for_htp = takes_kinds(
+    ("htp",), "The scheme must be one for HTP: unsigned integers in every tensor, nothing float.", "has another form"
+)
 
 
 def has_known_settings(model: QdqModel, target: Target) -> str | None:
@@ -57,20 +57,20 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
 def names_one_soc(model: QdqModel, target: Target) -> str | None:
     """soc_model must be a known SoC and htp_arch its own: the compiler lets soc_model win without a word."""
     soc, arch = (target.runtime.get(key) for key in ("soc_model", "htp_arch"))
-    if soc not in HTP_OF_SOC:
-        return f"soc_model is {soc}; known are {', '.join(map(str, HTP_OF_SOC))}"
-    known = HTP_OF_SOC[int(soc)]
+    if soc not in _HTP_OF_SOC:
+        return f"soc_model is {soc}; known are {', '.join(map(str, _HTP_OF_SOC))}"
+    known = _HTP_OF_SOC[int(soc)]
     return None if arch == known else f"soc_model {soc} has HTP v{known}, htp_arch is {arch}"
 
 
-RULES: tuple[Rule, ...] = (reads_tokens, has_htp_form, has_buckets, has_known_settings, names_one_soc)
+RULES: tuple[Rule, ...] = (reads_tokens, is_for_htp, has_buckets, has_known_settings, names_one_soc)
 
 
 def tools() -> Mapping[str, str]:
-    """Give the versions of what compiles and runs context binaries.
+    """Give the versions of ONNX Runtime and its QNN plugin, which compile and run context binaries.
 
     Raises:
-        ToolMissing: onnxruntime-qnn is not installed, or this machine's C library is older than it needs.
+        ToolMissing: onnxruntime-qnn is not installed, or needs a newer glibc.
     """
     try:
         found = {name: version(name) for name in ("onnxruntime", "onnxruntime-qnn")}
@@ -93,10 +93,10 @@ def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
 
 
 def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
-    """Say of each operator of a float model whether HTP's form takes it; nothing may stay on the host."""
+    """Judge each operator of a float model: whether HTP's quantiser takes it; nothing may stay on the host."""
     from edgeq.backends.qnn.verdicts import verdicts
 
-    return verdicts(ir.from_proto(model)) if scheme.htp is not None else ()
+    return verdicts(ir.from_proto(model)) if scheme.kind == "htp" else ()
 
 
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
@@ -152,18 +152,18 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
 
 
 def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> QnnSession:
-    """Load the context binaries in the emulator, in a child process.
+    """Load the context binaries in QAIRT's emulator, in a child process.
 
     Args:
-        artifact: what `lower` gave.
+        artifact: the result of `lower`.
         bundle: the folder that its paths are relative to.
         target: SoC, buckets and settings.
-        threads: the emulator decides for itself.
+        threads: ignored; the emulator chooses.
 
     Raises:
         ToolMissing: onnxruntime-qnn cannot be used here.
         BundleCorrupt: a binary is for another SoC, or has other inputs and outputs than its target asks for.
-        ConfigError: a context asks for files outside of its folder.
+        ConfigError: a context names a file outside its folder.
         LoweringFailed: the emulator refuses a binary, or dies of it.
     """
     tools()
@@ -184,7 +184,7 @@ def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> 
 
 
 def _length(path: str) -> int:
-    """Read the bucket from a file's name: qnn/model_seq_128_ctx.onnx."""
+    """Read the bucket from a file's name, e.g. 128 from qnn/model_seq_128_ctx.onnx."""
     found = re.fullmatch(r"[^_]+_seq_(\d{1,6})_.*", Path(path).name)
     if found is None:
         raise BundleCorrupt(f"{path}: no length is in this name, as in model_seq_128_ctx.onnx. Export it again.")
@@ -192,19 +192,19 @@ def _length(path: str) -> int:
 
 
 class QnnSession:
-    """Keep a child with loaded binaries; call it with feeds. Each text runs in the smallest bucket that it fits.
+    """Run context binaries in a child process, each text in the smallest bucket that holds it.
 
-    It times nothing: an emulator's time says nothing of the device's.
+    It is no `TimesItself`: an emulator's time is not the device's.
     """
 
     def __init__(self, child: Worker, outputs: Mapping[int, Mapping[str, Any]]) -> None:
-        """Take a child that has loaded the binaries, and what each says of its output."""
+        """Take a child process that has loaded the binaries, and each binary's description of its output."""
         self._worker = child
         self._outputs = outputs
         self._buckets = sorted(outputs)
 
     def __call__(self, feeds: AnyFeeds) -> Embeddings:
-        """Give the sentence embeddings, float32[batch, dim]; codes are dequantised as the binary says.
+        """Give the sentence embeddings, float32[batch, dim]; quantised outputs are dequantised with the binary's scale.
 
         Raises:
             ConfigError: there are no texts, or one is longer than the largest bucket.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeq.backends.contract import OperatorVerdict
-from edgeq.graph.edit import constant, made_by, made_of_sizes, readers
-from edgeq.quantization.htp.quantizer import OPERATORS
+from edgeq.graph.dataflow import shape_values
+from edgeq.graph.edit import constant, made_by, readers
+from edgeq.quantization.htp.quantizer import HTP_QUANTIZERS
 from edgeq.quantization.htp.unsupported import known_part
 
 _UNIT_LENGTH = ("ReduceL2", "Clip", "Max")  # what stands between a vector and its division by its length
@@ -15,7 +16,7 @@ _BY_PLACE = "GatherElements"  # the first token is sliced off, the last picked b
 
 def verdicts(model: ir.Model) -> tuple[OperatorVerdict, ...]:
     """Give one verdict for each node, in graph order."""
-    sizes = made_of_sizes(model.graph)
+    sizes = shape_values(model.graph)
     of_mask = {item for item in model.graph.inputs if item.name == "attention_mask"} | sizes
     found = []
     for node in model.graph:
@@ -39,7 +40,7 @@ def _verdict(node: ir.Node, of_mask: set[ir.Value]) -> tuple[str, str]:
         return "refused", part
     if _is_of_unit_length(node):
         return "supported", "becomes a part of LpNormalization"
-    if kind in OPERATORS:
+    if kind in HTP_QUANTIZERS:
         return "supported", "becomes Gemm" if _is_weight_product(node) else "keeps its form, with codes"
     return "refused", f"{kind} has no form for HTP"
 

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from edgeq.backends.contract import OperatorVerdict
 from edgeq.graph.edit import constant, made_by
-from edgeq.records import IntegerForm
+from edgeq.records import IntegerSpec
 
 Written = tuple[str, str]  # operator, dtype of its result
 Reason = Callable[[str, str], str | None]
@@ -23,7 +23,7 @@ _PARTS = frozenset({"Div", "Expand", "Identity", "Shape"})
 _BY_PLACE = frozenset({"ArgMax", "Concat", "GatherElements", "Slice"})
 
 
-def verdicts(model: ir.Model, form: IntegerForm, host: Reason, refusal: Reason) -> tuple[OperatorVerdict, ...]:
+def verdicts(model: ir.Model, form: IntegerSpec, host: Reason, refusal: Reason) -> tuple[OperatorVerdict, ...]:
     """Judge every node of a float model.
 
     Args:
@@ -47,7 +47,7 @@ def verdicts(model: ir.Model, form: IntegerForm, host: Reason, refusal: Reason) 
 
 
 def _verdict(
-    node: ir.Node, of_mask: set[ir.Value], is_lookup: bool, form: IntegerForm, host: Reason, refusal: Reason
+    node: ir.Node, of_mask: set[ir.Value], is_lookup: bool, form: IntegerSpec, host: Reason, refusal: Reason
 ) -> OperatorVerdict:
     name, kind = str(node.name or node.outputs[0].name), node.op_type
     if node.outputs[0] in of_mask:
@@ -56,7 +56,7 @@ def _verdict(
             written = ()  # the mask is cast once
     elif kind == "MatMul" and node.inputs[0] in of_mask:  # pooling
         wide = ("BATCH_MATMUL", "int16")
-        written = (wide,) if form.wide_matmul else (("MUL", "int16"), ("FULLY_CONNECTED", "int16"))
+        written = (wide,) if form.has_16bit_matmul else (("MUL", "int16"), ("FULLY_CONNECTED", "int16"))
     elif kind in ("Clip", "Max") and made_by(node.inputs[0], "ReduceL2") is not None:  # of the unit length
         written = ()
     else:
@@ -88,11 +88,11 @@ def _has_cast_before(node: ir.Node, of_mask: set[ir.Value]) -> bool:
     return False
 
 
-def _written(node: ir.Node, is_lookup: bool, form: IntegerForm) -> tuple[Written, ...] | None:
+def _written(node: ir.Node, is_lookup: bool, form: IntegerSpec) -> tuple[Written, ...] | None:
     """Give the TFLite operators that a node becomes, or None where there are none."""
     kind, gemm, attention = node.op_type, f"int{form.gemm_bits}", f"int{form.attention_bits}"
-    root = ("GATHER", "int16") if form.tables else ("RSQRT", "int16")
-    squares = ("BATCH_MATMUL", "int16") if form.wide_matmul else ("MUL", "int16")
+    root = ("GATHER", "int16") if form.has_16bit_tables else ("RSQRT", "int16")
+    squares = ("BATCH_MATMUL", "int16") if form.has_16bit_matmul else ("MUL", "int16")
     exact: tuple[Written, ...] = (("MUL", "int32"), ("RIGHT_SHIFT", "int32")) if form.sum_bits == 32 else ()
     if is_lookup:
         return (("GATHER", "int8"),)

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.frontend.onnx.find import MODULES, read_json
-from edgeq.graph.edit import add_constant
+from edgeq.graph import roles
+from edgeq.graph.edit import add_constant, required
+from edgeq.graph.roles import Role
 from edgeq.passes.finite_fill import FILL
 from edgeq.passes.pool_by_matmul import POOLING
 
@@ -234,6 +236,7 @@ class HeadWriter:
         weights = self._add("Cast", [last], "head/shares", to=int(ir.DataType.FLOAT))
         row = self._add("Unsqueeze", [weights, self._axis], f"{POOLING}/weights")
         picked = self._add("MatMul", [row, self._hidden], f"{POOLING}/picked")
+        roles.give(required(picked.producer()), Role.POOLING, Role.PICKED_TOKEN)
         return self._add("Squeeze", [picked, self._axis], "head/lasttoken")
 
     def _put(self, name: str, array: NDArray[np.generic]) -> ir.Value:

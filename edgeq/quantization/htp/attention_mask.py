@@ -1,4 +1,4 @@
-"""Quantise the attention mask to unsigned integers, looked up by the mask itself."""
+"""Quantise the attention mask to uint8 or uint16, looked up by the mask itself: no float tensor is made on the way."""
 
 from __future__ import annotations
 
@@ -8,77 +8,85 @@ import onnx_ir as ir
 from edgeq.errors import Unsupported
 from edgeq.graph.edit import add_constant, add_node
 from edgeq.quantization.htp.unsupported import known_part, refusal
-from edgeq.quantization.integer.attention_mask import Masks
-from edgeq.quantization.qdq import Coded, CodedGraph
+from edgeq.quantization.qdq import QdqBuilder, QuantizedValue
+from edgeq.quantization.walk import Walk, mask_size
 
 LONGEST = 512  # tokens that can be counted where no table of positions says how many there can be
 
 
-class LookedUpMasks(Masks):
-    """Look the mask's codes up by the mask itself: no float tensor is made on the way."""
+def lowered_mask(walk: Walk, mask: ir.Value | None, bits: int, node: ir.Node) -> QuantizedValue:
+    """Give what is added to scores [batch, heads, sequence, sequence], made once for all layers.
 
-    def __init__(self, codes: CodedGraph) -> None:
-        """Begin with the graph's input."""
-        super().__init__(codes)
-        self.longest = LONGEST
+    Raises:
+        Unsupported: the mask has another form.
+    """
+    builder, key = walk.builder, (mask, bits)
+    if mask is None or key not in builder.converted:
+        if known_part(node):  # more is masked than padding
+            raise Unsupported(refusal(node))
+        size = mask_size(mask)
+        stem = f"{mask.name}/{bits}bit"  # type: ignore[union-attr]
+        (tokens,) = (item for item in builder.graph.inputs if item.name == "attention_mask")
+        rows = _look_up(builder, tokens, (-size, 0.0), bits, node, stem)
+        axes = add_constant(builder.graph, f"{stem}/axes", np.array([1, 2], np.int64))
+        spread = add_node(node, "Unsqueeze", [rows.value, axes], f"{stem}/spread")
+        builder.converted[key] = _store(builder, spread, rows, bits)  # type: ignore[index]
+    return builder.converted[key]  # type: ignore[index]
 
-    def lowered(self, mask: ir.Value | None, bits: int, node: ir.Node) -> Coded:
-        """Give what is added to scores [batch, heads, sequence, sequence], made once for all layers.
 
-        Raises:
-            Unsupported: the mask has another form.
-        """
-        key = (mask, bits)
-        if key not in self._codes.converted:
-            if known_part(node):  # more is masked than padding
-                raise Unsupported(refusal(node))
-            size, stem = self.size(mask), f"{mask.name}/{bits}bit"  # type: ignore[union-attr]
-            (tokens,) = (item for item in self._codes.graph.inputs if item.name == "attention_mask")
-            rows = self._look_up(tokens, (-size, 0.0), bits, node, stem)
-            axes = add_constant(self._codes.graph, f"{stem}/axes", np.array([1, 2], np.int64))
-            spread = add_node(node, "Unsqueeze", [rows.value, axes], f"{stem}/spread")
-            self._codes.store(spread.producer(), spread, rows.affine, bits)  # type: ignore[arg-type]
-            self._codes.converted[key] = self._codes.coded[spread]  # type: ignore[index]
-        return self._codes.converted[key]  # type: ignore[index]
+def pooling_weights(walk: Walk, value: ir.Value | None, longest: int) -> QuantizedValue:
+    """Give each token's weight in the pooling in uint16, quantised step by step from the mask on.
 
-    def share(self, value: ir.Value | None) -> Coded:
-        """Give each token's share in the pooling, in 16 bits, coded step by step from the mask on.
+    Args:
+        walk: of the graph.
+        value: follows from the mask alone.
+        longest: how many tokens a text can have.
 
-        Raises:
-            Unsupported: a step has no integer form.
-        """
-        node = value.producer() if value is not None else None
-        if value is None or node is None:
-            raise Unsupported("pooling reads the attention mask itself; a mask made float is needed")
-        if value in self._codes.coded:
-            return self._codes.coded[value]
-        if node.op_type == "Cast" and node.inputs[0] is not None:
-            coded = self._look_up(node.inputs[0], (0.0, 1.0), 16, node, f"{node.name}/ones")
-        elif node.op_type in ("Clip", "Max"):  # against division by zero: a text has tokens
-            coded = self.share(node.inputs[0])
-        else:
-            coded = self._step(node, value)
-        self._codes.coded[value] = coded
-        return coded
+    Raises:
+        Unsupported: a step cannot be quantised.
+    """
+    builder, node = walk.builder, value.producer() if value is not None else None
+    if value is None or node is None:
+        raise Unsupported("pooling reads the attention mask itself; a mask made float is needed")
+    if value in builder.quantized:
+        return builder.quantized[value]
+    if node.op_type == "Cast" and node.inputs[0] is not None:
+        result = _look_up(builder, node.inputs[0], (0.0, 1.0), 16, node, f"{node.name}/ones")
+    elif node.op_type in ("Clip", "Max"):  # against division by zero: a text has tokens
+        result = pooling_weights(walk, node.inputs[0], longest)
+    else:
+        result = _step(walk, node, value, longest)
+    builder.quantized[value] = result
+    return result
 
-    def _step(self, node: ir.Node, value: ir.Value) -> Coded:
-        """Code one operator whose operands all follow from the mask."""
-        operands = [self.share(operand) for operand in node.inputs[: 2 if node.op_type == "Div" else 1]]
-        for position, operand in enumerate(operands):
-            node.replace_input_with(position, operand.value)
-        tops = {"ReduceSum": float(self.longest), "Div": 1.0}
-        if node.op_type in tops:
-            codes = self._codes.cover(0.0, tops[node.op_type], 16)
-        elif node.op_type in ("Unsqueeze", "Transpose", "Squeeze", "Reshape"):
-            codes = operands[0].affine
-        else:
-            raise Unsupported(refusal(node, f"{node.op_type} of the attention mask has no form for HTP"))
-        self._codes.store(node, value, codes, 16)
-        return self._codes.coded[value]
 
-    def _look_up(self, mask: ir.Value, ends: tuple[float, float], bits: int, node: ir.Node, name: str) -> Coded:
-        """Give one value for 0 and another for 1: both have exact codes."""
-        table = self._codes.table(f"{name}/table", np.array(ends, np.float32), bits, node)
-        rows = add_node(node, "Gather", [table.value, mask], f"{name}/rows")
-        self._codes.store(rows.producer(), rows, table.affine, bits)  # type: ignore[arg-type]
-        return self._codes.coded[rows]
+def _step(walk: Walk, node: ir.Node, value: ir.Value, longest: int) -> QuantizedValue:
+    """Quantise one operator whose operands all follow from the mask."""
+    count = 2 if node.op_type == "Div" else 1
+    operands = [pooling_weights(walk, operand, longest) for operand in node.inputs[:count]]
+    for position, operand in enumerate(operands):
+        node.replace_input_with(position, operand.value)
+    tops = {"ReduceSum": float(longest), "Div": 1.0}
+    if node.op_type in tops:
+        params = walk.builder.cover(0.0, tops[node.op_type], 16)
+    elif node.op_type in ("Unsqueeze", "Transpose", "Squeeze", "Reshape"):
+        params = operands[0].params
+    else:
+        raise Unsupported(refusal(node, f"{node.op_type} of the attention mask has no form for HTP"))
+    return walk.builder.store(node, value, params, 16)
+
+
+def _look_up(
+    builder: QdqBuilder, mask: ir.Value, ends: tuple[float, float], bits: int, node: ir.Node, name: str
+) -> QuantizedValue:
+    """Give one value for 0 and another for 1 with Gather: both are represented exactly."""
+    table = builder.table(f"{name}/table", np.array(ends, np.float32), bits, node)
+    return _store(builder, add_node(node, "Gather", [table.value, mask], f"{name}/rows"), table, bits)
+
+
+def _store(builder: QdqBuilder, value: ir.Value, source: QuantizedValue, bits: int) -> QuantizedValue:
+    """Quantise a new node's output with the parameters of what it reads."""
+    maker = value.producer()
+    if maker is None:
+        raise ValueError(f"{value.name}: has no node")
+    return builder.store(maker, value, source.params, bits)

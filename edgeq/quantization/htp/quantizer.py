@@ -1,298 +1,283 @@
-"""Turn an equalised float model into a QDQ model for Hexagon's tensor unit: unsigned codes on every tensor.
+"""Quantise every tensor of an equalised float model to uint8 or uint16, for Hexagon's tensor unit.
 
-LayerNorm and the unit length stay whole, because the unit has operators for them. Which tensors have 8 bits follows
-from one rule, not from names: what weight products and attention read and give has the scheme's bits; sums (residual,
-positions, values over tokens), LayerNorm, pooling, the side path of large neurons and what is one row a text have 16.
+LayerNormalization and LpNormalization stay whole, because the unit has operators for them. Which tensors have 8 bits
+follows from one rule, not from names: what weight products and attention read and give has the scheme's bits; sums
+(residual, positions, values over tokens), LayerNormalization, pooling, the outlier branch and what is one row a text
+have 16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from edgeq.calibration.statistics import Observed, Statistics
+from edgeq.calibration.statistics import Statistics
+from edgeq.data.batches import AnyFeeds
 from edgeq.errors import EdgeqError, Unsupported
-from edgeq.graph.edit import add_constant, add_node, add_node_after, constant, readers
-from edgeq.graph.linear import SIDE
+from edgeq.graph import roles
+from edgeq.graph.edit import checked, constant, readers
+from edgeq.graph.operators import HTP_COPIED
+from edgeq.graph.roles import Role
 from edgeq.quantization import affine, weight_rounding
 from edgeq.quantization.affine import Affine
-from edgeq.quantization.htp.attention_mask import LookedUpMasks
-from edgeq.quantization.htp.qdq import UnsignedGraph
+from edgeq.quantization.htp.attention_mask import LONGEST, lowered_mask, pooling_weights
 from edgeq.quantization.htp.unsupported import refusal
-from edgeq.quantization.qdq import HEADROOM, Coded, finished
+from edgeq.quantization.qdq import Quantized, UnsignedQdqBuilder, finished, int32_bias
 from edgeq.quantization.ranges import GELU_FLOOR, MASKED_BELOW
-from edgeq.quantization.rewrites.decompose_norms import ROW_MAXIMUM
 from edgeq.quantization.rewrites.htp import htp_form
-from edgeq.records import HtpForm, Scheme
+from edgeq.quantization.walk import (
+    Refusal,
+    Walk,
+    move,
+    name_output,
+    pointwise,
+    quantize_nodes,
+    read_16bit,
+    score_params,
+)
+from edgeq.records import HtpSpec, Scheme
 
-GAIN_BITS = 8  # LayerNorm's gain: the unit takes no other beside an int32 bias, on any version
-# Of what takes a sum of a channel to the output's codes: v68 keeps no more, and where a multiplier has more, all of the
-# channel is off by up to 20 codes of 65,536 (measured in QAIRT 2.51's emulator; later versions keep more).
+GAIN_BITS = 8  # LayerNormalization's gain: the unit takes no other beside an int32 bias, on any version
+# Of the multiplier that takes a channel's sum to the output's scale: v68 keeps no more, and where a multiplier has
+# more, all of the channel is off by up to 20 steps of 65,536 (measured in QAIRT 2.51's emulator; later versions keep
+# more).
 _MULTIPLIER_BITS = 11
-_STILL = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather"})
-_SUFFIXES = ("/gemm", "/flat", "/axes")  # of what `flat_tokens` renames or adds
-_INT32 = np.iinfo(np.int32)
 
 
 def quantize_htp(
-    model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme
-) -> tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]:
-    """Bring weight products to Gemm form, fold constants, and give every tensor unsigned codes.
+    model: onnx.ModelProto,
+    observed: Mapping[str, Statistics],
+    scheme: Scheme,
+    refusals: list[Refusal] | None = None,
+    feeds: Sequence[AnyFeeds] = (),
+) -> Quantized:
+    """Rewrite weight products as Gemm, fold constants, and quantise every tensor to uint8 or uint16.
 
     Args:
         model: equalised FP32 ONNX; not changed.
-        observed: statistics of the tensors of the model and of its primitives.
-        scheme: with an `htp` form.
+        observed: statistics of the tensors of the model and of its decomposed norms.
+        scheme: with an HtpSpec.
+        refusals: where what cannot be quantised is collected instead of raised; missing statistics are made up then.
+        feeds: probe batches on which each rewrite is proved in FP32; none where the same was proved before.
 
     Returns:
-        The QDQ model, the names of the integer products, and an empty tuple: nothing stays float.
+        The QDQ model, the names of the integer products, and an empty tuple: nothing stays float. Where something was
+        collected it is the given model, and no names.
 
     Raises:
-        Unsupported: the graph holds what has no form here.
-        EdgeqError: a tensor has no statistics.
+        Unsupported: the graph holds an operator that cannot be quantised.
+        EdgeqError: a tensor has no statistics, or a rewrite changed the FP32 function.
     """
-    form = scheme.htp
-    if form is None:
-        raise EdgeqError(f"{scheme.name} has no form for HTP")
-    graph_model, seen, rows = htp_form(model, observed, form)
+    spec = _spec(scheme)
+    graph_model, seen, rows = htp_form(model, observed, spec, feeds)
     graph = graph_model.graph
-    coder = _Coder(graph, seen, scheme, form, rows)
-    for node in list(graph):
-        coder.visit(node)
-    coder.finish()
-    return finished(graph_model), coder.products, ()
+    builder = UnsignedQdqBuilder(graph, seen, refusal, has_placeholders=refusals is not None)
+    promoted = rows | frozenset(scheme.promoted)
+    walk = HtpWalk(builder=builder, scheme=scheme, refusals=refusals, spec=spec, promoted=promoted)
+    quantize_nodes(walk, HTP_QUANTIZERS, _is_lookup)
+    if refusals:
+        return Quantized(model, (), ())
+    output = graph.outputs[0]
+    name_output(walk, builder.read(output, 16, output.producer()))  # type: ignore[arg-type]
+    return Quantized(finished(graph_model), tuple(walk.products), ())
 
 
-class _Coder:
-    """Walk the graph in order and put QuantizeLinear and DequantizeLinear behind every tensor."""
+def rewrite_htp(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> onnx.ModelProto:
+    """Give the float model whose tensors `quantize_htp` quantises: weight products as Gemm, tokens a flat list."""
+    return checked(htp_form(model, observed, _spec(scheme))[0])
 
-    def __init__(
-        self, graph: ir.Graph, observed: Observed, scheme: Scheme, form: HtpForm, rows: frozenset[str]
-    ) -> None:
-        for node in graph:  # reshaping changes no statistics
-            name = str(node.outputs[0].name)
-            stem = next((name.removesuffix(end) for end in _SUFFIXES if name.endswith(end)), name)
-            if name not in observed and stem in observed:
-                observed[name] = observed[stem]
-        self._codes = UnsignedGraph(graph, observed)
-        self._form = form
-        self._scheme = scheme
-        self._wide = rows | frozenset(scheme.raised)
-        self._masks = LookedUpMasks(self._codes)
-        self._sizes: set[ir.Value] = set()
-        self._products: list[str] = []
 
-    @property
-    def products(self) -> tuple[str, ...]:
-        """Give the names of the weight products, all of them integer."""
-        return tuple(self._products)
+def _spec(scheme: Scheme) -> HtpSpec:
+    if not isinstance(scheme.spec, HtpSpec):
+        raise EdgeqError(f"{scheme.name} is no scheme for HTP")
+    return scheme.spec
 
-    def visit(self, node: ir.Node) -> None:
-        """Code the output of one node."""
-        variable = [value for value in node.inputs if value is not None and constant(value) is None]
-        if node.op_type == "Shape" or (variable and all(value in self._sizes for value in variable)):
-            if node.op_type != "Slice":
-                self._sizes.update(node.outputs)
-                return
-        elif variable and all(value in self._masks.values or value in self._sizes for value in variable):
-            self._masks.values.update(node.outputs)
-            return
-        if node.op_type in _STILL and node.inputs[0] in self._codes.coded:
-            source = self._codes.coded[node.inputs[0]]
-            node.replace_input_with(0, source.value)
-            self._store(node, source.affine, source.bits)
-            self._keep_statistics(node, source)
-            return
-        if node.op_type not in _VISITORS:
-            raise Unsupported(refusal(node))
-        _VISITORS[node.op_type](self, node)
 
-    def finish(self) -> None:
-        """Let the graph's output be the dequantised codes."""
-        output = self._codes.graph.outputs[0]
-        coded, name = self._codes.read(output, 16, output.producer()), str(output.name)  # type: ignore[arg-type]
-        output.name = f"{name}/real"
-        coded.value.name = name
-        coded.value.shape, coded.value.dtype = output.shape, ir.DataType.FLOAT
-        self._codes.graph.outputs[0] = coded.value
+@dataclass(kw_only=True)
+class HtpWalk(Walk):
+    """Hold what is known while one graph is quantised to unsigned integers.
 
-    def _store(self, node: ir.Node, codes: Affine, bits: int) -> None:
-        self._codes.store(node, node.outputs[0], codes, bits)
+    Attributes:
+        spec: bits of products and attention.
+        promoted: names of the weight products that read and give 16 bits.
+        longest: how many tokens a text can have.
+    """
 
-    def _keep_statistics(self, node: ir.Node, source: Coded) -> None:
-        name, before = str(node.outputs[0].name), self._codes.name_of(source)
-        if name not in self._codes.observed and before in self._codes.observed:
-            self._codes.observed[name] = self._codes.observed[before]
+    spec: HtpSpec
+    promoted: frozenset[str]
+    longest: int = LONGEST
 
-    def _lookup(self, node: ir.Node) -> None:
-        """Look up rows of a table; the operator's codes are the table's."""
-        table = constant(node.inputs[0])
-        if table is None:
-            raise Unsupported(refusal(node, "Gather of something that is neither a table nor coded"))
-        stored = self._codes.table(str(node.inputs[0].name), table, self._scheme.embedding_bits, node)  # type: ignore[union-attr]
-        node.replace_input_with(0, stored.value)
-        self._store(node, stored.affine, stored.bits)
 
-    def _rows(self, node: ir.Node) -> None:
-        """Take rows of the table of positions: constant as soon as the length is."""
-        table = constant(node.inputs[0])
-        if table is None:
-            raise Unsupported(refusal(node, "Slice of something that is neither a table nor coded"))
-        self._masks.longest = table.shape[-2]
-        name = str(node.inputs[0].name)  # type: ignore[union-attr]
-        codes = self._codes.cover(float(table.min()), float(table.max()), 16)
-        stored = affine.quantize(table, codes).astype(self._codes.dtypes[16])
-        node.replace_input_with(0, add_constant(self._codes.graph, f"{name}/codes", stored))
-        output = node.outputs[0]
-        output.dtype = ir.DataType.UINT16
-        parameters = self._codes.parameters(str(output.name), codes, 16)
-        dequantized = add_node_after(node, "DequantizeLinear", [output, *parameters], f"{output.name}/dequantized")
-        self._codes.coded[output] = Coded(dequantized, codes, 16)
+def _is_lookup(walk: HtpWalk, node: ir.Node) -> bool:
+    """Tell whether a node takes rows of the table of positions: their number follows from the sizes of the inputs."""
+    variable = [value for value in node.inputs if value is not None and constant(value) is None]
+    return node.op_type == "Slice" and bool(variable) and all(value in walk.of_sizes for value in variable)
 
-    def _product(self, node: ir.Node) -> None:
-        """Code input, weight, bias and output of a weight product."""
-        weight, source = constant(node.inputs[1]), node.inputs[0]
-        if weight is None or source is None:
-            raise Unsupported(refusal(node, "a Gemm of two variable tensors has no form for HTP"))
-        bits = 16 if self._is_wide(node) else self._form.gemm_bits
-        read = self._codes.read(source, bits, node)
-        seen = self._codes.observed.get(self._codes.name_of(self._codes.coded[source]))
-        moment = seen.moment if seen is not None else None
-        rounded, scales = (
-            weight_rounding.compensated(weight, moment, read.affine.scale, self._scheme.weight_bits)
-            if moment is not None
-            else weight_rounding.nearest(weight, self._scheme.weight_bits)
-        )
-        codes = self._product_range(node.outputs[0], bits)
-        if bits == 16:
-            ratio = np.float64(read.affine.scale) / codes.scale
-            scales = (affine.significant(scales * ratio, _MULTIPLIER_BITS) / ratio).astype(np.float32)
-        missing = np.zeros(len(scales))
-        if seen is not None and seen.mean is not None:  # what rounding takes from the mean goes into the bias
-            missing = seen.mean.astype(np.float64) @ (weight - rounded * scales.astype(np.float64))
-        bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        step = np.float64(read.affine.scale) * scales
-        summand = self._summand(node, missing if bias is None else bias + missing, step)
-        inputs = [read.value, self._codes.weight(node, rounded, scales), summand]
-        node.resize_inputs(len(inputs))
-        for position, value in enumerate(inputs):
-            node.replace_input_with(position, value)
-        self._products.append(str(node.name))
-        self._store(node, codes, bits)
 
-    def _product_range(self, output: ir.Value, bits: int) -> Affine:
-        if bits == 16 or any(node.op_type != "Gelu" for node in readers(output)):
-            return self._codes.range(output, bits)
-        seen = self._codes.statistics(output)
-        return self._codes.cover(max(float(seen.minimum.min()), GELU_FLOOR), float(seen.maximum.max()), bits)
+# tables --------------------------------------------------------------------------------------------------------------
 
-    def _summand(self, node: ir.Node, bias: NDArray[np.floating], step: NDArray[np.floating]) -> ir.Value:
-        """Code a bias in int32, in steps of what it is added to."""
-        codes = np.clip(np.rint(bias / step), _INT32.min + 1, _INT32.max).astype(np.int32)
-        inputs = [
-            add_constant(self._codes.graph, f"{node.name}/bias/codes", codes),
-            add_constant(self._codes.graph, f"{node.name}/bias/scale", np.asarray(step, np.float32)),
-        ]
-        attributes = {"axis": 0} if np.ndim(step) else None
-        return add_node(node, "DequantizeLinear", inputs, f"{node.name}/bias", attributes)
 
-    def _is_wide(self, node: ir.Node) -> bool:
-        """The side path of large neurons has 16 bits, and so have what is one row a text and what is raised."""
-        return str(node.name).endswith(SIDE) or node.name in self._wide
+def _gather(walk: HtpWalk, node: ir.Node) -> None:
+    """Quantise Gather: of quantised values, or of a stored table, whose parameters its rows have."""
+    if node.inputs[0] in walk.builder.quantized:
+        move(walk, node)
+        return
+    table = constant(node.inputs[0])
+    if table is None or node.inputs[0] is None:
+        raise Unsupported(refusal(node, "Gather of something that is neither a table nor quantised"))
+    stored = walk.builder.table(str(node.inputs[0].name), table, walk.scheme.embedding_bits, node)
+    node.replace_input_with(0, stored.value)
+    walk.builder.store(node, node.outputs[0], stored.params, stored.bits)
 
-    def _norm(self, node: ir.Node) -> None:
-        gain = constant(node.inputs[1])
-        if gain is None:
-            raise Unsupported(refusal(node, "LayerNormalization with a computed gain has no form for HTP"))
-        read = self._codes.read(node.inputs[0], 16, node)
-        bias = constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros_like(gain)
-        stored = self._codes.table(f"{node.name}/gain", gain, GAIN_BITS, node)
-        step = np.float64(read.affine.scale * stored.affine.scale)
-        summand = self._summand(node, bias, step)  # type: ignore[arg-type]
-        for position, value in enumerate((read.value, stored.value)):
-            node.replace_input_with(position, value)
-        if len(node.inputs) > 2:
-            node.replace_input_with(2, summand)
-        self._store(node, self._codes.range(node.outputs[0], 16), 16)
 
-    def _matmul(self, node: ir.Node) -> None:
-        if any(value in self._masks.values for value in node.inputs):
-            self._pooling(node)
-            return
-        bits = self._form.attention_bits
+def _slice(walk: HtpWalk, node: ir.Node) -> None:
+    """Quantise Slice: of quantised values, or of the table of positions, constant as soon as the length is."""
+    if node.inputs[0] in walk.builder.quantized:
+        move(walk, node)
+        return
+    table = constant(node.inputs[0])
+    if table is None or node.inputs[0] is None:
+        raise Unsupported(refusal(node, "Slice of something that is neither a table nor quantised"))
+    walk.longest = table.shape[-2]
+    params = walk.builder.cover(float(table.min()), float(table.max()), 16)
+    node.replace_input_with(0, walk.builder.integers(str(node.inputs[0].name), table, params, 16))
+    walk.builder.store_integers(node, params, 16)
+
+
+# products ------------------------------------------------------------------------------------------------------------
+
+
+def _gemm(walk: HtpWalk, node: ir.Node) -> None:
+    """Quantise input, weight, bias and output of a Gemm with a weight."""
+    builder, weight, source = walk.builder, constant(node.inputs[1]), node.inputs[0]
+    if weight is None or source is None:
+        raise Unsupported(refusal(node, "a Gemm of two variable tensors has no form for HTP"))
+    bits = 16 if _is_16bit(walk, node) else walk.spec.gemm_bits
+    read = builder.read(source, bits, node)
+    seen = builder.observed.get(builder.name_of(builder.home(source, node)))
+    values, scales = weight_rounding.rounded(weight, seen, read.params.scale, walk.scheme.weight_bits)
+    params = _product_params(walk, node.outputs[0], bits)
+    if bits == 16:
+        ratio = np.float64(read.params.scale) / params.scale
+        scales = (affine.significant(scales * ratio, _MULTIPLIER_BITS) / ratio).astype(np.float32)
+    lost = weight_rounding.lost_mean(weight, values, scales, seen)
+    bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    total = lost if bias is None else bias + lost
+    step = np.float64(read.params.scale) * scales
+    summand = int32_bias(node, str(node.name), f"{node.name}/bias", total, step)
+    inputs = [read.value, builder.weight(node, values, scales), summand]
+    node.resize_inputs(len(inputs))
+    for position, value in enumerate(inputs):
+        node.replace_input_with(position, value)
+    walk.products.append(str(node.name))
+    builder.store(node, node.outputs[0], params, bits)
+
+
+def _product_params(walk: HtpWalk, output: ir.Value, bits: int) -> Affine:
+    if bits == 16 or any(node.op_type != "Gelu" for node in readers(output)):
+        return walk.builder.range(output, bits)
+    seen = walk.builder.statistics(output)
+    return walk.builder.cover(max(float(seen.minimum.min()), GELU_FLOOR), float(seen.maximum.max()), bits)
+
+
+def _is_16bit(walk: HtpWalk, node: ir.Node) -> bool:
+    """Tell whether a product belongs to the outlier branch, is promoted, or has one row a text."""
+    return roles.has(node, Role.OUTLIER_BRANCH) or node.name in walk.promoted
+
+
+# attention and pooling -----------------------------------------------------------------------------------------------
+
+
+def _matmul(walk: HtpWalk, node: ir.Node) -> None:
+    """Quantise MatMul: of attention, or with pooling weights."""
+    builder = walk.builder
+    if any(value in walk.of_mask for value in node.inputs):
         for position, value in enumerate(node.inputs):
-            node.replace_input_with(position, self._codes.read(value, bits, node).value)
-        followers = readers(node.outputs[0])
-        if len(followers) == 1 and followers[0].op_type in ("Add", "Softmax"):
-            self._store(node, self._scores(followers[0], bits), bits)
-        else:  # of the values: an 8-bit result is rounded otherwise over more tokens, padding or not
-            self._store(node, self._codes.range(node.outputs[0], 16), 16)
-
-    def _pooling(self, node: ir.Node) -> None:
-        for position, value in enumerate(node.inputs):
-            coded = self._masks.share(value) if value in self._masks.values else self._codes.read(value, 16, node)
-            node.replace_input_with(position, coded.value)
-        self._store(node, self._codes.range(node.outputs[0], 16), 16)
-
-    def _add(self, node: ir.Node) -> None:
-        position = next((p for p, value in enumerate(node.inputs) if value in self._masks.values), None)
-        if position is None:
-            self._arithmetic(node)
-            return
-        bits = self._form.attention_bits
-        mask, scores = node.inputs[position], node.inputs[1 - position]
-        node.replace_input_with(position, self._masks.lowered(mask, bits, node).value)
-        node.replace_input_with(1 - position, self._codes.read(scores, bits, node).value)
-        self._store(node, self._scores(node, bits), bits)
-
-    def _scores(self, masked: ir.Node, bits: int) -> Affine:
-        """Cover scores down to where exp leaves nothing beside the smallest maximum of a row; masked ones saturate."""
-        value = masked.outputs[0] if masked.op_type == "Add" else masked.inputs[0]
-        seen = self._codes.statistics(value)  # type: ignore[arg-type]
-        rows = self._codes.observed[f"{value.name}{ROW_MAXIMUM}"]  # type: ignore[union-attr]
-        low, high = float(rows.minimum.min()), float(seen.maximum.max())
-        room = (HEADROOM - 1.0) * (high - float(seen.minimum.min())) if bits == 16 else 0.0
-        return self._codes.cover(low - MASKED_BELOW["softmax"] - room, high + room, bits)
-
-    def _pointwise(self, node: ir.Node) -> None:
-        source = self._codes.coded[node.inputs[0]]  # type: ignore[index]
-        node.replace_input_with(0, source.value)
-        self._store(node, self._codes.range(node.outputs[0], source.bits), source.bits)
-
-    def _softmax(self, node: ir.Node) -> None:
-        bits = self._form.attention_bits
-        node.replace_input_with(0, self._codes.read(node.inputs[0], bits, node).value)
-        self._store(node, Affine(2.0**-bits, 0, 0, 2**bits - 1), bits)
-
-    def _fixed(self, node: ir.Node) -> None:
-        """Code what has one range for all inputs, in 16 bits.
-
-        Source: onnxruntime 1.31, python/tools/quantization/execution_providers/qnn/quant_config.py: HTP fixes these.
-        """
-        node.replace_input_with(0, self._codes.read(node.inputs[0], 16, node).value)
-        is_positive = node.op_type == "Sigmoid"
-        codes = Affine(2.0**-16, 0, 0, 65535) if is_positive else Affine(2.0**-15, 32768, 0, 65535)
-        self._store(node, codes, 16)
-
-    def _arithmetic(self, node: ir.Node) -> None:
-        """Code an operator whose operands and result have 16 bits."""
-        for position, value in enumerate(node.inputs):
-            array = constant(value)
-            if value is not None and array is not None:
-                node.replace_input_with(position, self._codes.constant(value, array, node))
-            else:
-                node.replace_input_with(position, self._codes.read(value, 16, node).value)
-        self._store(node, self._codes.range(node.outputs[0], 16), 16)
+            is_weight = value in walk.of_mask
+            operand = pooling_weights(walk, value, walk.longest) if is_weight else builder.read(value, 16, node)
+            node.replace_input_with(position, operand.value)
+        builder.store(node, node.outputs[0], builder.range(node.outputs[0], 16), 16)
+        return
+    bits = walk.spec.attention_bits
+    for position, value in enumerate(node.inputs):
+        node.replace_input_with(position, builder.read(value, bits, node).value)
+    followers = readers(node.outputs[0])
+    if len(followers) == 1 and followers[0].op_type in ("Add", "Softmax"):
+        builder.store(node, node.outputs[0], _score_params(walk, followers[0]), bits)
+    else:  # of the values: an 8-bit result is rounded otherwise over more tokens, padding or not
+        builder.store(node, node.outputs[0], builder.range(node.outputs[0], 16), 16)
 
 
-_VISITORS: Mapping[str, Callable[[_Coder, ir.Node], None]] = {
-    "Add": _Coder._add, "Gather": _Coder._lookup, "Gelu": _Coder._pointwise, "Gemm": _Coder._product,
-    "LayerNormalization": _Coder._norm, "LpNormalization": _Coder._fixed, "MatMul": _Coder._matmul,
-    "Mul": _Coder._arithmetic, "Relu": _Coder._pointwise, "Sigmoid": _Coder._fixed, "Slice": _Coder._rows,
-    "Softmax": _Coder._softmax, "Sub": _Coder._arithmetic, "Tanh": _Coder._fixed,
+def _add(walk: HtpWalk, node: ir.Node) -> None:
+    """Quantise Add: of the mask to scores in the bits of attention, else in 16 bits."""
+    position = next((place for place, value in enumerate(node.inputs) if value in walk.of_mask), None)
+    if position is None:
+        _arithmetic(walk, node)
+        return
+    bits = walk.spec.attention_bits
+    mask, scores = node.inputs[position], node.inputs[1 - position]
+    node.replace_input_with(position, lowered_mask(walk, mask, bits, node).value)
+    node.replace_input_with(1 - position, walk.builder.read(scores, bits, node).value)
+    walk.builder.store(node, node.outputs[0], _score_params(walk, node), bits)
+
+
+def _score_params(walk: HtpWalk, masked: ir.Node) -> Affine:
+    return score_params(walk, masked, walk.spec.attention_bits, MASKED_BELOW["normalized"])
+
+
+def _softmax(walk: HtpWalk, node: ir.Node) -> None:
+    bits = walk.spec.attention_bits
+    node.replace_input_with(0, walk.builder.read(node.inputs[0], bits, node).value)
+    walk.builder.store(node, node.outputs[0], Affine(2.0**-bits, 0, 0, 2**bits - 1), bits)
+
+
+# norms and everything in 16 bits -------------------------------------------------------------------------------------
+
+
+def _norm(walk: HtpWalk, node: ir.Node) -> None:
+    """Quantise LayerNormalization: uint16 in and out, uint8 gain, int32 bias."""
+    builder, gain = walk.builder, constant(node.inputs[1])
+    if gain is None:
+        raise Unsupported(refusal(node, "LayerNormalization with a computed gain has no form for HTP"))
+    read = builder.read(node.inputs[0], 16, node)
+    bias = constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros_like(gain)
+    if bias is None:
+        raise Unsupported(refusal(node, "LayerNormalization with a computed bias has no form for HTP"))
+    stored = builder.table(f"{node.name}/gain", gain, GAIN_BITS, node)
+    step = np.float64(read.params.scale * stored.params.scale)
+    summand = int32_bias(node, str(node.name), f"{node.name}/bias", bias, step)  # type: ignore[arg-type]
+    for position, value in enumerate((read.value, stored.value)):
+        node.replace_input_with(position, value)
+    if len(node.inputs) > 2:
+        node.replace_input_with(2, summand)
+    builder.store(node, node.outputs[0], builder.range(node.outputs[0], 16), 16)
+
+
+def _fixed(walk: HtpWalk, node: ir.Node) -> None:
+    """Quantise Sigmoid, Tanh and LpNormalization to uint16 with the one range that they have for all inputs.
+
+    Source: onnxruntime 1.31, python/tools/quantization/execution_providers/qnn/quant_config.py: HTP fixes these.
+    """
+    node.replace_input_with(0, walk.builder.read(node.inputs[0], 16, node).value)
+    is_positive = node.op_type == "Sigmoid"
+    params = Affine(2.0**-16, 0, 0, 65535) if is_positive else Affine(2.0**-15, 32768, 0, 65535)
+    walk.builder.store(node, node.outputs[0], params, 16)
+
+
+def _arithmetic(walk: HtpWalk, node: ir.Node) -> None:
+    """Quantise an operator whose operands and result have 16 bits."""
+    for position in range(len(node.inputs)):
+        read_16bit(walk, node, position)
+    walk.builder.store(node, node.outputs[0], walk.builder.range(node.outputs[0], 16), 16)
+
+
+HTP_QUANTIZERS: Mapping[str, Callable[[HtpWalk, ir.Node], None]] = {
+    **dict.fromkeys(HTP_COPIED, move),
+    "Add": _add, "Gather": _gather, "Gelu": pointwise, "Gemm": _gemm, "LayerNormalization": _norm,
+    "LpNormalization": _fixed, "MatMul": _matmul, "Mul": _arithmetic, "Relu": pointwise, "Sigmoid": _fixed,
+    "Slice": _slice, "Softmax": _softmax, "Sub": _arithmetic, "Tanh": _fixed,
 }  # fmt: skip
-OPERATORS = frozenset(_VISITORS) | _STILL

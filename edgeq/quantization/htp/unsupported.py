@@ -1,4 +1,4 @@
-"""Say what part of a model has no form for HTP, near which module, and what takes it instead."""
+"""Name the part of a model that cannot be quantised for HTP, the module near it, and the targets that may take it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
 
-from edgeq.graph.edit import constant, follows_from_sizes, made_by, readers, scalar
+from edgeq.graph.dataflow import follows_from_sizes
+from edgeq.graph.edit import constant, made_by, readers, scalar
+from edgeq.graph.operators import SAME_VALUES
 
 WAY_OUT = "Targets for LiteRT, Ethos-U, ONNX Runtime or OpenVINO may take it: `edgeq check MODEL --target NAME` says"
 _FAR = 60  # operators between one that is refused and the weight that names its module
-_STILL = ("Cast", "Expand", "Neg", "Reshape", "Slice", "Transpose", "Unsqueeze")
+_SIGNED_COPIES = SAME_VALUES | {"Neg"}
 
 
 def refusal(node: ir.Node, found: str = "") -> str:
     """Write the refusal of a node: its name, operator and module, the part of the model, and the way out.
 
     Args:
-        node: the operator that cannot be coded.
-        found: what is said where the part is none of the known ones; nothing names the operator.
+        node: the operator that cannot be quantised.
+        found: the reason, unless the node is of a known part; empty: the operator itself is the reason.
     """
     why = known_part(node) or found or f"{node.op_type} has no form for HTP"
     module = next(_modules(node), "")
@@ -26,14 +28,14 @@ def refusal(node: ir.Node, found: str = "") -> str:
 
 
 def known_part(node: ir.Node) -> str:
-    """Give the sentence of the part of a model without form that a node is of, or nothing."""
+    """Give the sentence for the unsupported part (rotary positions, RMSNorm, ...) that a node belongs to, or ""."""
     return next((said for is_part, said in _PARTS if is_part(node)), "")
 
 
 def _rotates(node: ir.Node) -> bool:
-    """Tell whether a node multiplies with cosines or sines of positions."""
+    """Tell whether a node multiplies by cosines or sines of positions (RoPE)."""
     for value in node.inputs:
-        while (step := made_by(value, *_STILL, "Mul")) is not None:
+        while (step := made_by(value, *_SIGNED_COPIES, "Mul")) is not None:
             value = step.inputs[0]
         if made_by(value, "Cos", "Sin") is not None and follows_from_sizes(value):
             return True
@@ -47,14 +49,14 @@ def _divides_by_mean_square(node: ir.Node) -> bool:
 
 
 def _counts_tokens(node: ir.Node) -> bool:
-    """Tell whether positions are counted from a node on, which compares token ids with the padding's."""
+    """Tell whether a node compares token ids with the padding's and a CumSum counts positions from that."""
     reads_ids = any(value is not None and value.name == "input_ids" for value in node.inputs)
     return reads_ids and any(each.op_type == "CumSum" for each in _onwards(node))
 
 
 def _masks_tokens(node: ir.Node) -> bool:
     for value in node.inputs if node.op_type == "Mul" else ():
-        while (step := made_by(value, *_STILL)) is not None:
+        while (step := made_by(value, *_SIGNED_COPIES)) is not None:
             value = step.inputs[0]
         if value is not None and value.is_graph_input() and value.name == "attention_mask":
             return True
@@ -62,9 +64,9 @@ def _masks_tokens(node: ir.Node) -> bool:
 
 
 def _limits_attention(node: ir.Node) -> bool:
-    """Tell whether a node adds a mask to scores that keeps more apart than tokens from padding.
+    """Tell whether a node adds a causal or local mask to scores.
 
-    What all backends share is (kept - 1) * size; here `kept` is itself a product with where each position may look.
+    The mask of padding is (kept - 1) * size; here `kept` is itself a product with the positions that each may see.
     """
     for value in node.inputs if node.op_type == "Add" else ():
         scaled = made_by(value, "Mul")
@@ -110,7 +112,7 @@ _PARTS: tuple[tuple[Callable[[ir.Node], bool], str], ...] = (
 
 
 def _onwards(node: ir.Node) -> Iterator[ir.Node]:
-    """Give a node and those that follow from it, the nearest first."""
+    """Give a node and those that read what it makes, the nearest first."""
     waiting, seen = [node], {node}
     for each in waiting:
         yield each

@@ -1,56 +1,42 @@
-"""Put codes on the attention mask: as what is added to scores, and as each token's share of the mean."""
+"""Write the attention mask that is added to int16 scores so that symmetric int16 represents both of its values."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
 from edgeq.errors import Unsupported
+from edgeq.graph import roles
 from edgeq.graph.edit import add_node, constant, made_by, readers
-from edgeq.quantization.affine import Affine
-from edgeq.quantization.qdq import Coded, CodedGraph
+from edgeq.graph.roles import Role
+
+_NAME = "attention_lift"
 
 
-class Masks:
-    """Hold which tensors follow from the attention mask alone, and their codes."""
+def non_negative_mask(of_mask: set[ir.Value], mask: ir.Value | None) -> ir.Value:
+    """Return `mask * size` (padding 0, tokens +size) instead of `(mask - 1) * size`.
 
-    def __init__(self, codes: CodedGraph) -> None:
-        """Begin with the graph's input."""
-        self._codes = codes
-        self.values: set[ir.Value] = {item for item in codes.graph.inputs if item.name == "attention_mask"}
+    Softmax gives the same, and symmetric int16, which has no zero point, represents both values exactly.
 
-    def size(self, mask: ir.Value | None) -> float:
-        """Give how far below 0 a masked score is moved.
+    Args:
+        of_mask: values that follow from the mask alone; the new one is added.
+        mask: what a model adds to scores.
 
-        Raises:
-            Unsupported: the mask has another form.
-        """
-        product = made_by(mask, "Mul")
-        size = (
-            next((array for value in product.inputs if (array := constant(value)) is not None), None)
-            if product
-            else None
-        )
-        if size is None or size.size != 1:
-            raise Unsupported("the attention mask is not of the form (mask - 1) * size")
-        return float(size.reshape(-1)[0])
-
-    def lifted(self, mask: ir.Value | None, node: ir.Node) -> ir.Value:
-        """Lift what counts instead of lowering what does not: codes without zero point hold 0 and 1."""
-        product = made_by(mask, "Mul")
-        shifted = next(made_by(value, "Sub") for value in product.inputs if made_by(value, "Sub"))  # type: ignore[union-attr]
-        known = next((use for use in readers(shifted.inputs[0]) if str(use.name).startswith("attention_lift")), None)  # type: ignore[union-attr,arg-type]
-        if known is not None:
-            return known.outputs[0]
-        size = next(value for value in product.inputs if constant(value) is not None)  # type: ignore[union-attr]
-        taken = any(value.name == "attention_lift" for value in self.values)
-        name = f"attention_lift_{len(self.values)}" if taken else "attention_lift"
-        lifted = add_node(product, "Mul", [shifted.inputs[0], size], name)  # type: ignore[union-attr,list-item,arg-type]
-        self.values.add(lifted)
-        return lifted
-
-    def coded(self, value: ir.Value | None, codes: Affine, bits: int, node: ir.Node) -> Coded:
-        """Give the mask's codes, made once for all its readers."""
-        key = (value, bits)
-        if key not in self._codes.converted:
-            self._codes.converted[key] = self._codes.quantize(node, value, codes, bits, str(value.name))  # type: ignore[index,arg-type,union-attr]
-        return self._codes.converted[key]  # type: ignore[index]
+    Raises:
+        Unsupported: it has another form.
+    """
+    product = made_by(mask, "Mul")
+    operands = list(product.inputs) if product is not None else []
+    shifted = next((node for value in operands if (node := made_by(value, "Sub")) is not None), None)
+    size = next((value for value in operands if constant(value) is not None), None)
+    kept = shifted.inputs[0] if shifted is not None else None
+    if product is None or kept is None or size is None:
+        raise Unsupported("the attention mask is not of the form (mask - 1) * size")
+    known = next((use for use in readers(kept) if roles.has(use, Role.KEPT_MASK)), None)
+    if known is not None:
+        return known.outputs[0]
+    is_taken = any(value.name == _NAME for value in of_mask)
+    result = add_node(
+        product, "Mul", [kept, size], f"{_NAME}_{len(of_mask)}" if is_taken else _NAME, role=Role.KEPT_MASK
+    )
+    of_mask.add(result)
+    return result

@@ -1,55 +1,65 @@
-"""Bring an equalised float model into the operators that integer-only runtimes have, all exact in FP32."""
+"""List the rewrites of schemes that leave nothing float, for integer-only runtimes, and run them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from edgeq.calibration.statistics import Observed, Statistics
-from edgeq.quantization.rewrites.decompose_norms import primitives
-from edgeq.quantization.rewrites.factor_layernorm_gain import outer_gains
-from edgeq.quantization.rewrites.fold_norm_bias import even_values, fold_norm_biases, serve_gains, widen_outputs
+from edgeq.data.batches import AnyFeeds
+from edgeq.passes.apply import Pass, apply_to, without_statistics
+from edgeq.passes.drop_unused_nodes import drop_unused_nodes
+from edgeq.quantization.rewrites.center_values import center_values
+from edgeq.quantization.rewrites.decompose import DECOMPOSE
+from edgeq.quantization.rewrites.factor_layernorm_gain import factor_layernorm_gain
+from edgeq.quantization.rewrites.fold_norm_bias import fold_norm_bias
+from edgeq.quantization.rewrites.fold_norm_gain import fold_norm_gain
 from edgeq.quantization.rewrites.join_positions import join_positions
-from edgeq.quantization.rewrites.single_token_last_layer import follow_one_token
-from edgeq.quantization.rewrites.split_outlier_weights import fine_sides
-from edgeq.records import IntegerForm
+from edgeq.quantization.rewrites.scale_outputs import scale_outputs
+from edgeq.quantization.rewrites.single_token_last_layer import single_token_last_layer
+from edgeq.quantization.rewrites.split_outlier_weights import split_outlier_weights
+from edgeq.records import IntegerSpec
 
-FINE_BITS = 8  # of weights, in every scheme that leaves nothing float
+
+def integer_passes(spec: IntegerSpec) -> tuple[Pass[Observed], ...]:
+    """List the rewrites of an integer-only scheme in order."""
+    scales = (partial(scale_outputs, quantile=spec.scaled_output_quantile),) if spec.gemm_bits == 8 else ()
+    factors = (factor_layernorm_gain,) if spec.sum_bits == 32 else ()
+    return (
+        *map(without_statistics, DECOMPOSE),  # first: what follows folds the gains and biases that these write
+        fold_norm_gain,
+        join_positions,
+        center_values,  # before biases move into those of the values, whose mean was observed without them
+        fold_norm_bias,
+        *scales,  # behind the biases: a channel's magnitude counts them
+        *factors,  # behind the biases, which stand between gain and readers
+        split_outlier_weights,  # behind what changes the weights of an outlier branch
+        without_statistics(drop_unused_nodes),  # so that nothing else reads what the choice of the token does
+        single_token_last_layer,  # last: it moves the choice of the token past all that the others wrote
+    )
 
 
 def integer_form(
-    model: onnx.ModelProto, observed: Mapping[str, Statistics], form: IntegerForm
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], spec: IntegerSpec, feeds: Sequence[AnyFeeds] = ()
 ) -> tuple[ir.Model, Observed]:
-    """Take norms apart and fold constants, all exact in FP32: what is left is to put codes on every tensor.
+    """Rewrite an equalised float model into what is quantised then, tensor by tensor.
 
     Args:
         model: equalised FP32 ONNX; not changed.
-        observed: statistics of the tensors of the model and of its primitives.
-        form: says which outputs are scaled down.
+        observed: statistics of the tensors of the model and of its decomposed spec.
+        spec: which rewrites there are.
+        feeds: probe batches on which each rewrite is proved; none where the same was proved before.
 
     Returns:
         A float model with `sentence_embedding` as its one output, and the statistics of its tensors.
+
+    Raises:
+        EdgeqError: a tensor has no statistics, or a rewrite changed the FP32 function.
     """
-    seen: Observed = dict(observed)
-    graph_model = ir.from_proto(model)
-    graph = graph_model.graph
-    del graph.outputs[1:]
-    primitives(graph_model)
-    serve_gains(graph, seen)
-    join_positions(graph)
-    even_values(graph, seen)
-    fold_norm_biases(graph, seen)
-    if form.gemm_bits == 8:
-        widen_outputs(graph, seen, form.widen_quantile)
-    if form.sum_bits == 32:
-        outer_gains(graph, seen)
-    fine_sides(graph, seen, FINE_BITS)
-    RemoveUnusedNodesPass()(graph_model)
-    TopologicalSortPass()(graph_model)
-    if follow_one_token(graph_model, seen):
-        RemoveUnusedNodesPass()(graph_model)
-        TopologicalSortPass()(graph_model)
-    return graph_model, seen
+    statistics: Observed = dict(observed)
+    # Unused nodes stay meanwhile: they count as readers where copies of a tensor are numbered.
+    graph_model, _ = apply_to(model, feeds, integer_passes(spec), statistics, outputs=1, drops_unused=False)
+    return graph_model, statistics

@@ -1,6 +1,8 @@
-"""Rewrite what some NPUs have no 16-bit operator for: products of two tensors, GELU, and roots of any code.
+"""Rewrite what some NPUs have no 16-bit operator for: BATCH_MATMUL of two tensors, GELU, and RSQRT of small values.
 
-Codes belong to the rewrites: where two branches share the range of one tensor, each counts on the other's saturation.
+These rewrites also fix quantisation ranges: where a tensor is split into a branch for small values and one for large,
+each saturates where the other takes over. Without those ranges, in FP32, the function is another one, and GELU is
+approximated; so they stand in no tuple of rewrites that are proved, and run when the others have.
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ from numpy.typing import NDArray
 
 from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.errors import EdgeqError, Unsupported
-from edgeq.graph.edit import add_constant, add_node, constant, made_by, readers, replace_uses
-from edgeq.graph.linear import SIDE
+from edgeq.graph import roles
+from edgeq.graph.dataflow import mask_values
+from edgeq.graph.edit import add_constant, add_node, constant, insert_after, made_by, readers, replace_uses, required
+from edgeq.graph.roles import Role
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.qdq import HEADROOM, symmetric
-from edgeq.records import IntegerForm
+from edgeq.records import IntegerSpec
 
-CHOICE = "/choice"  # ends the names of products with zeros and ones, which add or pick channels
+CHOICE = "/choice"  # ends the names of products with zeros and ones
 ROOT_HEADROOM = 4.0  # of sums of squares below the smallest observed: a text of many names has half the usual length
 Fixed = dict[str, Affine]
 
@@ -28,40 +32,46 @@ _CODES = 2**15 - 1
 _SQUARES_ERROR = 1e-3  # of the smallest sum of squares: what rounding each square may cost
 _LARGE_CHANNELS = 16  # one channel in so many may have its square in two parts
 _EXACT_CODE = 512  # an interpolated root is within 0.6 % from here up
-_TABLE_STEP = 128  # codes between two entries of an interpolated table
-_SLOPE, _CUBIC = 2 * np.sqrt(2 / np.pi), 0.044715 * 2 * np.sqrt(2 / np.pi)  # of GELU's tanh form: within 0.0005
+_TABLE_STEP = 128  # integers between two entries of an interpolated table
+_SLOPE, _CUBIC = 2 * np.sqrt(2 / np.pi), 0.044715 * 2 * np.sqrt(2 / np.pi)  # of GELU's tanh spec: within 0.0005
 _GELU_REACH = 4.0  # beyond, sigmoid has said everything
 _SIGMOID_REACH = 12.0  # sigmoid(-12) = 6e-6: below, nothing is left to tell apart
-_OF_ONE = Affine(1 / 32768, 0, -32768, 32767)  # the only codes that the operators of sigmoid and tanh give
+_OF_ONE = Affine(1 / 32768, 0, -32768, 32767)  # the only parameters that LOGISTIC and TANH give
 
 
-def narrow(graph: ir.Graph, observed: Observed, form: IntegerForm) -> Fixed:
-    """Rewrite the operators that the form excludes; give the codes that follow from the rewrites, by tensor.
+def npu_operators(graph: ir.Graph, statistics: Observed, spec: IntegerSpec) -> Fixed:
+    """Rewrite ReduceSumSquare, MatMul and Gelu where the scheme has no operator for them in 16 bits.
+
+    Args:
+        graph: of the decomposed float model; edited in place.
+        statistics: of its tensors; edited in place.
+        spec: which operators there are.
+
+    Returns:
+        The scale and zero point of each tensor whose range follows from a rewrite, by name.
 
     Raises:
         EdgeqError: a tensor has no statistics.
     """
-    rewriting = _Rewriting(graph, observed)
-    of_mask = {value for value in graph.inputs if value.name == "attention_mask"}
+    rewriting = _Rewriting(graph, statistics)
+    of_mask = mask_values(graph)
     for node in list(graph):
-        variable = [value for value in node.inputs if value is not None and constant(value) is None]
-        if variable and all(value in of_mask for value in variable):
-            of_mask.update(node.outputs)
+        if node.outputs[0] in of_mask:
             continue
-        if node.op_type == "ReduceSumSquare" and not form.wide_matmul:
-            _sum_squares(rewriting, node, form.tables)
-        elif node.op_type == "MatMul" and not form.wide_matmul and node.inputs[0] in of_mask:
+        if node.op_type == "ReduceSumSquare" and not spec.has_16bit_matmul:
+            _sum_squares(rewriting, node, spec.has_16bit_tables)
+        elif node.op_type == "MatMul" and not spec.has_16bit_matmul and node.inputs[0] in of_mask:
             _pool(rewriting, node)
-        elif node.op_type == "Gelu" and str(node.name).endswith(SIDE) and not form.wide_gelu:
+        elif node.op_type == "Gelu" and roles.has(node, Role.OUTLIER_BRANCH) and not spec.has_16bit_gelu:
             _gelu(rewriting, node)
-        elif node.op_type == "Tanh" and not form.tables:
+        elif node.op_type == "Tanh" and not spec.has_16bit_tables:
             rewriting.fixed[str(node.outputs[0].name)] = _OF_ONE
     return rewriting.fixed
 
 
 @dataclass
 class _Rewriting:
-    """Hold a graph, what was observed of its tensors, and the codes that follow from rewrites."""
+    """Hold a graph, the statistics of its tensors, and the parameters that follow from rewrites."""
 
     graph: ir.Graph
     observed: Observed
@@ -106,9 +116,13 @@ class _Rewriting:
 
 
 def _sum_squares(rewriting: _Rewriting, node: ir.Node, has_tables: bool) -> None:
-    """Square element by element, and add up by a product with ones; square a few large channels in two parts.
+    """Replace ReduceSumSquare by Mul and a MatMul with ones; square a few large channels in two parts.
 
-    After, where a channel is so large that its square would leave the others too few codes (t is the limit)::
+    Before::
+
+        x ─ ReduceSumSquare
+
+    After, where a channel is so large that its square would leave the others too few steps (t is the limit)::
 
         x ─ Mul(x), saturating at t² ─ MatMul(1) ──────────────────────────────── Add
         x ─ MatMul(pick) ─┬─────────── Sub ─ Mul ─ MatMul(1) ──────────────────┘
@@ -153,6 +167,7 @@ def _excess(rewriting: _Rewriting, node: ir.Node, x: ir.Value, picked: NDArray[n
     pick = rewriting.constant(f"{name}/large/pick", matrix)
     ends = [rewriting.constant(f"{name}/large/{end}", sign * limit) for end, sign in (("low", -1.0), ("high", 1.0))]
     large = rewriting.add(node, "MatMul", [x, pick], f"{name}/large{CHOICE}", x, count)
+    roles.give(required(large.producer()), Role.ZERO_ONE_PRODUCT)
     inside = rewriting.add(node, "Clip", [large, *ends], f"{name}/inside", large)
     outside = rewriting.add(node, "Sub", [large, inside], f"{name}/outside", large)
     both = rewriting.add(node, "Add", [large, inside], f"{name}/both", large)
@@ -165,12 +180,13 @@ def _excess(rewriting: _Rewriting, node: ir.Node, x: ir.Value, picked: NDArray[n
 
 
 def _total(rewriting: _Rewriting, before: ir.Node, parts: list[ir.Value], name: str, ending: str) -> ir.Value:
-    """Add up the channels of each part, and the parts; the codes are those of the whole sum."""
+    """Add up the channels of each part by a MatMul with ones, and the parts; all have the range of the whole sum."""
     total: ir.Value | None = None
     for part in parts:
         own, width = f"{part.name}{ending}{CHOICE}", _width(part)
         ones = rewriting.constant(f"ones_{width}", np.ones((width, 1)))
         added = rewriting.add(before, "MatMul", [part, ones], own, part, 1)
+        roles.give(required(added.producer()), Role.ZERO_ONE_PRODUCT)
         rewriting.observed[own] = rewriting.observed[name]
         total = added if total is None else rewriting.add(before, "Add", [total, added], f"{name}{ending}/sum", added)
     if total is None:
@@ -179,7 +195,11 @@ def _total(rewriting: _Rewriting, before: ir.Node, parts: list[ir.Value], name: 
 
 
 def _split_root(rewriting: _Rewriting, total: ir.Value, parts: list[ir.Value], middle: float, least: float) -> None:
-    """Take the inverse root of small and of large sums in codes of their own: tables are off where codes are small.
+    """Take 1/sqrt of small and of large sums with a scale each: an interpolated table is off for small integers.
+
+    Before::
+
+        sum ─ Sqrt ─ Reciprocal
 
     After (m is the middle)::
 
@@ -206,16 +226,18 @@ def _split_root(rewriting: _Rewriting, total: ir.Value, parts: list[ir.Value], m
     at_middle = rewriting.constant(f"{stem}/middle", [middle**-0.5])
     above = rewriting.add(after, "Sub", [low_inverse, at_middle], f"{stem}/above", low)
     joined = rewriting.add(after, "Add", [above, result], f"{stem}/joined", low)
-    for use in tuple(result.uses()):
-        if use.node is not joined.producer():
-            use.node.replace_input_with(use.idx, joined)
+    insert_after(result, joined)
     result.name, joined.name = f"{stem}/high", stem
     rewriting.fixed |= {str(low.name): _to(middle), f"{stem}/high": _to(middle**-0.5)}
     rewriting.fixed |= {name: _to(least**-0.5) for name in (f"{stem}/low", f"{stem}/above", stem)}
 
 
 def _pool(rewriting: _Rewriting, node: ir.Node) -> None:
-    """Weigh each token by its share, and add up the tokens.
+    """Replace a pooling's MatMul by a Mul of each token with its weight, and a ReduceSum over the tokens.
+
+    Before::
+
+        share [batch, 1, sequence] ─ MatMul(hidden)
 
     After::
 
@@ -243,7 +265,11 @@ def _pool(rewriting: _Rewriting, node: ir.Node) -> None:
 
 
 def _gelu(rewriting: _Rewriting, node: ir.Node) -> None:
-    """Write GELU with a sigmoid.
+    """Replace GELU by its form with a sigmoid, which is within 0.0005 of it.
+
+    Before::
+
+        x ─ Gelu
 
     After::
 
@@ -269,13 +295,13 @@ def _gelu(rewriting: _Rewriting, node: ir.Node) -> None:
 
 
 def _to(largest: float) -> Affine:
-    """Give 16-bit codes that saturate at a value."""
+    """Give the int16 parameters that saturate at a magnitude."""
     return Affine(float(np.float32(largest / _CODES)), 0, -_CODES - 1, _CODES)
 
 
 def _largest(seen: Statistics) -> NDArray[np.float64]:
-    """Give the largest magnitude that each channel has codes for."""
-    return np.maximum(-seen.minimum, seen.maximum).astype(np.float64) * HEADROOM
+    """Give the largest magnitude that each channel's int16 range holds."""
+    return seen.magnitudes * HEADROOM
 
 
 def _width(value: ir.Value) -> int:

@@ -1,4 +1,4 @@
-"""Let the last layer compute nothing but the token that is the vector.
+"""Compute nothing but the pooled token in the last layer, where one token becomes the vector (CLS, last token).
 
 Where one token is taken for the whole text, the other tokens' queries, feed-forward blocks and norms of the last layer
 reach no output. So the choice of the token moves up from the end of the graph to where tokens meet for the last time.
@@ -28,37 +28,36 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from edgeq.calibration.statistics import Observed
+from edgeq.graph import operators, roles
 from edgeq.graph.attention_mask import is_mask
+from edgeq.graph.dataflow import follows_from_sizes
 from edgeq.graph.edit import (
+    Rewrites,
     add_constant,
     add_node,
     constant,
     dims,
-    follows_from_sizes,
     is_read_once,
     made_by,
     readers,
     replace_uses,
 )
 from edgeq.graph.evaluate import computed
+from edgeq.graph.roles import Role
 from edgeq.passes.pool_by_matmul import POOLING
-from edgeq.quantization.rewrites.token_pooling import PICKED
 
-ONE_TOKEN = "edgeq.one_token"  # in the `meta` of nodes that compute one token of each text
 _ONE = "/one"  # ends the names of what is taken of a tensor
-_BY_ELEMENT = frozenset("Add Div Gelu Mul Neg Reciprocal Relu Sigmoid Sqrt Sub Tanh".split())
 _PROBED = 5  # positions on which a causal mask is told from others
 
 Demands = dict[int, tuple[ir.Value, int]]  # by the place of an input: the input, and the axis of its tokens
 
 
-def follow_one_token(model: ir.Model, observed: Observed) -> int:
+def single_token_last_layer(model: ir.Model, statistics: Observed) -> Rewrites:
     """Move the choice of one token up as far as tokens do not meet.
 
     Args:
-        model: float, its poolings written by `edgeq.quantization.rewrites.decompose_norms`, its nodes in order; edited
-            in place.
-        observed: statistics by tensor; what is taken of a tensor gets the tensor's.
+        model: float, its poolings decomposed, its nodes in order; edited in place.
+        statistics: by tensor; what is taken of a tensor gets the tensor's.
 
     Returns:
         How many nodes compute one token now; 0 where the vector is made of several.
@@ -66,7 +65,7 @@ def follow_one_token(model: ir.Model, observed: Observed) -> int:
     graph = model.graph
     found = _choice(graph)
     if found is None:
-        return 0
+        return Rewrites(0)
     ShapeInferencePass(strict_mode=False)(model)  # what other rewrites put there has no shape yet
     choice, hidden, token = found
     waiting = {hidden: _Waiting(1, [(use.node, use.idx) for use in choice.outputs[0].uses()])}
@@ -81,14 +80,14 @@ def follow_one_token(model: ir.Model, observed: Observed) -> int:
         demands = _demands(node, asked.axis)
         has_others = len(value.uses()) > len(asked.uses) or value.is_graph_output()
         if demands is None or has_others or not all(_can(token, item, axis) for item, axis in demands.values()):
-            _take(value, asked, token, observed)
+            _take(value, asked, token, statistics)
             continue
-        node.meta[ONE_TOKEN] = True
+        roles.give(node, Role.SINGLE_TOKEN)
         value.shape = _with_one(value, asked.axis)
         for position, (item, axis) in demands.items():
             waiting.setdefault(item, _Waiting(axis)).uses.append((node, position))
         count += 1
-    return count
+    return Rewrites(count)
 
 
 @dataclass
@@ -140,7 +139,7 @@ class _Last:
         name = f"{value.name}{_ONE}"
         mask = _causal(value) if axis == 2 else None
         if mask is None:
-            return add_node(before, "MatMul", [self.shares, value], f"{POOLING}/{name}")
+            return add_node(before, "MatMul", [self.shares, value], f"{POOLING}/{name}", role=Role.POOLING)
         lowered = add_node(before, "Sub", [mask.padding, mask.one], f"{name}/lowered")
         return add_node(before, "Mul", [lowered, mask.size], name)
 
@@ -190,7 +189,7 @@ def _choice(graph: ir.Graph) -> tuple[ir.Node, ir.Value, _Token] | None:
         if node.op_type == "Slice" and _is_first(node):
             hidden: ir.Value | None = node.inputs[0]
             token: _Token = _First(graph)
-        elif node.op_type == "MatMul" and str(node.name).endswith(PICKED) and node.inputs[0] is not None:
+        elif roles.has(node, Role.PICKED_TOKEN) and node.inputs[0] is not None:
             hidden, token = node.inputs[1], _Last(node.inputs[0])
         else:
             continue
@@ -234,7 +233,7 @@ def _can(token: _Token, value: ir.Value, axis: int) -> bool:
     return demands is not None and all(_can(token, item, place) for item, place in demands.values())
 
 
-def _take(value: ir.Value, asked: _Waiting, token: _Token, observed: Observed) -> None:
+def _take(value: ir.Value, asked: _Waiting, token: _Token, statistics: Observed) -> None:
     """Take the token of a value for those who asked; a mask's is made before the first layer reads the mask."""
     following = set(readers(value))
     before = next(node for node in value.graph or () if node in following)
@@ -242,8 +241,8 @@ def _take(value: ir.Value, asked: _Waiting, token: _Token, observed: Observed) -
     one.shape, one.dtype = _with_one(value, asked.axis), ir.DataType.FLOAT
     for node, position in asked.uses:
         node.replace_input_with(position, one)
-    if str(value.name) in observed:
-        observed[str(one.name)] = observed[str(value.name)]
+    if str(value.name) in statistics:
+        statistics[str(one.name)] = statistics[str(value.name)]
 
 
 def _with_one(value: ir.Value, axis: int) -> ir.Shape | None:
@@ -257,7 +256,7 @@ def _demands(node: ir.Node, axis: int) -> Demands | None:
     shape, source = dims(node.outputs[0]), node.inputs[0] if node.inputs else None
     if shape is None or source is None or len(node.outputs) > 1:
         return None
-    if node.op_type in _BY_ELEMENT:
+    if node.op_type in operators.ELEMENTWISE:
         return _of_elements(node, axis, len(shape))
     rule = _RULES.get(node.op_type)
     place = rule(node, axis, len(shape)) if rule is not None else None

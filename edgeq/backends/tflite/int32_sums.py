@@ -1,0 +1,182 @@
+"""Write Add, Sub and Mul exactly in int32: cast int8 or int16 up, multiply and add, shift right once.
+
+A 16-bit MUL, SUB or QUANTIZE multiplies each value by a real factor and takes 0.15 to 0.33 ms for [128, 384] in LiteRT
+2.3; a 32-bit MUL, ADD, MINIMUM or CAST takes 0.003 to 0.008 ms, and a shift 0.07 ms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from ai_edge_litert import schema_py_generated as schema
+
+from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
+from edgeq.backends.tflite.writer import Tensor
+from edgeq.errors import LoweringFailed
+from edgeq.graph.edit import constant, made_by, readers
+
+_LIMITS = {"int8": (-128, 127), "int16": (-32768, 32767)}
+
+
+def is_exact_sum(node: ir.Node) -> bool:
+    """Tell whether an Add or Mul is computed in 32 bits: it reads a result that has no codes, or two of one step."""
+    if node.op_type == "Add":
+        return any(made_by(value, "Mul", "Add") is not None for value in node.inputs)
+    if node.op_type == "Sub":
+        return _same_step(node)
+    return node.op_type == "Mul" and (_is_term(node) or _is_product_of_rows(node))
+
+
+def exact_sum(emit: Emitter, node: ir.Node) -> None:
+    """Write the sum whose codes stand behind a node; what has none is written with the sum that reads it."""
+    following = readers(node.outputs[0])
+    if len(following) != 1 or following[0].op_type != "QuantizeLinear":
+        return
+    if node.op_type == "Sub":
+        left, right = (wide(emit, emit.read(value)) for value in node.inputs)
+        _store(emit, node, raw(emit, "SUB", left, right))
+        return
+    total: Tensor | None = None
+    step = 0.0
+    for product in _products(node):
+        left, right = (emit.read(value) for value in product.inputs)
+        step = step or emit.step(left) * emit.step(right)
+        if not math.isclose(step, emit.step(left) * emit.step(right), rel_tol=1e-5):
+            raise LoweringFailed(f"{product.name}: its step differs from the other terms' of {node.name}")
+        term = raw(emit, "MUL", wide(emit, left), wide(emit, right))
+        total = term if total is None else raw(emit, "ADD", total, term)
+    if total is None:
+        raise LoweringFailed(f"{node.name}: a sum of nothing")
+    _store(emit, node, _shifted(emit, node, total, step))
+
+
+def outer_product(emit: Emitter, node: ir.Node) -> bool:
+    """Write one factor for each row times a constant for each channel, as a product with one input channel."""
+    gain = made_by(node.inputs[1], "DequantizeLinear")
+    stored = constant(gain.inputs[0]) if gain is not None else None
+    if gain is None or stored is None or stored.dtype != np.int8 or stored.ndim != 1:
+        return False
+    source = emit.read(node.inputs[0])
+    if source.shape[-1] != 1:
+        raise LoweringFailed(f"{node.name}: a gain in 8 bits multiplies rows of {source.shape[-1]} values")
+    weight = emit.out.constant(str(gain.inputs[0].name), stored[:, None], emit.params(gain))  # type: ignore[union-attr]
+    options = schema.FullyConnectedOptionsT()
+    options.keepNumDims = True
+    table = (OPTIONS.FullyConnectedOptions, options)
+    shape = (*source.shape[:-1], len(stored))
+    emit.write(node.outputs[0], shape, OPERATOR.FULLY_CONNECTED, 4, [source, weight], table)
+    return True
+
+
+def wide(emit: Emitter, tensor: Tensor) -> Tensor:
+    """Give a tensor's codes in 32 bits, cast once for all who read them."""
+    if tensor.dtype == "int32":
+        return tensor
+    if tensor.index not in emit.wide:
+        emit.wide[tensor.index] = emit.out.unnamed(tensor.shape, "int32")
+        emit.cast(tensor, emit.wide[tensor.index])
+    return emit.wide[tensor.index]
+
+
+def raw(emit: Emitter, name: str, left: Tensor, right: Tensor) -> Tensor:
+    """Write an operator on 32-bit integers, which knows nothing of scales."""
+    kind, options = {
+        "ADD": (OPTIONS.AddOptions, schema.AddOptionsT),
+        "MAXIMUM": (OPTIONS.MaximumMinimumOptions, schema.MaximumMinimumOptionsT),
+        "MINIMUM": (OPTIONS.MaximumMinimumOptions, schema.MaximumMinimumOptionsT),
+        "MUL": (OPTIONS.MulOptions, schema.MulOptionsT),
+        "RIGHT_SHIFT": (OPTIONS.RightShiftOptions, schema.RightShiftOptionsT),
+        "SUB": (OPTIONS.SubOptions, schema.SubOptionsT),
+    }[name]
+    table = options()
+    if name in ("ADD", "SUB"):
+        table.potScaleInt16 = False
+    made = emit.out.unnamed(np.broadcast_shapes(left.shape, right.shape), "int32")
+    return emit.out.operator(getattr(OPERATOR, name), 1, [left, right], made, (kind, table))
+
+
+def _products(node: ir.Node) -> Iterator[ir.Node]:
+    if node.op_type == "Mul":
+        yield node
+        return
+    for value in node.inputs:
+        inner = made_by(value, "Add", "Mul")
+        if inner is None:
+            raise LoweringFailed(f"{node.name}: {value.name if value else None} is no product of codes")
+        yield from _products(inner)
+
+
+def _shifted(emit: Emitter, node: ir.Node, total: Tensor, step: float) -> Tensor:
+    """Bring a sum from its own step to that of the codes behind it, a power of two larger; half a step rounds."""
+    shift = math.log2(emit.result_step(node.outputs[0]) / step)
+    if abs(shift - round(shift)) > 1e-4 or round(shift) < 1:
+        raise LoweringFailed(f"{node.name}: its result's step is {2.0**shift:.6g} of its own, which is no power of two")
+    bits = round(shift)
+    half = emit.out.constant(f"int32_{2 ** (bits - 1)}", np.array([2 ** (bits - 1)], np.int32))
+    total = raw(emit, "ADD", total, half)
+    count = emit.out.constant(f"int32_{bits}", np.array([bits], np.int32))
+    return raw(emit, "RIGHT_SHIFT", total, count)
+
+
+def _store(emit: Emitter, node: ir.Node, total: Tensor) -> None:
+    """Let a 32-bit result saturate where its codes do, and write both: the next sum reads the wide one."""
+    quantizer = emit.quantizer(node.outputs[0])
+    result = emit.result(quantizer, total.shape)
+    low, high = _LIMITS[result.dtype]
+    total = raw(emit, "MAXIMUM", total, _filled(emit, low, total.shape))
+    total = raw(emit, "MINIMUM", total, _filled(emit, high, total.shape))
+    emit.cast(total, result)
+    emit.wide[result.index] = total
+
+
+def _filled(emit: Emitter, number: int, shape: Sequence[int]) -> Tensor:
+    """Give a tensor of one number in the shape of what it is compared with: broadcasting takes ten times as long."""
+    key = (number, tuple(shape))
+    if key not in emit.filled:
+        label = "_".join(map(str, shape))
+        sizes = emit.out.constant(f"shape_{label}", np.array(shape, np.int32))
+        value = emit.out.constant(f"scalar_{number}", np.array(number, np.int32))
+        made = emit.out.tensor(f"filled_{number}_{label}", shape, "int32")
+        options = (OPTIONS.FillOptions, schema.FillOptionsT())
+        emit.filled[key] = emit.out.operator(OPERATOR.FILL, 1, [sizes, value], made, options)
+    return emit.filled[key]
+
+
+def _is_term(node: ir.Node) -> bool:
+    """Tell whether a product of codes has none itself: the sum that reads it has."""
+    is_of_codes = all(made_by(value, "DequantizeLinear") is not None for value in node.inputs)
+    return is_of_codes and all(use.op_type == "Add" for use in readers(node.outputs[0]))
+
+
+def _is_product_of_rows(node: ir.Node) -> bool:
+    """Tell whether both factors are tensors of codes with one value for each channel."""
+    dequantizers = [made_by(value, "DequantizeLinear") for value in node.inputs]
+    if None in dequantizers:
+        return False
+    makers = [made_by(item.inputs[0], "QuantizeLinear") for item in dequantizers if item is not None]
+    last = makers[-1]
+    factor = made_by(last.inputs[0], "Mul") if last is not None else None
+    gain = made_by(factor.inputs[1], "DequantizeLinear") if factor is not None else None
+    stored = constant(gain.inputs[0]) if gain is not None else None
+    return stored is not None and stored.dtype == np.int8
+
+
+def _same_step(node: ir.Node) -> bool:
+    scales = []
+    for value in node.inputs:
+        dequantizer = made_by(value, "DequantizeLinear")
+        scale = constant(dequantizer.inputs[1]) if dequantizer is not None else None
+        zero_point = constant(dequantizer.inputs[2]) if dequantizer is not None else None
+        if scale is None or scale.size != 1 or zero_point is None or zero_point.dtype != np.int16:
+            return False  # 8 bits have zero points, and a kernel that is fast
+        scales.append(float(scale))
+    return scales[0] == scales[1] == _scale_behind(node)
+
+
+def _scale_behind(node: ir.Node) -> float | None:
+    quantizer = next((use for use in readers(node.outputs[0]) if use.op_type == "QuantizeLinear"), None)
+    scale = constant(quantizer.inputs[1]) if quantizer is not None else None
+    return float(scale) if scale is not None and scale.size == 1 else None

@@ -1,0 +1,39 @@
+"""Read and change the bias behind a weight product."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeq.graph.edit import add_constant, constant, is_read_once, readers, required
+from edgeq.graph.linear import bias_of
+
+
+def bias_add(product: ir.Node) -> ir.Node | None:
+    """Give the Add of a constant that alone reads a product."""
+    if not is_read_once(product.outputs[0]):
+        return None
+    add = readers(product.outputs[0])[0]
+    return add if add.op_type == "Add" and bias_of(add) is not None else None
+
+
+def shift_input(graph: ir.Graph, product: ir.Node, shift: NDArray[np.floating]) -> bool:
+    """Add `shift @ W` to the bias behind a product whose input loses `shift`: its output stays what it was."""
+    add, weight = bias_add(product), constant(product.inputs[1])
+    if add is None or weight is None:
+        return False
+    add_to_bias(graph, add, (shift.astype(np.float64) @ weight.astype(np.float64)))
+    return True
+
+
+def add_to_bias(graph: ir.Graph, add: ir.Node, shift: NDArray[np.float64]) -> None:
+    """Add float64[out] to the constant of an Add."""
+    position, bias = required(bias_of(add))
+    put_constant(graph, add, position, bias + shift)
+
+
+def put_constant(graph: ir.Graph, node: ir.Node, position: int, array: NDArray[np.floating]) -> None:
+    """Let a node read a new constant, which is named after the one that it read."""
+    name = str(required(node.inputs[position]).name)
+    node.replace_input_with(position, add_constant(graph, name, array.astype(np.float32)))

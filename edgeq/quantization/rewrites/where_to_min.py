@@ -1,0 +1,53 @@
+"""Hold padding down for max pooling by a Min instead of a Where."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from edgeq.graph.edit import Rewrites, add_constant, add_node, made_by, readers, replace_uses, scalar
+from edgeq.quantization.rewrites.pooling_mask import mask_input, origin
+
+
+def where_to_min(model: ir.Model) -> Rewrites:
+    """Replace the Where that fills padding before max pooling by a Min with a cap for each token.
+
+    Before::
+
+        Where(mask == 0, -1e4, h) ─ ReduceMax(1)
+
+    After::
+
+        Min(h, (mask - 0.5) * 2e4) ─ ReduceMax(1)
+
+    A minimum of integers with one scale needs no multiplication, and neither does a maximum.
+    """
+    mask = mask_input(model.graph)
+    count, near = 0, []
+    for node in list(model.graph):
+        equal = made_by(node.inputs[0], "Equal") if node.op_type == "Where" else None
+        if mask is None or equal is None or scalar(equal.inputs[1]) != 0.0 or origin(node.inputs[0]) is not mask:
+            continue
+        fill, hidden = scalar(node.inputs[1]), node.inputs[2]
+        if fill is None or fill >= 0.0 or hidden is None:
+            near.append(f"{node.name}: fills padding with another value than a negative constant")
+        elif not all(reader.op_type == "ReduceMax" for reader in readers(node.outputs[0])):
+            near.append(f"{node.name}: read by something else than ReduceMax")
+        else:
+            _write_minimum(model.graph, node, mask, hidden, fill)
+            count += 1
+    return Rewrites(count, tuple(near))
+
+
+def _write_minimum(graph: ir.Graph, where: ir.Node, mask: ir.Value, hidden: ir.Value, fill: float) -> None:
+    half, whole = (
+        add_constant(graph, f"{where.name}/{name}", np.array(number, np.float32))
+        for name, number in (("half", 0.5), ("size", -2.0 * fill))
+    )
+    axis = add_constant(graph, f"{where.name}/axis", np.array([2], np.int64))
+    column = add_node(where, "Unsqueeze", [mask, axis], f"{where.name}/column")
+    kept = add_node(where, "Cast", [column], f"{where.name}/mask", {"to": ir.DataType.FLOAT.value})
+    side = add_node(where, "Sub", [kept, half], f"{where.name}/side")
+    cap = add_node(where, "Mul", [side, whole], f"{where.name}/cap")
+    capped = add_node(where, "Min", [hidden, cap], f"{where.name}/capped", like=where.outputs[0])
+    replace_uses(where.outputs[0], capped)
