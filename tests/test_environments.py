@@ -111,6 +111,9 @@ def leftovers(cache: Path) -> list[str]:
     return [path.name for path in (cache / KIND).iterdir() if path.name.startswith(".")]
 
 
+# Each environment costs seconds of pip, which is a process of its own: one of these tests runs on every interpreter.
+
+
 @pytest.mark.pip
 @pytest.mark.one_interpreter
 def test_what_is_forced_is_installed_without_what_it_asks_for(index: Path) -> None:
