@@ -106,24 +106,25 @@ def check(
     """
     path = Path(model)
     if path.suffix == ".onnx":
-        subject = _subject(read_onnx(path), file_ref(path), None)
-    else:
-        floats = stages.float_model(locate.locate(model, pooling, tower=tower), True, cache)
-        loaded = external_data.load(Path(floats.model.file.path))
-        subject = _subject(loaded, floats.model.file, floats.model.max_sequence)
-    return tuple(_check(subject, target) for target in targets)
+        return check_float_model(read_onnx(path), file_ref(path), None, targets)
+    floats = stages.float_model(locate.locate(model, pooling, tower=tower), True, cache)
+    loaded = external_data.load(Path(floats.model.file.path))
+    return check_float_model(loaded, floats.model.file, floats.model.max_sequence, targets)
 
 
-def check_float_model(model: onnx.ModelProto, file: FileRef, max_sequence: int, target: Target) -> Checked:
-    """Check a float model that is loaded already.
+def check_float_model(
+    model: onnx.ModelProto, file: FileRef, max_sequence: int | None, targets: Sequence[Target]
+) -> tuple[Checked, ...]:
+    """Check a float model that is loaded already, for each target.
 
     Args:
-        model: FP32 ONNX in the dialect.
+        model: FP32 ONNX.
         file: that it was read from.
-        max_sequence: its limit in tokens.
-        target: to check for.
+        max_sequence: its limit in tokens; None takes that of its table of positions.
+        targets: to check the model for.
     """
-    return _check(_subject(model, file, max_sequence), target)
+    subject = _subject(model, file, max_sequence)
+    return tuple(_check(subject, target) for target in targets)
 
 
 def require(checks: Iterable[Checked]) -> None:
@@ -185,6 +186,7 @@ def _check(subject: _Subject, target: Target) -> Checked:
             except ToolMissing as error:
                 rows.append(CheckedOperator(operator="-", count=0, verdict="unknown", why=str(error), nodes=()))
     problems += [*(item.sentence for item in refusals if item.is_certain), *plan.problems]
+    possible = [item.sentence for item in refusals if not item.is_certain]
     if len(plan.on_host) > target.gate.host_operators_max:
         named = ", ".join(f"{item.operator} ({item.output})" for item in plan.on_host)
         problems.append(
@@ -197,7 +199,7 @@ def _check(subject: _Subject, target: Target) -> Checked:
         operators=tuple(rows),
         host_operators=tuple(f"{item.operator} ({item.output})" for item in plan.on_host),
         problems=tuple(dict.fromkeys(problems)),
-        possible_problems=(*(item.sentence for item in refusals if not item.is_certain), *plan.possible),
+        possible_problems=tuple(dict.fromkeys([*possible, *plan.possible])),
     )
 
 
