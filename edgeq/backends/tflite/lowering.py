@@ -72,8 +72,8 @@ def _lower_graph(graph: ir.Graph, emit: Emitter) -> None:
             continue  # stored where it is read
         if node in left_out:
             shares.unchanged(emit, node)
-        elif shares.takes(node):
-            shares.write(emit, node)
+        elif (writer := shares.writer_of(node)) is not None:
+            writer(emit, node)
         elif node.op_type in WRITERS:
             WRITERS[node.op_type](emit, node)
         elif node.op_type not in _NOTHING_TO_WRITE:

@@ -11,10 +11,12 @@ from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
-from edgeq.backends.tflite.sums import exact_sum, is_exact_sum, outer_product
+from edgeq.backends.tflite.sums import exact_sum, outer_product
 from edgeq.backends.tflite.writer import Codes, Tensor
 from edgeq.errors import LoweringFailed
+from edgeq.graph import roles
 from edgeq.graph.edit import constant, is_read_once, made_by, readers
+from edgeq.graph.roles import Role
 
 _WEIGHT = 127  # of a channel, but for its sign
 _ADD_LIMIT = 2.0**14  # 16-bit sums: an input's scale over the output's, above which the kernel aborts
@@ -34,10 +36,11 @@ def _product_of(add: ir.Node) -> ir.Node | None:
 
 def elementwise(emit: Emitter, node: ir.Node) -> None:
     """Write a sum, difference or product of two 16-bit tensors."""
-    if is_exact_sum(node):
+    if roles.has(node, Role.INT32_SUM):
         exact_sum(emit, node)
         return
-    if node.op_type == "Mul" and outer_product(emit, node):
+    if roles.has(node, Role.ROW_FACTOR):
+        outer_product(emit, node)
         return
     if not readers(node.outputs[0]) or any(made_by(value, "DequantizeLinear") is None for value in node.inputs):
         return  # of the mask
