@@ -10,7 +10,7 @@ EdgeqError                1  a defect of ours, or a stage that failed its own ve
 ├── ParityFailed          6  the artifact's vectors miss the target's gate
 ├── BundleCorrupt         7  a bundle's bytes or chain do not agree with its records
 ├── StorageFailed         8  the disk is full, read-only or not there
-├── DeviceUnavailable     9  the place where the artifact should run cannot be reached
+├── DeviceUnavailable     9  the device on which the artifact should run cannot be reached
 ├── TimedOut             10  a stage passed its time limit
 └── ReleaseRefused       11  a bundle is not fit for a release
 
@@ -77,7 +77,7 @@ class StorageFailed(EdgeqError):
 
 
 class DeviceUnavailable(EdgeqError):
-    """Report a place to run that cannot be reached."""
+    """Report a device that cannot be reached."""
 
     exit_code = 9
 
@@ -95,6 +95,6 @@ class ReleaseRefused(EdgeqError):
 
 
 def error_of(exit_code: int) -> type[EdgeqError] | None:
-    """Give the kind of error that an exit code stands for, or None."""
+    """Give the class of error that has an exit code, or None."""
     kinds: tuple[type[EdgeqError], ...] = (EdgeqError, *EdgeqError.__subclasses__())
     return next((kind for kind in kinds if kind.exit_code == exit_code), None)

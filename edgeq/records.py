@@ -1,7 +1,7 @@
-"""Hold the frozen records that pass between stages.
+"""Define the frozen records that stages pass on and that a bundle's manifest holds.
 
-Records hold no arrays: big things are files, named by path and sha256. Each record turns into JSON and back without
-loss, refuses unknown or missing keys, and refuses NaN and infinity.
+A record holds no arrays: large data is in files, named by path and sha256. Each record converts to JSON and back
+without loss, and refuses unknown keys, missing keys, NaN and infinity.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Positive = Annotated[int, Field(ge=1, le=1 << 31)]  # dimensions and lengths: runtimes and tokenizers take no others
-Place = Literal["device", "host-kernels", "emulator", "simulator", "not-run"]
+RunKind = Literal["device", "host-kernels", "emulator", "simulator", "not-run"]
 Status = Literal["passed", "failed", "not-run"]
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
 
 
 class Record(BaseModel):
-    """Freeze the fields and refuse unknown keys, NaN and infinity."""
+    """Make a record of its fields: frozen, without unknown keys, NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class FileRef(Record):
-    """Name a file by its path, its content and its size.
+    """Name a file by its path, sha256 and size.
 
-    `path` is absolute while stages pass it on (in the cache or a work folder), and relative to the bundle, in POSIX
-    form, in a manifest; a file that is not shipped is there by its bare name.
+    `path` is absolute between stages (in the cache or a work folder). In a manifest it is relative to the bundle, in
+    POSIX notation; a file that is not in the bundle has a bare name.
     """
 
     path: str
@@ -36,11 +36,11 @@ class FileRef(Record):
 
 
 class Source(Record):
-    """Describe what was given: a model of sentence-transformers or transformers, an ONNX file, or a torch module."""
+    """Describe the source model: of sentence-transformers or transformers, an ONNX file, or a torch module."""
 
     name: str
     kind: Literal["sentence-transformers", "transformers", "onnx", "module"]
-    sha256: Sha256  # over the names and contents of all files that decide the vectors
+    sha256: Sha256  # over names and contents of all files that the vectors depend on
     modules: tuple[str, ...]  # e.g. ("Transformer", "Pooling:mean", "Normalize")
     inputs: tuple[str, ...]  # graph inputs: "input_ids", "attention_mask" [, "token_type_ids"]; or "pixel_values"
     dim: Positive
@@ -50,7 +50,7 @@ class Source(Record):
 
 
 class PassReport(Record):
-    """Say what one rewrite did: how many, how far FP32 moved, and why near misses did not match."""
+    """Hold the result of one pass: the number of rewrites, the FP32 error, and the reasons of near misses."""
 
     name: str
     rewrites: int
@@ -59,7 +59,7 @@ class PassReport(Record):
 
 
 class FloatModel(Record):
-    """Describe an FP32 ONNX file in the dialect, with pooling and normalisation inside."""
+    """Describe an FP32 ONNX file in the dialect, with pooling and L2 normalisation in the graph."""
 
     file: FileRef
     source_sha256: Sha256
@@ -67,46 +67,46 @@ class FloatModel(Record):
     outputs: tuple[str, ...]  # "sentence_embedding" [, "last_hidden_state"]
     dim: Positive
     max_sequence: Positive
-    max_abs_error: float  # against torch, or the ONNX file that was given; against its parent for an equalised one
+    max_abs_error: float  # against torch or the source ONNX file; of an equalised model against the float model
     passes: tuple[PassReport, ...]
 
 
 class TextSet(Record):
-    """Describe a set of texts by content: no text is held here."""
+    """Describe a set of texts by hash and counts, without the texts."""
 
-    origin: str  # what the user named, or "default"
+    origin: str  # the user's file name, or "default"
     sha256: Sha256  # over the texts in order
     count: int
     tokens: int
-    truncated: int  # texts cut at the model's limit
+    truncated: int  # number of texts cut at the model's limit
 
 
 class ImageSet(Record):
-    """Describe a set of images by content: no image is held here."""
+    """Describe a set of images by hash and counts, without the images."""
 
-    origin: str  # the folder that the user named
+    origin: str  # name of the user's folder
     sha256: Sha256  # over the pixels in order, resized and cropped
     count: int
     height: int
     width: int
 
 
-class Migration(Record):
-    """Give the strength of the scale migration per kind of tensor, and what the search measured."""
+class Smoothing(Record):
+    """Hold SmoothQuant's alpha per kind of smoothed tensor, and the search's result."""
 
-    strengths: dict[str, float]  # kind ("norm", "context", "activation") -> alpha in [0, 1]
-    cosine_mean: float  # of the simulated scheme on calibration texts that were not observed
-    candidates: int
+    alphas: dict[str, float]  # kind ("norm", "context", "activation") -> alpha in [0, 1]
+    cosine_mean: float  # of a QDQ model at these alphas, on calibration texts that were not observed
+    candidates: int  # sets of alphas that were tried
 
 
 class Calibration(Record):
-    """Describe what was observed once on an equalised float model: `file` is the .npz with the statistics."""
+    """Describe the statistics of an equalised float model's tensors, observed once; `file` is the .npz with them."""
 
     file: FileRef
     float_model_sha256: Sha256
     texts: TextSet | ImageSet
     seed: int
-    migration: Migration
+    smoothing: Smoothing
 
 
 class MixedSpec(Record):
@@ -191,33 +191,33 @@ class QdqModel(Record):
 
 
 class RunsOn(Record):
-    """Say what a machine must be: ISA, and CPU flags of which at least one, or all, must be there."""
+    """Hold a target's demands on the machine: the instruction set, and CPU flags (all of them, any one of them)."""
 
     machine: str  # as platform.machine() spells it
     cpu_flags_all: tuple[str, ...]
     cpu_flags_any: tuple[str, ...]
-    elsewhere: Literal["host-kernels", "emulator", "simulator"] = "host-kernels"  # where it ran on any other machine
+    elsewhere: Literal["host-kernels", "emulator", "simulator"] = "host-kernels"  # the kind of run on any other machine
 
 
 class Gate(Record):
-    """Give the limits a parity report is judged against."""
+    """Hold the limits that parity measures are judged by, and the kinds of run that suffice."""
 
     cosine_mean_min: float
     cosine_min_min: float
     top10_overlap_min: float
     spearman_min: float  # of pairwise similarities, artifact against FP32
     invariance_min: float  # cosine of one text at other paddings and batches
-    norm_error_max: float  # relative to FP32's norm, for models that normalise
-    norm_error_unnormalized_max: float  # the same for models that do not: there a norm drifts as the vector does
+    norm_error_max: float  # relative to FP32's norm, for models that L2-normalise
+    norm_error_unnormalized_max: float  # the same for models that do not, whose norm has the vector's error
     float_fallbacks_max: int
-    host_operators_max: int  # operators that an accelerator's compiler leaves to the CPU beside it, in one file
-    export_places: tuple[Place, ...]
-    release_places: tuple[Place, ...]
-    parity_texts: int | None = None  # the most validation texts that run, where a run takes seconds; None: all
+    host_operators_max: int  # operators per file that an accelerator's compiler leaves to the CPU
+    export_run_kinds: tuple[RunKind, ...]
+    release_run_kinds: tuple[RunKind, ...]
+    parity_texts: int | None = None  # at most so many validation texts, where one run takes seconds; None: all
 
 
 class Target(Record):
-    """Describe one piece of hardware with its runtime: one file in targets/, complete."""
+    """Describe one piece of hardware with its runtime: one complete file in targets/."""
 
     name: str
     summary: str
@@ -231,16 +231,16 @@ class Target(Record):
 
 
 class HostOperator(Record):
-    """Name an operator that runs on the CPU beside an accelerator."""
+    """Name an operator that a compiler leaves to the CPU beside an accelerator."""
 
-    file: str  # that it stands in, relative to the bundle
+    file: str  # relative to the bundle
     operator: str
-    output: str  # the tensor it makes
-    reason: str  # the compiler's own sentence
+    output: str  # name of its output tensor
+    reason: str  # as the compiler states it
 
 
 class Estimate(Record):
-    """Repeat what a compiler expects of a file, with the clock and memories it assumes. Nothing was measured."""
+    """Hold a compiler's estimate of time and memory for a file, with the assumed clock; nothing was measured."""
 
     file: str
     accelerator: str
@@ -249,15 +249,15 @@ class Estimate(Record):
     clock_hz: int
     arena_bytes: int
     cycles: int
-    estimated_ms: float  # of the accelerator alone: operators on the host are not in it
+    estimated_ms: float  # of the accelerator alone, without host operators
     sram_bytes: int
     dram_bytes: int
     flash_bytes: int
-    moved_bytes: int  # over all memories, in one inference
+    moved_bytes: int  # to and from all memories, in one inference
 
 
 class Placement(Record):
-    """Say where the weight products really run, read from what the runtime will execute."""
+    """Hold which weight products are integer and which float, read from what the runtime executes."""
 
     integer_matmuls: int
     float_by_scheme: tuple[str, ...]
@@ -265,11 +265,11 @@ class Placement(Record):
     operators: dict[str, int]
     host_operators: tuple[HostOperator, ...] = ()
     estimates: tuple[Estimate, ...] = ()  # one for each compiled file
-    surprises: tuple[str, ...] = ()  # where the compiler placed an operator otherwise than edgeq's rules expect
+    surprises: tuple[str, ...] = ()  # operators that the compiler places otherwise than edgeq's rules expect
 
 
 class Artifact(Record):
-    """Describe the files one runtime loads. `files[0]` is the one to load; paths are relative to the bundle."""
+    """Describe the files of one runtime; it loads `files[0]`, and paths are relative to the bundle."""
 
     backend: str
     target: str
@@ -280,7 +280,7 @@ class Artifact(Record):
 
 
 class Measures(Record):
-    """Hold what was measured between an artifact's vectors and FP32's."""
+    """Hold the parity measures of an artifact's vectors against FP32's."""
 
     texts: int
     cosine_mean: float
@@ -290,40 +290,40 @@ class Measures(Record):
     spearman: float
     invariance_min: float
     norm_error_max: float  # relative to FP32's norm
-    is_normalized: bool  # whether all of FP32's vectors have length 1
-    worst_text: str
+    is_normalized: bool  # whether all FP32 vectors have length 1
+    worst_text: str  # beginning of the text with the lowest cosine
 
 
 class SettingReport(Record):
-    """Hold what the same artifact measures run in another way, or why that was not measured."""
+    """Hold the measures of the same artifact with another runtime setting, or the reason why there are none."""
 
     name: str  # e.g. "inference_precision_hint=bf16"
-    ran_on: Place
+    ran_on: RunKind
     measures: Measures | None  # None when not measured
-    reason: str | None  # why not
+    reason: str | None  # why it was not measured
 
 
 class ParityReport(Record):
-    """Measure first, judge after: `failures` has one sentence for each limit of the gate that is missed.
+    """Hold an artifact's parity measures, and one sentence for each limit of the gate that they miss.
 
-    `other_settings` must meet the gate, too, but cannot stand in for a run: a report without `measures` is `not-run`
-    or `failed`, never `passed`. Their invariance is measured and not judged.
+    A report without `measures` is `not-run` or `failed`, never `passed`. `other_settings` must meet the gate
+    except its limit on invariance, and do not replace a run with the target's own settings.
     """
 
     target: str
-    ran_on: Place
+    ran_on: RunKind
     machine: str
     status: Status
     measures: Measures | None  # None when not run
     gate: Gate
     failures: tuple[str, ...]
     texts: TextSet | ImageSet
-    reason: str | None = None  # why it was not run; such a bundle is not fit for a release
+    reason: str | None = None  # why it was not run; such a bundle cannot be released
     other_settings: tuple[SettingReport, ...] = ()
 
 
 class Golden(Record):
-    """Count the golden texts and name their files."""
+    """Hold the number of golden samples, and their files."""
 
     count: int
     vectors: FileRef  # golden.npz
@@ -331,7 +331,7 @@ class Golden(Record):
 
 
 class Manifest(Record):
-    """Chain all records of a bundle; each names its parents by sha256."""
+    """Hold all records of a bundle; each names its parents by sha256."""
 
     format: Literal[1]
     edgeq: str

@@ -1,4 +1,4 @@
-"""Read targets/*.toml; nothing else does."""
+"""Read target files, targets/*.toml, and find the data folders of a checkout or a wheel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def data_dir(name: str) -> Path:
-    """Give a data folder: the checkout's own, or the one inside the wheel.
+    """Give the path of a data folder: the checkout's own, or the one inside the wheel.
 
     Raises:
         ConfigError: neither is there.
@@ -31,10 +31,10 @@ def data_dir(name: str) -> Path:
 
 
 def list_targets(targets_dir: Path | None = None) -> tuple[Target, ...]:
-    """Give every target, by name.
+    """Read every target, sorted by name.
 
     Args:
-        targets_dir: read from here; else the checkout's or the wheel's.
+        targets_dir: the folder of the target files; None means the checkout's or the wheel's.
 
     Raises:
         ConfigError: a file is no valid target, or the folder holds none.
@@ -47,7 +47,7 @@ def list_targets(targets_dir: Path | None = None) -> tuple[Target, ...]:
 
 
 def load_target(name: str, targets_dir: Path | None = None) -> Target:
-    """Give one target.
+    """Read one target by its name.
 
     Raises:
         ConfigError: no target of that name, with the nearest names; or its file is not valid.
@@ -62,7 +62,7 @@ def load_target(name: str, targets_dir: Path | None = None) -> Target:
 
 
 def availability(target: Target) -> tuple[bool, str]:
-    """Say whether this machine is one the target is for, and what it lacks."""
+    """Say whether this machine meets the target's `runs_on`, and what it lacks."""
     missing = host.meets(target.runs_on)
     return not missing, "; ".join(missing)
 

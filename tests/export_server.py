@@ -1,6 +1,6 @@
 """Import torch once, export once, and fork for each export that follows: the process that starts edgeq's own child.
 
-edgeq exports a torch model in a process of its own, `python -m ...torch_export REQUEST`, which spends most of its time
+edgeq exports a torch model in a process of its own, `python -m ...torch.convert REQUEST`, which spends most of its time
 on importing torch, transformers and what torch's exporter needs. `forked` puts a fork of one such process in its place.
 The fork runs the same module with the same arguments, folder, environment and output; tests/test_export_server.py shows
 that it writes the same bytes.
@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-MODULE = "edgeq.frontend.torch.export"
+MODULE = "edgeq.frontend.torch.convert"
 
 
 class Server:
@@ -57,6 +57,8 @@ class Server:
         if self._process is not None:
             self._process.communicate()
             self._process = None
+        if self._log is not None:
+            self._log.close()
 
 
 def forked(server: Server, below: Path, run: Callable[..., Any] = subprocess.run) -> Callable[..., Any]:
@@ -64,7 +66,7 @@ def forked(server: Server, below: Path, run: Callable[..., Any] = subprocess.run
 
     def replaced(command: Any, *positional: Any, **options: Any) -> Any:
         if isinstance(command, list) and command[:2] == [sys.executable, "-m"] and command[2] == MODULE:
-            directory = Path(json.loads(command[3])["directory"])
+            directory = Path(json.loads(command[3])["located"]["directory"])
             if directory.is_relative_to(below) and set(options) <= {"capture_output", "text", "errors", "check"}:
                 return server.call(command[2:])
         return run(command, *positional, **options)
@@ -80,7 +82,7 @@ def _warm_up() -> None:
     import torch
 
     from edgeq.frontend import locate
-    from edgeq.frontend.torch import export as torch_export
+    from edgeq.frontend.torch.convert import convert
 
     threads, seeded = torch.get_num_threads(), torch.get_rng_state()  # the same in every new process
     torch.set_num_threads(1)
@@ -89,7 +91,7 @@ def _warm_up() -> None:
         folder = Path(name)
         (folder / "out").mkdir()
         located = locate.locate(str(tiny_source.sentence_transformer(folder / "model")))
-        torch_export.run(located, folder / "out", True)
+        convert(located, folder / "out", True)
     torch.set_num_threads(threads)
     torch.set_rng_state(seeded)
 

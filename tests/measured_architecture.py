@@ -15,10 +15,11 @@ import tiny_source
 from edgeq import targets
 from edgeq.backends.registry import find
 from edgeq.data.sessions import Embeddings, embed_batches
-from edgeq.data.tokens import Tokenizer, Tokens, batches
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import EdgeqError
 from edgeq.frontend import locate
-from edgeq.frontend.torch.export import CONFIG, PROBES, RAW, load_probes, run
+from edgeq.frontend.torch.convert import CONFIG, PROBES, RAW, convert, load_probes
 from edgeq.graph import dialect
 from edgeq.graph.float_session import FloatSession
 from edgeq.passes import float_passes
@@ -66,7 +67,7 @@ def export(name: str, folder: Path) -> Exported:
     out.mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, while it exports
-        record = run(located, out, hidden_state=True)
+        record = convert(located, out, hidden_state=True)
     feeds, expected = load_probes(out / PROBES)
     model, _ = float_passes.rewritten(onnx.load(out / RAW), feeds)
     dialect.verify(model, name)

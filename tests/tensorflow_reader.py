@@ -18,7 +18,7 @@ from edgeq.backends import tflite
 from edgeq.backends.tflite import child
 from edgeq.errors import ToolMissing
 from edgeq.system.environments import Environment, interpreter
-from edgeq.system.worker import Worker
+from edgeq.system.worker import Worker, child_command
 
 TESTS = Path(__file__).resolve().parent
 _PINS = (TESTS.parent / "tools" / "constraints-tensorflow.txt").read_text(encoding="utf-8").splitlines()
@@ -83,9 +83,9 @@ def _operators(analysis: str) -> dict[str, list[str]]:
 def session(path: Path, runtime: str, buckets: Sequence[int]) -> tflite.TfliteSession:
     """Load a file into one of `child.RUNTIMES`, TensorFlow's in its own environment."""
     its_python = python() if runtime.startswith("tensorflow") else Path(sys.executable)
-    worker = Worker([str(its_python), "-I", child.__file__, runtime], runtime)
+    worker = Worker(child_command(its_python, child.__file__, runtime), runtime)
     worker.call(do="load", path=str(path), threads=1)
-    return tflite.TfliteSession(worker, tuple(buckets), tflite.output_codes(path))
+    return tflite.TfliteSession(worker, tuple(buckets), tflite.output_params(path))
 
 
 def compared(tensors: Sequence[Tensor], wanted: Mapping[str, Meant]) -> dict[str, bool]:

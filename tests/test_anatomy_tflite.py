@@ -15,7 +15,7 @@ from tiny_tflite import DIM, VOCABULARY, make_tflite
 
 from edgeq import cli
 from edgeq.analysis.inspect.model_file import inspect
-from edgeq.analysis.inspect.report import Port
+from edgeq.analysis.inspect.summary import Port
 from edgeq.errors import ConfigError, ToolMissing
 
 pytestmark = pytest.mark.tflite

@@ -43,7 +43,7 @@ def test_weights_fill_their_codes_and_no_softmax_is_left(tmp_path: Path) -> None
 @pytest.mark.tflite
 def test_rows_longer_than_the_levels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ai_edge_litert", reason="needs the extra `tflite`")
-    from edgeq.backends.tflite import shares
+    from edgeq.backends.tflite import deferred_softmax
     from edgeq.backends.tflite.emitter import Settings
     from edgeq.backends.tflite.lowering import lower_model
     from edgeq.errors import LoweringFailed
@@ -51,6 +51,6 @@ def test_rows_longer_than_the_levels_are_refused(tmp_path: Path, monkeypatch: py
     model = ir.load(make_model("w8a8-int", tmp_path).file.path)
     settings = Settings(32, "quantize", "none")
     assert lower_model(model, (48,), settings)
-    monkeypatch.setattr(shares, "LAST_INDEX", 46)  # 48 weights of 255 codes each, over 4^4: 47
+    monkeypatch.setattr(deferred_softmax, "LAST_INDEX", 46)  # 48 weights of 255 codes each, over 4^4: 47
     with pytest.raises(LoweringFailed, match="no level holds sums of 48 weights; use shorter buckets"):
         lower_model(model, (48,), settings)

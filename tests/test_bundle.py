@@ -236,13 +236,13 @@ def test_a_runtime_that_gives_other_vectors_is_found(tmp_path: Path, tiny: TinyB
 
 
 @pytest.mark.parametrize("changes", [{"max_abs_error": 1.1e-3}, {"cosine_min": 0.99989}])
-def test_on_the_same_place_error_and_cosine_both_count(tmp_path: Path, changes: dict[str, float]) -> None:
+def test_on_the_same_machine_error_and_cosine_both_count(tmp_path: Path, changes: dict[str, float]) -> None:
     path, manifest = make_bundle(tmp_path / "out")
     found = verify(path)
-    judge_golden(path, manifest, found, is_same_place=True)
+    judge_golden(path, manifest, found, is_same_machine=True)
     with pytest.raises(ParityFailed):
-        judge_golden(path, manifest, found.model_copy(update=changes), is_same_place=True)
-    judge_golden(path, manifest, found.model_copy(update=changes), is_same_place=False)
+        judge_golden(path, manifest, found.model_copy(update=changes), is_same_machine=True)
+    judge_golden(path, manifest, found.model_copy(update=changes), is_same_machine=False)
 
 
 def test_elsewhere_the_vectors_need_only_be_near_fp32(tmp_path: Path, tiny: TinyBackend) -> None:

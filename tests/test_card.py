@@ -16,12 +16,13 @@ from tiny_card import AlteringBackend, MissingBackend, write_bundle, write_float
 from edgeq import cli
 from edgeq.backends.registry import BACKENDS
 from edgeq.bundle import benchmark
+from edgeq.bundle.benchmark_child import Job, Sample
 from edgeq.data.tokens import Tokens, sha256_texts
 from edgeq.errors import BundleCorrupt, ConfigError, LoweringFailed, ToolMissing
 from edgeq.records import RunsOn
 from edgeq.reports import figures, timing
 from edgeq.reports.bundles import collect
-from edgeq.reports.card import Request, compare
+from edgeq.reports.card import Request, make_card
 from edgeq.reports.contents import Card, Row
 
 TEXTS = [" ".join(WORDS[i : i + 1 + i % 5]) for i in range(14)]
@@ -51,7 +52,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 def compared(*paths: Path, cache: Path, **options: object) -> Card:
-    return compare(Request(bundles=paths, cache=cache, **options), silent)  # type: ignore[arg-type]
+    return make_card(Request(bundles=paths, cache=cache, **options), silent)  # type: ignore[arg-type]
 
 
 def vectors(words: dict[str, NDArray[np.float32]]) -> list[NDArray[np.float64]]:
@@ -154,7 +155,7 @@ def test_small_numbers_by_hand() -> None:
     assert pair.cosine_mean == pytest.approx(0.74)
     assert pair.cosine_min == pytest.approx(0.0)
     texts = ["one", "two", "three", "x" * 201]
-    made = figures.compare("b", reference, other, texts, 1.0)
+    made = figures.measured("b", reference, other, texts, 1.0)
     worst = figures.worst_texts([made], reference, texts, Tokens(((1,), (1, 2), (1,), (1,)), 0, 0))
     assert [item.text for item in worst] == ["x" * 200 + "…", "three", "one", "two"]
     assert [item.errors[0].max_abs_error for item in worst] == [2.0, 1.0, 0.0, 0.0]
@@ -306,7 +307,7 @@ def test_without_fp32_the_golden_texts_serve(tmp_path: Path, texts: Path) -> Non
 def test_the_texts_of_the_export_are_known_again(
     tmp_path: Path, float_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgeq.data.text_files import split
+    from edgeq.data.splits import sha256_text, split
 
     def written(digest: str, name: str) -> Path:
         recorded = make_report(make_target())
@@ -318,7 +319,7 @@ def test_the_texts_of_the_export_are_known_again(
     given = [" ".join(WORDS[i % 16] for i in range(start, start + 2 + start % 7)) for start in range(40)]
     texts = tmp_path / "given.txt"
     texts.write_text("\n".join(given), encoding="utf-8")
-    fifth = split(given)[1]
+    fifth = split(given, sha256_text)[1]
     assert len(fifth) >= 3
     cache = tmp_path / "cache"
     assert compared(written(sha256_texts(given), "same"), cache=cache, texts=texts).notes == ()
@@ -371,12 +372,12 @@ def test_latency_takes_turns_and_is_the_devices_own(
     elsewhere = RunsOn(machine="another", cpu_flags_all=(), cpu_flags_any=())
     write_bundle(tmp_path / "out", "here", "tiny", float_file)
     write_bundle(tmp_path / "out", "there", "tiny", float_file, runs_on=elsewhere)
-    jobs: list[benchmark.Job] = []
+    jobs: list[Job] = []
 
-    def in_process(job: benchmark.Job) -> benchmark.Sample:
+    def in_process(job: Job) -> Sample:
         jobs.append(job)
         value = 2.0 if job.model.endswith(".onnx") else 1.0
-        return benchmark.Sample(latencies_ms=(value,) * job.num_runs, peak_memory_bytes=len(jobs))
+        return Sample(latencies_ms=(value,) * job.num_runs, peak_memory_bytes=len(jobs))
 
     monkeypatch.setattr(benchmark, "in_process", in_process)
     found = compared(tmp_path / "out", cache=tmp_path / "cache", texts=texts, latency=True, threads=3)
@@ -397,9 +398,9 @@ def test_a_runtime_that_cannot_be_timed_says_why(
 ) -> None:
     write_bundle(tmp_path / "out", "here", "tiny", float_file)
 
-    def in_process(job: benchmark.Job) -> benchmark.Sample:
+    def in_process(job: Job) -> Sample:
         if job.model.endswith(".onnx"):
-            return benchmark.Sample(latencies_ms=(1.0,), peak_memory_bytes=1)
+            return Sample(latencies_ms=(1.0,), peak_memory_bytes=1)
         raise LoweringFailed("it died")
 
     monkeypatch.setattr(benchmark, "in_process", in_process)
@@ -462,15 +463,16 @@ def test_torch_gives_the_sources_vectors(tmp_path: Path) -> None:
     import tiny_source
 
     from edgeq.data.sessions import embed_batches
-    from edgeq.data.tokens import Tokenizer, batches
+    from edgeq.data.tokenizer import Tokenizer
+    from edgeq.data.tokens import batches
     from edgeq.frontend import locate
-    from edgeq.frontend.torch.load import describe, load
+    from edgeq.frontend.torch.load import load_model, source_of
     from edgeq.frontend.torch.session import TorchSession, reopen
 
     folder = tiny_source.sentence_transformer(tmp_path / "model")
     located = locate.locate(str(folder))
-    model = load(located)
-    record = describe(located, model)
+    model = load_model(located)
+    record = source_of(located, model)
     with pytest.raises(ConfigError, match="no such directory"):
         reopen(record)
     with pytest.raises(ConfigError, match="--model"):

@@ -17,7 +17,7 @@ from edgeq.backends.registry import BACKENDS
 from edgeq.bundle.benchmark import Latency
 from edgeq.errors import ConfigError, ToolMissing
 from edgeq.reports import plots
-from edgeq.reports.card import Request, compare
+from edgeq.reports.card import Request, make_card
 from edgeq.reports.contents import Card, Layers, RunTime
 
 SECTIONS = ("summary", "pairs", "distribution", "layers", "latency", "worst", "operators", "bundles")
@@ -68,7 +68,7 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Card:
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(TEXTS), encoding="utf-8")
     request = Request(bundles=(tmp_path / "out",), cache=tmp_path / "cache", texts=texts)
-    made = compare(request, lambda *_: None)
+    made = make_card(request, lambda *_: None)
     errors = LayerErrors(scheme="w8a8-gemm", texts=7, tensors=tuple(tensor(f"sum{n}", n) for n in range(5)))
     timed = RunTime(
         tokens=12, threads=2, num_runs=60, latency=Latency(p50_ms=1.5, p90_ms=2.0, p99_ms=3.0), peak_memory_bytes=1

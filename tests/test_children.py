@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from edgeq.errors import LoweringFailed, TimedOut, ToolMissing
-from edgeq.system.worker import Worker, pack, unpack
+from edgeq.system.child_server import pack
+from edgeq.system.worker import Worker, child_command, unpack_reply
 
 TFLITE_CHILD = Path(__file__).resolve().parent.parent / "edgeq" / "backends" / "tflite" / "child.py"
 needs_litert = pytest.mark.skipif(importlib.util.find_spec("ai_edge_litert") is None, reason="no ai_edge_litert")
@@ -94,14 +95,16 @@ def is_alive(pid: int) -> bool:
 @pytest.mark.parametrize("shape", [(), (0, 3), (5,), (2, 3, 4)])
 def test_an_array_keeps_its_bits(worker: Worker, dtype: str, shape: tuple[int, ...]) -> None:
     array = np.random.default_rng(3).integers(0, 100, shape).astype(dtype)
-    back = unpack(worker.call(do="echo", array=pack(array))["array"])
+    back = unpack_reply(worker.call(do="echo", array=pack(array))["array"])
     assert back.dtype == array.dtype and back.shape == array.shape and back.tobytes() == array.tobytes()
     back[...] = 0  # what comes back belongs to the caller
 
 
 def test_an_array_in_another_order_of_memory_keeps_its_values() -> None:
     array = np.arange(12, dtype=np.int32).reshape(3, 4)
-    assert np.array_equal(unpack(pack(array.T)), array.T) and np.array_equal(unpack(pack(array[::2])), array[::2])
+    assert np.array_equal(unpack_reply(pack(array.T)), array.T) and np.array_equal(
+        unpack_reply(pack(array[::2])), array[::2]
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,9 +112,9 @@ def test_an_array_in_another_order_of_memory_keeps_its_values() -> None:
 )
 def test_an_array_that_is_none_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(LoweringFailed, match="cannot be read"):
-        unpack({**pack(np.zeros(2, np.int32)), **change})
+        unpack_reply({**pack(np.zeros(2, np.int32)), **change})
     with pytest.raises(LoweringFailed, match="cannot be read"):
-        unpack({"shape": [1]})
+        unpack_reply({"shape": [1]})
 
 
 def test_a_child_stays_between_calls_and_sees_the_environment_it_is_given(command: list[str]) -> None:
@@ -122,7 +125,7 @@ def test_a_child_stays_between_calls_and_sees_the_environment_it_is_given(comman
 
 def test_requests_and_replies_larger_than_a_pipe_pass(worker: Worker) -> None:
     array = np.random.default_rng(0).integers(-128, 128, 3_000_000).astype(np.int8)
-    assert np.array_equal(unpack(worker.call(do="echo", array=pack(array))["array"]), array)
+    assert np.array_equal(unpack_reply(worker.call(do="echo", array=pack(array))["array"]), array)
 
 
 def test_a_chatty_child_never_blocks(worker: Worker) -> None:
@@ -299,7 +302,7 @@ def write_adder(path: Path, sequences: tuple[int, ...], output_scale: float = 1.
 
 
 def tflite_worker(python: Path | str, runtime: str) -> Worker:
-    return Worker([str(python), "-I", str(TFLITE_CHILD), runtime], runtime, time_limit_s=300)
+    return Worker(child_command(python, TFLITE_CHILD, runtime), runtime, time_limit_s=300)
 
 
 def make_inputs(*shape: int) -> dict[str, dict[str, object]]:
@@ -309,7 +312,7 @@ def make_inputs(*shape: int) -> dict[str, dict[str, object]]:
 
 def sum_of(inputs: dict[str, dict[str, object]]) -> np.ndarray:
     """Add as real numbers: scales 0.5 and 0.5 to 1."""
-    return (unpack(inputs["left"]).astype(np.float64) + unpack(inputs["right"])) / 2
+    return (unpack_reply(inputs["left"]).astype(np.float64) + unpack_reply(inputs["right"])) / 2
 
 
 LITERTS = ["litert", "litert-builtin", "litert-reference"]
@@ -333,13 +336,13 @@ def test_a_real_file_runs(adder: Path, runtime: str) -> None:
     one, many = make_inputs(1, 4), make_inputs(3, 1, 8)
     with tflite_worker(sys.executable, runtime) as worker:
         assert set(worker.call(do="load", path=str(adder), threads=1)["signatures"]) == {"seq_4", "seq_8"}
-        total = unpack(worker.call(do="run", signature="seq_4", inputs=one)["outputs"]["total"])
+        total = unpack_reply(worker.call(do="run", signature="seq_4", inputs=one)["outputs"]["total"])
         assert total.dtype == np.int16 and total.shape == (1, 4) and np.abs(total - sum_of(one)).max() <= 1
-        totals = unpack(worker.call(do="run_many", signature="seq_8", inputs=many)["outputs"]["total"])
+        totals = unpack_reply(worker.call(do="run_many", signature="seq_8", inputs=many)["outputs"]["total"])
         assert totals.shape == (3, 1, 8) and np.abs(totals - sum_of(many)).max() <= 1
         for i in range(3):
-            single = {name: pack(unpack(packed)[i]) for name, packed in many.items()}
-            again = unpack(worker.call(do="run", signature="seq_8", inputs=single)["outputs"]["total"])
+            single = {name: pack(unpack_reply(packed)[i]) for name, packed in many.items()}
+            again = unpack_reply(worker.call(do="run", signature="seq_8", inputs=single)["outputs"]["total"])
             assert np.array_equal(again, totals[i])
 
 
@@ -348,10 +351,10 @@ def test_a_real_file_runs(adder: Path, runtime: str) -> None:
 def test_a_real_file_without_signatures_runs(litert: Worker, tmp_path: Path) -> None:
     path, inputs = write_adder(tmp_path / "bare.tflite", (4,), is_signed=False), make_inputs(1, 4)
     assert litert.call(do="load", path=str(path), threads=0) == {"signatures": []}
-    total = unpack(litert.call(do="run", signature=None, inputs=inputs)["outputs"]["total"])
+    total = unpack_reply(litert.call(do="run", signature=None, inputs=inputs)["outputs"]["total"])
     assert np.abs(total - sum_of(inputs)).max() <= 1
     many = make_inputs(2, 1, 4)
-    totals = unpack(litert.call(do="run_many", signature=None, inputs=many)["outputs"]["total"])
+    totals = unpack_reply(litert.call(do="run_many", signature=None, inputs=many)["outputs"]["total"])
     assert np.abs(totals - sum_of(many)).max() <= 1
 
 
@@ -442,5 +445,50 @@ def test_what_a_runtime_prints_stays_out_of_the_replies(tmp_path: Path) -> None:
     (package / "__init__.py").write_text('__version__ = "1"', encoding="utf-8")
     chatter = "import os, sys\nprint('INFO: from Python', flush=True)\nos.write(1, b'INFO: from C')\n"
     (package / "interpreter.py").write_text(chatter, encoding="utf-8")
-    with Worker([sys.executable, str(TFLITE_CHILD), "litert"], "litert", {"PYTHONPATH": str(tmp_path)}) as worker:
+    command = child_command(sys.executable, TFLITE_CHILD, "litert")
+    command[1] = "-P"  # not isolated: the variable counts
+    with Worker(command, "litert", {"PYTHONPATH": str(tmp_path)}) as worker:
         assert worker.call(do="version")["version"] == "1"
+
+
+# --- the server of children whose environments lack edgeq -------------------------------------------------------------
+
+SERVED = """
+import sys
+sys.modules["edgeq"] = None  # as where it is not installed
+
+import numpy as np
+
+from edgeq.system.child_server import pack, serve_standard_streams, unpack
+
+
+def main(arguments):
+    def child(announce):
+        def double(array):
+            announce("doubling")
+            return {"array": pack(2 * unpack(array)), "arguments": arguments}
+
+        def leave():
+            print("chatter")
+            sys.exit("nothing to do")
+
+        return {"double": double, "leave": leave}
+
+    serve_standard_streams(child)
+    return 0
+"""
+
+
+def test_a_served_child_needs_no_edgeq_and_keeps_its_replies_clean(tmp_path: Path) -> None:
+    script = tmp_path / "served.py"
+    script.write_text(SERVED, encoding="utf-8")
+    with Worker(child_command(sys.executable, script, "one", "two"), "the tool") as worker:
+        reply = worker.call(do="double", array=pack(np.arange(3, dtype=np.float32)))
+        assert unpack_reply(reply["array"]).tolist() == [0.0, 2.0, 4.0] and reply["arguments"] == ["one", "two"]
+        with pytest.raises(LoweringFailed, match=r"^the tool: doubling: ValueError: "):
+            worker.call(do="double", array={**pack(np.zeros(2)), "shape": [3]})
+        with pytest.raises(LoweringFailed, match=r"^the tool: SystemExit: nothing to do$"):
+            worker.call(do="leave")
+        with pytest.raises(LoweringFailed, match="do is 'fly'; one of double, leave is needed"):
+            worker.call(do="fly")
+        assert worker.call(do="double", array=pack(np.zeros(1)))["arguments"] == ["one", "two"]

@@ -22,7 +22,8 @@ from edgeq.backends.registry import BACKENDS
 from edgeq.bundle.golden import read_golden
 from edgeq.cli import console
 from edgeq.pipeline import export as pipeline
-from edgeq.pipeline.export import Exported, ExportRequest
+from edgeq.pipeline.export import Exported
+from edgeq.pipeline.request import ExportRequest
 
 TARGET = "x86-64-onnxruntime"
 EXPORT = ["export", "some-model", "--target", TARGET, "--out", "out"]
@@ -63,10 +64,10 @@ def stand_in(
 ) -> list[ExportRequest]:
     requests: list[ExportRequest] = []
 
-    def export(request: ExportRequest, report: Callable[[str, int, int], None]) -> tuple[Exported, ...]:
+    def export(request: ExportRequest, progress: Callable[[str, int, int], None]) -> tuple[Exported, ...]:
         requests.append(request)
-        report("observe", 0, 2)
-        report("observe", 2, 2)
+        progress("observe", 0, 2)
+        progress("observe", 2, 2)
         return act(request)
 
     monkeypatch.setattr(pipeline, "export", export)
@@ -392,7 +393,7 @@ def test_inspect_shows_a_bundle_s_artifact(path: Path, capsys: pytest.CaptureFix
 def test_doctor_installs_what_lives_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[str] = []
     monkeypatch.setattr(doctor.environments, "interpreter", lambda found: asked.append(found.name))
-    monkeypatch.setattr(doctor.environments, "made", lambda found: Path("python") if asked else None)
+    monkeypatch.setattr(doctor.environments, "find_interpreter", lambda found: Path("python") if asked else None)
     assert cli.run(["doctor", "--json"]) == 0
     listed = {item["name"]: item for item in json.loads(capsys.readouterr().out)["toolchains"]}
     assert listed["rknn-toolkit2"]["install"] == "edgeq doctor --install rknn-toolkit2"

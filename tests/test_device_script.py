@@ -24,7 +24,7 @@ from edgeq.bundle.golden import read_golden, write_arrays
 from edgeq.devices.report import parse_report
 from edgeq.evaluation import parity
 from edgeq.records import RunsOn
-from edgeq.system.host import cpu_flags, place
+from edgeq.system.host import cpu_flags, run_kind
 
 SCRIPT = load_script()
 FAST = ("--runs", "3", "--warmup", "1")
@@ -61,7 +61,7 @@ def test_a_bundle_carries_the_same_bytes_and_they_run_without_edgeq(made: Path) 
     assert "passed, ran on device" in done.stdout and "p50" in done.stdout
     assert "[validate] run 32/32" in done.stderr
     found = parse_report((made.parent / "device-report.json").read_bytes(), "r", made)
-    assert (found.status, found.ran_on, found.place) == ("passed", "device", "by-hand")
+    assert (found.status, found.ran_on, found.transport) == ("passed", "device", "by-hand")
     assert found.peak_memory_bytes is not None and found.peak_memory_bytes > 1_000_000
     assert [cell.sequence for cell in found.cells] == [12] and found.cells[0].runs == 3
 
@@ -86,8 +86,8 @@ def test_places_and_flags_are_edgeqs_own(made: Path) -> None:
     for machine, flags in (("x86_64", ()), ("aarch64", ()), ("x86_64", ("avx9",))):
         manifest.machine, manifest.flags_any = machine, flags
         runs_on = RunsOn(machine=machine, cpu_flags_all=(), cpu_flags_any=flags)
-        assert SCRIPT.place(manifest, None, False) == place(runs_on)
-    assert SCRIPT.place(manifest, None, True) == "emulator"
+        assert SCRIPT.run_kind(manifest, None, False) == run_kind(runs_on)
+    assert SCRIPT.run_kind(manifest, None, True) == "emulator"
 
 
 def test_nothing_is_timed_where_it_is_not_the_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

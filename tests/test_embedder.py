@@ -12,7 +12,7 @@ from edgeq.bundle import embedder
 from edgeq.bundle.golden import read_golden
 from edgeq.bundle.load import load
 from edgeq.bundle.manifest import load_manifest
-from edgeq.data.tokens import Tokenizer
+from edgeq.data.tokenizer import Tokenizer
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.records import Manifest, RunsOn
 

@@ -23,8 +23,8 @@ from test_children import make_inputs, sum_of, tflite_worker, write_adder
 
 from edgeq.errors import StorageFailed, ToolMissing
 from edgeq.system.cache import Cache
-from edgeq.system.environments import KIND, Environment, interpreter, made, require
-from edgeq.system.worker import Worker, unpack
+from edgeq.system.environments import KIND, Environment, find_interpreter, interpreter, require_interpreter
+from edgeq.system.worker import Worker, unpack_reply
 
 RUNNING = "{}.{}".format(*sys.version_info[:2])
 PROBE = Environment("probe", ("edgeq-probe==1.0",), (RUNNING,))
@@ -111,17 +111,20 @@ def leftovers(cache: Path) -> list[str]:
     return [path.name for path in (cache / KIND).iterdir() if path.name.startswith(".")]
 
 
+# Each environment costs seconds of pip, which is a process of its own: one of these tests runs on every interpreter.
+
+
 @pytest.mark.pip
 @pytest.mark.one_interpreter
 def test_what_is_forced_is_installed_without_what_it_asks_for(index: Path) -> None:
     write_wheel(index, "edgeq-asking", "2.0", requires="Requires-Dist: edgeq-nowhere==9\n")
     forced = Environment("asking", ("edgeq-probe==1.0",), (RUNNING,), forced=("edgeq-asking==2.0",))
-    assert made(forced) is None and made(PROBE) is None
+    assert find_interpreter(forced) is None and find_interpreter(PROBE) is None
     with pytest.raises(ToolMissing, match=r"asking \(edgeq-asking==2\.0\) is not there; .*doctor --install asking"):
-        require(forced)
+        require_interpreter(forced)
     python = interpreter(forced)
     assert version_of(python, "edgeq_asking") == "2.0" and version_of(python, "edgeq_probe") == "1.0"
-    assert made(forced) == require(forced) == python
+    assert find_interpreter(forced) == require_interpreter(forced) == python
     assert forced.pins == {"edgeq-asking": "2.0", "edgeq-probe": "1.0"}
     with pytest.raises(ToolMissing, match="edgeq-nowhere"):
         interpreter(Environment("asking", ("edgeq-asking==2.0",), (RUNNING,)))
@@ -315,6 +318,8 @@ def test_tflite_runtime_and_litert_give_the_same_bytes(tflite_runtime: Worker, t
     with tflite_worker(sys.executable, "litert") as litert:
         for worker in (tflite_runtime, litert):
             assert set(worker.call(do="load", path=str(path), threads=1)["signatures"]) == {"seq_4", "seq_8"}
-            totals.append(unpack(worker.call(do="run_many", signature="seq_8", inputs=inputs)["outputs"]["total"]))
+            totals.append(
+                unpack_reply(worker.call(do="run_many", signature="seq_8", inputs=inputs)["outputs"]["total"])
+            )
     assert abs(totals[0] - sum_of(inputs)).max() <= 1
     assert totals[0].shape == (5, 1, 8) and totals[0].tobytes() == totals[1].tobytes()

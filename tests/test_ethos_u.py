@@ -16,9 +16,9 @@ from ai_edge_litert import schema_py_generated as schema
 
 from edgeq import targets
 from edgeq.backends import ethos_u, tflite
-from edgeq.backends.ethos_u import compiler, culprit, finished, rules
+from edgeq.backends.ethos_u import compiled_file, compiler, crashing_operator, rules
 from edgeq.backends.tflite import emitter
-from edgeq.backends.tflite.writer import Codes, ModelWriter
+from edgeq.backends.tflite.writer import ModelWriter, QuantParams
 from edgeq.data.sessions import embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import ConfigError, LoweringFailed, TimedOut, ToolMissing
@@ -71,7 +71,7 @@ def artifacts(model: QdqModel, tmp_path_factory: pytest.TempPathFactory) -> dict
     return made
 
 
-def one_operator(builtin: str, source: tuple[str, Codes | None], result: tuple[str, Codes | None]) -> bytes:
+def one_operator(builtin: str, source: tuple[str, QuantParams | None], result: tuple[str, QuantParams | None]) -> bytes:
     writer = ModelWriter("one")
     graph = writer.subgraph("only")
     given = graph.tensor("given", (1, 64), *source)
@@ -83,7 +83,7 @@ def one_operator(builtin: str, source: tuple[str, Codes | None], result: tuple[s
 
 
 # Vela 5.2.0 dies of it (SIGSEGV).
-DEADLY = one_operator("QUANTIZE", ("int32", Codes.of(0.01)), ("int16", Codes.of(0.02)))
+DEADLY = one_operator("QUANTIZE", ("int32", QuantParams.of(0.01)), ("int16", QuantParams.of(0.02)))
 
 
 def test_every_bucket_has_a_compiled_file_and_the_integer_file_lies_beside_them(
@@ -113,7 +113,7 @@ def test_the_finished_file_names_its_npu_and_holds_every_operator(
     for name, (artifact, folder) in artifacts.items():
         rows = str(target(name).runtime["rows"])
         source = tflite.integer_file(model, name, (48,), emitter.Settings(32, "quantize", "none", rows), "litert")[0]
-        inside = finished.read((folder / artifact.files[0].path).read_bytes(), source, name)
+        inside = compiled_file.read((folder / artifact.files[0].path).read_bytes(), source, name)
         assert inside.accelerator == target(name).runtime["accelerator"]
         count = sum(1 for _ in tflite_operators(source))
         assert sum(inside.on_npu.values()) + len(inside.on_host) == count
@@ -249,26 +249,26 @@ def test_a_compiler_that_does_not_end_is_a_message(model: QdqModel) -> None:
 
 def test_single_operators_are_whole_files(model: QdqModel) -> None:
     source = tflite.integer_file(model, "t", (16,), WRITTEN, "litert")[0]
-    described = dict(culprit.singles(source))
+    described = dict(crashing_operator.singles(source))
     assert len(described) < len(tflite_operators(source))
     fully_connected = next(data for name, data in described.items() if name.startswith("FULLY_CONNECTED"))
     assert len(tflite_operators(fully_connected)) == 1
     deadly = next(name for name in described if name.startswith("MUL"))
-    assert culprit.find(source, lambda data: data == described[deadly]) == deadly
-    assert culprit.find(source, lambda data: False) is None
+    assert crashing_operator.find(source, lambda data: data == described[deadly]) == deadly
+    assert crashing_operator.find(source, lambda data: False) is None
 
 
 def test_a_file_that_was_never_compiled_is_refused(model: QdqModel) -> None:
     source = tflite.integer_file(model, "t", (16,), WRITTEN, "litert")[0]
     with pytest.raises(LoweringFailed, match="holds commands for no NPU at all"):
-        finished.read(source, source, "t")
+        compiled_file.read(source, source, "t")
 
 
 def test_a_file_for_other_inputs_is_refused(model: QdqModel, artifacts: dict[str, tuple[Artifact, Path]]) -> None:
     artifact, folder = artifacts["ethos-u85-256"]
     other = tflite.integer_file(model, "t", (16,), WRITTEN, "litert")[0]
     with pytest.raises(LoweringFailed, match="inputs and output are"):
-        finished.read((folder / artifact.files[0].path).read_bytes(), other, "t")
+        compiled_file.read((folder / artifact.files[0].path).read_bytes(), other, "t")
 
 
 def test_an_estimate_without_a_number_is_refused() -> None:

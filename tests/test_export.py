@@ -17,8 +17,9 @@ pytest.importorskip("sentence_transformers", reason="needs the extra `export`")
 import tiny_source  # noqa: E402
 
 from edgeq.data.sessions import embed_batches  # noqa: E402
-from edgeq.data.tokens import Tokenizer, batches  # noqa: E402
-from edgeq.frontend.export import CONFIG, MODEL, export  # noqa: E402
+from edgeq.data.tokenizer import Tokenizer  # noqa: E402
+from edgeq.data.tokens import batches  # noqa: E402
+from edgeq.frontend.float_model import CONFIG, MODEL, write_float_model  # noqa: E402
 from edgeq.graph import dialect  # noqa: E402
 from edgeq.graph.float_session import FloatSession  # noqa: E402
 
@@ -30,7 +31,7 @@ def embeddings(folder: Path, limit: int, texts: list[str]) -> np.ndarray:
 
 def exported(directory: Path, out: Path, pooling: str | None = None, hidden_state: bool = True):  # noqa: ANN201
     out.mkdir()
-    return export(locate.locate(str(directory), pooling), out, hidden_state)
+    return write_float_model(locate.locate(str(directory), pooling), out, hidden_state)
 
 
 @pytest.mark.parametrize("pooling", locate.POOLING_MODES)

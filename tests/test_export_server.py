@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ import export_server  # noqa: E402
 import tiny_source  # noqa: E402
 
 from edgeq.frontend import locate  # noqa: E402
-from edgeq.frontend.torch import export as torch_export  # noqa: E402
+from edgeq.frontend.torch import convert  # noqa: E402
 
 REAL_RUN = subprocess.Popen  # what a new process is started with here: `subprocess.run` may be the server's
 
@@ -27,8 +26,8 @@ def command(model: Path, out: Path) -> list[str]:
     located = locate.locate(str(model))
     if model.name == "broken":
         (model / "config.json").write_text('{"model_type": "none"}', encoding="utf-8")
-    request = json.dumps({**asdict(located), "out_dir": str(out), "hidden_state": True}, default=str)
-    return [sys.executable, "-m", torch_export.__name__, request]
+    request = json.dumps({"located": locate.to_json(located), "out_dir": str(out), "hidden_state": True})
+    return [sys.executable, "-m", convert.__name__, request]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -52,12 +51,15 @@ def test_a_fork_writes_the_bytes_of_a_new_process(tmp_path: Path) -> None:
             assert (new.returncode == 0) == (code == 0)
     finally:
         server.close()
-    assert torch_export.RAW in contents(tmp_path / "model-new")
+    assert convert.RAW in contents(tmp_path / "model-new")
 
 
 def test_what_lies_elsewhere_gets_a_new_process(tmp_path: Path) -> None:
     asked = []
     run = export_server.forked(export_server.Server(), tmp_path / "here", lambda *given, **_: asked.append(given))
-    for words in (["-m", "edgeq", "{}"], ["-m", torch_export.__name__, json.dumps({"directory": str(tmp_path)})]):
+    for words in (
+        ["-m", "edgeq", "{}"],
+        ["-m", convert.__name__, json.dumps({"located": {"directory": str(tmp_path)}})],
+    ):
         run([sys.executable, *words], capture_output=True)
     assert len(asked) == 2

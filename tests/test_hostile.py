@@ -22,7 +22,7 @@ from edgeq.bundle.checksums import write_sums
 from edgeq.bundle.golden import read_golden
 from edgeq.bundle.manifest import load_manifest, load_report
 from edgeq.bundle.verify import verify
-from edgeq.data.tokens import Tokenizer
+from edgeq.data.tokenizer import Tokenizer
 from edgeq.devices.report import parse_report
 from edgeq.errors import BundleCorrupt, ConfigError, EdgeqError
 from edgeq.release.unpack import unpack

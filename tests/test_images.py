@@ -30,13 +30,14 @@ from edgeq.data.tokens import batches  # noqa: E402
 from edgeq.errors import BundleCorrupt, ConfigError, Unsupported  # noqa: E402
 from edgeq.evaluation import parity  # noqa: E402
 from edgeq.frontend import locate  # noqa: E402
-from edgeq.frontend.export import _largest_error  # noqa: E402
-from edgeq.frontend.torch import export as torch_export  # noqa: E402
+from edgeq.frontend.float_model import _largest_error  # noqa: E402
+from edgeq.frontend.torch import convert as torch_convert  # noqa: E402
 from edgeq.graph import dialect  # noqa: E402
 from edgeq.graph.float_session import FloatSession  # noqa: E402
 from edgeq.passes import float_passes  # noqa: E402
 from edgeq.pipeline import calibrate, check, validate  # noqa: E402
-from edgeq.pipeline.export import ExportRequest, export  # noqa: E402
+from edgeq.pipeline.export import export  # noqa: E402
+from edgeq.pipeline.request import ExportRequest  # noqa: E402
 from edgeq.quantization import quantize, schemes  # noqa: E402
 from edgeq.records import QdqModel  # noqa: E402
 from edgeq.system.cache import Cache  # noqa: E402
@@ -68,12 +69,12 @@ def floats(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     name, directory = request.param, tiny_vision.MODELS[request.param](folder / "model")
     (folder / "raw").mkdir()
     located = locate.locate(str(directory), POOLING.get(name), tower=None if name in POOLING else "image")
-    record = torch_export.run(located, folder / "raw", hidden_state=True)
-    feeds, expected = torch_export.load_probes(folder / "raw" / torch_export.PROBES)
-    rewritten, reports = float_passes.rewritten(onnx.load(folder / "raw" / torch_export.RAW), feeds)
+    record = torch_convert.convert(located, folder / "raw", hidden_state=True)
+    feeds, expected = torch_convert.load_probes(folder / "raw" / torch_convert.PROBES)
+    rewritten, reports = float_passes.rewritten(onnx.load(folder / "raw" / torch_convert.RAW), feeds)
     dialect.verify(rewritten, name)
     error = _largest_error(rewritten, feeds, expected)
-    how = image_preprocessing.read(folder / "raw" / torch_export.CONFIG / image_preprocessing.CONFIG)
+    how = image_preprocessing.read(folder / "raw" / torch_convert.CONFIG / image_preprocessing.CONFIG)
     return name, record, rewritten, reports, error, how
 
 
@@ -149,7 +150,7 @@ def test_pixels_are_those_of_transformers_to_the_rounding_of_one(row: int, tmp_p
     for width, height in ((300, 200), (200, 300), (64, 64), (37, 501)):
         image = tiny_vision.picture(width, width, height)
         expected = processor(images=[image], return_tensors="np")["pixel_values"]  # type: ignore[operator]
-        found = how.pixel_values(how.codes(image)[None])
+        found = how.pixel_values(how.pixels(image)[None])
         assert found.shape == expected.shape
         assert np.abs((found - expected) / step).max() <= 1.01, (width, height)
 

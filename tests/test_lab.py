@@ -46,7 +46,7 @@ def test_devices_are_read_with_defaults(tmp_path: Path) -> None:
     )
     assert (first.name, first.where, first.python, first.takes("anything")) == ("desk", "local", "python3", True)
     assert second.takes("arm64-onnxruntime") and not second.takes("x86-64-onnxruntime")
-    assert second.place().kind == "ssh" and second.time_limit_s == 60
+    assert second.transport().kind == "ssh" and second.time_limit_s == 60
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_devices_are_read_with_defaults(tmp_path: Path) -> None:
         ("device = 3\n", "entries are needed"),
         ("[[device]]\nname = 'a'\n", "device 1: where: "),
         ("[[device]]\nname = 'a'\nwhere = 'local'\nport = 3\n", "device 1: port: "),
-        ("[[device]]\nname = 'a'\nwhere = 'the moon'\n", "a: .*is no place"),
+        ("[[device]]\nname = 'a'\nwhere = 'the moon'\n", "a: .*is no address"),
         ("[[device]]\nname = '///'\nwhere = 'local'\n", "cannot name a report"),
         ("[[device]]\nname = 'a b'\nwhere = 'local'\n[[device]]\nname = 'A-B'\nwhere = 'arm64'\n", "two devices"),
         ("[[device]]\nname = 'a'\nwhere = 'local'\ntime_limit_s = 0\n", "time_limit_s: "),
@@ -108,7 +108,13 @@ def two_machines() -> Iterator[Any]:
         pytest.importorskip("ray", reason="needs the extra `lab`")
         from ray.cluster_utils import Cluster
 
-        started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        for left in (2, 1, 0):
+            try:
+                started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+                break
+            except Exception as error:  # Ray gives a node 30 s, too few where every core has other tests to run
+                if not left or "timed out during startup" not in str(error):
+                    raise
         yield started
         started.shutdown()
 
@@ -243,6 +249,7 @@ def test_exporting_on_the_cluster_gives_the_same_bytes(
 
     from edgeq.devices.lab.export import export_on_cluster
     from edgeq.pipeline import export
+    from edgeq.pipeline.request import ExportRequest
     from edgeq.system.cache import Cache
     from edgeq.targets import load_target
 
@@ -252,8 +259,8 @@ def test_exporting_on_the_cluster_gives_the_same_bytes(
         (tmp_path / f"{name}.txt").write_text("\n".join(tiny_source.texts(count, seed)), encoding="utf-8")
     targets = tuple(load_target(name) for name in ("x86-64-onnxruntime", "x86-64-avx2-onnxruntime"))
 
-    def request(out: str) -> export.ExportRequest:
-        return export.ExportRequest(
+    def request(out: str) -> ExportRequest:
+        return ExportRequest(
             str(model), targets, tmp_path / out, Cache(), texts=tmp_path / "texts.txt",
             validation=tmp_path / "validation.txt", keep_failed=True,
         )  # fmt: skip

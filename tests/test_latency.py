@@ -13,7 +13,8 @@ from tiny_bundle import DIM, MAX_SEQUENCE, WORDS, make_bundle, make_model
 
 from edgeq import errors
 from edgeq.bundle import benchmark
-from edgeq.bundle.benchmark import Job, Sample, Shapes
+from edgeq.bundle.benchmark import Shapes
+from edgeq.bundle.benchmark_child import Job, Sample
 from edgeq.bundle.manifest import load_manifest
 from edgeq.errors import ConfigError
 from edgeq.records import FileRef, Manifest
@@ -84,7 +85,7 @@ def test_the_grid_is_every_shape_with_both_models(path: Path, float_model: Path,
 def test_latency_off_the_device_is_not_shown(
     path: Path, float_model: Path, in_process: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeq.system.host.place", lambda runs_on: "host-kernels")
+    monkeypatch.setattr("edgeq.system.host.run_kind", lambda runs_on: "host-kernels")
     found = benchmark.measure(path, SHAPES, float_model, silent)
     assert found.ran_on == "host-kernels"
     assert all(cell.latency is None and cell.speedup is None for cell in found.cells)
@@ -138,7 +139,7 @@ def test_peak_memory_is_this_process_s_own() -> None:
     """A child of a large process must not report its parent's peak, as getrusage does."""
     code = (
         "import subprocess, sys; block = b'x' * 400_000_000\n"
-        "child = 'from edgeq.bundle.benchmark import peak_memory_bytes; print(peak_memory_bytes())'\n"
+        "child = 'from edgeq.bundle.benchmark_child import peak_memory_bytes; print(peak_memory_bytes())'\n"
         "print(subprocess.run([sys.executable, '-c', child], capture_output=True, text=True, check=True).stdout)\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -194,7 +195,7 @@ def test_validation_and_evaluation_compare_with_float32(path: Path, tmp_path: Pa
 
 def test_a_wrong_job_exits_with_the_error_s_code(tmp_path: Path) -> None:
     job = Job(model=str(tmp_path), threads=1, batch=1, sequence=2, vocabulary=5, num_runs=1, warmup_runs=0)
-    command = [sys.executable, "-m", "edgeq.bundle.benchmark", job.model_dump_json()]
+    command = [sys.executable, "-m", "edgeq.bundle.benchmark_child", job.model_dump_json()]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 2
     assert "is no bundle" in found.stderr

@@ -19,9 +19,10 @@ import tiny_source  # noqa: E402
 
 from edgeq import targets  # noqa: E402
 from edgeq.backends.registry import find  # noqa: E402
-from edgeq.data.tokens import Feeds, Tokenizer  # noqa: E402
+from edgeq.data.tokenizer import Tokenizer  # noqa: E402
+from edgeq.data.tokens import Feeds  # noqa: E402
 from edgeq.frontend import locate  # noqa: E402
-from edgeq.frontend.torch import export  # noqa: E402
+from edgeq.frontend.torch import convert  # noqa: E402
 from edgeq.graph import dialect  # noqa: E402
 from edgeq.graph.float_session import FloatSession  # noqa: E402
 from edgeq.passes import float_passes  # noqa: E402
@@ -56,9 +57,9 @@ def floats(name: str, longest: int, folder: Path) -> tuple[Source, onnx.ModelPro
     out.mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, while it exports
-        record = export.run(locate.locate(str(made)), out, hidden_state=False)
-    feeds, expected = export.load_probes(out / export.PROBES)
-    model, _ = float_passes.rewritten(onnx.load(out / export.RAW), feeds)
+        record = convert.convert(locate.locate(str(made)), out, hidden_state=False)
+    feeds, expected = convert.load_probes(out / convert.PROBES)
+    model, _ = float_passes.rewritten(onnx.load(out / convert.RAW), feeds)
     dialect.verify(model, name)
     session = FloatSession.of(model)
     assert max(float(np.abs(v - session(f)).max()) for f, v in zip(feeds, expected, strict=True)) < 1e-5
@@ -69,7 +70,7 @@ def floats(name: str, longest: int, folder: Path) -> tuple[Source, onnx.ModelPro
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Long, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     record, model, out = floats(request.param, LONG, folder)
-    tokenizer = Tokenizer.from_file(out / export.CONFIG / "tokenizer.json", LONG)
+    tokenizer = Tokenizer.from_file(out / convert.CONFIG / "tokenizer.json", LONG)
     observed = calibrate.calibrate(model, tokenizer.encode(tiny_source.texts(32, seed=1)), 0, measured.silent)
     return Long(request.param, record, model, observed), folder
 

@@ -24,11 +24,12 @@ import tiny_source  # noqa: E402
 from sentence_transformers.sentence_transformer import modules  # noqa: E402
 
 import edgeq  # noqa: E402
-from edgeq.data.tokens import Feeds, Tokenizer, batches  # noqa: E402
+from edgeq.data.tokenizer import Tokenizer  # noqa: E402
+from edgeq.data.tokens import Feeds, batches  # noqa: E402
 from edgeq.errors import ConfigError, Unsupported  # noqa: E402
 from edgeq.frontend import locate  # noqa: E402
-from edgeq.frontend.export import CONFIG, MODEL, export  # noqa: E402
-from edgeq.frontend.onnx import export as onnx_export  # noqa: E402
+from edgeq.frontend.float_model import CONFIG, MODEL, write_float_model  # noqa: E402
+from edgeq.frontend.onnx import convert  # noqa: E402
 from edgeq.frontend.onnx.find import OnnxOptions  # noqa: E402
 from edgeq.frontend.onnx.fused_operators import expand_fused  # noqa: E402
 from edgeq.graph import dialect  # noqa: E402
@@ -55,7 +56,7 @@ def exported(
     path: Path, tokenizer: Path | None, out: Path, pooling: str | None = "mean", **options: object
 ) -> tuple[Source, FloatModel]:
     out.mkdir()
-    return export(locate.locate(str(path), pooling, OnnxOptions(tokenizer, **options)), out, True)
+    return write_float_model(locate.locate(str(path), pooling, OnnxOptions(tokenizer, **options)), out, True)
 
 
 def counts(folder: Path) -> dict[str, int]:
@@ -243,7 +244,7 @@ def test_fp16_that_moves_the_vectors_too_far_is_refused(
     given: Path, body: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = given_onnx.fused(given, tmp_path / "half.onnx", half=True)
-    monkeypatch.setattr(onnx_export, "NARROW_TOLERANCE", 1e-7)
+    monkeypatch.setattr(convert, "NARROW_TOLERANCE", 1e-7)
     with pytest.raises(Unsupported, match="Its own arithmetic seems to overflow"):
         exported(path, body, tmp_path / "out")
 
@@ -265,9 +266,10 @@ def test_an_operator_that_cannot_be_taken_apart_is_named() -> None:
 def test_no_torch_is_needed(given: Path, body: Path, tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['sentence_transformers'] = None\n"
-        "from pathlib import Path; from edgeq import exporting, source; from edgeq.onnx_source import OnnxOptions\n"
-        f"located = source.locate({str(given)!r}, 'mean', OnnxOptions(Path({str(body)!r})))\n"
-        f"print(exporting.export(located, Path({str(tmp_path)!r}))[1].max_abs_error)"
+        "from pathlib import Path; from edgeq.frontend import float_model, locate\n"
+        "from edgeq.frontend.onnx.find import OnnxOptions\n"
+        f"located = locate.locate({str(given)!r}, 'mean', OnnxOptions(Path({str(body)!r})))\n"
+        f"print(float_model.write_float_model(located, Path({str(tmp_path)!r}))[1].max_abs_error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

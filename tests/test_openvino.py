@@ -130,7 +130,7 @@ def test_lowering_gives_the_same_bytes_whatever_ran_before(model: QdqModel, tmp_
     backend.lower(model, CPU, tmp_path / "first")
     backend.lower(model, CPU, tmp_path / "second")
     program = (
-        "import sys\nfrom pathlib import Path\nfrom edgeq.backends.registry.openvino import lowering\n"
+        "import sys\nfrom pathlib import Path\nfrom edgeq.backends.openvino import lowering\n"
         "xml, weights = lowering.serialized(lowering.read_qdq(Path(sys.argv[1])))\n"
         "Path(sys.argv[2], 'third.xml').write_bytes(xml)\nPath(sys.argv[2], 'third.bin').write_bytes(weights)\n"
     )

@@ -24,20 +24,21 @@ from edgeq.bundle.manifest import load_manifest, load_report  # noqa: E402
 from edgeq.bundle.verify import verify  # noqa: E402
 from edgeq.errors import BundleCorrupt, ConfigError, DeviceUnavailable, StorageFailed  # noqa: E402
 from edgeq.pipeline import calibrate, check, export  # noqa: E402
+from edgeq.pipeline.request import ExportRequest  # noqa: E402
 from edgeq.pipeline.validate import validate  # noqa: E402
 from edgeq.quantization import schemes  # noqa: E402
 from edgeq.records import Gate, Manifest, ParityReport, Target  # noqa: E402
 from edgeq.system import files  # noqa: E402
 from edgeq.system.cache import Cache  # noqa: E402
 from edgeq.system.files import file_ref  # noqa: E402
-from edgeq.system.host import place  # noqa: E402
+from edgeq.system.host import run_kind  # noqa: E402
 from edgeq.targets import load_target  # noqa: E402
 
 # Random weights hardly separate texts: only that the vectors are near is judged here.
 EASY = Gate(
     cosine_mean_min=0.9, cosine_min_min=0.5, top10_overlap_min=0.1, spearman_min=0.1, invariance_min=0.99999,
     norm_error_max=1e-3, norm_error_unnormalized_max=0.5, float_fallbacks_max=0, host_operators_max=0,
-    export_places=("device", "host-kernels"), release_places=("device",),
+    export_run_kinds=("device", "host-kernels"), release_run_kinds=("device",),
 )  # fmt: skip
 STRICT = EASY.model_copy(update={"cosine_mean_min": 1.0})
 
@@ -53,13 +54,11 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 
 @pytest.fixture
-def request_(model: Path, shared_cache: Cache, tmp_path: Path) -> export.ExportRequest:
+def request_(model: Path, shared_cache: Cache, tmp_path: Path) -> ExportRequest:
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(tiny_source.texts(200)), encoding="utf-8")
     target = load_target("x86-64-avx2-onnxruntime").model_copy(update={"gate": EASY})
-    return export.ExportRequest(
-        model=str(model), targets=(target,), out=tmp_path / "out", cache=shared_cache, texts=texts
-    )
+    return ExportRequest(model=str(model), targets=(target,), out=tmp_path / "out", cache=shared_cache, texts=texts)
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -72,15 +71,15 @@ def float_model(made: export.Exported, cache: Cache) -> Path:
     return next(path for path in cache.root.glob("float-model/*/model.onnx") if files.sha256_file(path) == sha256)
 
 
-def failing(request: export.ExportRequest) -> export.ExportRequest:
+def failing(request: ExportRequest) -> ExportRequest:
     (target,) = request.targets
     return replace(request, targets=(target.model_copy(update={"gate": STRICT}),))
 
 
-def test_an_export_writes_a_bundle_that_verifies(request_: export.ExportRequest) -> None:
+def test_an_export_writes_a_bundle_that_verifies(request_: ExportRequest) -> None:
     (made,) = export.export(request_, silent)
     assert (made.status, made.failures, made.report) == ("passed", (), "")
-    assert made.ran_on == place(request_.targets[0].runs_on)
+    assert made.ran_on == run_kind(request_.targets[0].runs_on)
     found = verify(Path(made.path))
     assert found.golden_texts >= 16
     manifest = json.loads((Path(made.path) / "manifest.json").read_text(encoding="utf-8"))
@@ -89,9 +88,7 @@ def test_an_export_writes_a_bundle_that_verifies(request_: export.ExportRequest)
     assert (Path(made.path) / "2_Dense" / "model.safetensors").is_file()
 
 
-def test_a_scheme_with_promoted_products_makes_a_bundle_that_verifies(
-    request_: export.ExportRequest, tmp_path: Path
-) -> None:
+def test_a_scheme_with_promoted_products_makes_a_bundle_that_verifies(request_: ExportRequest, tmp_path: Path) -> None:
     (plain,) = export.export(request_, silent)
     own = schemes.find(request_.targets[0].scheme, "")
     manifest = json.loads((Path(plain.path) / "manifest.json").read_text(encoding="utf-8"))
@@ -113,9 +110,7 @@ def test_a_scheme_with_promoted_products_makes_a_bundle_that_verifies(
 
 @pytest.mark.tflite
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"])
-def test_an_integer_only_bundle_holds_dense_and_pooling(
-    request_: export.ExportRequest, tmp_path: Path, pooling: str
-) -> None:
+def test_an_integer_only_bundle_holds_dense_and_pooling(request_: ExportRequest, tmp_path: Path, pooling: str) -> None:
     pytest.importorskip("ai_edge_litert", reason="needs the extra `tflite`")
     target = load_target("integer-only-w8a16")
     gate = target.gate.model_copy(update={"cosine_mean_min": 0.9995, "cosine_min_min": 0.999})
@@ -139,7 +134,7 @@ def test_an_integer_only_bundle_holds_dense_and_pooling(
 @pytest.mark.parametrize("name", ["ethos-u55-256", "ethos-u85-256"])
 @pytest.mark.parametrize("pooling", ["mean", "weightedmean", "cls", "lasttoken"])
 def test_an_ethos_u_bundle_holds_dense_and_pooling(
-    request_: export.ExportRequest, tmp_path: Path, pooling: str, name: str
+    request_: ExportRequest, tmp_path: Path, pooling: str, name: str
 ) -> None:
     pytest.importorskip("ethosu", reason="needs the extra `ethos-u`")
     target = load_target(name)
@@ -167,7 +162,7 @@ def test_an_ethos_u_bundle_holds_dense_and_pooling(
 @pytest.mark.qnn
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 def test_an_htp_bundle_holds_dense_and_pooling_and_says_how_many_texts_ran(
-    request_: export.ExportRequest, tmp_path: Path, pooling: str
+    request_: ExportRequest, tmp_path: Path, pooling: str
 ) -> None:
     pytest.importorskip("onnxruntime_qnn", reason="needs the extra `qnn`")
     target = load_target("snapdragon-8-gen-3")
@@ -189,7 +184,7 @@ def test_an_htp_bundle_holds_dense_and_pooling_and_says_how_many_texts_ran(
 
 def openvino_target(name: str, **gate: object) -> Target:
     target = load_target(name)
-    easy = EASY.model_copy(update={"export_places": target.gate.export_places, "invariance_min": 0.999, **gate})
+    easy = EASY.model_copy(update={"export_run_kinds": target.gate.export_run_kinds, "invariance_min": 0.999, **gate})
     return target.model_copy(update={"gate": easy})
 
 
@@ -208,7 +203,7 @@ def run_the_cards_example(path: Path, monkeypatch: pytest.MonkeyPatch, *changes:
 
 @pytest.mark.openvino
 def test_an_openvino_bundle_is_measured_in_both_precisions_and_opens_without_edgeq(
-    request_: export.ExportRequest, monkeypatch: pytest.MonkeyPatch
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openvino", reason="needs the extra `openvino`")
     wanted = replace(request_, targets=(openvino_target("intel-openvino-cpu"),))
@@ -231,7 +226,7 @@ def test_an_openvino_bundle_is_measured_in_both_precisions_and_opens_without_edg
 
 @pytest.mark.openvino
 def test_without_an_npu_the_bundle_is_written_and_says_that_it_was_never_run(
-    request_: export.ExportRequest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     pytest.importorskip("openvino", reason="needs the extra `openvino`")
@@ -243,7 +238,7 @@ def test_without_an_npu_the_bundle_is_written_and_says_that_it_was_never_run(
     assert (made.status, made.ran_on, made.parity, made.failures) == ("not-run", "not-run", None, ())
     assert "was not run" in caplog.text
     report = load_report(Path(made.path))
-    assert "finds no NPU" in str(report.reason) and "not-run" not in report.gate.release_places
+    assert "finds no NPU" in str(report.reason) and "not-run" not in report.gate.release_run_kinds
     (setting,) = report.other_settings
     assert setting.ran_on == "host-kernels" and setting.measures is not None
     found = verify(Path(made.path))
@@ -261,12 +256,12 @@ def test_without_an_npu_the_bundle_is_written_and_says_that_it_was_never_run(
 
 
 @pytest.mark.openvino
-def test_what_was_never_run_cannot_pass_nor_hide_a_failure(request_: export.ExportRequest) -> None:
+def test_what_was_never_run_cannot_pass_nor_hide_a_failure(request_: ExportRequest) -> None:
     pytest.importorskip("openvino", reason="needs the extra `openvino`")
     target = openvino_target("intel-openvino-npu")
     if openvino.obstacle(target) is None:
         pytest.skip("an NPU is here")
-    elsewhere = openvino_target("intel-openvino-npu", export_places=("device",))
+    elsewhere = openvino_target("intel-openvino-npu", export_run_kinds=("device",))
     with pytest.raises(DeviceUnavailable, match="its gate asks for a run on device"):
         export.export(replace(request_, targets=(elsewhere,)), silent)
     strict = openvino_target("intel-openvino-npu", cosine_mean_min=1.0)
@@ -293,7 +288,7 @@ def forge(path: Path, report: ParityReport, manifest: Manifest) -> None:
 
 
 def test_a_second_export_reuses_everything_and_gives_the_same_bytes(
-    request_: export.ExportRequest, monkeypatch: pytest.MonkeyPatch
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (first,) = export.export(request_, silent)
 
@@ -307,7 +302,7 @@ def test_a_second_export_reuses_everything_and_gives_the_same_bytes(
     assert all((Path(first.path) / name).read_bytes() == (Path(second.path) / name).read_bytes() for name in names)
 
 
-def test_a_failed_gate_keeps_the_report_and_no_bundle(request_: export.ExportRequest) -> None:
+def test_a_failed_gate_keeps_the_report_and_no_bundle(request_: ExportRequest) -> None:
     (made,) = export.export(failing(request_), silent)
     assert made.status == "failed" and made.path == ""
     assert "cosine mean" in made.failures[0]
@@ -317,31 +312,31 @@ def test_a_failed_gate_keeps_the_report_and_no_bundle(request_: export.ExportReq
     assert passed.status == "passed" and not Path(made.report).exists()
 
 
-def test_a_failed_bundle_is_written_when_asked_for_and_says_so(request_: export.ExportRequest) -> None:
+def test_a_failed_bundle_is_written_when_asked_for_and_says_so(request_: ExportRequest) -> None:
     (made,) = export.export(replace(failing(request_), keep_failed=True), silent)
     assert made.status == "failed"
     assert "FAILED" in (Path(made.path) / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_dry_run_converts_nothing(request_: export.ExportRequest) -> None:
+def test_a_dry_run_converts_nothing(request_: ExportRequest) -> None:
     (made,) = export.export(replace(request_, dry_run=True), silent)
     assert made.status == "not-run" and made.parity is None
     assert not request_.out.exists()
 
 
-def test_texts_that_are_evaluated_on_are_refused(request_: export.ExportRequest, tmp_path: Path) -> None:
+def test_texts_that_are_evaluated_on_are_refused(request_: ExportRequest, tmp_path: Path) -> None:
     assert request_.texts is not None
     line = request_.texts.read_text(encoding="utf-8").splitlines()
     # A calibration text, in other spacing and case.
-    from edgeq.data.text_files import split
+    from edgeq.data.splits import sha256_text, split
 
-    kept, _ = split(line)
+    kept, _ = split(line, sha256_text)
     (tmp_path / "evaluation.txt").write_text(f"something else entirely\n  {kept[0].upper()} \n", encoding="utf-8")
     with pytest.raises(ConfigError, match="text 2"):
         export.export(replace(request_, evaluation=(tmp_path / "evaluation.txt",)), silent)
 
 
-def test_too_few_validation_texts_are_refused(request_: export.ExportRequest, tmp_path: Path) -> None:
+def test_too_few_validation_texts_are_refused(request_: ExportRequest, tmp_path: Path) -> None:
     few = tmp_path / "few.txt"
     few.write_text("\n".join(tiny_source.texts(3, seed=9)), encoding="utf-8")
     with pytest.raises(ConfigError, match="validation texts are left; 16 are needed"):
@@ -349,7 +344,7 @@ def test_too_few_validation_texts_are_refused(request_: export.ExportRequest, tm
 
 
 def test_an_interrupt_leaves_neither_bundle_nor_damaged_cache(
-    request_: export.ExportRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request_: ExportRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh = replace(request_, cache=Cache(tmp_path / "cache"))
 
@@ -367,7 +362,7 @@ def test_an_interrupt_leaves_neither_bundle_nor_damaged_cache(
     assert made.status == "passed"
 
 
-def test_a_full_disk_is_one_message(request_: export.ExportRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_message(request_: ExportRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     export.export(replace(request_, out=request_.out.parent / "before"), silent)  # fills the cache
     original = files.write_bytes
 
@@ -383,7 +378,7 @@ def test_a_full_disk_is_one_message(request_: export.ExportRequest, monkeypatch:
     assert not list(request_.out.glob("*")) if request_.out.exists() else True
 
 
-def test_an_output_folder_with_something_else_is_left_alone(request_: export.ExportRequest) -> None:
+def test_an_output_folder_with_something_else_is_left_alone(request_: ExportRequest) -> None:
     place_ = request_.out / request_.targets[0].name
     place_.mkdir(parents=True)
     (place_ / "thesis.tex").write_text("mine", encoding="utf-8")

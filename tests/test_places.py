@@ -17,7 +17,7 @@ from edgeq.bundle.verify import verify
 from edgeq.devices.child_process import Log, follow, require_report
 from edgeq.devices.contract import Job
 from edgeq.devices.report import DeviceReport, keep_report, parse_report, read_report, report_path, reports_of
-from edgeq.devices.transports import Access, place_of
+from edgeq.devices.transports import Access, transport_of
 from edgeq.errors import BundleCorrupt, ConfigError, LoweringFailed, TimedOut, ToolMissing, error_of
 from edgeq.records import RunsOn
 
@@ -29,11 +29,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(made: Path) -> DeviceReport:
-    return place_of("local").validate(Job(made, runs=2, warmup=0))
+    return transport_of("local").validate(Job(made, runs=2, warmup=0))
 
 
 def test_here_is_a_place(made: Path, found: DeviceReport) -> None:
-    assert (found.place, found.status, found.ran_on) == ("local", "passed", "device")
+    assert (found.transport, found.status, found.ran_on) == ("local", "passed", "device")
     assert verify.__module__ and len(list(made.parent.glob("*.device-report.json"))) == 0
     assert found.cells[0].latency.p50_ms <= found.cells[0].latency.p99_ms
 
@@ -137,14 +137,14 @@ def test_progress_passes_through_and_a_time_limit_ends_all_of_it(tmp_path: Path)
 
 @pytest.mark.parametrize("where", ["", "here", "http://x", "local ", "arm"])
 def test_what_is_no_place_is_refused(where: str) -> None:
-    with pytest.raises(ConfigError, match="is no place"):
-        place_of(where)
+    with pytest.raises(ConfigError, match="is no address"):
+        transport_of(where)
 
 
 def test_a_python_is_named_for_other_machines_only() -> None:
     for where in ("local", "arm64"):
         with pytest.raises(ConfigError, match="has a Python of its own"):
-            place_of(where, Access(python="/other/python"))
+            transport_of(where, Access(python="/other/python"))
 
 
 def run(*words: object) -> int:

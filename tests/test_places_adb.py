@@ -13,7 +13,7 @@ from tiny_device import ort_bundle, tflite_bundle
 from edgeq.bundle.checksums import write_sums
 from edgeq.devices import adb as adb_place
 from edgeq.devices.contract import Job
-from edgeq.devices.transports import Access, place_of
+from edgeq.devices.transports import Access, transport_of
 from edgeq.errors import (
     ConfigError,
     DeviceUnavailable,
@@ -59,9 +59,9 @@ def test_a_bundle_with_odd_names_is_validated_and_only_changes_are_sent_again(ph
     for name in ("q'u\"o; touch pwned $(touch pwned).txt", "-n"):
         (path / name).write_text("odd", encoding="utf-8")
     write_sums(path)
-    place = place_of(WHERE, access())
+    place = transport_of(WHERE, access())
     found = place.validate(job(path))
-    assert (found.status, found.place, found.measures is not None) == ("passed", "adb", True)
+    assert (found.status, found.transport, found.measures is not None) == ("passed", "adb", True)
     assert pushed(phone) > 10_000 and runs_left(phone) == []
     assert place.validate(job(path)).status == "passed"
     assert pushed(phone) == 0
@@ -69,7 +69,7 @@ def test_a_bundle_with_odd_names_is_validated_and_only_changes_are_sent_again(ph
 
 
 def test_what_was_damaged_on_the_phone_is_sent_again(phone: Path, tmp_path: Path) -> None:
-    path, place = ort_bundle(tmp_path / "out"), place_of(WHERE, access())
+    path, place = ort_bundle(tmp_path / "out"), transport_of(WHERE, access())
     place.validate(job(path))
     pushed(phone)
     some = max((phone / "phone" / "edgeq-device" / "store").iterdir(), key=lambda file: file.stat().st_size)
@@ -79,10 +79,10 @@ def test_what_was_damaged_on_the_phone_is_sent_again(phone: Path, tmp_path: Path
 
 
 def test_a_shaken_cable_is_tried_again_and_a_loose_one_is_a_message(phone: Path, tmp_path: Path) -> None:
-    path, place = ort_bundle(tmp_path / "out"), place_of(WHERE, access())
+    path, place = ort_bundle(tmp_path / "out"), transport_of(WHERE, access())
     (phone / "fail_push").write_text("2", encoding="utf-8")
     assert place.validate(job(path)).status == "passed"
-    place_of(WHERE, access(is_kept=False)).validate(job(path))
+    transport_of(WHERE, access(is_kept=False)).validate(job(path))
     assert not (phone / "phone" / "edgeq-device").exists()
     (phone / "fail_push").write_text("99", encoding="utf-8")
     with pytest.raises(DeviceUnavailable, match="cannot be sent.*Check the cable"):
@@ -102,52 +102,52 @@ def test_phones_that_cannot_be_used_are_said(
 ) -> None:
     (phone / steer).touch()
     with pytest.raises(error, match=message):
-        place_of(WHERE, access()).validate(job(ort_bundle(tmp_path / "out")))
+        transport_of(WHERE, access()).validate(job(ort_bundle(tmp_path / "out")))
 
 
 def test_exit_codes_of_the_phones_shell_become_errors(phone: Path, tmp_path: Path) -> None:
     path = ort_bundle(tmp_path / "out")
     with pytest.raises(ToolMissing, match="nowhere/python does not run on the phone.*--native"):
-        place_of(WHERE, access(python="/nowhere/python")).validate(job(path))
+        transport_of(WHERE, access(python="/nowhere/python")).validate(job(path))
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nkill -SEGV $$\n", encoding="utf-8")
     python.chmod(0o755)
     with pytest.raises(LoweringFailed, match="died of SIGSEGV"):
-        place_of(WHERE, access(python=str(python))).validate(job(path))
+        transport_of(WHERE, access(python=str(python))).validate(job(path))
     python.write_text("#!/bin/sh\nexec sleep 60\n", encoding="utf-8")
     with pytest.raises(TimedOut, match="longer --time-limit"):
-        place_of(WHERE, access(python=str(python))).validate(job(path, time_limit_s=4.0))
+        transport_of(WHERE, access(python=str(python))).validate(job(path, time_limit_s=4.0))
     assert runs_left(phone) == []
 
 
 def test_another_phone_and_a_missing_adb_are_said(phone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = ort_bundle(tmp_path / "out")
     with pytest.raises(DeviceUnavailable, match="not found"):
-        place_of("adb:another", access()).validate(job(path))
+        transport_of("adb:another", access()).validate(job(path))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ToolMissing, match="adb is not on PATH"):
-        place_of(WHERE, access()).validate(job(path))
+        transport_of(WHERE, access()).validate(job(path))
 
 
 @pytest.mark.parametrize("where", ["adb:", "adb:-s", "adb:a b", "adb:a;b", "adb:$(x)"])
 def test_what_is_no_serial_number_is_refused(where: str) -> None:
     with pytest.raises(ConfigError, match="names no device"):
-        place_of(where)
+        transport_of(where)
 
 
 def test_a_native_binary_must_be_there_and_is_for_phones(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
-        place_of(WHERE, Access(native=tmp_path / "none"))
+        transport_of(WHERE, Access(native=tmp_path / "none"))
     with pytest.raises(ConfigError, match="is for adb:SERIAL"):
-        place_of("local", Access(native=tmp_path / "none"))
+        transport_of("local", Access(native=tmp_path / "none"))
 
 
 @pytest.mark.tflite
 def test_a_phone_without_python_runs_the_native_binary(phone: Path, tmp_path: Path) -> None:
     pytest.importorskip("ai_edge_litert", reason='pip install "edgeq[tflite]"')
     path = tflite_bundle(tmp_path / "out", lengths=(16,), texts=4)
-    found = place_of(WHERE, Access(native=stand_in_adb.native_binary(tmp_path))).validate(job(path))
-    assert (found.place, found.status, found.cells) == ("adb-native", "passed", ())
+    found = transport_of(WHERE, Access(native=stand_in_adb.native_binary(tmp_path))).validate(job(path))
+    assert (found.transport, found.status, found.cells) == ("adb-native", "passed", ())
     assert found.host is not None and found.host.max_abs_error == 0.0
     assert found.measures is not None and found.measures.cosine_mean < 0.99999
     assert runs_left(phone) == []
@@ -155,4 +155,5 @@ def test_a_phone_without_python_runs_the_native_binary(phone: Path, tmp_path: Pa
 
 def test_the_native_binary_takes_tflite_files_only(phone: Path, tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="--native runs .tflite files"):
-        place_of(WHERE, Access(native=stand_in_adb.native_binary(tmp_path))).validate(job(ort_bundle(tmp_path / "out")))
+        access_ = Access(native=stand_in_adb.native_binary(tmp_path))
+        transport_of(WHERE, access_).validate(job(ort_bundle(tmp_path / "out")))

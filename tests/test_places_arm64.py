@@ -10,7 +10,7 @@ from tiny_device import ort_bundle, tflite_bundle
 
 from edgeq.devices import arm64
 from edgeq.devices.contract import Job
-from edgeq.devices.transports import place_of
+from edgeq.devices.transports import transport_of
 from edgeq.errors import ToolMissing, Unsupported
 from edgeq.records import RunsOn
 
@@ -39,8 +39,8 @@ def test_the_emulated_arm_gives_the_vectors_of_this_machine(tmp_path: Path, runt
         pytest.importorskip("ai_edge_litert", reason='pip install "edgeq[tflite]"')
         settings = {"interpreter": runtime, "threads": 1, "bias_bits": 32, "upcast": "cast", "lookup": "all"}
         path = tflite_bundle(tmp_path / "out", runs_on=ARM, runtime=settings)
-    found = place_of("arm64").validate(Job(path))
-    assert (found.place, found.ran_on, found.status) == ("arm64", "emulator", "passed")
+    found = transport_of("arm64").validate(Job(path))
+    assert (found.transport, found.ran_on, found.status) == ("arm64", "emulator", "passed")
     assert (found.machine.machine, found.machine.lacks) == ("aarch64", ())
     assert (found.cells, found.load_ms, found.peak_memory_bytes) == ((), None, None)
     assert {"onnxruntime", "ai-edge-litert", "tflite-runtime"} & set(found.tools)
@@ -49,15 +49,15 @@ def test_the_emulated_arm_gives_the_vectors_of_this_machine(tmp_path: Path, runt
 
 def test_other_runtimes_are_refused_before_anything_is_fetched(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="needs a runtime for tiny"):
-        place_of("arm64").validate(Job(ort_bundle(tmp_path / "out", backend="tiny")))
+        transport_of("arm64").validate(Job(ort_bundle(tmp_path / "out", backend="tiny")))
 
 
 def test_a_recipe_that_fails_or_is_missing_is_a_missing_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = ort_bundle(tmp_path / "out")
     monkeypatch.setattr(arm64, "data_dir", lambda name: tmp_path)
     with pytest.raises(ToolMissing, match="Use a checkout"):
-        place_of("arm64").validate(Job(path))
+        transport_of("arm64").validate(Job(path))
     (tmp_path / "arm64").write_text("#!/bin/sh\necho 'no network here' >&2\nexit 3\n", encoding="utf-8")
     (tmp_path / "arm64").chmod(0o755)
     with pytest.raises(ToolMissing, match="arm64: no network here"):
-        place_of("arm64").validate(Job(path))
+        transport_of("arm64").validate(Job(path))

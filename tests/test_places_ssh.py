@@ -17,7 +17,7 @@ from tiny_device import ort_bundle
 
 from edgeq.bundle.checksums import write_sums
 from edgeq.devices.contract import Job
-from edgeq.devices.transports import Access, place_of
+from edgeq.devices.transports import Access, transport_of
 from edgeq.errors import ConfigError, DeviceUnavailable, StorageFailed, TimedOut, ToolMissing
 
 LARGE = 3_000_000
@@ -72,8 +72,8 @@ def test_names_that_a_shell_would_read_are_only_names(sshd: Sshd, tmp_path: Path
     (odd / "q'u\"o; touch pwned $(x).txt").write_text("odd", encoding="utf-8")
     write_sums(odd)
     where = f"{sshd.where}/f o'l\"d; touch pwned"
-    found = place_of(where, access()).validate(job(odd))
-    assert (found.status, found.place, found.ran_on) == ("passed", "ssh", "device")
+    found = transport_of(where, access()).validate(job(odd))
+    assert (found.status, found.transport, found.ran_on) == ("passed", "ssh", "device")
     assert found.host is not None and found.host.max_abs_error < 1e-6
     assert not list(tmp_path.rglob("pwned")) and not list(sshd.folder.rglob("pwned"))
     assert not (Path.home() / "pwned").exists()
@@ -83,7 +83,7 @@ def test_names_that_a_shell_would_read_are_only_names(sshd: Sshd, tmp_path: Path
 def test_validating_again_sends_less_than_100_kb_and_heals_what_was_damaged_there(sshd: Sshd, made: Path) -> None:
     (made / "large.bin").write_bytes(np.random.default_rng(0).bytes(LARGE))
     write_sums(made)
-    place = place_of(sshd.where, access())
+    place = transport_of(sshd.where, access())
     place.validate(job(made))
     assert sshd.bytes_sent() > LARGE
     assert left_there(sshd) == []
@@ -102,7 +102,7 @@ def test_a_dropped_connection_goes_on_where_it_was(sshd: Sshd, made: Path, caplo
     (made / "large.bin").write_bytes(np.random.default_rng(1).bytes(size))
     write_sums(made)
     sshd.break_after(3 * LARGE)
-    found = place_of(sshd.where, access()).validate(job(made))
+    found = transport_of(sshd.where, access()).validate(job(made))
     assert found.status == "passed"
     assert "making it again" in caplog.text
     assert size < sshd.bytes_sent() < size + 3_000_000  # sshd drops what it holds, 2 MB at most; anew it would be 9 MB
@@ -110,7 +110,7 @@ def test_a_dropped_connection_goes_on_where_it_was(sshd: Sshd, made: Path, caplo
 
 @pytest.mark.ssh
 def test_a_place_that_keeps_nothing_is_empty_afterwards(sshd: Sshd, made: Path) -> None:
-    place_of(sshd.where, access(is_kept=False)).validate(job(made))
+    transport_of(sshd.where, access(is_kept=False)).validate(job(made))
     assert list((sshd.folder / "home").iterdir()) == []
 
 
@@ -127,7 +127,7 @@ def test_a_place_that_keeps_nothing_is_empty_afterwards(sshd: Sshd, made: Path) 
 def test_who_is_not_let_in_is_told_why(sshd: Sshd, made: Path, changes: dict[str, str], message: str) -> None:
     sshd.configure(**changes)
     with pytest.raises(DeviceUnavailable, match=message):
-        place_of(sshd.where, access()).validate(job(made))
+        transport_of(sshd.where, access()).validate(job(made))
     assert not sshd.there.exists()
 
 
@@ -135,16 +135,16 @@ def test_who_is_not_let_in_is_told_why(sshd: Sshd, made: Path, changes: dict[str
 def test_nobody_there_is_a_message(sshd: Sshd, made: Path) -> None:
     (sshd.folder / "config").write_text("", encoding="utf-8")
     with pytest.raises(DeviceUnavailable, match="refused.*Check the address"):
-        place_of("ssh://127.0.0.1:1", access()).validate(job(made))
+        transport_of("ssh://127.0.0.1:1", access()).validate(job(made))
 
 
 @pytest.mark.ssh
 def test_a_missing_python_and_a_missing_runtime_are_named(sshd: Sshd, made: Path, tmp_path: Path) -> None:
     with pytest.raises(ToolMissing, match=r"/nowhere/python did not run.*Install Python 3.8"):
-        place_of(sshd.where, access(python="/nowhere/python")).validate(job(made))
+        transport_of(sshd.where, access(python="/nowhere/python")).validate(job(made))
     python = without(tmp_path, "raise ImportError('not here')")
     with pytest.raises(ToolMissing, match="-m pip install onnxruntime"):
-        place_of(sshd.where, access(python=python)).validate(job(made))
+        transport_of(sshd.where, access(python=python)).validate(job(made))
     assert left_there(sshd) == []
 
 
@@ -163,7 +163,7 @@ def test_a_time_limit_ends_what_runs_there(sshd: Sshd, made: Path, tmp_path: Pat
     python = without(tmp_path, f"import time; open({str(tmp_path / 'started')!r}, 'w'); time.sleep(300)")
     begin = time.monotonic()
     with pytest.raises(TimedOut, match="longer --time-limit"):
-        place_of(sshd.where, access(python=python)).validate(job(made, time_limit_s=8.0))
+        transport_of(sshd.where, access(python=python)).validate(job(made, time_limit_s=8.0))
     assert time.monotonic() - begin < 60
     assert (tmp_path / "started").exists()
     assert left_there(sshd) == []
@@ -175,7 +175,7 @@ def test_a_script_that_dies_there_is_a_message(sshd: Sshd, made: Path, tmp_path:
 
     python = without(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     with pytest.raises(LoweringFailed, match="died of SIGSEGV"):
-        place_of(sshd.where, access(python=python)).validate(job(made))
+        transport_of(sshd.where, access(python=python)).validate(job(made))
     assert left_there(sshd) == []
 
 
@@ -192,7 +192,7 @@ def test_a_full_disk_there_is_a_message_and_gets_its_space_back(sshd: Sshd, made
         (made / "large.bin").write_bytes(np.random.default_rng(2).bytes(LARGE))
         write_sums(made)
         with pytest.raises(StorageFailed, match="No space left on device.*Free some space there"):
-            place_of(f"{sshd.where}/small", access()).validate(job(made))
+            transport_of(f"{sshd.where}/small", access()).validate(job(made))
         assert not list((small / "edgeq-device" / "store").glob("*.part"))
     finally:
         subprocess.run(["umount", "-l", small], check=True)
@@ -204,18 +204,18 @@ def test_a_full_disk_there_is_a_message_and_gets_its_space_back(sshd: Sshd, made
      "telnet://host", "ssh://user@host\n", "ssh://$(x)@host"],
 )  # fmt: skip
 def test_what_is_no_address_is_refused(where: str) -> None:
-    with pytest.raises(ConfigError, match="is no place"):
-        place_of(where)
+    with pytest.raises(ConfigError, match="is no address"):
+        transport_of(where)
 
 
 @pytest.mark.parametrize("python", ["python3; touch x", "$(x)", "a b", "-x", "", "`x`", "py\nthon"])
 def test_a_python_that_a_shell_would_read_is_refused(python: str) -> None:
     with pytest.raises(ConfigError, match="holds what a shell reads"):
-        place_of("ssh://host", Access(python=python))
+        transport_of("ssh://host", Access(python=python))
 
 
 def test_addresses_are_taken_apart() -> None:
-    command = place_of("ssh://me@[::1]:2222/x").command()  # type: ignore[attr-defined]
+    command = transport_of("ssh://me@[::1]:2222/x").command()  # type: ignore[attr-defined]
     assert command[:2] == ["ssh", "-T"] and "BatchMode=yes" in command
     assert command[command.index("-p") + 1] == "2222" and command[-2] == "me@::1"
     assert not [word for word in command if "HostKeyChecking" in word]

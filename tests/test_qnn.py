@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import encoder
 import numpy as np
@@ -20,7 +23,7 @@ from edgeq import cli, targets
 from edgeq.backends import qnn
 from edgeq.backends.contract import TimesItself
 from edgeq.backends.qnn import compiling
-from edgeq.data.sessions import Embeddings, embed_batches
+from edgeq.data.sessions import Embeddings, Session, embed_batches
 from edgeq.data.tokens import Feeds, Tokens, batches
 from edgeq.errors import BundleCorrupt, ChildDied, ConfigError, LoweringFailed, ToolMissing
 from edgeq.evaluation import parity
@@ -28,7 +31,7 @@ from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline import calibrate
 from edgeq.quantization import quantize
 from edgeq.quantization.schemes import SCHEMES
-from edgeq.records import QdqModel, Target
+from edgeq.records import Artifact, QdqModel, Target
 from edgeq.system import host
 from edgeq.system.files import file_ref
 from edgeq.system.worker import Worker
@@ -69,6 +72,26 @@ def models(calibrated: calibrate.Observed, tmp_path_factory: pytest.TempPathFact
     return made
 
 
+class Lowered(NamedTuple):
+    artifact: Artifact
+    folder: Path
+
+    def load(self, wanted: Target) -> Session:
+        return qnn.load(self.artifact, self.folder, wanted)
+
+
+@pytest.fixture(scope="module")
+def lowered(models: dict[str, QdqModel], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Lowered]:
+    """Give each scheme's model lowered for the target as it is: once, since compiling takes seconds. Change no file."""
+
+    @functools.cache
+    def lower(scheme: str) -> Lowered:
+        folder = tmp_path_factory.mktemp(f"lowered-{scheme}")
+        return Lowered(qnn.lower(models[scheme], target(scheme), folder), folder)
+
+    return lower
+
+
 @pytest.fixture(params=["w8a8-htp", "w8a16-htp"])
 def model(request: pytest.FixtureRequest, models: dict[str, QdqModel]) -> QdqModel:
     return models[request.param]
@@ -81,8 +104,7 @@ def target(scheme: str, name: str = GEN_3, buckets: tuple[int, ...] = BUCKETS, *
     )
 
 
-def embed(model: QdqModel, wanted: Target, folder: Path) -> Embeddings:
-    session = qnn.load(qnn.lower(model, wanted, folder), folder, wanted)
+def embed(session: Session) -> Embeddings:
     return embed_batches(session, batches(TOKENS), len(TOKENS.ids))
 
 
@@ -102,22 +124,24 @@ def changed(model: QdqModel, folder: Path, change: object) -> QdqModel:
     return model.model_copy(update={"file": file_ref(folder / "changed.onnx")})
 
 
-def test_vectors_are_those_of_the_qdq_model(model: QdqModel, tmp_path: Path) -> None:
-    assert cosines(mirror(model), embed(model, target(model.scheme.name), tmp_path)).min() > 0.996
+def test_vectors_are_those_of_the_qdq_model(model: QdqModel, lowered: Callable[[str], Lowered]) -> None:
+    name = model.scheme.name
+    assert cosines(mirror(model), embed(lowered(name).load(target(name)))).min() > 0.996
 
 
-def test_codes_give_the_vectors_that_floats_give(models: dict[str, QdqModel], tmp_path: Path) -> None:
-    vectors = []
-    for io in ("float", "quantized"):
-        (tmp_path / io).mkdir()
-        vectors.append(embed(models["w8a16-htp"], target("w8a16-htp", io=io), tmp_path / io))
-    assert np.abs(vectors[0] - vectors[1]).max() < 1e-3
+def test_codes_give_the_vectors_that_floats_give(
+    models: dict[str, QdqModel], lowered: Callable[[str], Lowered], tmp_path: Path
+) -> None:
+    usual, other = target("w8a16-htp"), target("w8a16-htp", io="quantized")
+    assert usual.runtime["io"] == "float"
+    there = Lowered(qnn.lower(models["w8a16-htp"], other, tmp_path), tmp_path)
+    assert np.abs(embed(lowered("w8a16-htp").load(usual)) - embed(there.load(other))).max() < 1e-3
 
 
 @pytest.mark.parametrize("name", [found.name for found in targets.list_targets() if found.backend == "qnn"])
 def test_every_soc_gets_one_partition_of_its_own(models: dict[str, QdqModel], name: str, tmp_path: Path) -> None:
     found = targets.load_target(name)
-    assert host.place(found.runs_on) == "emulator"
+    assert host.run_kind(found.runs_on) == "emulator"
     chosen = models[found.scheme]
     wanted = target(found.scheme, name, (16,))
     assert qnn.rejections(chosen, wanted) == ()
@@ -130,17 +154,14 @@ def test_every_soc_gets_one_partition_of_its_own(models: dict[str, QdqModel], na
     assert [item["shape"] for item in info["inputs"]] == [[1, 16], [1, 16]]
 
 
-def test_lowering_twice_gives_the_same_bytes(models: dict[str, QdqModel], tmp_path: Path) -> None:
-    made = []
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        folder.mkdir()
-        made.append(qnn.lower(models["w8a8-htp"], target("w8a8-htp"), folder).files)
-    assert made[0] == made[1]
+def test_lowering_twice_gives_the_same_bytes(
+    models: dict[str, QdqModel], lowered: Callable[[str], Lowered], tmp_path: Path
+) -> None:
+    assert qnn.lower(models["w8a8-htp"], target("w8a8-htp"), tmp_path).files == lowered("w8a8-htp").artifact.files
 
 
-def test_a_text_has_one_vector_in_every_bucket(model: QdqModel, tmp_path: Path) -> None:
-    wanted = target(model.scheme.name)
-    session = qnn.load(qnn.lower(model, wanted, tmp_path), tmp_path, wanted)
+def test_a_text_has_one_vector_in_every_bucket(model: QdqModel, lowered: Callable[[str], Lowered]) -> None:
+    session = lowered(model.scheme.name).load(target(model.scheme.name))
     assert parity.invariance(session, TOKENS, encoder.LONGEST, BUCKETS, 24) > 0.9999
     assert not isinstance(session, TimesItself)  # an emulator's time is nobody's latency
     ids = np.ones((1, BUCKETS[-1] + 1), np.int64)
@@ -153,8 +174,9 @@ def test_a_wrong_scale_shows(models: dict[str, QdqModel], tmp_path: Path) -> Non
         (scale,) = (item for item in proto.graph.initializer if item.name == "layer.1.gelu/scale")
         scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) / np.float32(4), scale.name))
 
-    wrong = changed(models["w8a16-htp"], tmp_path, shrink)
-    assert cosines(mirror(models["w8a16-htp"]), embed(wrong, target("w8a16-htp"), tmp_path)).mean() < 0.996
+    wrong, wanted = changed(models["w8a16-htp"], tmp_path, shrink), target("w8a16-htp")
+    found = Lowered(qnn.lower(wrong, wanted, tmp_path), tmp_path).load(wanted)
+    assert cosines(mirror(models["w8a16-htp"]), embed(found)).mean() < 0.996
 
 
 def test_an_operator_left_on_the_cpu_is_named_and_nothing_is_written(
@@ -184,11 +206,11 @@ def test_a_product_in_float_is_named(models: dict[str, QdqModel], tmp_path: Path
 
 def test_parts_and_nodes_elsewhere_are_refused() -> None:
     whole = {"provider": compiling.PROVIDER, "nodes": [["Gemm", "a"], ["Gelu", "b"]]}
-    assert compiling.placed([whole], "x") == ({"Gelu": 1, "Gemm": 1}, frozenset({"a"}))
+    assert compiling.operators_on_htp([whole], "x") == ({"Gelu": 1, "Gemm": 1}, frozenset({"a"}))
     with pytest.raises(LoweringFailed, match="in 2 partitions"):
-        compiling.placed([whole, whole], "x")
+        compiling.operators_on_htp([whole, whole], "x")
     with pytest.raises(LoweringFailed, match=r"c \(Gemm\) on CPUExecutionProvider"):
-        compiling.placed([whole, {"provider": "CPUExecutionProvider", "nodes": [["Gemm", "c"]]}], "x")
+        compiling.operators_on_htp([whole, {"provider": "CPUExecutionProvider", "nodes": [["Gemm", "c"]]}], "x")
 
 
 def test_a_binary_for_another_soc_is_refused_where_it_is_written(
@@ -201,16 +223,19 @@ def test_a_binary_for_another_soc_is_refused_where_it_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_binary_for_another_soc_in_the_bundle_is_refused(models: dict[str, QdqModel], tmp_path: Path) -> None:
-    wanted, other = target("w8a8-htp"), target("w8a8-htp", "snapdragon-8-elite")
-    (tmp_path / "other").mkdir()
-    artifact = qnn.lower(models["w8a8-htp"], wanted, tmp_path)
-    foreign = qnn.lower(models["w8a8-htp"], other, tmp_path / "other")
+def test_a_binary_for_another_soc_in_the_bundle_is_refused(
+    models: dict[str, QdqModel], lowered: Callable[[str], Lowered], tmp_path: Path
+) -> None:
+    wanted, other = target("w8a8-htp"), target("w8a8-htp", "snapdragon-8-elite", (48,))
+    artifact, folder = lowered("w8a8-htp")
+    mixed = tmp_path / "mixed"
+    shutil.copytree(folder, mixed)
+    foreign = qnn.lower(models["w8a8-htp"], other, tmp_path)
     binary = next(ref.path for ref in artifact.files if ref.path.endswith("48_ctx_qnn.bin"))
     assert binary in {ref.path for ref in foreign.files}
-    (tmp_path / binary).write_bytes((tmp_path / "other" / binary).read_bytes())
+    (mixed / binary).write_bytes((tmp_path / binary).read_bytes())
     with pytest.raises(BundleCorrupt, match="it is for SoC 69, 57 is needed"):
-        qnn.load(artifact, tmp_path, wanted)
+        qnn.load(artifact, mixed, wanted)
 
 
 def test_a_file_that_is_no_binary_is_a_message(models: dict[str, QdqModel], tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_massive_neurons_leave_the_integer_product_where_there_are_any(observed:
     assert hidden == {
         "layer.0": (encoder.HIDDEN - outlier_neurons.BRANCH_WIDTH, encoder.DIM),
         "layer.1": (encoder.HIDDEN, encoder.DIM),
-    }  # fmt: skip
+    }
 
 
 def test_observing_in_parts_finds_the_same(

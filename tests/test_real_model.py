@@ -22,7 +22,7 @@ from edgeq.data.plans import plan_texts  # noqa: E402
 from edgeq.data.sessions import Embeddings, embed_batches  # noqa: E402
 from edgeq.data.tokens import Tokens, batches  # noqa: E402
 from edgeq.frontend import locate  # noqa: E402
-from edgeq.pipeline import export, stages  # noqa: E402
+from edgeq.pipeline import golden_samples, stages  # noqa: E402
 from edgeq.records import QdqModel  # noqa: E402
 from edgeq.system.cache import Cache  # noqa: E402
 from edgeq.system.host import meets  # noqa: E402
@@ -136,7 +136,7 @@ def sentence_transformers_error(bundle: Path, arguments: str) -> float:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     count, cosine_min, error = done.stdout.split()[-3:]
-    assert int(count) == export.GOLDEN_TEXTS
+    assert int(count) == golden_samples.GOLDEN_TEXTS
     assert float(cosine_min) > 0.999
     return float(error)
 

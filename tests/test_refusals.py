@@ -233,7 +233,7 @@ def test_a_decoder_behind_an_encoder_is_refused_and_the_encoder_alone_exported(t
     import transformers
 
     from edgeq.frontend import locate
-    from edgeq.frontend.torch.load import load
+    from edgeq.frontend.torch.load import load_model
 
     config = transformers.BartConfig(
         vocab_size=600, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
@@ -243,7 +243,7 @@ def test_a_decoder_behind_an_encoder_is_refused_and_the_encoder_alone_exported(t
     whole = transformers.BartForConditionalGeneration(config)
     folder = with_tokenizer(tokenizer, tmp_path / "both", whole)
     with pytest.raises(Unsupported, match=r"both: BartModel has a decoder behind its encoder.*get_encoder\(\)"):
-        load(locate.locate(str(folder), "mean"))
+        load_model(locate.locate(str(folder), "mean"))
     encoder = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").get_encoder()
     (made,) = export(encoder, folder, tmp_path)
     assert made.parity is not None and made.parity.cosine_mean > 0.99
@@ -257,13 +257,13 @@ def test_images_of_any_size_and_files_of_images_are_refused(tokenizer: Path, tmp
 
     from edgeq import cli
     from edgeq.frontend import locate
-    from edgeq.frontend.torch.export import run
+    from edgeq.frontend.torch.convert import convert
 
     folder = tiny_vision.dinov2(tmp_path / "any size")
     transformers.CLIPImageProcessorPil(size={"shortest_edge": 36}, do_center_crop=False).save_pretrained(folder)
     (tmp_path / "raw").mkdir()
     with pytest.raises(Unsupported, match=r"any size/preprocessor_config\.json: size is .* different shapes") as found:
-        run(locate.locate(str(folder), "mean"), tmp_path / "raw", hidden_state=False)
+        convert(locate.locate(str(folder), "mean"), tmp_path / "raw", hidden_state=False)
     assert "Traceback" not in str(found.value) and "/tmp/tmp" not in str(found.value)
     given = tmp_path / "images.onnx"
     with warnings.catch_warnings():

@@ -17,13 +17,13 @@ from tiny_bundle import MEASURES, TinyBackend, make_bundle, make_report, make_ta
 
 from edgeq import cli
 from edgeq.backends.registry import BACKENDS
+from edgeq.bundle.benchmark import Latency
 from edgeq.devices.report import (
     Agreement,
     Conditions,
     DeviceCell,
     DeviceMachine,
     DeviceReport,
-    Percentiles,
     keep_report,
 )
 from edgeq.errors import BundleCorrupt, ConfigError, ReleaseRefused
@@ -62,7 +62,7 @@ def device_report(path: Path, **changes: object) -> DeviceReport:
         format=1,
         target="tiny-target",
         manifest_sha256=sha256_file(path / "manifest.json"),
-        place="ssh",
+        transport="ssh",
         ran_on="device",
         status="passed",
         failures=(),
@@ -78,7 +78,7 @@ def device_report(path: Path, **changes: object) -> DeviceReport:
         peak_memory_bytes=100,
         cells=(
             DeviceCell(
-                batch=1, sequence=16, runs=10, warmup_runs=1, latency=Percentiles(p50_ms=2.5, p90_ms=3.0, p99_ms=4.0)
+                batch=1, sequence=16, runs=10, warmup_runs=1, latency=Latency(p50_ms=2.5, p90_ms=3.0, p99_ms=4.0)
             ),
         ),
         before=none,
@@ -98,7 +98,7 @@ def test_a_device_report_makes_a_bundle_fit_and_travels_with_it(tmp_path: Path) 
     assert "- device (Cortex-A76), on its 32 golden samples" in notes
     assert "| Cortex-A76, batch 1, 16 tokens: median, ms | 2.50 |" in notes
     assert (tmp_path / "one" / "tiny-1.0.0-tiny-target.board.device-report.json").is_file()
-    slower = device_report(path).cells[0].model_copy(update={"latency": Percentiles(p50_ms=3, p90_ms=3, p99_ms=4)})
+    slower = device_report(path).cells[0].model_copy(update={"latency": Latency(p50_ms=3, p90_ms=3, p99_ms=4)})
     keep_report(path, "board", device_report(path, cells=(slower,)))
     release([path], "1.1.0", tmp_path / "two", previous=tmp_path / "one")
     notes = (tmp_path / "two" / "RELEASE_NOTES.md").read_text(encoding="utf-8")
@@ -150,7 +150,7 @@ def test_a_release_holds_what_it_must(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["tar.zst", "zip"])
 def test_the_same_bundles_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     secret, _ = pem(tmp_path)
-    release([two(tmp_path / "a" / "out")], "1.0.0", tmp_path / "a" / "rel", form=form, key=secret)
+    release([two(tmp_path / "a" / "out")], "1.0.0", tmp_path / "a" / "rel", archive_format=form, key=secret)
     second = two(tmp_path / "b" / "out")
     for path in second.rglob("*"):
         os.utime(path, (1, 1))
@@ -160,7 +160,7 @@ def test_the_same_bundles_give_the_same_bytes(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("TZ", "Asia/Kathmandu")
     old = os.umask(0o077)
     try:
-        release([second], "1.0.0", tmp_path / "b" / "rel", form=form, key=secret)
+        release([second], "1.0.0", tmp_path / "b" / "rel", archive_format=form, key=secret)
     finally:
         os.umask(old)
     assert contents(tmp_path / "a" / "rel") == contents(tmp_path / "b" / "rel")
@@ -169,7 +169,7 @@ def test_the_same_bundles_give_the_same_bytes(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("form", ["tar.zst", "zip"])
 def test_an_archive_holds_the_bundle_without_traces_of_this_machine(tmp_path: Path, form: str) -> None:
     path, _ = make_bundle(tmp_path / "out")
-    release([path], "1.0.0", tmp_path / "rel", form=form)
+    release([path], "1.0.0", tmp_path / "rel", archive_format=form)
     archive = tmp_path / "rel" / f"tiny-1.0.0-tiny-target.{form}"
     if form == "zip":
         with zipfile.ZipFile(archive) as opened:
@@ -192,7 +192,7 @@ def test_an_archive_holds_the_bundle_without_traces_of_this_machine(tmp_path: Pa
 def test_an_archive_verifies_and_a_changed_one_does_not(tmp_path: Path, form: str) -> None:
     path, _ = make_bundle(tmp_path / "out")
     secret, public = pem(tmp_path)
-    release([path], "1.0.0", tmp_path / "rel", form=form, key=secret)
+    release([path], "1.0.0", tmp_path / "rel", archive_format=form, key=secret)
     archive = tmp_path / "rel" / f"tiny-1.0.0-tiny-target.{form}"
     found = verify_archive(archive, public)
     assert (found.path, found.files, found.golden_texts) == (str(archive), 10, 32)
@@ -248,7 +248,7 @@ def test_every_reason_is_given_for_every_bundle(tmp_path: Path) -> None:
 
 
 def test_a_bundle_that_was_never_run_is_refused(tmp_path: Path) -> None:
-    gate = make_target().gate.model_copy(update={"export_places": ("device", "not-run")})
+    gate = make_target().gate.model_copy(update={"export_run_kinds": ("device", "not-run")})
     target = make_target(gate=gate)
     report = make_report(
         target, status="not-run", ran_on="not-run", measures=None, reason="no such device is in this machine"
@@ -455,7 +455,7 @@ def test_the_verbs_release_and_verify(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_zip_archive_needs_nothing_but_the_base_package(tmp_path: Path) -> None:
     # A reader of another team has edgeq, not the extra.
     path, _ = make_bundle(tmp_path / "out")
-    release([path], "1.0.0", tmp_path / "rel", form="zip")
+    release([path], "1.0.0", tmp_path / "rel", archive_format="zip")
     code = (
         "import sys\n"
         "for name in ('zstandard', 'cryptography', 'cyclonedx'): sys.modules[name] = None\n"

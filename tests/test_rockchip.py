@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from edgeq import targets
 from edgeq.backends import rockchip
 from edgeq.backends.contract import TimesItself
-from edgeq.backends.rockchip import listing
+from edgeq.backends.rockchip import compiler_log
 from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import BundleCorrupt, LoweringFailed, ToolMissing
@@ -48,7 +48,7 @@ def make_model(scheme_name: str, folder: Path) -> QdqModel:
     proto, integer, floats = quantize.quantize(observed.model, observed.statistics, scheme)
     path, feeds = folder / "qdq.onnx", folder / "feeds.json"
     onnx.save(proto, path)
-    feeds.write_text(json.dumps(stages.spread(encoder.tokens(1, 64), 8)), encoding="utf-8")
+    feeds.write_text(json.dumps(stages.spaced_by_length(encoder.tokens(1, 64), 8)), encoding="utf-8")
     return QdqModel(
         file=file_ref(path), float_model_sha256="0" * 64, calibration_sha256="0" * 64, scheme=scheme,
         inputs=("input_ids", "attention_mask"), outputs=("sentence_embedding",), dim=encoder.DIM,
@@ -91,7 +91,7 @@ def embed(artifact: Artifact, folder: Path, wanted: Target) -> Embeddings:
 @pytest.mark.parametrize(("name", "mean", "low"), [("rk3588", 0.98, 0.93), ("rk3588-float16", 0.9999, 0.9999)])
 def test_built_again_they_give_fp32s_vectors(lowered: Lowered, name: str, mean: float, low: float) -> None:
     artifact, folder, model = lowered[name]
-    assert host.place(make_target(name).runs_on) == "simulator"
+    assert host.run_kind(make_target(name).runs_on) == "simulator"
     cosines = centred_cosines(reference(), embed(artifact, folder, make_target(name)))
     assert cosines.mean() > mean and cosines.min() > low
     assert artifact.files[0].path == "rockchip/model_seq_16.rknn"
@@ -153,7 +153,7 @@ os.kill(os.getpid(), signal.SIGSEGV)
 def test_a_compiler_that_crashes_is_a_message_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "child.py").write_text(CRASHING, encoding="utf-8")
     monkeypatch.setattr(rockchip, "_CHILD", tmp_path / "child.py")
-    monkeypatch.setattr(rockchip, "require", lambda environment: Path(sys.executable))
+    monkeypatch.setattr(rockchip, "require_interpreter", lambda environment: Path(sys.executable))
     monkeypatch.setenv("EDGEQ_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "out").mkdir()
     with pytest.raises(LoweringFailed, match=r"died of SIGSEGV while compiling seq_16\.onnx") as error:
@@ -238,9 +238,9 @@ E RKNN: [10:00:00.2] Unkown op target: 0
 
 
 def test_the_listing_tells_place_and_dtype() -> None:
-    assert [(item.kind, item.place, item.name) for item in listing.operators(LOG)] == [
+    assert [(item.kind, item.processor, item.name) for item in compiler_log.operators(LOG)] == [
         ("Gather", "CPU", "lookup"), ("Conv", "NPU", "ffn#2"),
     ]  # fmt: skip
-    assert listing.weights(LOG) == {"ffn.weight": {"INT8", "FLOAT16"}}
-    assert "Unkown" not in listing.complaints(LOG + "\x1b[1;31mE\x1b[0m build: no such SoC")
-    assert listing.complaints(LOG + "\x1b[1;31mE\x1b[0m build: no such SoC") == "  build: no such SoC"
+    assert compiler_log.weights(LOG) == {"ffn.weight": {"INT8", "FLOAT16"}}
+    assert "Unkown" not in compiler_log.complaints(LOG + "\x1b[1;31mE\x1b[0m build: no such SoC")
+    assert compiler_log.complaints(LOG + "\x1b[1;31mE\x1b[0m build: no such SoC") == "  build: no such SoC"

@@ -26,14 +26,16 @@ from sentence_transformers.sentence_transformer import modules  # noqa: E402
 import edgeq  # noqa: E402
 from edgeq.bundle.manifest import load_manifest  # noqa: E402
 from edgeq.bundle.verify import verify  # noqa: E402
+from edgeq.data.tokenizer import Tokenizer  # noqa: E402
 from edgeq.errors import ConfigError, Unsupported  # noqa: E402
-from edgeq.frontend import export as exporting  # noqa: E402
-from edgeq.frontend import locate  # noqa: E402
+from edgeq.frontend import float_model, locate  # noqa: E402
 from edgeq.frontend.torch import sentence_transformers  # noqa: E402
-from edgeq.frontend.torch.export import _pooling_config, run  # noqa: E402
-from edgeq.frontend.torch.load import load  # noqa: E402
+from edgeq.frontend.torch.configuration import pooling_config  # noqa: E402
+from edgeq.frontend.torch.convert import convert  # noqa: E402
+from edgeq.frontend.torch.load import load_model  # noqa: E402
 from edgeq.frontend.torch.session import reopen  # noqa: E402
-from edgeq.pipeline.export import ExportRequest, export  # noqa: E402
+from edgeq.pipeline.export import export  # noqa: E402
+from edgeq.pipeline.request import ExportRequest  # noqa: E402
 from edgeq.records import Target  # noqa: E402
 from edgeq.system.cache import Cache  # noqa: E402
 from edgeq.targets import load_target  # noqa: E402
@@ -51,7 +53,7 @@ Chain = tuple[Any, dict[str, Any], int | None]
 def torch_in_this_process() -> Any:
     """Run torch here: a child for each of so many models would spend its time on importing it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting, "_run_torch", lambda where, out, hidden: run(where, out, hidden))
+        patch.setattr(float_model, "_run_torch", lambda where, out, hidden: convert(where, out, hidden))
         yield
 
 
@@ -261,7 +263,7 @@ def test_openvino_takes_chains_as_they_are(work: Path, bundles: dict[str, Path])
 
 def refused(directory: Path, dim: int | None = None) -> str:
     with pytest.raises((ConfigError, Unsupported)) as caught:
-        load(locate.locate(str(directory), dim=dim))
+        load_model(locate.locate(str(directory), dim=dim))
     return str(caught.value)
 
 
@@ -292,9 +294,9 @@ def test_what_no_graph_can_hold_is_refused_with_the_way_out(tmp_path: Path, enco
 
 
 def test_pooling_modes_keep_their_order_for_every_version_of_sentence_transformers() -> None:
-    flags = _pooling_config(modules.Pooling(DIM, pooling_mode=("cls", "max", "mean")))
+    flags = pooling_config(modules.Pooling(DIM, pooling_mode=("cls", "max", "mean")))
     assert "pooling_mode" not in flags and sum(value is True for value in flags.values()) == 4  # include_prompt, too
-    ordered = _pooling_config(modules.Pooling(DIM, pooling_mode=("mean", "cls")))
+    ordered = pooling_config(modules.Pooling(DIM, pooling_mode=("mean", "cls")))
     assert ordered["pooling_mode"] == ["mean", "cls"]
 
 
@@ -312,18 +314,16 @@ def test_a_tokenizer_that_pads_left_and_gives_no_mask_is_mended(tmp_path: Path, 
     model = tiny_modules.save(tmp_path / "model", modules.Pooling(DIM), encoder=plain)
     located = locate.locate(str(model))
     (tmp_path / "out").mkdir()
-    record, _ = exporting.export(located, tmp_path / "out")
-    folder = tmp_path / "out" / exporting.CONFIG
+    record, _ = float_model.write_float_model(located, tmp_path / "out")
+    folder = tmp_path / "out" / float_model.CONFIG
     kept = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert kept["padding_side"] == "right" and kept["model_input_names"] == ["input_ids", "attention_mask"]
     assert kept["tokenizer_class"] == "PreTrainedTokenizerFast"  # which every version of transformers knows
-    cutting = edgeq.data.tokens.Tokenizer.from_file(folder / "tokenizer.json", 8).encode([" ".join(tiny_source.WORDS)])
+    cutting = Tokenizer.from_file(folder / "tokenizer.json", 8).encode([" ".join(tiny_source.WORDS)])
     last = tokenizer(tiny_source.WORDS[-1])["input_ids"][-2]
     assert cutting.ids[0][-2] == last  # a long text loses its beginning
-    batches = edgeq.data.tokens.batches(
-        edgeq.data.tokens.Tokenizer.from_file(folder / "tokenizer.json", 64).encode(TEXTS)
-    )
-    session = edgeq.graph.float_session.FloatSession.of(tmp_path / "out" / exporting.MODEL)
+    batches = edgeq.data.tokens.batches(Tokenizer.from_file(folder / "tokenizer.json", 64).encode(TEXTS))
+    session = edgeq.graph.float_session.FloatSession.of(tmp_path / "out" / float_model.MODEL)
     found = edgeq.backends.contract.embed_batches(session, batches, len(TEXTS))
     alone = SentenceTransformer(str(model), device="cpu").encode(TEXTS, batch_size=1)
     assert np.abs(found - alone).max() < 1e-5
@@ -350,7 +350,7 @@ def test_a_limit_beyond_the_positions_is_lowered(tmp_path: Path) -> None:
     model = tiny_modules.save(
         tmp_path / "model", modules.Pooling(DIM), encoder=plain, transformer={"max_seq_length": 500}
     )
-    loaded = load(locate.locate(str(model)))
+    loaded = load_model(locate.locate(str(model)))
     assert loaded.max_seq_length == 39  # the row of padding is no position
     (tmp_path / "out").mkdir()
     longest = " ".join(tiny_source.WORDS)
@@ -361,7 +361,7 @@ def test_a_dropout_changes_nothing(encoder: Path, tmp_path: Path) -> None:
     model = tiny_modules.save(
         tmp_path / "model", modules.Pooling(DIM), modules.Dropout(0.5), modules.Normalize(), encoder=encoder
     )
-    loaded = load(replace(locate.locate(str(model)), dim=8))
+    loaded = load_model(replace(locate.locate(str(model)), dim=8))
     assert sentence_transformers.names(loaded) == (
         "Transformer",
         "Pooling:mean",

@@ -42,7 +42,7 @@ def damaged(folder: Path, old: str, new: str) -> Path:
         ("spearman_min = 0.995", "spearman_min = nan", "spearman_min"),
         ('name = "x86-64-onnxruntime"', 'name = "other"', "the file's own name"),
         ("[gate]", "[gate", "not valid TOML"),
-        ('export_places = ["device"', 'export_places = ["divice"', "export_places"),
+        ('export_run_kinds = ["device"', 'export_run_kinds = ["divice"', "export_run_kinds"),
     ],
 )
 def test_a_typo_is_named(old: str, new: str, message: str, tmp_path: Path) -> None:
@@ -74,11 +74,11 @@ def runs_on(**changes: object) -> RunsOn:
 
 
 def test_what_a_machine_lacks_is_listed() -> None:
-    assert host.meets(runs_on()) == () and host.place(runs_on()) == "device"
+    assert host.meets(runs_on()) == () and host.run_kind(runs_on()) == "device"
     assert "no_such_flag" in host.meets(runs_on(cpu_flags_all=("no_such_flag",)))[0]
     assert host.meets(runs_on(cpu_flags_any=("no_such_flag", "nor_this")))
-    assert host.place(runs_on(machine="riscv128")) == "host-kernels"
-    assert host.place(runs_on(machine="riscv128", elsewhere="emulator")) == "emulator"
+    assert host.run_kind(runs_on(machine="riscv128")) == "host-kernels"
+    assert host.run_kind(runs_on(machine="riscv128", elsewhere="emulator")) == "emulator"
     with pytest.raises(ValueError, match="elsewhere"):
         runs_on(elsewhere="device")  # what stands in for a device is none
 

@@ -23,16 +23,17 @@ import edgeq  # noqa: E402
 from edgeq.bundle.manifest import load_manifest  # noqa: E402
 from edgeq.bundle.verify import verify  # noqa: E402
 from edgeq.data.sessions import embed_batches  # noqa: E402
-from edgeq.data.tokens import Tokenizer, batches  # noqa: E402
+from edgeq.data.tokenizer import Tokenizer  # noqa: E402
+from edgeq.data.tokens import batches  # noqa: E402
 from edgeq.errors import ConfigError, Unsupported  # noqa: E402
 from edgeq.evaluation import parity  # noqa: E402
-from edgeq.frontend import export as exporting  # noqa: E402
-from edgeq.frontend import locate  # noqa: E402
-from edgeq.frontend.torch.export import run  # noqa: E402
-from edgeq.frontend.torch.load import load  # noqa: E402
+from edgeq.frontend import float_model, locate  # noqa: E402
+from edgeq.frontend.torch.convert import convert  # noqa: E402
+from edgeq.frontend.torch.load import load_model  # noqa: E402
 from edgeq.graph.float_session import FloatSession  # noqa: E402
 from edgeq.pipeline import stages  # noqa: E402
-from edgeq.pipeline.export import ExportRequest, export  # noqa: E402
+from edgeq.pipeline.export import export  # noqa: E402
+from edgeq.pipeline.request import ExportRequest  # noqa: E402
 from edgeq.system.cache import Cache  # noqa: E402
 from edgeq.targets import load_target  # noqa: E402
 
@@ -44,7 +45,7 @@ ORT = "x86-64-avx2-onnxruntime"
 def torch_in_this_process() -> Any:
     """Run torch here: a child for each model would spend its time on importing it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting, "_run_torch", lambda where, out, hidden: run(where, out, hidden))
+        patch.setattr(float_model, "_run_torch", lambda where, out, hidden: convert(where, out, hidden))
         yield
 
 
@@ -156,7 +157,7 @@ def test_a_mask_that_the_vectors_do_not_follow_is_refused(models: dict[str, Path
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(config | {"model_input_names": ["input_ids", "attention_mask"]}), encoding="utf-8")
     with pytest.raises(Unsupported, match=r"masked: padding moves .* \"model_input_names\": \[\"input_ids\"\]"):
-        load(locate.locate(str(directory), tower="text"))
+        load_model(locate.locate(str(directory), tower="text"))
 
 
 def test_a_target_of_shorter_texts_than_the_model_reads_is_refused(bundles: dict[str, Path]) -> None:

@@ -12,7 +12,8 @@ import tokenizers
 
 from edgeq.calibration.observe import equal_length_batches
 from edgeq.data import splits, text_files, tokens
-from edgeq.data.plans import TextPlan, plan_texts, spread_validation
+from edgeq.data.plans import TextPlan, limit_validation, plan_texts
+from edgeq.data.tokenizer import Tokenizer
 from edgeq.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -64,20 +65,20 @@ def test_a_missing_file_is_one_message(tmp_path: Path) -> None:
 
 def test_a_text_stays_on_its_side_whatever_stands_beside_it() -> None:
     many = [f"text number {row}" for row in range(500)]
-    calibration, validation = text_files.split(many)
+    calibration, validation = splits.split(many, splits.sha256_text)
     assert 60 < len(validation) < 140
-    assert text_files.split(many[::2])[1] == [text for text in validation if text in set(many[::2])]
+    assert splits.split(many[::2], splits.sha256_text)[1] == [text for text in validation if text in set(many[::2])]
 
 
 def test_overlap_is_found_whatever_case_and_spacing() -> None:
     with pytest.raises(ConfigError, match='text 2 and text 1: "B  two"'):
-        text_files.refuse_overlap(["a", "b two"], "one", ["B  two", "c"], "other")
+        splits.refuse_overlap(["a", "b two"], "one", ["B  two", "c"], "other")
 
 
 def test_sampling_is_repeatable_and_keeps_the_order() -> None:
     many = [str(row) for row in range(100)]
-    drawn = text_files.sample(many, 10, 3)
-    assert drawn == text_files.sample(many, 10, 3) != text_files.sample(many, 10, 4)
+    drawn = splits.sample(many, 10, 3)
+    assert drawn == splits.sample(many, 10, 3) != splits.sample(many, 10, 4)
     assert drawn == sorted(drawn, key=int)
 
 
@@ -126,7 +127,7 @@ def test_a_long_text_is_cut_at_the_side_that_the_tokenizer_names(side: str, kept
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.enable_truncation(3, direction=side)
-    found = tokens.Tokenizer(tokenizer, 2).encode(["a b c d", "b"])
+    found = Tokenizer(tokenizer, 2).encode(["a b c d", "b"])
     assert found.ids == (kept, (1,)) and found.truncated == 1
 
 
@@ -154,11 +155,20 @@ def test_the_check_finds_what_is_wrong(line: str | None, message: str, tmp_path:
     assert message in done.stderr
 
 
-def test_few_texts_are_spread_over_all_of_them() -> None:
+def test_positions_are_evenly_spaced() -> None:
+    assert splits.evenly_spaced(100, 4) == [0, 33, 66, 99]
+    assert splits.evenly_spaced(5, None) == splits.evenly_spaced(5, 100) == [0, 1, 2, 3, 4]
+    assert splits.evenly_spaced(9, 1) == [0]
+    assert splits.evenly_spaced(0, 4) == splits.evenly_spaced(0, None) == []
+    for count in range(1, 200):
+        for most in range(2, count + 1):
+            positions = splits.evenly_spaced(count, most)
+            assert positions == sorted(set(positions)), "each position once"
+            assert (len(positions), positions[0], positions[-1]) == (most, 0, count - 1)
+
+
+def test_few_texts_validate_from_all_over_the_set() -> None:
     every = tuple(f"text {row}" for row in range(100))
-    few = splits.spread(every, 4)
-    assert few == ("text 0", "text 33", "text 66", "text 99")
-    assert splits.spread(every, None) == splits.spread(every, 100) == every
     plan = TextPlan(every, every[:9], "a", "b")
-    kept = spread_validation(plan, 3)
+    kept = limit_validation(plan, 3)
     assert (kept.calibration, kept.validation) == (every, ("text 0", "text 4", "text 8"))

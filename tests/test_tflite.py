@@ -19,7 +19,7 @@ pytest.importorskip("ai_edge_litert", reason="needs the extra `tflite`")
 from ai_edge_litert import schema_py_generated as schema
 
 from edgeq.backends import tflite
-from edgeq.backends.tflite import kernels, moves
+from edgeq.backends.tflite import data_movement, kernels
 from edgeq.backends.tflite.emitter import Settings
 from edgeq.backends.tflite.lowering import lower_model
 from edgeq.data.sessions import embed_batches
@@ -217,5 +217,5 @@ def test_first_tokens_of_different_widths_have_sizes_of_their_own() -> None:
     bounds = [add_constant(graph, name, np.array([at], np.int64)) for name, at in (("a", 0), ("b", 1), ("c", 1))]
     for width in (64, 192):
         node = ir.node("Slice", [ir.Value(name=str(width)), *bounds], name=f"first_of_{width}")
-        moves._first_row(Emit(), node)  # type: ignore[arg-type]
+        data_movement._first_row(Emit(), node)  # type: ignore[arg-type]
     assert found == [[1, 1, 64], [1, 1, 192]]

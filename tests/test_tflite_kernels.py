@@ -20,14 +20,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgeq.system.worker import Worker, pack, unpack
+from edgeq.system.child_server import pack
+from edgeq.system.worker import Worker, child_command, unpack_reply
 
 pytest.importorskip("ai_edge_litert", reason="needs the extra `tflite`")
 from ai_edge_litert import schema_py_generated as schema
 
 from edgeq.backends.tflite import child
 from edgeq.backends.tflite.kernels import KERNELS, LITERT, read, violations
-from edgeq.backends.tflite.writer import DTYPES, Codes, ModelWriter
+from edgeq.backends.tflite.writer import DTYPES, ModelWriter, QuantParams
 
 pytestmark = pytest.mark.tflite
 
@@ -36,10 +37,10 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Operand:
-    """Codes and what they mean; without parameters they are plain numbers."""
+    """QuantParams and what they mean; without parameters they are plain numbers."""
 
     codes: Array
-    parameters: Codes | None = None
+    parameters: QuantParams | None = None
     is_constant: bool = False
 
     def real(self) -> NDArray[np.float64]:
@@ -56,7 +57,7 @@ class Case:
     operands: Sequence[Operand]
     exact: NDArray[np.float64]
     dtype: str
-    parameters: Codes | None = None
+    parameters: QuantParams | None = None
     options: tuple[str, dict[str, Any]] | None = None
     tolerance: int | Array = 1
 
@@ -99,7 +100,7 @@ class Case:
         return getattr(schema.BuiltinOptions, name), table
 
 
-def scale_and_zero_point(parameters: Codes | None, rank: int) -> tuple[Array, Array]:
+def scale_and_zero_point(parameters: QuantParams | None, rank: int) -> tuple[Array, Array]:
     """Give what a file stores (32-bit scales), in the shape that broadcasts against a tensor."""
     if parameters is None:
         return np.array(1.0), np.array(0.0)
@@ -108,7 +109,7 @@ def scale_and_zero_point(parameters: Codes | None, rank: int) -> tuple[Array, Ar
     return scale, np.array(parameters.zero_points, np.float64).reshape(shape)
 
 
-def decoded(codes: Array, parameters: Codes | None) -> NDArray[np.float64]:
+def decoded(codes: Array, parameters: QuantParams | None) -> NDArray[np.float64]:
     scale, zero_point = scale_and_zero_point(parameters, codes.ndim)
     return (codes - zero_point) * scale
 
@@ -135,9 +136,9 @@ def ordered(dtype: str, *shape: int) -> Array:
     return np.sort(shuffled(dtype, *shape), axis=None).reshape(shape)
 
 
-def of(dtype: str, scale: float, zero_point: int) -> Codes:
+def of(dtype: str, scale: float, zero_point: int) -> QuantParams:
     """Give 16-bit codes no zero point, and a scale for the same range: 256 times as fine."""
-    return Codes.of(scale, zero_point) if dtype == "int8" else Codes.of(scale / 256.0)
+    return QuantParams.of(scale, zero_point) if dtype == "int8" else QuantParams.of(scale / 256.0)
 
 
 # --- the cases --------------------------------------------------------------------------------------------------------
@@ -217,7 +218,8 @@ def products() -> Iterator[Case]:
     """Give products of tensors: of all pairs (inner length 1), of rows, and each row's with itself."""
     for dtype, version in (("int8", 2), ("int16", 3)):
         left, right, scores = of(dtype, 0.07, -11), of(dtype, 0.05, 23), of(dtype, 0.6, 5)
-        wide, shares = of(dtype, 3.0, 5), Codes.of(1 / 256, -128) if dtype == "int8" else Codes.of(1 / 32768)
+        wide = of(dtype, 3.0, 5)
+        shares = QuantParams.of(1 / 256, -128) if dtype == "int8" else QuantParams.of(1 / 32768)
         column = Operand(GRID[dtype][None, :, None], left)
         heads = Operand(shuffled(dtype, 1, 3, 40, 32), left)
         others = Operand(shuffled(dtype, 1, 3, 24, 32), right)
@@ -229,13 +231,13 @@ def products() -> Iterator[Case]:
         ]
         if dtype == "int16":
             rows = Operand(ordered(dtype, 1, 2048, 1, 32), left)
-            cases.append(("squares", rows, rows, True, Codes.of(0.08)))
+            cases.append(("squares", rows, rows, True, QuantParams.of(0.08)))
         if dtype == "int8":  # with 32 bits it reads no zero point
-            plain, ones = Operand(weights.codes, Codes.of(1.0)), np.ones((1, 1, 1, 24), np.int8)
+            plain, ones = Operand(weights.codes, QuantParams.of(1.0)), np.ones((1, 1, 1, 24), np.int8)
             exact = plain.real().sum(axis=-1, keepdims=True)
-            operands, options = (plain, Operand(ones, Codes.of(1.0), is_constant=True)), {"adjY": True}
+            operands, options = (plain, Operand(ones, QuantParams.of(1.0), is_constant=True)), {"adjY": True}
             table = ("BatchMatMulOptions", options)
-            yield Case("sums", "BATCH_MATMUL", 2, operands, exact, "int32", Codes.of(1.0), table, tolerance=0)
+            yield Case("sums", "BATCH_MATMUL", 2, operands, exact, "int32", QuantParams.of(1.0), table, tolerance=0)
         for name, one, other, is_adjoint, parameters in cases:
             exact = one.real() @ (other.real().swapaxes(-1, -2) if is_adjoint else other.real())
             options = ("BatchMatMulOptions", {"adjY": is_adjoint})
@@ -253,13 +255,13 @@ def linear() -> Iterator[Case]:
         codes = GRID[dtype] if width == 1 else shuffled(dtype, 65536)
         operands = [
             Operand(codes.reshape(1, -1, width), source),
-            Operand(weight.astype(np.int8), Codes(tuple(scales), (0,) * channels), is_constant=True),
+            Operand(weight.astype(np.int8), QuantParams(tuple(scales), (0,) * channels), is_constant=True),
         ]
         product_ = operands[0].real() @ operands[1].real().T
         for bias_dtype in ("int32", "int64", None) if dtype == "int16" else ("int32", None):
             exact, bias = product_, []
             if bias_dtype is not None:
-                steps = Codes(tuple(scales * source.scales[0]), (0,) * channels)
+                steps = QuantParams(tuple(scales * source.scales[0]), (0,) * channels)
                 reals = RANDOM.uniform(-3.0, 3.0, channels)
                 stored = np.rint(reals / np.array(steps.scales)).astype(bias_dtype)
                 bias = [Operand(stored, steps, is_constant=True)]
@@ -272,13 +274,14 @@ def linear() -> Iterator[Case]:
 
 def row_products() -> Iterator[Case]:
     """Give products of each channel with its own number, as a convolution over one place at a time."""
-    x = Operand(shuffled("int16", 1, 1, 1024, 64), Codes.of(0.07 / 256.0))
+    x = Operand(shuffled("int16", 1, 1, 1024, 64), QuantParams.of(0.07 / 256.0))
     signs = np.where(RANDOM.random(64) < 0.5, -127, 127).astype(np.int8).reshape(1, 1, 1, 64)
     scales = tuple(RANDOM.uniform(0.1, 3.0, 64) / 127.0)
-    row = Operand(signs, Codes(scales, (0,) * 64, axis=3), is_constant=True)
+    row = Operand(signs, QuantParams(scales, (0,) * 64, axis=3), is_constant=True)
     values = {"padding": schema.Padding.VALID, "strideW": 1, "strideH": 1, "depthMultiplier": 1}
     options = ("DepthwiseConv2DOptions", values)
-    yield Case("", "DEPTHWISE_CONV_2D", 5, [x, row], x.real() * row.real(), "int16", Codes.of(0.2 / 256.0), options)
+    params = QuantParams.of(0.2 / 256.0)
+    yield Case("", "DEPTHWISE_CONV_2D", 5, [x, row], x.real() * row.real(), "int16", params, options)
 
 
 def interpolated(case: Case) -> Case:
@@ -315,8 +318,8 @@ def functions() -> Iterator[Case]:
         yield Case("", "REDUCE_MAX", version, [x, over], exact, dtype, x.parameters, options, tolerance=0)
 
         if dtype == "int16":
-            x = Operand(ALL[dtype][None], Codes.of(12.0 / 32767.0))
-            one = Codes.of(1 / 32768)
+            x = Operand(ALL[dtype][None], QuantParams.of(12.0 / 32767.0))
+            one = QuantParams.of(1 / 32768)
             yield interpolated(Case("", "LOGISTIC", 3, [x], 1.0 / (1.0 + np.exp(-x.real())), dtype, one))
             yield interpolated(Case("", "TANH", 3, [x], np.tanh(x.real()), dtype, one))
 
@@ -328,18 +331,19 @@ def functions() -> Iterator[Case]:
 
 def weights() -> Iterator[Case]:
     """Give what attention's weights are made of: the largest of a row, the distance from it, exp."""
-    scores = Operand(shuffled("int8", 1, 12, 64, 128), Codes.of(0.05, 3))
+    scores = Operand(shuffled("int8", 1, 12, 64, 128), QuantParams.of(0.05, 3))
     axis, options = Operand(np.array([3], np.int32), is_constant=True), ("ReducerOptions", {"keepDims": True})
     largest = scores.real().max(axis=-1, keepdims=True)
     parameters = scores.parameters
     yield Case("", "REDUCE_MAX", 2, [scores, axis], largest, "int8", parameters, options, tolerance=0)
     column = Operand(scores.codes.max(axis=-1, keepdims=True), parameters)
-    below, options = Codes.of(0.05, 127), ("SubOptions", {"potScaleInt16": False})
+    below, options = QuantParams.of(0.05, 127), ("SubOptions", {"potScaleInt16": False})
     exact = scores.real() - largest
     yield Case("from the largest", "SUB", 2, [scores, column], exact, "int8", below, options, tolerance=0)
     for scale in (0.01, 0.05, 0.2):
-        x = Operand(ALL["int8"][None], Codes.of(scale, 127))
-        yield Case(str(scale), "EXP", 2, [x], np.exp(x.real()), "int8", Codes.of(1 / 255, -128), ("ExpOptions", {}))
+        x = Operand(ALL["int8"][None], QuantParams.of(scale, 127))
+        params = QuantParams.of(1 / 255, -128)
+        yield Case(str(scale), "EXP", 2, [x], np.exp(x.real()), "int8", params, ("ExpOptions", {}))
 
 
 def softmaxes() -> Iterator[Case]:
@@ -349,7 +353,7 @@ def softmaxes() -> Iterator[Case]:
     anything smaller, so each of a row's members may add that to the sum by which the others are divided.
     """
     pairs = {dtype: np.stack(np.meshgrid(grid, grid, indexing="ij"), axis=-1) for dtype, grid in GRID.items()}
-    for dtype, version, shares in (("int8", 2, Codes.of(1 / 256, -128)), ("int16", 3, Codes.of(1 / 32768))):
+    for dtype, version, shares in (("int8", 2, QuantParams.of(1 / 256, -128)), ("int16", 3, QuantParams.of(1 / 32768))):
         near, far = shuffled(dtype, 1, 12, 1024, 8), shuffled(dtype, 1, 12, 64, 128)
         for name, codes, scale in (("all pairs", pairs[dtype], 0.04), ("near", near, 0.02), ("far", far, 0.5)):
             x = Operand(codes, of(dtype, scale, 9))
@@ -366,11 +370,11 @@ def inverse_roots() -> Iterator[Case]:
 
     Interpolated, it is within 1.1 % from code 259 up, but 3.6 times too large at codes below 128 that do not saturate.
     """
-    x = Operand(ALL["int16"][None, 2**15 :], Codes.of(0.002))
+    x = Operand(ALL["int16"][None, 2**15 :], QuantParams.of(0.002))
     with np.errstate(divide="ignore"):
         exact = 1.0 / np.sqrt(x.real())
     for name, first in (("no code saturates", 1), ("codes below 259 saturate", 259)):
-        case = interpolated(Case(name, "RSQRT", 1, [x], exact, "int16", Codes.of(exact[0, first] / 32767.0)))
+        case = interpolated(Case(name, "RSQRT", 1, [x], exact, "int16", QuantParams.of(exact[0, first] / 32767.0)))
         limit = np.where(x.codes < 259, np.inf, 1 + 0.011 * case.expected())
         yield replace(case, tolerance=np.minimum(case.tolerance, limit))
 
@@ -405,9 +409,9 @@ def moves() -> Iterator[Case]:
         exact, options = texts.real()[:, :1], ("SliceOptions", {})
         yield Case("", "SLICE", 4, [texts, *bounds], exact, dtype, parameters, options, tolerance=0)
 
-    symmetric = Codes.of(0.04)
-    casts: list[tuple[Operand, str, Codes | None]] = [
-        (Operand(ALL["int8"].astype(np.int32)[None]), "int8", Codes.of(70.0, 1)),  # bits of the mask are codes
+    symmetric = QuantParams.of(0.04)
+    casts: list[tuple[Operand, str, QuantParams | None]] = [
+        (Operand(ALL["int8"].astype(np.int32)[None]), "int8", QuantParams.of(70.0, 1)),  # bits of the mask are codes
         (Operand(ALL["int16"].astype(np.int32)[None]), "int16", symmetric),
         (Operand(ALL["int8"][None], symmetric), "int16", symmetric),
         (Operand(ALL["int8"][None], symmetric), "int32", None),
@@ -448,7 +452,7 @@ SILENTLY_WRONG = [
 
 @pytest.fixture(scope="module", params=["litert", "litert-builtin"])
 def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
-    with Worker([sys.executable, "-I", child.__file__, request.param], request.param, time_limit_s=60) as worker:
+    with Worker(child_command(sys.executable, child.__file__, request.param), request.param, time_limit_s=60) as worker:
         yield worker
 
 
@@ -457,7 +461,7 @@ def run(case: Case, worker: Worker, folder: Path) -> Array:
     path.write_bytes(case.to_bytes())
     worker.call(do="load", path=str(path), threads=1)
     given = {f"operand_{i}": pack(each.codes) for i, each in enumerate(case.operands) if not each.is_constant}
-    result = unpack(worker.call(do="run", signature="only", inputs=given)["outputs"]["result"])
+    result = unpack_reply(worker.call(do="run", signature="only", inputs=given)["outputs"]["result"])
     assert result.dtype == case.dtype and result.shape == case.exact.shape
     return result
 

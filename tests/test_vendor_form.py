@@ -103,8 +103,8 @@ def test_promoted_products_stay_float() -> None:
 
 def test_feeds_are_spread_over_the_lengths() -> None:
     tokens = [[1] * length for length in (3, 9, 5, 7, 1)]
-    assert [len(ids) for ids in stages.spread(tokens, 3)] == [9, 5, 1]
-    assert [len(ids) for ids in stages.spread(tokens, 99)] == [9, 7, 5, 3, 1]
+    assert [len(ids) for ids in stages.spaced_by_length(tokens, 3)] == [9, 5, 1]
+    assert [len(ids) for ids in stages.spaced_by_length(tokens, 99)] == [9, 7, 5, 3, 1]
 
 
 def test_a_scheme_of_a_vendor_is_read_back_as_it_was() -> None:

@@ -21,12 +21,12 @@ from edgeq.records import (
     Gate,
     Manifest,
     Measures,
-    Migration,
     ParityReport,
     Placement,
     QdqModel,
     RunsOn,
     Scheme,
+    Smoothing,
     Source,
     Target,
     TextSet,
@@ -50,8 +50,8 @@ GATE = Gate(
     norm_error_unnormalized_max=0.05,
     float_fallbacks_max=0,
     host_operators_max=0,
-    export_places=("device", "host-kernels"),
-    release_places=("device",),
+    export_run_kinds=("device", "host-kernels"),
+    release_run_kinds=("device",),
 )
 PLACEMENT = Placement(integer_matmuls=3, float_by_scheme=(), float_fallbacks=(), operators={"Gather": 1})
 MEASURES = Measures(
@@ -205,7 +205,7 @@ def make_lineage(artifact_dir: Path, target: Target, prompts: Mapping[str, str] 
         float_model_sha256=equalized.file.sha256,
         texts=TEXT_SET,
         seed=0,
-        migration=Migration(strengths={"norm": 0.8}, cosine_mean=0.999, candidates=3),
+        smoothing=Smoothing(alphas={"norm": 0.8}, cosine_mean=0.999, candidates=3),
     )
     scheme = Scheme(
         name="w8a8-gemm",

@@ -1,4 +1,4 @@
-"""Say where a target loses quality, what mending it costs, and find the cheapest scheme with which the gate holds."""
+"""Rank weight products by the quality that promoting them gains, measure its cost, and search the cheapest scheme."""
 
 from __future__ import annotations
 
@@ -8,26 +8,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from edgeq.analysis import layer_errors, sensitivity
 from edgeq.analysis.sensitivity import Product, Sensitivity
 from edgeq.backends.registry import find
 from edgeq.bundle import benchmark
 from edgeq.calibration import file
 from edgeq.data.plans import plan_texts
+from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokens import Tokens, text_tokens, token_limit
 from edgeq.errors import ConfigError, ParityFailed, Unsupported
 from edgeq.frontend import locate
 from edgeq.graph import external_data
 from edgeq.pipeline import export as pipeline
 from edgeq.pipeline import stages
-from edgeq.pipeline.export import ExportRequest
-from edgeq.pipeline.stages import Report
+from edgeq.pipeline.request import ExportRequest
 from edgeq.quantization import schemes
 from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import Measures, Record, Scheme, Status, Target
 from edgeq.system import files
+from edgeq.system.progress import Progress
 
 MOST_TEXTS = 48  # each product runs all of them once: more texts do not change the ranking
 TIMED_TOKENS = 128
@@ -35,7 +34,7 @@ TIMED_TOKENS = 128
 
 @dataclass(frozen=True)
 class AnalysisRequest:
-    """Hold what `edgeq analyze` was asked for."""
+    """Hold the options of `edgeq analyze`."""
 
     export: ExportRequest  # for one target; `out` is not used
     is_costed: bool
@@ -43,7 +42,7 @@ class AnalysisRequest:
 
 
 class Cost(Record):
-    """Say what promoting one product of a shape costs, from artifacts that differ in all products of that shape."""
+    """Hold the cost of promoting one product of a shape, measured on an artifact with all products of it promoted."""
 
     channels: int
     outputs: int
@@ -54,7 +53,7 @@ class Cost(Record):
 
 
 class Trial(Record):
-    """Say how the real artifact did with some products promoted."""
+    """Hold the parity and size of an artifact with some products promoted."""
 
     promoted: tuple[str, ...]
     status: Status
@@ -63,22 +62,22 @@ class Trial(Record):
 
 
 class Analysis(Record):
-    """Hold what was found for one target."""
+    """Hold the analysis for one target."""
 
     target: str
     change: str  # what promoting does in this scheme
     sensitivity: Sensitivity
     costs: tuple[Cost, ...]
     trials: tuple[Trial, ...]
-    found: Scheme | None  # the cheapest scheme that was found to hold the gate; None when none was looked for
+    found: Scheme | None  # the cheapest scheme found that meets the gate; None without --auto
 
 
-def analyze(request: AnalysisRequest, report: Report) -> Analysis:
-    """Measure each product, price the shapes, and look for the cheapest scheme that holds, as far as asked for.
+def analyze(request: AnalysisRequest, progress: Progress) -> Analysis:
+    """Measure the sensitivity of each product and, if requested, the costs and the cheapest scheme that passes.
 
     Args:
-        request: what is wanted.
-        report: called with (stage, done, total).
+        request: the options.
+        progress: called as `progress(stage, done, total)`.
 
     Raises:
         Unsupported: the target's codes are made by a vendor's compiler.
@@ -92,10 +91,10 @@ def analyze(request: AnalysisRequest, report: Report) -> Analysis:
             f"{target.name}: the scheme {own.name} leaves the codes to the vendor's compiler; one whose codes edgeq "
             "makes is needed. Analyse the model for another target."
         )
-    found = _sensitivity(request.export, target, report)
+    found = _sensitivity(request.export, target, progress)
     integer = not QUANTIZERS[own.kind].keeps_float
     with tempfile.TemporaryDirectory() as folder:
-        trials = _Trials(request.export, Path(folder), report)
+        trials = _Trials(request.export, Path(folder), progress)
         costs = _costs(found.products, trials) if request.is_costed or request.is_automatic else ()
         scheme = _cheapest(found.products, costs, trials) if request.is_automatic else None
     return Analysis(
@@ -108,7 +107,7 @@ def analyze(request: AnalysisRequest, report: Report) -> Analysis:
     )
 
 
-def _sensitivity(request: ExportRequest, target: Target, report: Report) -> Sensitivity:
+def _sensitivity(request: ExportRequest, target: Target, progress: Progress) -> Sensitivity:
     located = locate.locate(request.model, request.pooling, request.onnx, tower=request.tower)
     if located.takes_images:
         raise ConfigError(
@@ -119,10 +118,10 @@ def _sensitivity(request: ExportRequest, target: Target, report: Report) -> Sens
         request.texts, request.column, request.validation, request.evaluation, request.samples, request.seed
     )
     find(target.backend, target.name).tools()
-    report("export", 0, 1)
+    progress("export", 0, 1)
     floats = stages.float_model(located, request.hidden_state, request.cache)
-    report("export", 1, 1)
-    calibrated = stages.calibrated(floats, texts, request.seed, request.cache, report)
+    progress("export", 1, 1)
+    calibrated = stages.calibrated(floats, texts, request.seed, request.cache, progress)
     model = stages.quantized(target, calibrated, request.cache)
     equalized = external_data.load(Path(calibrated.equalized.file.path))
     statistics = file.load(Path(calibrated.calibration.file.path))
@@ -130,19 +129,19 @@ def _sensitivity(request: ExportRequest, target: Target, report: Report) -> Sens
     limit = token_limit(target.buckets_tokens, model.max_sequence)
     tokens = text_tokens(stages.validation(floats, texts, request.cache, limit).samples)
     by_length = sorted(range(len(tokens.ids)), key=lambda row: len(tokens.ids[row]))
-    rows = np.linspace(0, len(by_length) - 1, min(MOST_TEXTS, len(by_length))).round().astype(int)
+    rows = evenly_spaced(len(by_length), MOST_TEXTS)
     few = Tokens(tuple(tokens.ids[by_length[row]] for row in rows), 0, tokens.pad_id)
     qdq = external_data.load(Path(model.file.path))
-    return sensitivity.measure(counterpart, qdq, model.scheme, model.integer_matmuls, few, report)
+    return sensitivity.measure(counterpart, qdq, model.scheme, model.integer_matmuls, few, progress)
 
 
 class _Trials:
-    """Export the target with products promoted, each set once, and keep what came out."""
+    """Export the target with sets of products promoted, each set once, and keep the results."""
 
-    def __init__(self, request: ExportRequest, folder: Path, report: Report) -> None:
+    def __init__(self, request: ExportRequest, folder: Path, progress: Progress) -> None:
         self._request = request
         self._folder = folder
-        self._report = report
+        self._progress = progress
         self._known: dict[tuple[str, ...], tuple[Trial, Path]] = {}
 
     @property
@@ -154,7 +153,7 @@ class _Trials:
         return schemes.promote(schemes.find(target.scheme, target.name), names)
 
     def run(self, names: Sequence[str]) -> tuple[Trial, Path]:
-        """Give the trial, and its bundle."""
+        """Give the trial for a set of products, and its bundle; export them the first time."""
         scheme = self.scheme(names)
         if scheme.promoted not in self._known:
             number = len(self._known)
@@ -162,7 +161,7 @@ class _Trials:
             files.write_bytes(path, scheme.model_dump_json().encode())
             out = self._folder / str(number)
             wanted = replace(self._request, scheme=path, out=out, keep_failed=True, dry_run=False)
-            (made,) = pipeline.export(wanted, self._report)
+            (made,) = pipeline.export(wanted, self._progress)
             trial = Trial(
                 promoted=scheme.promoted, status=made.status, measures=made.parity, size_bytes=made.size_bytes
             )
@@ -170,7 +169,7 @@ class _Trials:
         return self._known[scheme.promoted]
 
     def milliseconds(self, bundle: Path) -> tuple[float | None, str | None]:
-        """Give the median time of one text, or None and why."""
+        """Give the median latency of one text, or None and the reason."""
         from edgeq.bundle.manifest import load_manifest
 
         manifest = load_manifest(bundle)
@@ -178,7 +177,7 @@ class _Trials:
         shapes = benchmark.Shapes(
             sequences=(min(TIMED_TOKENS, limit),), batches=(1,), threads=(1,), num_runs=40, warmup_runs=10
         )
-        measured = benchmark.measure(bundle, shapes, None, self._report)
+        measured = benchmark.measure(bundle, shapes, None, self._progress)
         time = measured.cells[0].latency
         return (time.p50_ms, None) if time else (None, f"it runs here on {measured.ran_on}, not on the device")
 
@@ -205,7 +204,7 @@ def _costs(products: Sequence[Product], trials: _Trials) -> tuple[Cost, ...]:
 
 
 def _cheapest(products: Sequence[Product], costs: Sequence[Cost], trials: _Trials) -> Scheme:
-    """Promote what gains most for its cost first, and find the fewest products with which the gate holds."""
+    """Order products by gain over cost, and find by bisection the fewest of them whose promotion meets the gate."""
     ordered = [item.name for item in by_value(products, costs)]
     if trials.run(())[0].status == "passed":
         return trials.scheme(())
@@ -226,7 +225,7 @@ def _cheapest(products: Sequence[Product], costs: Sequence[Cost], trials: _Trial
 
 
 def by_value(products: Sequence[Product], costs: Sequence[Cost]) -> list[Product]:
-    """Order products by gain over cost: milliseconds where they were measured, else bytes; what costs nothing first.
+    """Order products by gain over cost: in milliseconds where they were measured, else in bytes.
 
     Times differ by noise: none counts as less than a thousandth of the largest.
     """

@@ -7,7 +7,7 @@ means 16-bit activations there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -22,8 +22,7 @@ from edgeq.evaluation.parity import unit
 from edgeq.graph.float_session import FloatSession
 from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import Record, Scheme
-
-Report = Callable[[str, int, int], None]
+from edgeq.system.progress import Progress
 
 _TAIL = 0.1  # of the texts: the worst tenth counts as much as all of them
 _PRODUCTS = ("Gemm", "MatMul")
@@ -31,7 +30,7 @@ _CODERS = ("QuantizeLinear", "DequantizeLinear")
 
 
 class Quality(Record):
-    """Hold how near vectors are to FP32's."""
+    """Hold cosines of vectors with FP32's."""
 
     cosine_mean: float
     cosine_tail: float  # mean over the worst tenth of the texts
@@ -39,12 +38,12 @@ class Quality(Record):
 
     @property
     def score(self) -> float:
-        """Give one number to rank by: the mean over all texts and over the worst tenth, with the same weight."""
+        """Give the score for ranking: the average of the mean over all texts and the mean over the worst tenth."""
         return (self.cosine_mean + self.cosine_tail) / 2.0
 
 
 class Product(Record):
-    """Say what one weight product costs, measured with that product alone promoted."""
+    """Hold the quality with one weight product alone promoted."""
 
     name: str
     channels: int  # of its input
@@ -54,7 +53,7 @@ class Product(Record):
 
 
 class Step(Record):
-    """Say what promoting the best products together gives."""
+    """Hold the quality with the best products promoted together."""
 
     promoted: int
     added: tuple[str, ...]
@@ -73,7 +72,7 @@ class Sensitivity(Record):
 
 def measure(
     float_model: onnx.ModelProto, qdq_model: onnx.ModelProto, scheme: Scheme, names: Sequence[str], tokens: Tokens,
-    report: Report,
+    progress: Progress,
 ) -> Sensitivity:  # fmt: skip
     """Promote each product alone, rank them, then promote 1, 2, 4, ... and all of them together.
 
@@ -83,7 +82,7 @@ def measure(
         scheme: of the QDQ model.
         names: of its integer products.
         tokens: of the texts that are compared.
-        report: called as `report(stage, done, total)`.
+        progress: called as `progress(stage, done, total)`.
 
     Raises:
         EdgeqError: a product is not in the models, or no vector comes out.
@@ -100,7 +99,7 @@ def measure(
     weights = _weights(float_model) if keeps_float else None
     found = []
     for done, name in enumerate(names):
-        report("sensitivity", done, len(names))
+        progress("sensitivity", done, len(names))
         quality = _quality(reference, embed(promoted(qdq_model, (name,), weights)))
         channels, outputs = _shape(float_model, name)
         found.append(
@@ -114,14 +113,14 @@ def measure(
         quality = _quality(reference, embed(promoted(qdq_model, chosen, weights)))
         steps.append(Step(promoted=count, added=tuple(chosen[before:]), quality=quality))
         before = count
-    report("sensitivity", len(names), len(names))
+    progress("sensitivity", len(names), len(names))
     return Sensitivity(scheme=scheme.name, texts=len(tokens.ids), base=base, products=tuple(ranked), steps=tuple(steps))
 
 
 def promoted(
     model: onnx.ModelProto, names: Sequence[str], weights: dict[str, NDArray[np.float32]] | None
 ) -> onnx.ModelProto:
-    """Give the QDQ model with some products reading and giving values without codes.
+    """Give the QDQ model without QuantizeLinear and DequantizeLinear around some products.
 
     Args:
         model: not changed.
@@ -150,14 +149,14 @@ def promoted(
 
 
 def _uncoded(made: dict[str, onnx.NodeProto], name: str) -> str:
-    """Give the tensor that codes were made from, through one pair of QuantizeLinear and DequantizeLinear or more."""
+    """Give the tensor before one or more pairs of QuantizeLinear and DequantizeLinear."""
     while name in made and made[name].op_type in _CODERS and made[name].input[0] in made:
         name = made[name].input[0]
     return name
 
 
 def _uncode_result(graph: onnx.GraphProto, product: onnx.NodeProto) -> None:
-    """Let who reads the codes behind a product, and behind its bias, read the value itself."""
+    """Connect the readers of a product's (and its bias's) dequantised result to the float result."""
     value = product.output[0]
     reading = [node for node in graph.node if value in node.input]
     if len(reading) == 1 and reading[0].op_type == "Add":

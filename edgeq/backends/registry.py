@@ -1,4 +1,4 @@
-"""List the backends by name, and import one when it is asked for: importing all loads every runtime's writers."""
+"""List the backends by name, and import a backend's module when it is asked for; importing all is slow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write and check SHA256SUMS, in the form that `sha256sum -c` reads."""
+"""Write and check SHA256SUMS, in the format of `sha256sum -c`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _DIGITS_OF_A_DAMAGED_LINE = 8
 
 
 def bundle_files(directory: Path) -> dict[str, Path]:
-    """List every file of a bundle but SHA256SUMS, by its POSIX path, sorted."""
+    """List every file of a bundle except SHA256SUMS, by POSIX path, sorted."""
     found = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if not path.is_dir()}
     found.pop(SUMS, None)
     return dict(sorted(found.items()))
 
 
 def write_sums(directory: Path) -> None:
-    """Write SHA256SUMS over every other file.
+    """Hash every file of a bundle, and write SHA256SUMS.
 
     Raises:
-        EdgeqError: a file name holds a backslash or a line break, which SHA256SUMS cannot hold unescaped.
+        EdgeqError: a file name holds a backslash or a line break, which SHA256SUMS would have to escape.
     """
     lines = [f"{sha256_file(path)}  {name}" for name, path in bundle_files(directory).items()]
     bad = [line for line in lines if not _LINE.fullmatch(line)]
@@ -43,13 +43,13 @@ def check_sums(directory: Path, apart: Sequence[str] = ()) -> int:
 
     Args:
         directory: of a bundle or a release.
-        apart: files that may be there and are not listed, such as a signature of SHA256SUMS.
+        apart: files that may exist without being listed, such as a signature of SHA256SUMS.
 
     Returns:
-        How many files agree, SHA256SUMS not counted.
+        The number of files with the listed hash, SHA256SUMS not counted.
 
     Raises:
-        BundleCorrupt: a file is changed, missing, not listed, or no plain file; the message names each.
+        BundleCorrupt: a file is changed, missing, not listed, or no regular file; the message names each.
     """
     _require_plain(directory)
     listed = _read_sums(directory / SUMS)
@@ -66,7 +66,7 @@ def check_sums(directory: Path, apart: Sequence[str] = ()) -> int:
 
 
 def _require_plain(directory: Path) -> None:
-    """Refuse links, which may lead anywhere, and pipes and devices, which may never end."""
+    """Refuse links, which may lead out of the bundle, and pipes and devices, whose reading may never end."""
     odd = [path for path in directory.rglob("*") if path.is_symlink() or not (path.is_file() or path.is_dir())]
     if odd:
         names = ", ".join(sorted(path.relative_to(directory).as_posix() for path in odd[:5]))
@@ -74,7 +74,7 @@ def _require_plain(directory: Path) -> None:
 
 
 def _difference(name: str, path: Path, listed: str) -> str | None:
-    """Say which of a file and its line in SHA256SUMS is damaged."""
+    """Say whether a file or its line in SHA256SUMS is damaged; None where both agree."""
     try:
         found = sha256_file(path)
     except OSError as error:
@@ -88,7 +88,7 @@ def _difference(name: str, path: Path, listed: str) -> str | None:
 
 
 def _read_sums(path: Path) -> dict[str, str]:
-    """Read the sums by file name."""
+    """Read SHA256SUMS as file name -> hash."""
     reason = oversize(path, _MOST_BYTES)
     if reason is not None:
         raise BundleCorrupt(f"{path}: {reason}. {_AGAIN}")

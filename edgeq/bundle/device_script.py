@@ -1,4 +1,4 @@
-"""Find the device script: one file that needs numpy and a runtime, and nothing of edgeq."""
+"""Find the device script, one Python file that needs numpy and a runtime but no edgeq, and the agent that runs it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from pathlib import Path
 
 from edgeq.targets import data_dir
 
-SCRIPT = "validate.py"  # by this name it lies in each bundle
+SCRIPT = "validate.py"  # its name in each bundle
 
 _FOLDER, _AGENT = "tools/device", "agent.py"
 
 
 def device_script() -> Path:
-    """Give edgeq's own device script: in a checkout's tools/device, or in the wheel.
+    """Give the path of edgeq's device script: in a checkout's tools/device, or in the wheel.
 
-    A bundle carries a copy for those without edgeq. edgeq itself runs this one: a bundle comes from elsewhere, and what
-    it holds is data to edgeq, never code.
+    Each bundle carries a copy for users without edgeq. edgeq never runs that copy: a bundle may come from anywhere, and
+    its files are data to edgeq, not code.
 
     Raises:
         ConfigError: the installation is damaged.
@@ -24,7 +24,7 @@ def device_script() -> Path:
 
 
 def device_agent() -> Path:
-    """Give the far end of ssh: what holds a bundle on a device and runs the device script there.
+    """Give the path of the agent that stores a bundle on an ssh machine and runs the device script there.
 
     Raises:
         ConfigError: the installation is damaged.

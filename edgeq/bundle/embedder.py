@@ -1,4 +1,4 @@
-"""Run a bundle: texts in, vectors out."""
+"""Embed texts with a bundle's artifact: tokenize, batch by length, run."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.data.sessions import Session, embed_batches
-from edgeq.data.tokens import Tokenizer, batches, token_limit
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import batches, token_limit
 from edgeq.errors import ConfigError
 from edgeq.records import Manifest
 
 _log = logging.getLogger(__name__)
 
-# The prompts of a role, in the order in which sentence-transformers looks for them.
+# The prompts for queries and documents, in the order in which sentence-transformers looks for them.
 _QUERY, _DOCUMENT = ("query",), ("document", "passage", "corpus")
 
 
 class Embedder:
-    """Keep a loaded artifact and its tokenizer; `load` makes one."""
+    """Embed texts with a loaded artifact and its tokenizer; `edgeq.load` makes one."""
 
     def __init__(self, session: Session, tokenizer: Tokenizer, manifest: Manifest) -> None:
-        """Take what `load` prepared, or any other session that answers for the same model (FP32, for one).
+        """Take a session of the bundle's artifact, or of its FP32 model.
 
         Args:
             session: the loaded model.
@@ -46,16 +47,16 @@ class Embedder:
         """Embed texts, batched by length.
 
         Args:
-            texts: any number; one that is longer than the model's limit is cut, and a warning logged.
+            texts: any number; longer ones than the model's limit are cut, with a warning.
             batch_size: the most texts run at once.
-            prompt_name: which of the model's prompts goes before each text; None takes the model's default, if any.
-            prompt: what goes before each text, instead of a prompt of the model's; "" is none at all.
+            prompt_name: names the prompt of the model to put before each text; None takes its default, if any.
+            prompt: a string to put before each text instead; "" puts none.
 
         Returns:
             float32[texts, dim], in the order of the texts.
 
         Raises:
-            ConfigError: `texts` is a single string or holds something else than strings, the batch size is not
+            ConfigError: `texts` is a single string or holds other objects than strings, the batch size is not
                 positive, the model has no prompt of this name, or both prompts are given.
         """
         if prompt is None:
@@ -81,32 +82,32 @@ class Embedder:
     def encode_query(
         self, texts: Sequence[str], batch_size: int = 32, prompt_name: str | None = None, prompt: str | None = None
     ) -> NDArray[np.float32]:
-        """Embed texts that search: the model's prompt "query" goes before each, if it has one, else none.
+        """Embed queries: the model's prompt "query" goes before each, if it has one.
 
-        Args, returned vectors and errors are those of `encode`.
+        Arguments, result and errors are those of `encode`.
         """
         return self._encode_as(_QUERY, texts, batch_size, prompt_name, prompt)
 
     def encode_document(
         self, texts: Sequence[str], batch_size: int = 32, prompt_name: str | None = None, prompt: str | None = None
     ) -> NDArray[np.float32]:
-        """Embed texts that are found: the first prompt of "document", "passage" and "corpus" goes before each, if any.
+        """Embed documents: the model's prompt "document", else "passage", else "corpus" goes before each, if any.
 
-        Args, returned vectors and errors are those of `encode`.
+        Arguments, result and errors are those of `encode`.
         """
         return self._encode_as(_DOCUMENT, texts, batch_size, prompt_name, prompt)
 
     def _encode_as(
         self, names: Sequence[str], texts: Sequence[str], batch_size: int, prompt_name: str | None, prompt: str | None
     ) -> NDArray[np.float32]:
-        """Embed texts with the first of these prompts that the model has, unless another is asked for."""
+        """Embed texts with the first of these prompts that the model has, unless a prompt is given."""
         if prompt_name is None and prompt is None:
             prompt_name = next((name for name in names if name in self.manifest.source.prompts), None)
-            prompt = "" if prompt_name is None else None  # a role without a prompt does not fall back to the default
+            prompt = "" if prompt_name is None else None  # without such a prompt the default is not used
         return self.encode(texts, batch_size, prompt_name, prompt)
 
     def _prompt(self, name: str | None) -> str:
-        """Give the prompt of this name, or the model's default, or nothing."""
+        """Give the prompt of this name; for None the model's default prompt or ""."""
         prompts = self.manifest.source.prompts
         if name is None:
             default = self.manifest.source.default_prompt_name

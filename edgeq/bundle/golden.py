@@ -1,6 +1,6 @@
-"""Write and read the golden texts: token ids, masks, FP32's vectors and the artifact's, byte for byte the same.
+"""Write and read the golden texts (`golden.jsonl`), their token ids, and FP32's and the artifact's vectors (.npz).
 
-An artifact that was not run has no vectors: then `golden.npz` holds no `embeddings`.
+Equal data gives equal bytes. `golden.npz` holds no `embeddings` where the artifact was not run.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from edgeq.system.untrusted import oversize, parse_json
 VECTORS = "golden.npz"
 TEXTS = "golden.jsonl"
 
-# In the order in which they lie in the file.
+# Name -> dtype of the arrays, in the order of the file.
 _ARRAYS = {"input_ids": np.int64, "attention_mask": np.int64, "reference": np.float32, "embeddings": np.float32}
 AGAIN = "Fetch or export the bundle again."
-MOST_BYTES = 1 << 30
-# What numpy writes for version 1.0 of its format. Its own reader of headers is Python's, which nests and tokenizes.
+_MOST_BYTES = 1 << 30
+# The header that numpy writes for version 1.0 of .npy. numpy's own reader evaluates Python literals of any depth.
 _START, _MAGIC = struct.Struct("<8sH"), b"\x93NUMPY\x01\x00"
 _HEADER = re.compile(
     rb"\{'descr': '(?P<dtype>[<|][a-z]\d)', 'fortran_order': False, "
     rb"'shape': \((?P<shape>(\d{1,15}(, |,|(?=\))))*)\), \} *\n"
 )
 _DTYPES = (b"<i8", b"<f4", b"|u1")
-# What the reader of zip files raises on damaged ones.
+# The errors that `zipfile` raises on damaged files.
 _DAMAGE = (
     OSError, ValueError, KeyError, EOFError, RuntimeError, NotImplementedError, struct.error, zipfile.BadZipFile,
     zlib.error,
@@ -46,15 +46,15 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip file can hold
 
 @dataclass(frozen=True)
 class GoldenData:
-    """Hold the golden texts.
+    """Hold the golden texts with their token ids and vectors.
 
     Attributes:
-        texts: as they were embedded, prompt included.
+        texts: as embedded, prompt included.
         input_ids: int64[texts, longest], padded.
         attention_mask: int64[texts, longest].
         reference: float32[texts, dim], FP32's vectors.
         embeddings: float32[texts, dim], the artifact's vectors; None when it was not run.
-        pad_id: the id that pads.
+        pad_id: the padding token's id.
     """
 
     texts: tuple[str, ...]
@@ -76,7 +76,7 @@ def write_golden(directory: Path, golden: GoldenData) -> None:
     """Write `golden.npz` and `golden.jsonl`; the same data gives the same bytes.
 
     Raises:
-        EdgeqError: the arrays do not belong together.
+        EdgeqError: shapes or dtypes of the arrays do not fit together.
     """
     problem = _problem(golden)
     if problem is not None:
@@ -88,11 +88,11 @@ def write_golden(directory: Path, golden: GoldenData) -> None:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any] | np.generic]) -> None:
-    """Write an .npz file without time stamps."""
+    """Write an uncompressed .npz file without time stamps."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
             entry = zipfile.ZipInfo(f"{name}.npy", _EPOCH)
-            entry.create_system = 3  # the zip module writes the system it runs on
+            entry.create_system = 3  # `zipfile` would write the present system
             entry.external_attr = 0o644 << 16
             with archive.open(entry, "w") as file:
                 np.lib.format.write_array(file, np.asarray(array, order="C"), version=(1, 0), allow_pickle=False)
@@ -102,7 +102,7 @@ def read_golden(directory: Path) -> GoldenData:
     """Read the golden texts of a bundle; nothing is unpickled.
 
     Raises:
-        BundleCorrupt: a file is missing, malformed, or does not belong to the other.
+        BundleCorrupt: a file is missing or malformed, or the two do not fit together.
     """
     texts = read_lines(directory / TEXTS, "text")
     path = directory / VECTORS
@@ -120,7 +120,7 @@ def read_golden(directory: Path) -> GoldenData:
 
 
 def not_finite(reference: NDArray[np.float32], embeddings: NDArray[np.float32] | None) -> str | None:
-    """Say which vectors hold what is no number: nothing can be compared with them."""
+    """Say which vectors hold NaN or infinity, or None; they cannot be compared."""
     for name, array in (("reference", reference), ("embeddings", embeddings)):
         if array is not None and not np.isfinite(array).all():
             return f"{name} holds NaN or infinity"
@@ -133,7 +133,7 @@ def read_arrays(path: Path, names: Sequence[str], optional: str) -> dict[str, ND
     Raises:
         BundleCorrupt: the file or an array is missing or malformed.
     """
-    reason = oversize(path, MOST_BYTES)
+    reason = oversize(path, _MOST_BYTES)
     if reason is not None:
         raise BundleCorrupt(f"{path}: {reason}. {AGAIN}")
     try:
@@ -147,8 +147,8 @@ def read_arrays(path: Path, names: Sequence[str], optional: str) -> dict[str, ND
 
 
 def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> NDArray[Any]:
-    """Read one array, as `write_arrays` writes it: its header is held against the bytes that are there."""
-    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > MOST_BYTES:
+    """Read one array as `write_arrays` wrote it; the size in its header must fit the stored bytes."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > _MOST_BYTES:
         raise ValueError(f"{entry.filename} is compressed or too large; edgeq stores arrays as they are")
     with archive.open(entry) as file:
         content = file.read()
@@ -165,12 +165,12 @@ def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> NDArray[Any]:
 
 
 def read_lines(path: Path, key: str) -> tuple[str, ...]:
-    """Read the string under a key from every line.
+    """Read the string under a key from every line of a .jsonl file.
 
     Raises:
         BundleCorrupt: the file is missing or malformed.
     """
-    reason = oversize(path, MOST_BYTES)
+    reason = oversize(path, _MOST_BYTES)
     if reason is not None:
         raise BundleCorrupt(f"{path}: {reason}. {AGAIN}")
     try:
@@ -184,7 +184,7 @@ def read_lines(path: Path, key: str) -> tuple[str, ...]:
 
 
 def _problem(golden: GoldenData) -> str | None:
-    """Say what keeps the arrays from belonging together."""
+    """Say why the arrays do not fit together, or None."""
     count = len(golden.texts)
     if count == 0:
         return "no texts; at least one is needed"

@@ -1,7 +1,7 @@
-"""Write and read the golden images: what they became when resized and cropped, FP32's vectors and the artifact's.
+"""Write and read the golden images, resized and cropped (uint8), with FP32's and the artifact's vectors.
 
-Beside them lies what the bundle's preprocessing made of a test card that edgeq draws itself, so that another version of
-Pillow, or a changed configuration, is found out without shipping anybody's photographs whole.
+The file also holds a test card, drawn by edgeq and resized by the bundle's preprocessing: another version of Pillow or
+a changed configuration gives other pixels. So no photograph has to be shipped at its full size.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _ARRAYS: dict[str, tuple[type[np.generic], int]] = {
 
 @dataclass(frozen=True)
 class GoldenImages:
-    """Hold the golden images.
+    """Hold the golden images with their vectors.
 
     Attributes:
-        texts: their file names.
+        texts: the images' file names.
         codes: uint8[images, 3, height, width], resized and cropped, neither rescaled nor normalised.
-        test_card: uint8[3, height, width], the same of the test card.
+        test_card: uint8[3, height, width], the test card resized and cropped alike.
         reference: float32[images, dim], FP32's vectors.
         embeddings: float32[images, dim], the artifact's vectors; None when it was not run.
     """
@@ -52,25 +52,25 @@ def golden_images(
     reference: NDArray[np.float32],
     embeddings: NDArray[np.float32] | None,
 ) -> GoldenImages:
-    """Take prepared images for golden ones, and prepare the test card as they were.
+    """Make golden images from prepared ones, and preprocess the test card with the same configuration.
 
     Raises:
-        EdgeqError: they are no images.
+        EdgeqError: the samples are no images.
     """
     from edgeq.data import image_preprocessing
     from edgeq.data import images as pictures
 
     if not isinstance(images, pictures.Images):
         raise EdgeqError("golden images: given something else. This is a defect of edgeq; please report it.")
-    card = image_preprocessing.read(config / image_preprocessing.CONFIG).codes(image_preprocessing.test_card())
-    return GoldenImages(tuple(names), images.codes, card, reference, embeddings)
+    card = image_preprocessing.read(config / image_preprocessing.CONFIG).pixels(image_preprocessing.test_card())
+    return GoldenImages(tuple(names), images.pixels, card, reference, embeddings)
 
 
 def write_golden_images(directory: Path, golden: GoldenImages) -> None:
     """Write `golden.npz` and `golden.jsonl`; the same data gives the same bytes.
 
     Raises:
-        EdgeqError: the arrays do not belong together.
+        EdgeqError: shapes or dtypes of the arrays do not fit together.
     """
     problem = _problem(golden)
     if problem is not None:
@@ -85,7 +85,7 @@ def read_golden_images(directory: Path) -> GoldenImages:
     """Read the golden images of a bundle; nothing is unpickled.
 
     Raises:
-        BundleCorrupt: a file is missing, malformed, or does not belong to the other.
+        BundleCorrupt: a file is missing or malformed, or the two do not fit together.
     """
     names = read_lines(directory / TEXTS, "image")
     arrays = read_arrays(directory / VECTORS, tuple(_ARRAYS), optional="embeddings")
@@ -97,7 +97,7 @@ def read_golden_images(directory: Path) -> GoldenImages:
 
 
 def _problem(golden: GoldenImages) -> str | None:
-    """Say what keeps the arrays from belonging together."""
+    """Say why the arrays do not fit together, or None."""
     count = len(golden.texts)
     if count == 0:
         return "no images; at least one is needed"

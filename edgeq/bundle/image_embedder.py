@@ -1,4 +1,4 @@
-"""Run a bundle of an image model: images in, vectors out."""
+"""Embed images with a bundle's artifact: resize, crop, normalise, run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from edgeq.records import Manifest
 
 
 class ImageEmbedder(Embedder):
-    """Keep a loaded artifact and its preprocessing; `edgeq.load` makes one."""
+    """Embed images with a loaded artifact and its preprocessing; `edgeq.load` makes one."""
 
     def __init__(self, session: Session, preprocessing: Preprocessing, manifest: Manifest) -> None:
-        """Take what `load` prepared, or any other session that answers for the same model.
+        """Take a session of the bundle's artifact, or of its FP32 model.
 
         Args:
             session: the loaded model.
@@ -40,17 +40,17 @@ class ImageEmbedder(Embedder):
         """Embed images, resized, cropped and normalised as the model's own processor does.
 
         Args:
-            texts: images: paths, Pillow images, or uint8[height, width, 3] (or [height, width]), of any sizes.
+            texts: the images: paths, Pillow images, or uint8[height, width, 3] (or [height, width]), of any sizes.
             batch_size: the most images prepared and run at once.
-            prompt_name: images have no prompt: leave it out.
-            prompt: likewise.
+            prompt_name: must be None: images have no prompt.
+            prompt: must be None.
 
         Returns:
             float32[images, dim], in the order of the images.
 
         Raises:
-            ConfigError: one image was given bare, one cannot be decoded, the batch size is not positive, or a prompt
-                was named.
+            ConfigError: `texts` is a single image, an image cannot be decoded, the batch size is not positive, or a
+                prompt is given.
         """
         if isinstance(texts, str | Path) or not isinstance(texts, Sequence):
             raise ConfigError("encode: a list of images is needed. Write encode([image]).")
@@ -68,5 +68,5 @@ class ImageEmbedder(Embedder):
 
 
 def _name(image: object, row: int) -> str:
-    """Say which image is meant."""
+    """Name an image for messages, by its position and path."""
     return f"encode: images[{row}]" + (f" ({image})" if isinstance(image, str | Path) else "")

@@ -1,4 +1,4 @@
-"""Load a bundle: find its backend, check this machine, and give what embeds texts or images."""
+"""Load a bundle: find its backend, check this machine's CPU, and make an embedder of texts or images."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from edgeq.backends.registry import find
 from edgeq.bundle.embedder import Embedder, _log
 from edgeq.bundle.manifest import load_manifest, require_cpu
 from edgeq.data.batches import PIXELS
-from edgeq.data.tokens import Tokenizer, token_limit
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import token_limit
 from edgeq.errors import Unsupported
-from edgeq.system.host import machine, place
+from edgeq.system.host import machine, run_kind
 
 
 def load(bundle: str | Path, threads: int = 0, allow_failed: bool = False) -> Embedder:
-    """Load a bundle.
+    """Load a bundle's artifact with its tokenizer or image preprocessing.
 
     Args:
         bundle: OUT/TARGET, as `edgeq export` wrote it.
-        threads: 0 leaves the choice to the target.
+        threads: 0 takes the target's number.
         allow_failed: load a bundle that missed its gate, too.
 
     Returns:
-        What embeds texts; for a bundle of an image model, what embeds images.
+        An embedder of texts, or an `ImageEmbedder` for an image model.
 
     Raises:
         ConfigError: there is no bundle at this path, or edgeq lacks its backend.
         BundleCorrupt: its manifest is not what edgeq writes.
-        Unsupported: this CPU lacks flags the target needs, or the bundle missed its gate.
+        Unsupported: this CPU lacks flags that the target needs, or the bundle missed its gate.
     """
     path = Path(bundle)
     manifest = load_manifest(path)
@@ -45,7 +46,7 @@ def load(bundle: str | Path, threads: int = 0, allow_failed: bool = False) -> Em
             target.name,
             target.runs_on.machine,
             machine(),
-            place(target.runs_on),
+            run_kind(target.runs_on),
         )
     session = backend.load(manifest.artifact, path, target, threads)
     if manifest.float_model.inputs == (PIXELS,):

@@ -1,4 +1,4 @@
-"""Read a bundle's records, and say whether this machine may run it."""
+"""Read a bundle's manifest and parity report, and refuse a CPU without the flags that its target needs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from edgeq.system.untrusted import oversize, unsafe_name
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
 
-MOST_RECORD_BYTES = 32 << 20
+_MOST_RECORD_BYTES = 32 << 20
 
 RecordT = TypeVar("RecordT", bound=Record)
 
 
 def is_bundle(path: Path) -> bool:
-    """Say whether a folder is a bundle, whole or damaged: it has a manifest and sums."""
+    """Tell whether a folder is a bundle, intact or damaged: it has a manifest and SHA256SUMS."""
     return (path / MANIFEST).is_file() and (path / SUMS).is_file()
 
 
@@ -31,7 +31,7 @@ def load_manifest(path: Path) -> Manifest:
 
     Raises:
         ConfigError: there is no bundle at this path.
-        BundleCorrupt: the manifest is not what edgeq writes.
+        BundleCorrupt: the manifest has unknown, missing or wrong keys, or names a file outside the bundle.
     """
     if not path.exists():
         raise ConfigError(
@@ -56,13 +56,13 @@ def load_report(path: Path) -> ParityReport:
     """Read a bundle's parity report.
 
     Raises:
-        BundleCorrupt: it is missing, or not what edgeq writes.
+        BundleCorrupt: it is missing, or has unknown, missing or wrong keys.
     """
     return read_record(ParityReport, path / PARITY)
 
 
 def require_cpu(target: Target) -> None:
-    """Refuse a CPU of the target's own kind that lacks the flags it needs: there the vectors would be wrong.
+    """Refuse a CPU of the target's instruction set without the flags that it needs: it would give wrong vectors.
 
     Raises:
         Unsupported: flags are missing; the message names them and the targets that this machine can run.
@@ -77,7 +77,7 @@ def require_cpu(target: Target) -> None:
 
 
 def _instead(target: Target) -> str:
-    """Name what runs here, among the targets of the same backend."""
+    """Name the targets of the same backend that this CPU can run."""
     from edgeq.targets import list_targets
 
     fit = [other.name for other in list_targets() if other.backend == target.backend and not meets(other.runs_on)]
@@ -87,12 +87,12 @@ def _instead(target: Target) -> str:
 
 
 def read_record(kind: type[RecordT], path: Path) -> RecordT:
-    """Read one record of a bundle from JSON; the message names file and key.
+    """Read one record of a bundle from JSON.
 
     Raises:
-        BundleCorrupt: it is missing, too large, or not what edgeq writes.
+        BundleCorrupt: it is missing, too large, or has unknown, missing or wrong keys; the message names file and key.
     """
-    reason = oversize(path, MOST_RECORD_BYTES)
+    reason = oversize(path, _MOST_RECORD_BYTES)
     if reason is not None:
         raise BundleCorrupt(f"{path}: {reason}. Fetch or export the bundle again.")
     try:

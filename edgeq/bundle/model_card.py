@@ -1,4 +1,4 @@
-"""Render a bundle's model card: the numbers, where they come from, and how to run it without edgeq."""
+"""Render a bundle's model card (README.md): figures, their origin, and how to run the artifact without edgeq."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from edgeq.data.tokens import lengths
+from edgeq.data.tokens import bucket_lengths
 from edgeq.evaluation.gate import norm_limit
 from edgeq.frontend.torch import text_towers
-from edgeq.frontend.torch.sentence_transformers import TABLE, truncated_to
-from edgeq.records import Manifest, ParityReport, Place
+from edgeq.frontend.torch.sentence_transformers import truncated_to
+from edgeq.frontend.torch.supported_modules import TABLE
+from edgeq.records import Manifest, ParityReport, RunKind
 
 if TYPE_CHECKING:
     from edgeq.data.image_preprocessing import Preprocessing
 
-TEMPLATE = "model_card.md.j2"
-CONTEXT_SUFFIX = "_ctx.onnx"  # ONNX around a compiled binary, which only its provider can run
-# What sentence-transformers opens by itself -> the name of its backend, and of its extra.
-SENTENCE_TRANSFORMERS_FILES = {"onnx/model.onnx": "onnx", "openvino/openvino_model.xml": "openvino"}
+_TEMPLATE = "model_card.md.j2"
+_CONTEXT_SUFFIX = "_ctx.onnx"  # ONNX around a compiled binary, which only its provider can run
+# The artifact files that sentence-transformers opens itself -> the name of its backend and extra.
+_SENTENCE_TRANSFORMERS_FILES = {"onnx/model.onnx": "onnx", "openvino/openvino_model.xml": "openvino"}
 
-_PLACES: dict[Place, str] = {
+_RUN_KINDS: dict[RunKind, str] = {
     "device": "the runtime that ships, on a machine that meets the target",
     "host-kernels": "the same runtime and file, on another kind of CPU than the target's",
     "emulator": "an emulated processor; its vectors count, its timings do not",
@@ -33,15 +34,15 @@ _PLACES: dict[Place, str] = {
 def render_card(
     manifest: Manifest, report: ParityReport, pad_id: int, preprocessing: Preprocessing | None = None
 ) -> str:
-    """Give the text of the model card.
+    """Give the model card as Markdown.
 
     Args:
         manifest: of the bundle.
         report: of the bundle.
-        pad_id: the token that pads, for the example.
-        preprocessing: of a model of images.
+        pad_id: the padding token's id, for the usage example.
+        preprocessing: of an image model.
     """
-    # Markdown, not HTML; a name that the template misspells must fail, not print nothing.
+    # Markdown, so nothing is HTML-escaped; an undefined name in the template raises instead of printing nothing.
     environment = Environment(
         loader=PackageLoader("edgeq.bundle"),
         undefined=StrictUndefined,
@@ -51,17 +52,17 @@ def render_card(
         keep_trailing_newline=True,
     )
     environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
-    is_context = manifest.artifact.files[0].path.endswith(CONTEXT_SUFFIX)
+    is_context = manifest.artifact.files[0].path.endswith(_CONTEXT_SUFFIX)
     is_onnx = manifest.artifact.files[0].path.endswith(".onnx") and not is_context
     is_tflite = manifest.artifact.files[0].path.endswith(".tflite")
     is_openvino = manifest.artifact.files[0].path.endswith(".xml")
-    buckets = lengths(manifest.target.buckets_tokens, manifest.source.max_sequence)
+    buckets = bucket_lengths(manifest.target.buckets_tokens, manifest.source.max_sequence)
     padded_to = text_towers.padded_to(manifest.source.modules)
-    return environment.get_template(TEMPLATE).render(
+    return environment.get_template(_TEMPLATE).render(
         manifest=manifest,
         report=report,
         limits=_limits(report),
-        place=_PLACES[report.ran_on],
+        run_kind=_RUN_KINDS[report.ran_on],
         pad_id=pad_id,
         padded_to=padded_to,
         preprocessing=preprocessing,
@@ -74,11 +75,11 @@ def render_card(
         is_openvino=is_openvino,
         is_rknn=manifest.artifact.files[0].path.endswith(".rknn"),
         weights_path=manifest.artifact.files[-1].path,
-        sentence_transformers_backend=SENTENCE_TRANSFORMERS_FILES.get(manifest.artifact.files[0].path),
+        sentence_transformers_backend=_SENTENCE_TRANSFORMERS_FILES.get(manifest.artifact.files[0].path),
         buckets=buckets,
         token_limit=max(buckets, default=manifest.source.max_sequence),
         opens_in_sentence_transformers=(
-            manifest.artifact.files[0].path in SENTENCE_TRANSFORMERS_FILES
+            manifest.artifact.files[0].path in _SENTENCE_TRANSFORMERS_FILES
             and preprocessing is None
             and "last_hidden_state" in manifest.qdq_model.outputs
             and manifest.source.modules[0] != TABLE
@@ -90,13 +91,13 @@ def render_card(
 
 
 def _runnable(manifest: Manifest) -> str:
-    """Name the file that runs anywhere: a compiled one runs on its device only."""
+    """Name the first file that no accelerator's compiler wrote: a compiled file runs on its device only."""
     compiled = {item.file for item in manifest.artifact.placement.estimates}
     return next(file.path for file in manifest.artifact.files if file.path not in compiled)
 
 
 def _limits(report: ParityReport) -> list[tuple[str, str, str]]:
-    """Give a row for each measure: its name, its value, its limit."""
+    """Give name, value and limit of each measure."""
     measured, gate = report.measures, report.gate
     if measured is None:
         return []

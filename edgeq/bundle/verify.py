@@ -1,4 +1,4 @@
-"""Verify a bundle: every byte, the chain of records, and the golden texts run again here."""
+"""Verify a bundle: hash its files, walk the chain of records, and run the golden samples again."""
 
 from __future__ import annotations
 
@@ -14,56 +14,57 @@ from edgeq.bundle.golden_images import GoldenImages, read_golden_images
 from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle, load_manifest, load_report, require_cpu
 from edgeq.data.batches import PIXELS, Samples
 from edgeq.data.sessions import embed_batches
-from edgeq.data.tokens import Tokenizer, Tokens, batches, token_limit
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import Tokens, batches, token_limit
 from edgeq.errors import BundleCorrupt, DeviceUnavailable, ParityFailed
 from edgeq.evaluation.gate import judge, judge_placement, judge_settings
 from edgeq.evaluation.parity import unit
 from edgeq.quantization import schemes
 from edgeq.quantization.quantize import QUANTIZERS
-from edgeq.records import FileRef, Manifest, ParityReport, Place, Record, Status
+from edgeq.records import FileRef, Manifest, ParityReport, Record, RunKind, Status
 from edgeq.system.files import file_ref
-from edgeq.system.host import describe, place
+from edgeq.system.host import describe, run_kind
 
 AnyGolden = GoldenData | GoldenImages
 
-SAME_PLACE_ERROR_MAX = 1e-3
-SAME_PLACE_COSINE_MIN = 0.9999
+_SAME_MACHINE_ERROR_MAX = 1e-3
+_SAME_MACHINE_COSINE_MIN = 0.9999
 
 
 class Verification(Record):
-    """Say what was verified, and how the golden texts did here."""
+    """Hold what was verified, and how near the golden vectors of this machine are to the recorded ones."""
 
     path: str
     target: str
     status: Status  # of the bundle, as recorded
-    files: int  # hashed and whole, SHA256SUMS not counted
+    files: int  # hashed and unchanged, SHA256SUMS not counted
     golden_texts: int
-    ran_on: Place  # here
-    machine: str  # this one
-    max_abs_error: float | None  # against the recorded vectors; None when there are none, or it was not run here
+    ran_on: RunKind  # on this machine
+    machine: str  # this machine's CPU
+    max_abs_error: float | None  # against the recorded vectors; None without them, or when it was not run
     cosine_min: float | None  # the same
-    float32_cosine_min: float | None  # against FP32's recorded vectors; None when it was not run here
-    reason: str | None = None  # why it was not run here
+    float32_cosine_min: float | None  # against FP32's recorded vectors; None when this machine did not run it
+    reason: str | None = None  # why this machine did not run it
 
 
 def verify(path: Path) -> Verification:
-    """Hash every file, walk the chain from source to artifact, and run the golden texts again.
+    """Hash every file, walk the chain from source to artifact, and run the golden samples again.
 
-    On a machine of the kind where the bundle was measured the vectors must be the recorded ones to 1e-3 and cosine
-    0.9999; elsewhere they must be as near to FP32 as the target's gate asks. A bundle that was never run is hashed and
-    walked only, unless its device is here.
+    On a CPU like the one that measured the bundle, the vectors must equal the recorded ones to 1e-3 and cosine 0.9999;
+    on another one they must be as near to FP32 as the target's gate asks. A bundle that was never run is run only
+    where its device is present.
 
     Raises:
         ConfigError: there is no bundle at this path, or edgeq lacks its backend.
-        BundleCorrupt: a file, a link of the chain or a token id does not agree; the message names it.
+        BundleCorrupt: a file, a link of the chain or a token id differs; the message names it.
         Unsupported: this CPU lacks flags the target needs.
-        ParityFailed: the golden texts give other vectors here.
-        DeviceUnavailable: the bundle was measured on a device that is not here.
+        ParityFailed: the golden samples give other vectors on this machine.
+        DeviceUnavailable: the bundle was measured on a device that this machine lacks.
     """
     manifest, report = read_whole(path)
     golden, samples = _golden(path, manifest)
     require_cpu(manifest.target)
-    ran_on = place(manifest.target.runs_on)
+    ran_on = run_kind(manifest.target.runs_on)
     verification = Verification(
         path=str(path),
         target=manifest.target.name,
@@ -83,16 +84,16 @@ def verify(path: Path) -> Verification:
             raise
         return verification.model_copy(update={"reason": str(error)})
     verification = verification.model_copy(update={"ran_on": ran_on} | _errors(golden, vectors))
-    judge_golden(path, manifest, verification, is_same_place=(ran_on, describe()) == (report.ran_on, report.machine))
+    judge_golden(path, manifest, verification, is_same_machine=(ran_on, describe()) == (report.ran_on, report.machine))
     return verification
 
 
 def read_whole(path: Path) -> tuple[Manifest, ParityReport]:
-    """Hash every file and walk the chain, and give what the bundle records.
+    """Hash every file and walk the chain of records; give manifest and parity report.
 
     Raises:
         ConfigError: there is no bundle at this path.
-        BundleCorrupt: a file or a link of the chain does not agree; the message names it.
+        BundleCorrupt: a file or a link of the chain differs; the message names it.
     """
     if not is_bundle(path):
         load_manifest(path)  # says what is missing, if it is the manifest
@@ -103,7 +104,7 @@ def read_whole(path: Path) -> tuple[Manifest, ParityReport]:
 
 
 def _errors(golden: AnyGolden, vectors: NDArray[np.float32]) -> dict[str, float]:
-    """Compare vectors, float32[texts, dim], with FP32's and, where there are any, with the recorded ones."""
+    """Measure float32[texts, dim] against FP32's vectors and, where the artifact was run, against the recorded ones."""
     found = {"float32_cosine_min": float(_cosines(golden.reference, vectors).min())}
     if golden.embeddings is not None:
         found["max_abs_error"] = float(np.abs(golden.embeddings.astype(np.float64) - vectors).max())
@@ -112,7 +113,7 @@ def _errors(golden: AnyGolden, vectors: NDArray[np.float32]) -> dict[str, float]
 
 
 def _walk(path: Path, manifest: Manifest, report: ParityReport) -> None:
-    """Follow each record to its parents, and each file to its record."""
+    """Compare the sha256 of each record's parents, and of each file with its record."""
     source, calibration, qdq, artifact = manifest.source, manifest.calibration, manifest.qdq_model, manifest.artifact
     float_model, equalized = manifest.float_model, manifest.equalized_model
     parent = equalized.file.sha256
@@ -142,7 +143,7 @@ def _walk(path: Path, manifest: Manifest, report: ParityReport) -> None:
 
 
 def _broken_file(path: Path, ref: FileRef) -> list[str]:
-    """Say what keeps a file from being the one that a record names."""
+    """Give the reason why a file is not the one that a record names, if any."""
     file = path / ref.path
     if not file.resolve().is_relative_to(path.resolve()) or not file.is_file():
         return [f"{ref.path} is not in the bundle"]
@@ -150,7 +151,7 @@ def _broken_file(path: Path, ref: FileRef) -> list[str]:
 
 
 def _broken_vendor(manifest: Manifest) -> list[str]:
-    """Say what a vendor's compiler was given and the bundle does not hold: without it nobody can build again."""
+    """Say which inputs of a vendor's compiler the bundle lacks; they are needed to build the artifact again."""
     qdq, scheme = manifest.qdq_model, manifest.qdq_model.scheme
     if (qdq.feeds is None) != (scheme.feeds == 0):
         found = "missing" if qdq.feeds is None else "there"
@@ -167,11 +168,11 @@ def _broken_vendor(manifest: Manifest) -> list[str]:
 
 
 def _broken_verdict(manifest: Manifest, report: ParityReport) -> list[str]:
-    """Judge the recorded measures again: a report that says `passed` must have earned it."""
+    """Judge the recorded measures again, and compare the result with the report's status."""
     placement, others = manifest.artifact.placement, judge_settings(report.other_settings, report.gate)
     if report.measures is None and report.status == "not-run":
         failures = judge_placement(placement, report.gate) + others
-        is_told = report.reason is not None and report.ran_on == "not-run" and "not-run" in report.gate.export_places
+        is_told = report.reason is not None and report.ran_on == "not-run" and "not-run" in report.gate.export_run_kinds
         return [] if is_told and not failures else [f"{PARITY} says not-run, but {' '.join(failures) or 'not why'}"]
     if report.measures is None:
         return [f"{PARITY} says passed without measures"] if report.status == "passed" else []
@@ -182,7 +183,7 @@ def _broken_verdict(manifest: Manifest, report: ParityReport) -> list[str]:
 
 
 def _golden(path: Path, manifest: Manifest) -> tuple[AnyGolden, Samples]:
-    """Read the golden texts or images, and check that this machine prepares them as they were prepared."""
+    """Read the golden texts or images, and check that this machine tokenizes or resizes them as recorded."""
     if manifest.float_model.inputs == (PIXELS,):
         pictures = read_golden_images(path)
         _check_vectors(path, manifest, pictures)
@@ -193,11 +194,11 @@ def _golden(path: Path, manifest: Manifest) -> tuple[AnyGolden, Samples]:
 
 
 def _same_images(path: Path, golden: GoldenImages) -> Samples:
-    """Prepare the test card here, and give the golden images if it is the recorded one to one code."""
+    """Give the golden images if this machine prepares the test card with the recorded pixels, each to +-1."""
     from edgeq.data import image_preprocessing, images
 
     how = image_preprocessing.read(path / image_preprocessing.CONFIG)
-    found = how.codes(image_preprocessing.test_card())
+    found = how.pixels(image_preprocessing.test_card())
     same = found.shape == golden.test_card.shape
     if not same or int(np.abs(found.astype(np.int16) - golden.test_card).max()) > 1:
         raise BundleCorrupt(
@@ -208,7 +209,7 @@ def _same_images(path: Path, golden: GoldenImages) -> Samples:
 
 
 def _check_vectors(path: Path, manifest: Manifest, golden: AnyGolden) -> None:
-    """Compare count and dimension with the manifest."""
+    """Compare count and dimension of the golden vectors with the manifest."""
     if (golden.embeddings is None) != (manifest.status == "not-run") and manifest.status != "failed":
         raise BundleCorrupt(
             f"{path / VECTORS}: the artifact's vectors do not fit a bundle recorded as {manifest.status}. "
@@ -222,7 +223,7 @@ def _check_vectors(path: Path, manifest: Manifest, golden: AnyGolden) -> None:
 
 
 def _same_tokens(path: Path, manifest: Manifest, golden: GoldenData) -> Tokens:
-    """Give the golden texts' token ids if the bundle's tokenizer gives the recorded ones."""
+    """Tokenize the golden texts, and refuse token ids other than the recorded ones."""
     limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
     tokens = Tokenizer.from_file(path / "tokenizer.json", limit).encode(golden.texts)
     for row, (found, recorded) in enumerate(zip(tokens.ids, golden.token_ids(), strict=True), start=1):
@@ -235,7 +236,7 @@ def _same_tokens(path: Path, manifest: Manifest, golden: GoldenData) -> Tokens:
 
 
 def _run(path: Path, manifest: Manifest, golden: AnyGolden, samples: Samples) -> NDArray[np.float32]:
-    """Run the golden texts through the artifact, float32[texts, dim]."""
+    """Run the golden samples through the artifact, float32[samples, dim]."""
     session = find(manifest.artifact.backend, str(path)).load(manifest.artifact, path, manifest.target)
     vectors = embed_batches(session, batches(samples), len(golden.texts))
     if vectors.shape != golden.reference.shape or not np.isfinite(vectors).all():
@@ -247,18 +248,24 @@ def _run(path: Path, manifest: Manifest, golden: AnyGolden, samples: Samples) ->
     return vectors
 
 
-def judge_golden(path: Path, manifest: Manifest, found: Verification, is_same_place: bool) -> None:
-    """Refuse golden vectors that are not the recorded ones, or, run elsewhere, too far from FP32.
+def judge_golden(path: Path, manifest: Manifest, found: Verification, is_same_machine: bool) -> None:
+    """Judge golden vectors: against the recorded ones on the same CPU, against FP32 on another.
+
+    Args:
+        path: of the bundle.
+        manifest: of the bundle.
+        found: what the golden vectors measure.
+        is_same_machine: whether kind of run and CPU are those that the parity report names.
 
     Raises:
-        ParityFailed: they are.
+        ParityFailed: the vectors are too far off.
     """
     error, cosine, float_cosine = found.max_abs_error, found.cosine_min, found.float32_cosine_min
-    if is_same_place:
-        is_near = error is not None and error <= SAME_PLACE_ERROR_MAX
-        if is_near and cosine is not None and cosine >= SAME_PLACE_COSINE_MIN:
+    if is_same_machine:
+        is_near = error is not None and error <= _SAME_MACHINE_ERROR_MAX
+        if is_near and cosine is not None and cosine >= _SAME_MACHINE_COSINE_MIN:
             return
-        wanted = f"at most {SAME_PLACE_ERROR_MAX:g} and at least {SAME_PLACE_COSINE_MIN:g} are"
+        wanted = f"at most {_SAME_MACHINE_ERROR_MAX:g} and at least {_SAME_MACHINE_COSINE_MIN:g} are"
     else:
         limit = manifest.target.gate.cosine_min_min
         if manifest.status == "failed" or (float_cosine is not None and float_cosine >= limit):
@@ -277,6 +284,6 @@ def _spell(number: float | None, form: str) -> str:
 
 
 def _cosines(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Give the cosine of each row, float64[texts]."""
+    """Give the cosine of each pair of rows, float64[texts]."""
     cosines: NDArray[np.float64] = np.sum(unit(first) * unit(second), axis=1)
     return cosines

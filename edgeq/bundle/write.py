@@ -1,4 +1,4 @@
-"""Write a bundle: built beside its place, then renamed, so that no half of one is ever seen."""
+"""Write a bundle into a temporary sibling folder, and rename that: no half-written bundle is ever visible."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from edgeq.records import (
 )
 from edgeq.system.files import file_ref, replacing_dir, storage_errors
 
-CARD = "README.md"
+_CARD = "README.md"
 
 FiledT = TypeVar("FiledT", FloatModel, Calibration, QdqModel)
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """Hold the records that a manifest chains, as the stages gave them."""
+    """Hold the records of all stages, which a manifest chains by sha256."""
 
     edgeq: str
     command: tuple[str, ...]
@@ -59,26 +59,26 @@ def write(
     report: ParityReport,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write a bundle. The same inputs give the same bytes.
+    """Write a bundle; equal inputs give equal bytes.
 
-    A bundle that is there already and holds the same bytes is checked and kept.
+    An existing bundle with the same bytes is verified and kept.
 
     Args:
         bundle_dir: OUT/TARGET; its parents are made.
         lineage: the records.
-        artifact_dir: where the artifact's files lie, under the paths its record gives.
-        config_dir: tokenizer, config and module files, copied as they lie.
+        artifact_dir: the folder with the artifact's files; the paths of its record are relative to it.
+        config_dir: the folder with tokenizer, config and module files, all copied.
         golden: the golden texts.
         report: its status becomes the bundle's.
-        overwrite: replace a bundle that holds something else.
+        overwrite: replace a bundle made from other inputs.
 
     Raises:
-        ConfigError: something else is at that place, or another bundle and `overwrite` is not given.
-        BundleCorrupt: the same bundle is there already, but damaged.
+        ConfigError: `bundle_dir` is no bundle, or one from other inputs and `overwrite` is not set.
+        BundleCorrupt: the same bundle exists, but is damaged.
         StorageFailed: the disk refuses.
         EdgeqError: the inputs do not belong together.
     """
-    require_place(bundle_dir)
+    require_replaceable(bundle_dir)
     with storage_errors(f"writing the bundle {bundle_dir}"):
         bundle_dir.parent.mkdir(parents=True, exist_ok=True)
         with replacing_dir(bundle_dir) as partial:
@@ -89,26 +89,26 @@ def write(
 
 
 def take(made: Path, bundle_dir: Path, overwrite: bool = False) -> None:
-    """Put a bundle that was made elsewhere in its place, as `write` would have written it there.
+    """Copy a bundle made in another folder to `bundle_dir`, as `write` would have written it.
 
     Raises:
-        ConfigError: something else is at that place, or another bundle and `overwrite` is not given.
-        BundleCorrupt: it is damaged, or the same bundle that is there already is.
+        ConfigError: `bundle_dir` is no bundle, or one from other inputs and `overwrite` is not set.
+        BundleCorrupt: the copied or the existing bundle is damaged.
         StorageFailed: the disk refuses.
     """
     check_sums(made)
-    require_place(bundle_dir)
+    require_replaceable(bundle_dir)
     with storage_errors(f"writing the bundle {bundle_dir}"), replacing_dir(bundle_dir) as partial:
         shutil.copytree(made, partial, dirs_exist_ok=True)
         if is_bundle(bundle_dir) and not overwrite:
             _require_same(bundle_dir, partial)
 
 
-def require_place(bundle_dir: Path) -> None:
-    """Refuse to replace anything but a bundle or an empty folder.
+def require_replaceable(bundle_dir: Path) -> None:
+    """Refuse a path that holds anything but a bundle or an empty folder.
 
     Raises:
-        ConfigError: something else is there.
+        ConfigError: it does.
     """
     if not bundle_dir.exists() or is_bundle(bundle_dir):
         return
@@ -120,7 +120,7 @@ def require_place(bundle_dir: Path) -> None:
 
 
 def _require_same(bundle_dir: Path, partial: Path) -> None:
-    """Refuse to replace a bundle by another, or a damaged one without being asked."""
+    """Refuse to replace a bundle from other inputs, or a damaged one, without --overwrite."""
     if (bundle_dir / SUMS).read_bytes() != (partial / SUMS).read_bytes():
         raise ConfigError(
             f"{bundle_dir}: holds a bundle made from other inputs. Give --overwrite to replace it, or another --out."
@@ -136,7 +136,7 @@ def _fill(
     golden: GoldenData | GoldenImages,
     report: ParityReport,
 ) -> Manifest:
-    """Write every file of a bundle, the sums last."""
+    """Write every file of a bundle, SHA256SUMS last."""
     needed = "tokenizer.json" if isinstance(golden, GoldenData) else "preprocessor_config.json"
     if not (config_dir / needed).is_file():
         raise EdgeqError(f"{config_dir}: {needed} is not there; a bundle cannot be used without. Export again.")
@@ -174,7 +174,7 @@ def _fill(
         tools=dict(sorted(lineage.tools.items())),
     )
     _write_record(directory / MANIFEST, manifest)
-    (directory / CARD).write_text(_card(directory, manifest, report, golden), encoding="utf-8", newline="\n")
+    (directory / _CARD).write_text(_card(directory, manifest, report, golden), encoding="utf-8", newline="\n")
     write_sums(directory)
     return manifest
 
@@ -189,13 +189,13 @@ def _card(directory: Path, manifest: Manifest, report: ParityReport, golden: Gol
 
 
 def _unshipped(record: FiledT) -> FiledT:
-    """Name a file that is not in the bundle by its bare name: where it lay means nothing elsewhere."""
+    """Give a record whose file, which is not in the bundle, is named without a folder of this machine."""
     bare: FileRef = record.file.model_copy(update={"path": Path(record.file.path).name})
     return record.model_copy(update={"file": bare})
 
 
 def _without_feeds_path(record: QdqModel) -> QdqModel:
-    """Name the feeds of a vendor's calibration by their bare name, too."""
+    """Give a record whose feeds for a vendor's calibration are named without a folder of this machine."""
     if record.feeds is None:
         return record
     bare = record.feeds.model_copy(update={"path": Path(record.feeds.path).name})
@@ -207,9 +207,9 @@ def _write_record(path: Path, record: Record) -> None:
     path.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
-def _copy(origin: Path, place: Path) -> None:
-    """Copy a file's content; two files for one place are a defect."""
-    if place.exists():
-        raise EdgeqError(f"{origin}: {place.name} is in the bundle already. Rename it in the model.")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(origin, place)
+def _copy(origin: Path, path: Path) -> None:
+    """Copy a file's content to a new path of the bundle."""
+    if path.exists():
+        raise EdgeqError(f"{origin}: {path.name} is in the bundle already. Rename it in the model.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(origin, path)

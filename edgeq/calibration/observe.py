@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx
@@ -13,6 +13,7 @@ from edgeq.data.batches import Batch, Samples
 from edgeq.errors import EdgeqError
 from edgeq.graph import external_data
 from edgeq.graph.float_session import FloatSession
+from edgeq.system.progress import StageProgress
 
 MOMENT_ROWS = 4096  # tokens that enter a second moment: more do not change the rounding that follows from it
 MOMENT_BLOCK = 512
@@ -34,7 +35,7 @@ def observe(
     model: onnx.ModelProto,
     tensors: Sequence[str],
     batches: Sequence[Batch],
-    progress: Callable[[int, int], None],
+    progress: StageProgress,
     histograms: Iterable[str] = (),
     moments: Iterable[str] = (),
     means: Iterable[str] = (),
@@ -45,7 +46,7 @@ def observe(
         model: FP32 ONNX.
         tensors: names to keep minimum and maximum of, per channel.
         batches: without padding, see `equal_length_batches`.
-        progress: called with (done, total) after each batch.
+        progress: called as `progress(done, total)` after each batch.
         histograms: names to keep a histogram of.
         moments: names to keep a second moment and a mean of.
         means: names to keep the mean of only, each a tensor of tokens.

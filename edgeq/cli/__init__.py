@@ -1,4 +1,4 @@
-"""Give each stage a verb: parse, call, print. Every error becomes one message on stderr and its exit code."""
+"""Run the command line: one verb for each task. An error becomes one message on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from edgeq.errors import EdgeqError, StorageFailed
 from edgeq.version import VERSION
 
 _INTERRUPTED = 130
-# What the operating system says when a place to write is full, read-only, forbidden, over quota, failing or gone.
+# Errors of the operating system when a disk is full, over quota, read-only, forbidden or failing.
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 
-app = typer.Typer(
+_app = typer.Typer(
     name="edgeq",
     add_completion=False,
     no_args_is_help=True,
@@ -58,18 +58,18 @@ _VERBS: tuple[Callable[..., None], ...] = (
     cache,
 )
 for _verb in _VERBS:
-    # What a verb raises is for who reads the code; its exit codes are in docs/guides/troubleshooting.md.
-    app.command(help=(introspection.getdoc(_verb) or "").split("\n\nRaises:")[0])(_verb)
+    # The help leaves out the docstring's section of exceptions.
+    _app.command(help=(introspection.getdoc(_verb) or "").split("\n\nRaises:")[0])(_verb)
 
 
 def _show_version(is_wanted: bool) -> None:
-    """Print the version and stop."""
+    """Print the version and exit."""
     if is_wanted:
         console.put(f"edgeq {VERSION}")
         raise typer.Exit
 
 
-@app.callback()
+@_app.callback()
 def edgeq(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
@@ -81,11 +81,11 @@ def edgeq(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line and give its exit code; a defect of ours leaves as the exception it is."""
+    """Run one command line and return its exit code; an unforeseen exception, a defect of edgeq, is raised."""
     console.set_up()
     try:
-        # Not `app(...)`: that would put typer's own hook for unforeseen exceptions over ours.
-        typer.main.get_command(app)(list(arguments), prog_name="edgeq")
+        # Not `app(...)`: that would replace our hook for unforeseen exceptions by typer's.
+        typer.main.get_command(_app)(list(arguments), prog_name="edgeq")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except EdgeqError as error:
@@ -99,8 +99,8 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if error.errno not in _STORAGE_ERRNOS:
             raise
-        place = error.filename or "the disk"
-        console.complain(f"{place}: {os.strerror(error.errno)}. Make room or allow writing there, and run again.")
+        where = error.filename or "the disk"
+        console.complain(f"{where}: {os.strerror(error.errno)}. Make room or allow writing there, and run again.")
         code = StorageFailed.exit_code
     else:
         code = 0
@@ -110,7 +110,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _report_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Say that this is our fault; the traceback is shown to who asked for it. The interpreter then exits with 1."""
+    """Say that an exception is a defect of edgeq; show its traceback with -v -v. The interpreter then exits with 1."""
     if console.verbosity.verbose >= 2:
         sys.__excepthook__(kind, error, trace)
     console.complain(

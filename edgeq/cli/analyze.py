@@ -1,4 +1,4 @@
-"""The verb that says where quality is lost: analyze."""
+"""Run the verb `analyze`: rank weight MatMuls by the quality that int8 costs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def analyze(
 ) -> None:
     """Rank MODEL's weight products by what their integer codes cost, with what mending each costs."""
     from edgeq.analysis import scheme_search
-    from edgeq.pipeline import export
+    from edgeq.pipeline.request import ExportRequest
     from edgeq.reports import card_page
     from edgeq.system import files
     from edgeq.system.cache import Cache
@@ -54,13 +54,13 @@ def analyze(
     if auto is not None:
         card_page.require(auto)
     store = Cache.temporary() if no_cache else Cache()
-    request = export.ExportRequest(
+    request = ExportRequest(
         model=model, targets=(load_target(target, directory),), out=Path(), texts=texts, column=column,
         validation=validation, pooling=pooling, tower=tower, samples=samples, seed=seed, cache=store,
     )  # fmt: skip
     try:
-        with console.stages() as report:
-            found = scheme_search.analyze(scheme_search.AnalysisRequest(request, cost, auto is not None), report)
+        with console.stages() as progress:
+            found = scheme_search.analyze(scheme_search.AnalysisRequest(request, cost, auto is not None), progress)
     finally:
         store.close()
     if auto is not None and found.found is not None:
@@ -76,7 +76,7 @@ def analyze(
 
 
 def _put(found: Analysis) -> None:
-    """Print the ranking, what promoting together gives, and the trials."""
+    """Print the ranking, the effect of keeping several products at higher precision, and the trials."""
     sensitivity = found.sensitivity
     base = sensitivity.base
     prices = {(item.channels, item.outputs): item for item in found.costs}

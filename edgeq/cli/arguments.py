@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs share."""
+"""Define the arguments and options that several verbs share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ Against = Annotated[
 
 
 def find_float_model(manifest: Manifest, against: Path | None) -> Path:
-    """Find a bundle's FP32 model: the named file, or the cache's."""
+    """Find a bundle's FP32 model: the named file, or the one in the cache.
+
+    Raises:
+        ConfigError: it is not found, or is another model.
+    """
     from edgeq.bundle.float_model import float_model
     from edgeq.system.cache import Cache
 

@@ -1,4 +1,4 @@
-"""The verb `bench`: latency and memory of a bundle beside FP32."""
+"""Run the verb `bench`: measure latency and memory of a bundle beside FP32."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def bench(
         warmup_runs=warmup_runs,
     )
     float_file = None if alone else find_float_model(manifest, against)
-    with console.stages() as report:
-        found = measure(bundle, shapes, float_file, report)
+    with console.stages() as progress:
+        found = measure(bundle, shapes, float_file, progress)
     if as_json:
         console.put_json(found.model_dump(mode="json"))
         return
@@ -59,7 +59,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     """Read positive whole numbers between commas.
 
     Raises:
-        BadParameter: something else stands there.
+        BadParameter: the text is something else.
     """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() and int(word) for word in words):
@@ -68,7 +68,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _sequences(manifest: Manifest, max_sequence: int) -> tuple[int, ...]:
-    """Choose the lengths to measure where none is asked for: one where every text is padded to the longest."""
+    """Choose the default lengths to measure: only the longest where the model pads every text to it."""
     from edgeq.frontend.torch.text_towers import padded_to
 
     if padded_to(manifest.source.modules):
@@ -77,7 +77,7 @@ def _sequences(manifest: Manifest, max_sequence: int) -> tuple[int, ...]:
 
 
 def _put_benchmark(found: Benchmark) -> None:
-    """Print one line a cell; latency is there only where it means something."""
+    """Print one line for each cell; latency only where the artifact ran on its device."""
     sizes = f"{console.megabytes(found.artifact_bytes)}"
     if found.float_bytes is not None:
         sizes += f", FP32 {console.megabytes(found.float_bytes)}"
@@ -89,7 +89,7 @@ def _put_benchmark(found: Benchmark) -> None:
 
 
 def _cell(cell: Cell) -> list[str]:
-    """Turn a cell into a table row."""
+    """Format a cell as a table row."""
     times = ["-"] * 3
     if cell.latency is not None:
         times = [f"{value:.2f}" for value in (cell.latency.p50_ms, cell.latency.p90_ms, cell.latency.p99_ms)]

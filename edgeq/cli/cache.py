@@ -1,20 +1,17 @@
-"""The verb `cache`: show and purge what exports keep."""
+"""Run the verb `cache`: show or purge the intermediate results of exports."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from edgeq.cli import console
 
-if TYPE_CHECKING:
-    pass
-
 
 class CacheAction(StrEnum):
-    """Say what to do with the cache."""
+    """Name what to do with the cache."""
 
     SHOW = "show"
     PURGE = "purge"

@@ -1,16 +1,13 @@
-"""The verb `check`: hold a model against the rules of targets, before anything is converted."""
+"""Run the verb `check`: apply the rules of targets to a model before anything is converted."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from edgeq.cli import console
 from edgeq.cli.targets import TargetsDir
-
-if TYPE_CHECKING:
-    pass
 
 
 def check(

@@ -1,4 +1,4 @@
-"""The verb that puts bundles side by side: compare."""
+"""Run the verb `compare`: show the bundles of one model side by side."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def compare(
         latency=latency,
         threads=threads,
     )
-    with console.stages() as report:
-        found = card.compare(request, report)
+    with console.stages() as progress:
+        found = card.make_card(request, progress)
     if html is not None:
         card_page.write(found, html)
     if as_json:
@@ -67,7 +67,7 @@ def compare(
 
 
 def _put_card(card: Card) -> None:
-    """Print a line for each runtime, how near each two are, and what must be said of it."""
+    """Print a line for each runtime, the cosine of each pair, and the notes."""
     cut = f"at most {card.token_limit} tokens of {card.texts.count} texts ({card.texts.origin})"
     has_sts, has_ndcg = card.sts_pairs is not None, card.retrieval_queries is not None
     timed = sorted({time.tokens for row in card.rows for time in row.latency})
@@ -95,7 +95,7 @@ def _put_card(card: Card) -> None:
 
 
 def _line(row: Row, has_sts: bool, has_ndcg: bool, timed: list[int]) -> list[str]:
-    """Turn a row of the card into a line of the table; what is not there is a dash."""
+    """Format a row of the card as a line of the table, with a dash for each missing figure."""
     measures = row.measures
     figures = ["-"] * 4
     if measures is not None:
@@ -113,5 +113,5 @@ def _line(row: Row, has_sts: bool, has_ndcg: bool, timed: list[int]) -> list[str
 
 
 def _figure(value: float | None) -> str:
-    """Spell a figure that may be missing."""
+    """Format a figure, or a dash where it is missing."""
     return "-" if value is None else f"{value:.4f}"

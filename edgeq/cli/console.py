@@ -22,18 +22,18 @@ _PLAIN_WIDTH = 200  # columns where no terminal says: wide enough that a path is
 
 
 @dataclass
-class Verbosity:
-    """Hold how much goes to stderr."""
+class _Verbosity:
+    """Hold how much is written to stderr."""
 
     verbose: int = 0
     is_quiet: bool = False
 
 
-verbosity = Verbosity()
+verbosity = _Verbosity()
 
 
 def _be_verbose(count: int) -> int:
-    """Raise the verbosity; the option may stand before or behind the verb."""
+    """Raise the verbosity; the option may come before or after the verb."""
     verbosity.verbose = max(verbosity.verbose, count)
     _set_level()
     return count
@@ -61,7 +61,7 @@ def set_up() -> None:
 
 
 def _set_level() -> None:
-    """Translate the verbosity to a level of edgeq's own logger; other libraries speak only when very much is asked."""
+    """Set the log levels of the verbosity: edgeq's own, and for other libraries ERROR below -v -v."""
     levels = (logging.WARNING, logging.INFO, logging.DEBUG)
     level = logging.ERROR if verbosity.is_quiet else levels[min(verbosity.verbose, 2)]
     logging.getLogger("edgeq").setLevel(level)
@@ -69,38 +69,38 @@ def _set_level() -> None:
 
 
 def messages() -> Console:
-    """Give the console on stderr as it is now (tests replace the stream)."""
+    """Make a console on the present stderr, which tests replace."""
     return Console(stderr=True, soft_wrap=True)
 
 
 def note(text: str) -> None:
-    """Tell the user something that is not the result."""
+    """Write a message that is not the result to stderr, unless --quiet is given."""
     if not verbosity.is_quiet:
         messages().print(visible(text), markup=False, highlight=False)
 
 
 def complain(text: str) -> None:
-    """Print an error message, whatever the verbosity."""
+    """Write an error message to stderr at any verbosity."""
     messages().print(f"edgeq: {visible(text)}", markup=False, highlight=False, style="red")
 
 
 def put(text: str) -> None:
-    """Write a line of the result."""
+    """Write a line of the result to stdout."""
     sys.stdout.write(visible(text) + "\n")
 
 
 def visible(text: str) -> str:
-    """Spell control characters out: what is shown comes from files of strangers, and a terminal obeys them."""
+    """Escape control characters, which text of unknown origin may hold and a terminal would obey."""
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def put_json(document: Mapping[str, Any]) -> None:
-    """Write the one JSON document of a verb; NaN and infinity are not JSON and are refused."""
+    """Write the one JSON document of a verb to stdout; NaN and infinity, which JSON lacks, are refused."""
     put(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def put_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """Write a table: as wide as the terminal, or as it needs to be where there is none."""
+    """Write a table to stdout, as wide as the terminal, or 200 columns wide where there is none."""
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -109,17 +109,17 @@ def put_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str 
     Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, markup=False, highlight=False).print(table)
 
 
-class Stages:
-    """Show how far each stage is: bars on a terminal, one line a stage elsewhere."""
+class _Stages:
+    """Show the progress of each stage: a bar on a terminal, one line elsewhere."""
 
     def __init__(self, progress: Progress | None) -> None:
-        """Take the bars to draw on; None draws none."""
+        """Draw on `progress`, or draw no bars where it is None."""
         self._progress = progress
         self._bars: dict[str, Any] = {}
         self._last: str | None = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Say that `done` of `total` steps of a stage are over."""
+        """Show that `done` of `total` steps of a stage are done."""
         if self._progress is not None:
             if stage not in self._bars:
                 self._bars[stage] = self._progress.add_task(stage, total=total)
@@ -130,17 +130,17 @@ class Stages:
 
 
 @contextmanager
-def stages() -> Iterator[Stages]:
-    """Give what a stage reports to, and take the bars away at the end."""
+def stages() -> Iterator[_Stages]:
+    """Yield the progress callback of a verb; remove the bars at the end."""
     console = messages()
     if verbosity.is_quiet or not console.is_terminal:
-        yield Stages(None)
+        yield _Stages(None)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=False) as progress:
-        yield Stages(progress)
+        yield _Stages(progress)
 
 
 def megabytes(size_bytes: int) -> str:
-    """Spell a size in MB (10^6 bytes)."""
+    """Format a size in MB (10^6 bytes)."""
     return f"{size_bytes / 1e6:.2f} MB"

@@ -1,4 +1,4 @@
-"""Show and keep what the device script found in another place, for the verb `validate`."""
+"""Show and keep the reports of the device script, for the verb `validate` with --on and --lab."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from edgeq.cli import console
 from edgeq.errors import EdgeqError, ParityFailed, error_of
 
 if TYPE_CHECKING:
-    from edgeq.devices.contract import Place
+    from edgeq.devices.contract import Transport
     from edgeq.devices.lab.validate import LabResult
     from edgeq.devices.report import DeviceReport
     from edgeq.records import Gate
 
 
-def conclude(found: DeviceReport, place: Place, bundle: Path, as_json: bool) -> None:
-    """Keep a report beside its bundle, and show it.
+def conclude(found: DeviceReport, transport: Transport, bundle: Path, as_json: bool) -> None:
+    """Keep a device report beside its bundle, and print it.
 
     Raises:
         ParityFailed: the vectors miss the gate.
@@ -26,17 +26,17 @@ def conclude(found: DeviceReport, place: Place, bundle: Path, as_json: bool) -> 
     from edgeq.devices.report import keep_report
 
     manifest = load_manifest(bundle)
-    path = keep_report(bundle, place.name, found)
+    path = keep_report(bundle, transport.name, found)
     if as_json:
         console.put_json({"report": str(path), **found.model_dump(mode="json")})
     else:
-        put_report(found, manifest.target.gate, path)
+        _put_report(found, manifest.target.gate, path)
     if found.status == "failed":
         raise ParityFailed(f"{bundle}: misses the gate of {found.target} there: {' '.join(found.failures)}")
 
 
-def put_report(report: DeviceReport, gate: Gate, path: Path) -> None:
-    """Write one table; times stand in it only when it ran on the device."""
+def _put_report(report: DeviceReport, gate: Gate, path: Path) -> None:
+    """Print a device report as one table; it has times only where it ran on the device."""
     rows: list[list[str]] = []
     if report.measures is not None:
         measured = report.measures
@@ -60,7 +60,7 @@ def put_report(report: DeviceReport, gate: Gate, path: Path) -> None:
         rows.append(["loading", f"{report.load_ms:.0f} ms", ""])
     if report.peak_memory_bytes is not None:
         rows.append(["peak memory", console.megabytes(report.peak_memory_bytes), ""])
-    title = f"{report.target}: {report.status}, ran on {report.ran_on} ({report.place}: {report.machine.cpu})"
+    title = f"{report.target}: {report.status}, ran on {report.ran_on} ({report.transport}: {report.machine.cpu})"
     console.put_table(("measure", "value", "gate"), rows, title)
     console.put(f"report: {path}")
 
@@ -68,10 +68,10 @@ def put_report(report: DeviceReport, gate: Gate, path: Path) -> None:
 def validate_lab(
     bundles: list[Path], devices: Path, runs: int, ray: str | None, html: Path | None, as_json: bool
 ) -> None:
-    """Validate every bundle on every device that takes it, and show one table.
+    """Validate every bundle on every device of its target, and print one table.
 
     Raises:
-        EdgeqError: a pair did not pass: of the kind of the first one that did not.
+        EdgeqError: a bundle did not pass on a device; the class is that of the first failure.
     """
     from edgeq.devices.lab import results_page
     from edgeq.devices.lab.devices import read_devices
@@ -80,8 +80,8 @@ def validate_lab(
     if html is not None:
         results_page.require(html)
     known = read_devices(devices)
-    with console.stages() as told:
-        results = validate_all(bundles, known, Plan(runs=runs, ray=ray), told)
+    with console.stages() as progress:
+        results = validate_all(bundles, known, Plan(runs=runs, ray=ray), progress)
     if html is not None:
         results_page.write(results, html)
     if as_json:

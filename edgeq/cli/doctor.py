@@ -1,15 +1,12 @@
-"""The verb `doctor`: which toolchains are installed, and which are missing."""
+"""Run the verb `doctor`: list the toolchains that are installed or missing."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from edgeq.cli import console
-
-if TYPE_CHECKING:
-    pass
 
 
 def doctor(

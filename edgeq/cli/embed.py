@@ -1,4 +1,4 @@
-"""The verb `embed`: texts or images to vectors."""
+"""Run the verb `embed`: turn texts or images into vectors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Role(StrEnum):
-    """Say what texts are to a search."""
+    """Name the role of texts in a search."""
 
     QUERY = "query"
     DOCUMENT = "document"
@@ -75,7 +75,7 @@ def _given(bundle: Path, texts: str | None, images: Path | None, column: str | N
     """Read texts, or list the paths of images.
 
     Raises:
-        ConfigError: they are not what the bundle takes, or cannot be read.
+        ConfigError: the bundle embeds the other kind, or the files cannot be read.
     """
     from edgeq.bundle.manifest import load_manifest
     from edgeq.data.batches import require_texts
@@ -95,10 +95,10 @@ def _given(bundle: Path, texts: str | None, images: Path | None, column: str | N
 
 
 def _standard_input() -> list[str]:
-    """Read texts from standard input, one a line; blank lines are left out.
+    """Read texts from standard input, one per line, without blank lines.
 
     Raises:
-        ConfigError: the bytes are no UTF-8, or no line holds a text.
+        ConfigError: the bytes are no UTF-8, or every line is blank.
     """
     data = typer.get_binary_stream("stdin").read()
     try:

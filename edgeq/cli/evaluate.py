@@ -1,4 +1,4 @@
-"""The verb `evaluate`: STS and retrieval figures of a bundle beside FP32's."""
+"""Run the verb `evaluate`: score a bundle and FP32 on STS and retrieval."""
 
 from __future__ import annotations
 
@@ -61,5 +61,5 @@ def evaluate(
 
 
 def _figure(name: str, figure: Comparison) -> list[str]:
-    """Turn a figure into a table row."""
+    """Format a figure as a table row."""
     return [name, f"{figure.float32:.4f}", f"{figure.artifact:.4f}", f"{figure.retention_percent:.2f} %"]

@@ -1,4 +1,4 @@
-"""The verb `export`: a model to one bundle for each target."""
+"""Run the verb `export`: make a bundle of a model for each target."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from edgeq.cli import console
 from edgeq.cli.targets import TargetsDir
 
 if TYPE_CHECKING:
-    from edgeq.pipeline.export import Exported, ExportRequest
-    from edgeq.pipeline.stages import Report
+    from edgeq.pipeline.export import Exported
+    from edgeq.pipeline.request import ExportRequest
+    from edgeq.system.progress import Progress
 
 
 def export(
@@ -83,11 +84,12 @@ def export(
     """
     from edgeq.frontend.onnx.find import OnnxOptions
     from edgeq.pipeline import export as pipeline
+    from edgeq.pipeline.request import ExportRequest
     from edgeq.system.cache import Cache
     from edgeq.targets import load_target
 
     store = Cache.temporary() if no_cache else Cache()
-    request = pipeline.ExportRequest(
+    request = ExportRequest(
         model=model,
         targets=tuple(load_target(name, directory) for name in dict.fromkeys(target)),
         out=out,
@@ -111,8 +113,8 @@ def export(
         cache=store,
     )
     try:
-        with console.stages() as report:
-            bundles = pipeline.export(request, report) if ray is None else _on_cluster(request, report, ray)
+        with console.stages() as progress:
+            bundles = pipeline.export(request, progress) if ray is None else _on_cluster(request, progress, ray)
     finally:
         store.close()
     if as_json:
@@ -122,10 +124,10 @@ def export(
     pipeline.require_passed(bundles)
 
 
-def _on_cluster(request: ExportRequest, report: Report, ray: str) -> tuple[Exported, ...]:
+def _on_cluster(request: ExportRequest, progress: Progress, ray: str) -> tuple[Exported, ...]:
     from edgeq.devices.lab.export import export_on_cluster
 
-    return export_on_cluster(request, report, None if ray == "local" else ray)
+    return export_on_cluster(request, progress, None if ray == "local" else ray)
 
 
 def _bundle(exported: Exported) -> dict[str, Any]:

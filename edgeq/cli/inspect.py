@@ -1,4 +1,4 @@
-"""The verb `inspect`: operators, dtypes and sizes of a model file or bundle."""
+"""Run the verb `inspect`: list operators, dtypes and sizes of a model file or bundle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from edgeq.cli import console
 
 if TYPE_CHECKING:
-    from edgeq.analysis.inspect.report import Anatomy, Port
+    from edgeq.analysis.inspect.summary import ModelSummary, Port
 
 
 def inspect(
@@ -20,47 +20,47 @@ def inspect(
     quiet: console.Quiet = False,
 ) -> None:
     """Show a file's operators by dtype, its tensors by dtype, and sizes."""
-    from edgeq.analysis.inspect.model_file import inspect as take_apart
+    from edgeq.analysis.inspect.model_file import inspect as summarize
 
-    anatomy = take_apart(file)
+    summary = summarize(file)
     if as_json:
-        console.put_json(anatomy.model_dump(mode="json"))
+        console.put_json(summary.model_dump(mode="json"))
     else:
-        _put_anatomy(anatomy)
+        _put_summary(summary)
 
 
-def _put_anatomy(anatomy: Anatomy) -> None:
+def _put_summary(summary: ModelSummary) -> None:
     """Print a file's operators, tensors and sizes."""
-    opsets = "".join(f", opset {domain} {version}" for domain, version in anatomy.opsets.items())
-    kind = f"{'IR' if anatomy.format == 'onnx' else 'schema'} {anatomy.format_version}{opsets}"
-    console.put(f"{anatomy.file}: {console.megabytes(anatomy.size_bytes)}, {kind}")
-    if not anatomy.signatures:
-        _put_ports("", anatomy.inputs, anatomy.outputs)
-    for signature in anatomy.signatures:
+    opsets = "".join(f", opset {domain} {version}" for domain, version in summary.opsets.items())
+    kind = f"{'IR' if summary.format == 'onnx' else 'schema'} {summary.format_version}{opsets}"
+    console.put(f"{summary.file}: {console.megabytes(summary.size_bytes)}, {kind}")
+    if not summary.signatures:
+        _put_ports("", summary.inputs, summary.outputs)
+    for signature in summary.signatures:
         console.put(f"signature {signature.name}: {signature.operators} operators")
         _put_ports("  ", signature.inputs, signature.outputs)
     counts = [
-        [operator, dtype, str(count)] for operator, kinds in anatomy.operators.items() for dtype, count in kinds.items()
+        [operator, dtype, str(count)] for operator, kinds in summary.operators.items() for dtype, count in kinds.items()
     ]
     console.put_table(("operator", "computes on", "count"), counts)
     groups = [
         [dtype, str(group.count), str(group.elements), console.megabytes(group.size_bytes)]
-        for dtype, group in anatomy.tensors.items()
+        for dtype, group in summary.tensors.items()
     ]
     console.put_table(("tensor dtype", "tensors", "elements", "size"), groups)
     largest = [
         [tensor.name, tensor.dtype, " x ".join(map(str, tensor.shape)), console.megabytes(tensor.size_bytes)]
-        for tensor in anatomy.largest
+        for tensor in summary.largest
     ]
     console.put_table(("largest tensors", "dtype", "shape", "size"), largest)
-    if anatomy.bundle_files:
-        files = [[name, console.megabytes(size)] for name, size in anatomy.bundle_files.items()]
+    if summary.bundle_files:
+        files = [[name, console.megabytes(size)] for name, size in summary.bundle_files.items()]
         console.put_table(("file of the bundle", "size"), files)
 
 
 def _put_ports(indent: str, inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> None:
-    """Print inputs and outputs, with what their codes mean."""
+    """Print inputs and outputs, with their scales and zero points."""
     for label, ports in (("input", inputs), ("output", outputs)):
         for port in ports:
-            codes = "" if port.scale is None else f", scale {port.scale:g}, zero point {port.zero_point}"
-            console.put(f"{indent}{label} {port.name}: {port.dtype}[{', '.join(map(str, port.shape))}]{codes}")
+            scale = "" if port.scale is None else f", scale {port.scale:g}, zero point {port.zero_point}"
+            console.put(f"{indent}{label} {port.name}: {port.dtype}[{', '.join(map(str, port.shape))}]{scale}")

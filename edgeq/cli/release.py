@@ -1,4 +1,4 @@
-"""The verb that ships: release."""
+"""Run the verb `release`: pack bundles into archives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgeq.cli import console
 
 
 class ArchiveFormat(StrEnum):
-    """Say which kind of archive to write."""
+    """Name the format of archives."""
 
     TAR_ZST = "tar.zst"
     ZIP = "zip"
@@ -53,10 +53,10 @@ def release(
     """
     from edgeq.release.make import release as release_bundles
 
-    with console.stages() as report:
+    with console.stages() as progress:
         made = release_bundles(
-            bundles, version, to, form=archive_format.value, previous=previous, key=key,
-            model_licence=model_licence, overwrite=overwrite, report=report,
+            bundles, version, to, archive_format=archive_format.value, previous=previous, key=key,
+            model_licence=model_licence, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if as_json:
         console.put_json(made.model_dump(mode="json"))

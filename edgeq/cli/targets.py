@@ -1,4 +1,4 @@
-"""The verb `targets`: list what edgeq can lower for, or show one."""
+"""Run the verb `targets`: list the targets, or show one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def targets(
 
 
 def _listed(target: Target) -> dict[str, Any]:
-    """Describe a target as `targets --json` does, with what keeps this machine from running it."""
+    """Describe a target as `targets --json` does, with the reason why this machine cannot run it."""
     from edgeq.backends.contract import obstacle
     from edgeq.backends.registry import find
     from edgeq.targets import availability
@@ -69,7 +69,7 @@ def _listed(target: Target) -> dict[str, Any]:
 
 
 def _spell(runs_on: dict[str, Any]) -> str:
-    """Put what a machine must be into a few words."""
+    """Describe the machine that a target needs in a few words."""
     words = [runs_on["machine"], *runs_on["cpu_flags_all"]]
     if runs_on["cpu_flags_any"]:
         words.append(" or ".join(runs_on["cpu_flags_any"]))

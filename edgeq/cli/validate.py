@@ -1,4 +1,4 @@
-"""The verb `validate`: measure a bundle's parity again, here or on a device."""
+"""Run the verb `validate`: measure a bundle's parity again, here or on a device."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def validate(
         _refuse_beside_on(texts=texts, column=column, images=images, against=against)
         from edgeq.cli.devices import conclude
         from edgeq.devices.contract import Job
-        from edgeq.devices.transports import Access, place_of
+        from edgeq.devices.transports import Access, transport_of
 
-        place = place_of(on, Access(device_python, native, keep))
-        with console.stages() as told:
-            job = Job(bundle, runs=runs, threads=threads, time_limit_s=time_limit, progress=told)
-            found_there = place.validate(job)
-        return conclude(found_there, place, bundle, as_json)
+        transport = transport_of(on, Access(device_python, native, keep))
+        with console.stages() as progress:
+            job = Job(bundle, runs=runs, threads=threads, time_limit_s=time_limit, progress=progress)
+            found_there = transport.validate(job)
+        return conclude(found_there, transport, bundle, as_json)
     from edgeq.bundle.manifest import load_manifest
     from edgeq.pipeline.validate import require_kind
     from edgeq.pipeline.validate import validate as validate_bundle
@@ -82,8 +82,8 @@ def validate(
     manifest = load_manifest(bundle)
     require_kind(manifest, bundle, texts, images)
     float_file = find_float_model(manifest, against)
-    with console.stages() as report:
-        found = validate_bundle(bundle, texts, column, float_file, report, images)
+    with console.stages() as progress:
+        found = validate_bundle(bundle, texts, column, float_file, progress, images)
     if as_json:
         console.put_json(found.model_dump(mode="json"))
     else:
@@ -93,14 +93,18 @@ def validate(
 
 
 def _refuse_beside_on(**given: object) -> None:
-    """Refuse options that say what to compare on: in another place the golden inputs are compared."""
+    """Refuse the options of texts and images beside --on and --lab, which compare the golden inputs.
+
+    Raises:
+        ConfigError: one of them is given.
+    """
     found = [f"--{name}" for name, value in given.items() if value is not None]
     if found:
         raise ConfigError(f"--on and --lab run the golden inputs of the bundle; drop {' and '.join(found)}.")
 
 
 def _put_report(report: ParityReport) -> None:
-    """Print what was measured beside its limit, and where."""
+    """Print each measure beside its limit, and the machine of the run."""
     from edgeq.evaluation.gate import norm_limit
     from edgeq.records import TextSet
 

@@ -1,17 +1,14 @@
-"""The verb `verify`: a bundle's bytes, its chain of records and its golden texts."""
+"""Run the verb `verify`: check a bundle's bytes, its chain of records and its golden texts."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from edgeq.cli import console
 from edgeq.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 
 def verify(

@@ -1,1 +1,1 @@
-"""Texts and images: read, split, tokenise or resize them, and batch them for a model."""
+"""Read, split, tokenise and batch texts, or decode, resize and batch images."""

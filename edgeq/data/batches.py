@@ -1,4 +1,4 @@
-"""Say what stages need of the things that a model embeds, whether they are texts or images."""
+"""Define the interfaces of samples (the tokens of texts or the pixels of images) and of their batches."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ PIXELS = "pixel_values"  # the one input of a model that takes images
 
 
 def require_texts(inputs: Sequence[str], where: object, way_out: str) -> None:
-    """Refuse a model of images where only texts will do.
+    """Refuse a model that embeds images, for a stage that needs texts.
 
     Args:
-        inputs: of its graph.
+        inputs: the names of the graph's inputs.
         where: the bundle, for the message.
-        way_out: what to do instead: a sentence.
+        way_out: a sentence that says what to do instead.
 
     Raises:
         ConfigError: the model takes images.
@@ -30,28 +30,28 @@ def require_texts(inputs: Sequence[str], where: object, way_out: str) -> None:
 
 
 class AnyFeeds(Protocol):
-    """Hold one batch of a model's inputs."""
+    """Hold the input arrays of one batch."""
 
     @property
     def size(self) -> int:
-        """Count the tokens, padding included, or the images."""
+        """Count the tokens of the batch, padding included, or its images."""
         ...
 
     def named(self, inputs: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Give the arrays by graph input name."""
+        """Map the names of graph inputs to arrays."""
         ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Hold the feeds of a few samples of like size, and which samples they are (`rows`: positions in the input)."""
+    """Hold the feeds of a few samples of similar size, and the samples' positions in the whole set (`rows`)."""
 
     rows: tuple[int, ...]
     feeds: AnyFeeds
 
 
 class Samples(Protocol):
-    """Hold what is to be embedded, ready to be fed: the tokens of texts, or the pixels of images."""
+    """Hold the samples to embed, ready to be fed: the tokens of texts, or the pixels of images."""
 
     def __len__(self) -> int:
         """Count the samples."""
@@ -59,7 +59,7 @@ class Samples(Protocol):
 
     @property
     def longest(self) -> int:
-        """Give the size of the largest sample, as `AnyFeeds.size` counts."""
+        """Give the size of the largest sample, in the unit of `AnyFeeds.size`."""
         ...
 
     def chosen(self, rows: Sequence[int]) -> Self:
@@ -67,11 +67,11 @@ class Samples(Protocol):
         ...
 
     def swept(self, vocabulary: int, seed: int) -> Self:
-        """Make samples that wake what real ones leave asleep.
+        """Make synthetic samples, which activate channels that are near zero on every real sample.
 
         Args:
-            vocabulary: rows of the largest table that the model looks up.
-            seed: of the draw.
+            vocabulary: rows of the largest embedding table.
+            seed: of the random numbers.
         """
         ...
 
@@ -79,13 +79,13 @@ class Samples(Protocol):
         """Batch samples to embed them.
 
         Args:
-            batch_size: most samples in a batch.
-            most: most tokens in a batch, padding included.
+            batch_size: the most samples in a batch.
+            most: the most tokens in a batch, padding included.
         """
         ...
 
     def unpadded(self, most: int) -> list[Batch]:
-        """Batch samples without padding, no batch larger than `most`, as `AnyFeeds.size` counts."""
+        """Batch samples without padding, no batch larger than `most`, in the unit of `AnyFeeds.size`."""
         ...
 
 
@@ -105,10 +105,10 @@ class PixelFeeds:
         return len(self.pixel_values)
 
     def named(self, inputs: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Give the arrays by graph input name.
+        """Map the names of graph inputs to arrays.
 
         Raises:
-            ConfigError: the graph wants something else than images.
+            ConfigError: the graph has other inputs than `pixel_values`.
         """
         if list(inputs) != [PIXELS]:
             raise ConfigError(f"the model reads {', '.join(inputs)}, and was given images. Give it texts.")

@@ -1,7 +1,7 @@
 """Turn images into the pixels that a model reads: decode, resize, crop, rescale and normalise, with Pillow and numpy.
 
-What is done is read from the model's own `preprocessor_config.json`; that it gives what the model's image processor
-gives is proved at export.
+The steps are read from the model's own `preprocessor_config.json`. Exporting proves that the pixels are those of the
+model's own image processor.
 """
 
 from __future__ import annotations
@@ -23,30 +23,29 @@ except ImportError as error:
     raise ToolMissing("images need Pillow, which is not installed; pip install 'edgeq[images]'") from error
 
 CONFIG = "preprocessor_config.json"
-Picture = str | Path | Image.Image | NDArray[np.uint8]
 
 _STEPS = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}
 
 
 class Preprocessing(Record):
-    """Say what becomes of an image before the model reads it; steps that are left out are None, 1 or 0."""
+    """Hold the steps that turn an image into the model's input; a step that is left out is None, 1 or 0."""
 
-    shortest_edge: int | None  # resize so that the shorter edge has so many pixels, or
-    resize: tuple[int, int] | None  # to this height and width
-    resample: int  # Pillow's number of a filter
-    crop: tuple[int, int] | None  # the middle of this height and width, black where the image ends
+    shortest_edge: int | None  # resize the shorter edge to this number of pixels, or
+    resize: tuple[int, int] | None  # resize to this height and width
+    resample: int  # Pillow's number of the filter
+    crop: tuple[int, int] | None  # cut out the middle of this height and width, black outside the image
     rescale_factor: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
     @property
     def height(self) -> int:
-        """Give the height of what the model reads."""
+        """Give the height of the model's input."""
         return self._size()[0]
 
     @property
     def width(self) -> int:
-        """Give the width of what the model reads."""
+        """Give the width of the model's input."""
         return self._size()[1]
 
     def _size(self) -> tuple[int, int]:
@@ -55,8 +54,8 @@ class Preprocessing(Record):
             raise Unsupported("images of any size are left as they are; a model of one image size is needed")
         return size
 
-    def codes(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Resize and crop, uint8[3, height, width]."""
+    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        """Resize and crop an image to uint8[3, height, width]."""
         image = image.convert("RGB")
         if self.shortest_edge is not None:
             short, long = sorted(image.size)
@@ -69,15 +68,15 @@ class Preprocessing(Record):
             image = _middle(image, *self.crop)
         return np.ascontiguousarray(np.asarray(image, np.uint8).transpose(2, 0, 1))
 
-    def pixel_values(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Rescale and normalise, float32[images, 3, height, width]."""
+    def pixel_values(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Rescale and normalise uint8[images, 3, height, width] to float32 of the same shape."""
         mean, std = (np.array(numbers, np.float32)[:, None, None] for numbers in (self.mean, self.std))
-        values: NDArray[np.float32] = (codes.astype(np.float32) * np.float32(self.rescale_factor) - mean) / std
+        values: NDArray[np.float32] = (pixels.astype(np.float32) * np.float32(self.rescale_factor) - mean) / std
         return values
 
 
 def _middle(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Cut the middle out; what lies outside the image is black."""
+    """Cut the middle out of an image; pixels outside the image are black."""
     if image.height < height or image.width < width:
         wide = Image.new("RGB", (max(width, image.width), max(height, image.height)))
         wide.paste(image, (-(-(wide.width - image.width) // 2), -(-(wide.height - image.height) // 2)))
@@ -91,11 +90,11 @@ def read(path: Path, told_as: str = "") -> Preprocessing:
 
     Args:
         path: of the file.
-        told_as: what messages call it, where it is a copy.
+        told_as: the path in messages, where `path` is a copy.
 
     Raises:
-        ConfigError: it is not there, or no JSON.
-        Unsupported: it asks for a step that edgeq does not know.
+        ConfigError: the file does not exist, or is no JSON object.
+        Unsupported: it asks for a step that edgeq does not know, or leaves images at different sizes.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -139,15 +138,15 @@ def _parsed(where: str, config: dict[str, Any]) -> Preprocessing:
     )
 
 
-def opened(picture: object, name: str) -> Image.Image:
-    """Give a picture as Pillow holds it, in RGB, the way up that its camera says.
+def decode(picture: object, name: str) -> Image.Image:
+    """Decode a picture to a Pillow image in RGB, rotated as its EXIF orientation says.
 
     Args:
         picture: a path, a Pillow image, or uint8[height, width] or [height, width, 3].
         name: for messages.
 
     Raises:
-        ConfigError: it is none of these, or cannot be decoded.
+        ConfigError: `picture` is none of these, or cannot be decoded.
     """
     if isinstance(picture, np.ndarray):
         is_image = picture.dtype == np.uint8 and picture.size and picture.shape[2:] in ((), (3,)) and picture.ndim > 1
@@ -171,7 +170,7 @@ def opened(picture: object, name: str) -> Image.Image:
 
 
 def sha256_image(image: Image.Image) -> str:
-    """Hash what an image shows, whatever file format holds it."""
+    """Hash an image's size and pixels, which do not depend on its file format."""
     digest = hashlib.sha256(f"{image.width}x{image.height}:".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()

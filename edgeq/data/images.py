@@ -1,4 +1,4 @@
-"""Hold images as pixel batches, and decide which calibrate and which validate."""
+"""List the image files of a folder, and hold images as batches of pixels."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from edgeq.data.image_preprocessing import Preprocessing
 from edgeq.errors import ConfigError
 from edgeq.records import ImageSet
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
 @dataclass(frozen=True)
 class Images:
-    """Hold images, resized and cropped; they are normalised batch by batch.
+    """Hold images, resized and cropped; each batch is normalised when it is made.
 
     Attributes:
-        codes: uint8[images, 3, height, width].
-        preprocessing: how codes become pixel values.
+        pixels: uint8[images, 3, height, width].
+        preprocessing: rescales and normalises the pixels.
     """
 
-    codes: NDArray[np.uint8]
+    pixels: NDArray[np.uint8]
     preprocessing: Preprocessing
 
     @classmethod
@@ -38,32 +38,32 @@ class Images:
         Raises:
             ConfigError: one cannot be decoded.
         """
-        codes = np.empty((len(pictures), 3, how.height, how.width), np.uint8)
+        pixels = np.empty((len(pictures), 3, how.height, how.width), np.uint8)
         for row, (picture, name) in enumerate(zip(pictures, names, strict=True)):
-            codes[row] = how.codes(image_preprocessing.opened(picture, name))
-        return cls(codes, how)
+            pixels[row] = how.pixels(image_preprocessing.decode(picture, name))
+        return cls(pixels, how)
 
     def __len__(self) -> int:
         """Count the images."""
-        return len(self.codes)
+        return len(self.pixels)
 
     @property
     def longest(self) -> int:
-        """Give the size of one image, as feeds count: 1."""
+        """Give the size of one image in the unit of `PixelFeeds.size`: 1."""
         return 1
 
     def chosen(self, rows: Sequence[int]) -> Images:
         """Give the images at these positions."""
-        return Images(self.codes[list(rows)], self.preprocessing)
+        return Images(self.pixels[list(rows)], self.preprocessing)
 
     def swept(self, vocabulary: int, seed: int) -> Images:
-        """Invert the images and exchange their colours: they keep their edges, and look like no photograph."""
+        """Make synthetic images: invert the real ones and permute their colour channels; edges stay."""
         rng = np.random.default_rng(seed)
-        turned = [255 - codes[rng.permutation(3)] for codes in self.codes]
+        turned = [255 - pixels[rng.permutation(3)] for pixels in self.pixels]
         return Images(np.stack(turned), self.preprocessing)
 
     def batches(self, batch_size: int, most: int) -> list[Batch]:
-        """Batch the images in their order; `most` bounds tokens, of which images have none."""
+        """Batch the images in their order; `most` is ignored, because images have no tokens."""
         starts = range(0, len(self), batch_size)
         return [self._batch(tuple(range(start, min(start + batch_size, len(self))))) for start in starts]
 
@@ -72,18 +72,18 @@ class Images:
         return self.batches(most, most)
 
     def _batch(self, rows: tuple[int, ...]) -> Batch:
-        return Batch(rows, PixelFeeds(self.preprocessing.pixel_values(self.codes[list(rows)])))
+        return Batch(rows, PixelFeeds(self.preprocessing.pixel_values(self.pixels[list(rows)])))
 
     def record(self, origin: str) -> ImageSet:
-        """Describe the images by their content."""
-        shape = self.codes.shape
-        digest = hashlib.sha256(f"{shape}:".encode() + self.codes.tobytes()).hexdigest()
+        """Describe the images by a hash of their pixels, their number and size."""
+        shape = self.pixels.shape
+        digest = hashlib.sha256(f"{shape}:".encode() + self.pixels.tobytes()).hexdigest()
         return ImageSet(origin=origin, sha256=digest, count=shape[0], height=shape[2], width=shape[3])
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """Name a file, and hash what it shows."""
+    """Name an image file, with the hash of its pixels."""
 
     path: Path
     name: str
@@ -91,32 +91,36 @@ class ImageFile:
 
 
 def image_paths(folder: Path) -> list[Path]:
-    """List the image files below a folder by name.
+    """List the image files below a folder, sorted by path.
 
     Raises:
-        ConfigError: no folder, or no images in it.
+        ConfigError: the folder does not exist, or holds no images.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; a folder of image files is needed")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
     if not paths:
-        raise ConfigError(f"{folder}: holds no image ({', '.join(sorted(SUFFIXES))})")
+        raise ConfigError(f"{folder}: holds no image ({', '.join(sorted(_SUFFIXES))})")
     return paths
 
 
 def read_folder(folder: Path) -> list[ImageFile]:
-    """List the images below a folder by name; of those that show the same, the first.
+    """List the images below a folder, sorted by path; of images with the same pixels, the first only.
 
     Raises:
-        ConfigError: no folder, no images in it, or one that cannot be decoded.
+        ConfigError: the folder does not exist or holds no images, or one cannot be decoded.
     """
     found: dict[str, ImageFile] = {}
     for path in image_paths(folder):
-        sha256 = image_preprocessing.sha256_image(image_preprocessing.opened(path, str(path)))
+        sha256 = image_preprocessing.sha256_image(image_preprocessing.decode(path, str(path)))
         found.setdefault(sha256, ImageFile(path, path.relative_to(folder).as_posix(), sha256))
     return list(found.values())
 
 
-def prepared(files: Sequence[ImageFile], how: Preprocessing) -> Images:
-    """Decode, resize and crop image files."""
+def load_images(files: Sequence[ImageFile], how: Preprocessing) -> Images:
+    """Decode, resize and crop image files.
+
+    Raises:
+        ConfigError: one cannot be decoded.
+    """
     return Images.of([item.path for item in files], [str(item.path) for item in files], how)

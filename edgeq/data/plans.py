@@ -1,4 +1,4 @@
-"""Decide which texts or images calibrate and which validate, and refuse one that would do both."""
+"""Decide which texts or images calibrate and which validate; refuse one that would do both."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from edgeq.data.images import ImageFile, read_folder
-from edgeq.data.splits import spread
-from edgeq.data.text_files import deduplicate, default_texts, read_texts, refuse_overlap, sample, split
+from edgeq.data.splits import (
+    deduplicate,
+    evenly_spaced,
+    refuse_overlap,
+    sample,
+    sha256_text,
+    shared_items,
+    split,
+)
+from edgeq.data.text_files import default_texts, read_texts
 from edgeq.errors import ConfigError
 
 FEWEST_CALIBRATION = 16
-FEWEST_VALIDATION = 16
-_SHOWN = 5
+_FEWEST_VALIDATION = 16
 
 
 @dataclass(frozen=True)
@@ -23,9 +28,9 @@ class TextPlan:
     """Hold the texts of an export.
 
     Attributes:
-        calibration: observed.
-        validation: compared on; shares no text with `calibration`.
-        origin: what the user named, or "default".
+        calibration: texts on which ranges are observed.
+        validation: texts on which the artifact is compared with FP32; none is in `calibration`.
+        origin: the name of the user's file, or "default".
         validation_origin: the same for the validation texts.
     """
 
@@ -45,11 +50,11 @@ def plan_texts(
 ) -> TextPlan:
     """Read, split and sample the texts of an export.
 
-    Without `texts` the default sets serve. With it, and without `validation`, a fifth of the texts, chosen by the hash
-    of each text, validates.
+    Without `texts` the default sets are used. With `texts` and without `validation`, a fifth of the texts validates,
+    chosen by the hash of each text.
 
     Raises:
-        ConfigError: a file cannot be read, too few texts are left, or a text stands on both sides.
+        ConfigError: a file cannot be read, too few texts are left, or a text would both calibrate and validate.
     """
     default_calibration, default_validation = default_texts()
     given = deduplicate(read_texts(texts or default_calibration, column if texts else None))
@@ -64,7 +69,7 @@ def plan_texts(
             str(validation or "the default validation texts"),
         )
     else:
-        given, compared = split(given)
+        given, compared = split(given, sha256_text)
         compared_origin = f"{origin} (a fifth, by hash)"
     for file in evaluation:
         others = read_texts(file, column)
@@ -75,19 +80,20 @@ def plan_texts(
             f"{len(chosen)} calibration texts are left; {FEWEST_CALIBRATION} are needed. "
             "Give more with --texts, or more --samples."
         )
-    if len(compared) < FEWEST_VALIDATION:
+    if len(compared) < _FEWEST_VALIDATION:
         raise ConfigError(
-            f"{validation or texts}: {len(compared)} validation texts are left; {FEWEST_VALIDATION} are needed. "
+            f"{validation or texts}: {len(compared)} validation texts are left; {_FEWEST_VALIDATION} are needed. "
             "Give more texts, or a file with --validation."
         )
     return TextPlan(tuple(chosen), tuple(compared), origin, compared_origin)
 
 
-def spread_validation(plan: TextPlan | ImagePlan, most: int | None) -> TextPlan | ImagePlan:
-    """Keep at most so many of a plan's validation texts or images."""
+def limit_validation(plan: TextPlan | ImagePlan, most: int | None) -> TextPlan | ImagePlan:
+    """Keep at most `most` validation texts or images of a plan, evenly spaced in their order; None keeps all."""
+    rows = evenly_spaced(len(plan.validation), most)
     if isinstance(plan, TextPlan):
-        return replace(plan, validation=spread(plan.validation, most))
-    return replace(plan, validation=spread(plan.validation, most))
+        return replace(plan, validation=tuple(plan.validation[row] for row in rows))
+    return replace(plan, validation=tuple(plan.validation[row] for row in rows))
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,8 @@ class ImagePlan:
     """Hold the image files of an export.
 
     Attributes:
-        calibration: observed.
-        validation: compared on; shows nothing that `calibration` shows.
+        calibration: images on which ranges are observed.
+        validation: images on which the artifact is compared with FP32; none has the pixels of one in `calibration`.
         origin: the name of the folder.
         validation_origin: the same for the validation images.
     """
@@ -110,26 +116,24 @@ class ImagePlan:
 def plan_images(folder: Path, validation: Path | None, samples: int | None, seed: int) -> ImagePlan:
     """Read, split and sample the images of an export.
 
-    Without a folder of validation images a fifth of them, chosen by the hash of what each shows, validates.
+    Without a folder of validation images a fifth of the images, chosen by the hash of each one's pixels, validates.
 
     Raises:
-        ConfigError: a folder or file cannot be read, too few images are left, or one stands on both sides.
+        ConfigError: a folder or file cannot be read, too few images are left, or one would both calibrate and validate.
     """
     given = read_folder(folder)
     if validation is not None:
         compared, compared_origin = read_folder(validation), validation.name
         _refuse_overlap(given, folder, compared, validation)
     else:
-        compared = [item for item in given if bytes.fromhex(item.sha256)[0] % 5 == 0]
-        given = [item for item in given if bytes.fromhex(item.sha256)[0] % 5 != 0]
+        given, compared = split(given, lambda item: bytes.fromhex(item.sha256))
         compared_origin = f"{folder.name} (a fifth, by hash)"
-    if samples is not None and samples < len(given):
-        rows = np.random.default_rng(seed).choice(len(given), samples, replace=False)
-        given = [given[row] for row in sorted(rows)]
-    if len(given) < FEWEST_CALIBRATION or len(compared) < FEWEST_VALIDATION:
+    if samples is not None:
+        given = sample(given, samples, seed)
+    if len(given) < FEWEST_CALIBRATION or len(compared) < _FEWEST_VALIDATION:
         raise ConfigError(
             f"{folder}: {len(given)} different images are left to calibrate and {len(compared)} to validate; "
-            f"{FEWEST_CALIBRATION} and {FEWEST_VALIDATION} are needed. Give more with --images, more --samples, or a "
+            f"{FEWEST_CALIBRATION} and {_FEWEST_VALIDATION} are needed. Give more with --images, more --samples, or a "
             "folder with --validation."
         )
     return ImagePlan(tuple(given), tuple(compared), folder.name, compared_origin)
@@ -139,9 +143,4 @@ def _refuse_overlap(given: Sequence[ImageFile], folder: Path, compared: Sequence
     names = {item.sha256: item.name for item in given}
     both = [(names[item.sha256], item.name) for item in compared if item.sha256 in names]
     if both:
-        shown = "\n".join(f"  - {one} and {two}" for one, two in both[:_SHOWN])
-        more = f"\n  … and {len(both) - _SHOWN} more" if len(both) > _SHOWN else ""
-        raise ConfigError(
-            f"{len(both)} images stand in {folder} and in {validation}, which flatters the figures:\n{shown}{more}\n"
-            "Remove them from one of the two."
-        )
+        raise shared_items("images", str(folder), str(validation), [f"{one} and {two}" for one, two in both])

@@ -1,4 +1,4 @@
-"""Prepare the texts or images of an export as the model's own tokenizer or preprocessing does."""
+"""Tokenise the texts or preprocess the images of an export as the model itself does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeq.data.batches import Samples
-from edgeq.data.tokens import Tokenizer, text_set
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import text_set
 from edgeq.records import ImageSet, TextSet
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Hold samples, what to call each of them (a text's own words, an image's file name), and their record."""
+    """Hold samples, a name for each (a text itself, or an image's file name), and the record of the whole set."""
 
     samples: Samples
     names: tuple[str, ...]
@@ -29,13 +30,13 @@ class Prepared:
 
 
 def prepare(items: Items, origin: str, config: Path, limit: int) -> Prepared:
-    """Prepare texts or image files.
+    """Tokenise texts, or decode and preprocess image files.
 
     Args:
-        items: of a plan.
-        origin: what the user named.
+        items: the calibration or validation part of a plan.
+        origin: the name of the user's file or folder, or "default".
         config: the folder with the model's tokenizer or preprocessing.
-        limit: texts are cut at so many tokens.
+        limit: the most tokens of a text; longer ones are cut.
 
     Raises:
         ConfigError: an image cannot be decoded, or the folder lacks a file.
@@ -47,10 +48,10 @@ def prepare(items: Items, origin: str, config: Path, limit: int) -> Prepared:
     from edgeq.data import image_preprocessing, images  # here: texts need no Pillow
 
     files = [item for item in items if not isinstance(item, str)]
-    made = images.prepared(files, image_preprocessing.read(config / image_preprocessing.CONFIG))
+    made = images.load_images(files, image_preprocessing.read(config / image_preprocessing.CONFIG))
     return Prepared(made, tuple(item.name for item in files), made.record(origin))
 
 
 def identities(items: Items) -> list[str]:
-    """Give what decides the vectors of each: a text itself, or the hash of what an image shows."""
+    """Give the identity of each item: a text itself, or the hash of an image's pixels."""
     return [item if isinstance(item, str) else item.sha256 for item in items]

@@ -16,23 +16,26 @@ Embeddings = NDArray[np.float32]
 
 
 class Session(Protocol):
-    """Keep a loaded artifact: loading costs seconds, running milliseconds."""
+    """Keep a loaded artifact, because loading costs seconds and running milliseconds."""
 
     def __call__(self, feeds: AnyFeeds) -> Embeddings:
-        """Give float32[batch, dim]."""
+        """Embed one batch, float32[batch, dim]."""
         ...
 
 
 def embed_batches(session: Session, batches: Iterable[Batch], count: int) -> Embeddings:
-    """Run every batch and put each text's vector back in its place.
+    """Run every batch, and order the vectors as the samples were.
 
     Args:
         session: the loaded artifact.
-        batches: as `texts.batches` makes them; `rows` of all batches together are 0..count-1.
-        count: how many texts there are.
+        batches: of samples; the `rows` of all batches together are 0..count-1.
+        count: of the samples.
 
     Returns:
-        float32[count, dim], in the order of the texts.
+        float32[count, dim], in the order of the samples.
+
+    Raises:
+        ConfigError: there are no batches.
     """
     embeddings: Embeddings | None = None
     for batch in batches:
@@ -48,9 +51,9 @@ def embed_batches(session: Session, batches: Iterable[Batch], count: int) -> Emb
 def embed_by_bucket(
     feeds: AnyFeeds, buckets: Sequence[int], run: Callable[[int, NDArray[np.int64], NDArray[np.int64]], Embeddings]
 ) -> Embeddings:
-    """Run each text in the smallest bucket that it fits.
+    """Run each text in the smallest bucket that holds it.
 
-    A text alone runs at the length it is given in; among others it is cut back to its own tokens first.
+    A single text counts with its padding; each of several counts its own tokens only.
 
     Args:
         feeds: the texts.
@@ -58,7 +61,7 @@ def embed_by_bucket(
         run: takes a bucket, ids and mask, each int64[texts, bucket], and gives their vectors, float32[texts, dim].
 
     Raises:
-        ConfigError: there are no texts, they are something else, or one is longer than the largest bucket.
+        ConfigError: there are no texts, the feeds are images, or a text is longer than the largest bucket.
     """
     embeddings: Embeddings | None = None
     tokens = token_feeds(feeds)

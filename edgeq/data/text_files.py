@@ -1,37 +1,32 @@
-"""Read text files, split and sample them, and find texts that stand in two."""
+"""Read texts from .txt, .jsonl and .csv files."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
 
 from edgeq.errors import ConfigError
 from edgeq.targets import data_dir
 
-_SHOWN = 5
-
 
 def default_texts() -> tuple[Path, Path]:
-    """Give the files of the default calibration and validation texts."""
+    """Give the paths of the default calibration and validation texts."""
     folder = data_dir("calibration_data")
     return folder / "calibration.jsonl", folder / "validation.jsonl"
 
 
 def read_texts(path: Path, column: str | None = None) -> list[str]:
-    """Read the texts of a .txt (one a line), .jsonl or .csv file; blank ones are left out.
+    """Read the texts of a .txt (one per line), .jsonl or .csv file, without blank ones.
 
     Args:
         path: the file, UTF-8.
-        column: the key or column that holds the text; "text" if not given.
+        column: the key or column that holds the text; None means "text".
 
     Raises:
-        ConfigError: missing, empty, of another kind, not UTF-8, broken, or without that column.
+        ConfigError: the file is missing, empty, of another kind, not UTF-8, broken, or has no such column.
     """
     if path.is_dir():
         raise ConfigError(
@@ -98,53 +93,3 @@ def _csv_rows(path: Path, content: str, column: str | None) -> Iterator[str]:
             yield row[name] or ""
     except csv.Error as error:
         raise ConfigError(f"{path}:{rows.line_num}: not CSV: {error}") from error
-
-
-def deduplicate(texts: Sequence[str]) -> list[str]:
-    """Keep the first of equal texts."""
-    return list(dict.fromkeys(texts))
-
-
-def split(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Give four fifths for calibration and a fifth for validation, chosen by the hash of each text."""
-    parts: tuple[list[str], list[str]] = ([], [])
-    for text in texts:
-        parts[hashlib.sha256(text.encode()).digest()[0] % 5 == 0].append(text)
-    return parts
-
-
-def sample(texts: Sequence[str], count: int, seed: int) -> list[str]:
-    """Draw texts without replacement and keep their order; all of them when there are not more."""
-    if count >= len(texts):
-        return list(texts)
-    rows = np.random.default_rng(seed).choice(len(texts), count, replace=False)
-    return [texts[row] for row in sorted(rows)]
-
-
-def overlap(first: Sequence[str], second: Sequence[str]) -> list[tuple[int, int, str]]:
-    """Find texts that stand in both, whatever their case and spacing: (position in first, in second, text), from 1."""
-    places = {_plain(text): number for number, text in reversed(list(enumerate(first, start=1)))}
-    return [
-        (places[_plain(text)], number, text) for number, text in enumerate(second, start=1) if _plain(text) in places
-    ]
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
-def refuse_overlap(first: Sequence[str], first_name: str, second: Sequence[str], second_name: str) -> None:
-    """Refuse texts that stand in both.
-
-    Raises:
-        ConfigError: with the texts and where they stand.
-    """
-    found = overlap(first, second)
-    if not found:
-        return
-    shown = "\n".join(f'  - text {one} and text {two}: "{text[:80]}"' for one, two, text in found[:_SHOWN])
-    more = f"\n  … and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    raise ConfigError(
-        f"{len(found)} texts stand in {first_name} and in {second_name}, which flatters the figures:\n{shown}{more}\n"
-        "Remove them from one of the two."
-    )

@@ -1,26 +1,19 @@
-"""Turn texts into token batches, bucketed by length."""
+"""Hold the tokens of texts, and batch them by length or by bucket."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
 
 from edgeq.data.batches import PIXELS, AnyFeeds, Batch, Samples
 from edgeq.errors import ConfigError
 from edgeq.records import TextSet
-from edgeq.system.untrusted import oversize, parse_json
 
-_MOST_BYTES = 1 << 30
-_LONGEST = 1 << 20  # tokens
-SWEEP_TOKENS, SWEEP_LENGTH = 8192, 30
+_SWEEP_TOKENS, _SWEEP_LENGTH = 8192, 30
 
 
 @dataclass(frozen=True)
@@ -41,10 +34,10 @@ class Feeds:
         return int(self.input_ids.size)
 
     def named(self, inputs: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-        """Give the arrays by graph input name; `token_type_ids` is all zero, as for single texts.
+        """Map the names of graph inputs to arrays; `token_type_ids` is all zero, as for single texts.
 
         Raises:
-            ConfigError: the graph wants images.
+            ConfigError: the graph has an input of images.
         """
         if PIXELS in inputs:
             raise ConfigError(f"the model reads {', '.join(inputs)}, and was given texts. Give it images.")
@@ -57,10 +50,10 @@ class Feeds:
 
 
 def token_feeds(feeds: AnyFeeds) -> Feeds:
-    """Give feeds to what takes tokens only.
+    """Return feeds as tokens, for code that needs tokens.
 
     Raises:
-        ConfigError: they are no tokens.
+        ConfigError: the feeds are images.
     """
     if not isinstance(feeds, Feeds):
         raise ConfigError("this artifact takes the tokens of texts, and was given something else. Give it texts.")
@@ -72,9 +65,9 @@ class Tokens:
     """Hold the token ids of texts, special tokens included.
 
     Attributes:
-        ids: one tuple for each text, at most the model's limit long.
-        truncated: how many texts were cut at the limit.
-        pad_id: the id that fills a batch up.
+        ids: one tuple for each text, not longer than the model's limit.
+        truncated: the number of texts that were cut at the limit.
+        pad_id: the id of padding.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -95,9 +88,9 @@ class Tokens:
         return Tokens(tuple(self.ids[row] for row in rows), 0, self.pad_id)
 
     def swept(self, vocabulary: int, seed: int) -> Tokens:
-        """Make sequences of tokens drawn evenly from the vocabulary, between the special tokens all texts share."""
-        length = max(1, min(SWEEP_LENGTH, vocabulary, self.longest - 2))
-        count = min(SWEEP_TOKENS, vocabulary) // length
+        """Make texts of random tokens, none of the vocabulary twice, between the special tokens of the real texts."""
+        length = max(1, min(_SWEEP_LENGTH, vocabulary, self.longest - 2))
+        count = min(_SWEEP_TOKENS, vocabulary) // length
         rng = np.random.default_rng(seed)
         drawn = rng.permutation(vocabulary)[: count * length].reshape(count, length).tolist()
         first, last = ({ids[end] for ids in self.ids if ids} for end in (0, -1))
@@ -105,7 +98,7 @@ class Tokens:
         return Tokens(tuple((*before, *row, *after) for row in drawn), 0, self.pad_id)
 
     def batches(self, batch_size: int, most: int) -> list[Batch]:
-        """Batch texts of like length, so that padding is small; a text longer than `most` is a batch of its own."""
+        """Batch texts of similar length, for little padding; a text of more than `most` tokens is a batch alone."""
         order = sorted(range(len(self.ids)), key=lambda row: len(self.ids[row]))
         made: list[Batch] = []
         rows: list[int] = []
@@ -133,125 +126,30 @@ class Tokens:
 
 
 def text_tokens(samples: Samples) -> Tokens:
-    """Give samples to what takes texts only.
+    """Return samples as tokens, for code that needs texts.
 
     Raises:
-        ConfigError: they are no texts.
+        ConfigError: the samples are images.
     """
     if not isinstance(samples, Tokens):
         raise ConfigError("this takes texts, and was given images. Choose a model that embeds texts.")
     return samples
 
 
-class Tokenizer:
-    """Turn texts into token ids."""
-
-    def __init__(
-        self, tokenizer: tokenizers.Tokenizer, max_sequence: int, padded_to: int = 0, pad_token: str | None = None
-    ) -> None:
-        """Take a tokenizer; texts are cut at `max_sequence` tokens, and padded with tokens up to `padded_to`."""
-        self._tokenizer = tokenizer
-        self._limit = max_sequence
-        self._padded_to = padded_to
-        padding = tokenizer.padding or {}
-        stated = tokenizer.token_to_id(pad_token) if padded_to and pad_token else None
-        self.pad_id = int(padding.get("pad_id", _pad_id(tokenizer)) if stated is None else stated)
-        tokenizer.no_padding()
-        # The side at which a text is cut is the model's; the limit is not.
-        tokenizer.enable_truncation(max_sequence, direction=(tokenizer.truncation or {}).get("direction", "right"))
-        self.vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
-
-    @classmethod
-    def from_file(cls, path: Path, max_sequence: int) -> Tokenizer:
-        """Read a tokenizer.json.
-
-        Raises:
-            ConfigError: it is not there or not one.
-        """
-        if (path.parent / "preprocessor_config.json").is_file() and not path.is_file():
-            raise ConfigError(f"{path.parent}: is of a model that takes images, and this takes texts; choose another")
-        if not path.is_file():
-            raise ConfigError(f"{path}: not there; a fast tokenizer's tokenizer.json is needed")
-        reason = oversize(path, _MOST_BYTES)
-        if reason is not None:
-            raise ConfigError(f"{path}: {reason}; a fast tokenizer's tokenizer.json is needed")
-        padded_to, pad_token = _padding_as_text(path.with_name("tokenizer_config.json"))
-        if max_sequence < padded_to:
-            raise ConfigError(
-                f"{path.parent}: the model reads texts padded to {padded_to} tokens, and {max_sequence} are asked for. "
-                f"Choose a target that takes {padded_to}."
-            )
-        with _tokenizer_errors(str(path)):
-            tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-            return cls(tokenizer, max_sequence, padded_to, pad_token)
-
-    def encode(self, texts: Sequence[str]) -> Tokens:
-        """Give the token ids of the texts, and count those that were cut.
-
-        Raises:
-            ConfigError: the tokenizer cannot be used: it was damaged, or made to do harm.
-        """
-        with _tokenizer_errors("tokenizer.json"):
-            encoded = self._tokenizer.encode_batch(list(texts))
-        filler = (self.pad_id,) * self._padded_to
-        ids = tuple((*item.ids, *filler[len(item.ids) :]) for item in encoded)
-        return Tokens(ids, sum(1 for item in encoded if item.overflowing), self.pad_id)
-
-
-def _padding_as_text(path: Path) -> tuple[int, str | None]:
-    """Read how long texts are made with tokens that pad, and with which: 0 where padding is none of the model's."""
-    reason = oversize(path, _MOST_BYTES)
-    if reason is not None:
-        raise ConfigError(f"{path}: {reason}; restore it from the model's origin")
-    try:
-        config = parse_json(path.read_bytes()) if path.is_file() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid JSON ({error}); restore it from the model's origin") from error
-    if not isinstance(config, dict) or config.get("padding") != "max_length":
-        return 0, None
-    inputs = config.get("model_input_names")
-    if not isinstance(inputs, list) or "attention_mask" in inputs:
-        return 0, None
-    token, length = config.get("pad_token"), config.get("max_length")
-    name = token.get("content") if isinstance(token, dict) else token
-    if type(length) is not int or not 0 < length <= _LONGEST or not isinstance(name, str | None):
-        raise ConfigError(f"{path}: pads texts to {length!r} with {name!r}; restore it from the model's origin")
-    return length, name
-
-
-@contextmanager
-def _tokenizer_errors(where: str) -> Iterator[None]:
-    """Be the boundary to the tokenizers library, which raises bare Exception, and panics, which are no Exception."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, MemoryError, ConfigError):
-        raise
-    except BaseException as error:
-        raise ConfigError(f"{where}: no tokenizer that works ({error}); restore it from the model's origin") from error
-
-
-def _pad_id(tokenizer: tokenizers.Tokenizer) -> int:
-    for token in ("[PAD]", "<pad>", "<|endoftext|>"):
-        found = tokenizer.token_to_id(token)
-        if found is not None:
-            return int(found)
-    return 0
-
-
-def lengths(buckets_tokens: Sequence[int], max_sequence: int) -> tuple[int, ...]:
-    """Give the sequence lengths of a static artifact, none above the model's limit; empty for dynamic shapes."""
+def bucket_lengths(buckets_tokens: Sequence[int], max_sequence: int) -> tuple[int, ...]:
+    """Give the sequence lengths of a static artifact, cut at the model's limit; empty for dynamic shapes."""
     return tuple(sorted({min(bucket, max_sequence) for bucket in buckets_tokens}))
 
 
 def token_limit(buckets_tokens: Sequence[int], max_sequence: int) -> int:
-    """Give how many tokens a target takes: what the model takes, or its largest bucket holds."""
-    return max(lengths(buckets_tokens, max_sequence), default=max_sequence)
+    """Give the most tokens of a text on a target: the model's limit, or the largest bucket where that is smaller."""
+    return max(bucket_lengths(buckets_tokens, max_sequence), default=max_sequence)
 
 
 def rows_by_bucket(feeds: Feeds, buckets: Sequence[int]) -> dict[int, list[int]]:
-    """Give the smallest bucket for each text, as the rows that belong to each bucket.
+    """Assign each text to the smallest bucket that holds it: bucket -> rows of the feeds.
 
-    A text alone takes the length it is given in; among others it counts its own tokens.
+    A single text counts with its padding; each of several counts its own tokens only.
 
     Args:
         feeds: of any texts.
@@ -273,18 +171,18 @@ def rows_by_bucket(feeds: Feeds, buckets: Sequence[int]) -> dict[int, list[int]]
 
 
 def fitted(rows: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-    """Cut or pad each row with zeros to the width, int64[rows, width]. A masked id may be any."""
+    """Cut or pad each row with zeros to int64[rows, width]; ids under a zero of the mask have no influence."""
     kept = rows[:, :width]
     return np.pad(kept, ((0, 0), (0, width - kept.shape[1])))
 
 
 def batches(samples: Samples, batch_size: int = 32, max_tokens: int = 4096) -> list[Batch]:
-    """Batch samples of like size, so that padding is small.
+    """Batch samples of similar size, so that there is little padding.
 
     Args:
         samples: tokens of texts, or images.
-        batch_size: most samples in a batch.
-        max_tokens: most tokens in a batch, padding included; a longer text is a batch of its own.
+        batch_size: the most samples in a batch.
+        max_tokens: the most tokens in a batch, padding included; a longer text is a batch alone.
     """
     return samples.batches(batch_size, max_tokens)
 
@@ -301,7 +199,7 @@ def _batch(tokens: Tokens, rows: Sequence[int]) -> Batch:
 
 
 def sha256_texts(texts: Sequence[str]) -> str:
-    """Hash texts in order, so that a set is known again."""
+    """Hash texts in their order with SHA-256, to identify the set."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(f"{len(text)}:".encode() + text.encode())
@@ -309,7 +207,7 @@ def sha256_texts(texts: Sequence[str]) -> str:
 
 
 def text_set(origin: str, texts: Sequence[str], tokens: Tokens) -> TextSet:
-    """Describe a set of texts by its content."""
+    """Describe a set of texts by its hash and its numbers of texts and tokens."""
     return TextSet(
         origin=origin,
         sha256=sha256_texts(texts),

@@ -1,7 +1,7 @@
-"""Reach an Android phone through the `adb` program: with a Python there, or with LiteRT's native benchmark binary.
+"""Validate on an Android phone through `adb`: with Python there, or with LiteRT's native `benchmark_model`.
 
-Files lie below /data/local/tmp by their sha256, so that a second run sends only what changed. Every word of a command
-that adb hands to the phone's shell is quoted: adb joins words with blanks, and the shell there reads them again.
+Files are stored below /data/local/tmp by sha256, so that a second run sends only changed ones. Each word of a command
+for the phone's shell is quoted, because adb joins words with blanks and the shell splits them again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 from edgeq.devices.blobs import Blobs
 from edgeq.devices.child_process import Log, follow, printable, require_report, timed_out
 from edgeq.devices.contract import Job
-from edgeq.devices.report import DeviceReport, PlaceKind, read_report
+from edgeq.devices.report import DeviceReport, TransportKind, read_report
 from edgeq.errors import ConfigError, DeviceUnavailable, LoweringFailed, StorageFailed, ToolMissing
 from edgeq.system.files import work_dir
 
-ROOT = "/data/local/tmp/edgeq-device"
+_ROOT = "/data/local/tmp/edgeq-device"
 
 _SERIAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _HASHED = re.compile(r"([0-9a-f]{64})\s+(?:.*/)?([0-9a-f]{64})")
@@ -34,19 +34,19 @@ _log = logging.getLogger(__name__)
 
 
 class Adb:
-    """An Android phone with USB debugging on."""
+    """Reach an Android phone with USB debugging on."""
 
     def __init__(self, where: str, python: str = "python3", native: Path | None = None, is_kept: bool = True) -> None:
-        """Take an address.
+        """Parse an address.
 
         Args:
             where: adb:SERIAL, as `adb devices` lists it.
-            python: the Python on the phone.
-            native: LiteRT's benchmark_model for the phone, where it has no Python.
-            is_kept: leave sent files there, so that the next run sends only what changed.
+            python: the interpreter on the phone.
+            native: path of LiteRT's benchmark_model for a phone without Python.
+            is_kept: leave sent files there, so that the next run sends only changed ones.
 
         Raises:
-            ConfigError: the serial number is none, or there is no such binary.
+            ConfigError: the serial number is malformed, or there is no such binary.
         """
         self._serial = where.removeprefix("adb:")
         if not _SERIAL.fullmatch(self._serial):
@@ -55,17 +55,17 @@ class Adb:
             raise ConfigError(f"--native {native}: no such file; give LiteRT's benchmark_model for the phone.")
         self._python, self._native, self._is_kept = python, native, is_kept
         self._end, self._limit_s = 0.0, 0.0
-        self.root = ROOT
+        self.root = _ROOT
         self.name = f"adb-{self._serial}"
-        self.kind: PlaceKind = "adb" if native is None else "adb-native"
+        self.kind: TransportKind = "adb" if native is None else "adb-native"
 
     def validate(self, job: Job) -> DeviceReport:
-        """Send what is missing there, run the golden inputs, give the report; see `Place.validate`."""
+        """Send missing files, run the golden inputs, and give the report; see `Transport.validate`."""
         self._limit_s, self._end = job.time_limit_s, time.monotonic() + job.time_limit_s
         blobs = Blobs.of(job.bundle)
         self._require_device()
-        folder = f"{ROOT}/runs/{uuid.uuid4().hex}"
-        self.shell(["mkdir", "-p", f"{ROOT}/store", folder], "making a folder")
+        folder = f"{_ROOT}/runs/{uuid.uuid4().hex}"
+        self.shell(["mkdir", "-p", f"{_ROOT}/store", folder], "making a folder")
         try:
             self.send(blobs.paths, job)
             if self._native is not None:
@@ -75,21 +75,21 @@ class Adb:
             self._lay_out(blobs, folder)
             return self._run(folder, job)
         finally:
-            self._remove(folder if self._is_kept else ROOT)
+            self._remove(folder if self._is_kept else _ROOT)
 
     def shell(self, words: Sequence[str], what: str) -> str:
-        """Run a command on the phone and give what it wrote.
+        """Run a command on the phone, each word quoted, and give its stdout.
 
         Raises:
-            DeviceUnavailable: the phone went away.
+            DeviceUnavailable: the phone was disconnected.
             StorageFailed: its storage is full.
             LoweringFailed: the command failed.
-            TimedOut: the job's time is over.
+            TimedOut: the job's time limit is over.
         """
         return self.script(shlex.join(words), what)
 
     def script(self, text: str, what: str) -> str:
-        """Run a line of shell whose words are quoted already; as `shell`."""
+        """Run one line of shell, whose words are quoted already; errors as `shell`."""
         done = self._adb("shell", text)
         if done.returncode == 0:
             return done.stdout
@@ -103,26 +103,27 @@ class Adb:
         raise LoweringFailed(f"{self.name}: {what} failed (status {done.returncode}): {said or 'it said nothing'}")
 
     def send(self, paths: Mapping[str, Path], job: Job) -> None:
-        """Push files that the phone's store lacks, by their sha256.
+        """Push the files that the phone's store lacks, by sha256.
 
         Raises:
-            EdgeqError: as `shell`.
+            EdgeqError: the errors of `shell`.
         """
-        listed = self.script(f"cd {ROOT}/store && for f in *; do sha256sum $f; done 2>/dev/null; true", "listing files")
+        hashing = f"cd {_ROOT}/store && for f in *; do sha256sum $f; done 2>/dev/null; true"
+        listed = self.script(hashing, "listing files")
         there = {match[2] for match in map(_HASHED.fullmatch, listed.split("\n")) if match and match[1] == match[2]}
         missing = sorted(set(paths) - there)
         for done, sha256 in enumerate(missing):
             job.progress("send", done, len(missing))
-            part = f"{ROOT}/store/{sha256}.part"
+            part = f"{_ROOT}/store/{sha256}.part"
             self._push(paths[sha256], part)
-            self.shell(["mv", part, f"{ROOT}/store/{sha256}"], "keeping a file")
+            self.shell(["mv", part, f"{_ROOT}/store/{sha256}"], "keeping a file")
         job.progress("send", len(missing), len(missing))
 
     def pull(self, remote: str, local: Path) -> None:
-        """Bring a file here.
+        """Copy a file from the phone.
 
         Raises:
-            DeviceUnavailable: it cannot be had.
+            DeviceUnavailable: it cannot be copied.
             TimedOut: the job's time is over.
         """
         done = self._adb("pull", remote, str(local))
@@ -130,11 +131,11 @@ class Adb:
             raise DeviceUnavailable(f"{self.name}: {remote} cannot be pulled: {done.stderr.strip()[-300:]}. Run again.")
 
     def push(self, local: Path, remote: str) -> None:
-        """Bring a file there, as `send` does with those of the bundle."""
+        """Copy a file to the phone."""
         self._push(local, remote)
 
     def _push(self, local: Path, remote: str) -> None:
-        """Push a file; a cable that is shaken is waited for."""
+        """Push a file, up to three times with growing pauses: a loose cable drops connections."""
         for attempt in range(_ATTEMPTS):
             done = self._adb("push", str(local.resolve()), remote)
             if done.returncode == 0:
@@ -150,7 +151,7 @@ class Adb:
         )
 
     def _require_device(self) -> None:
-        """Refuse a phone that is not there, or has not allowed this machine."""
+        """Refuse a phone that is not connected, or has not allowed this machine."""
         done = self._adb("get-state")
         state = done.stdout.strip()
         if done.returncode != 0 or state != "device":
@@ -161,12 +162,12 @@ class Adb:
             )
 
     def _lay_out(self, blobs: Blobs, folder: str) -> None:
-        """Give the bundle its shape: links where the file system has them, else copies."""
+        """Make the bundle's folder from the store: hard links where the file system has them, else copies."""
         lines = [shlex.join(["mkdir", "-p", path]) for path in sorted({
             f"{folder}/bundle/{name}".rpartition("/")[0] for name, _ in blobs.files})]  # fmt: skip
         names = [*((f"bundle/{name}", sha256) for name, sha256 in blobs.files), ("validate.py", blobs.script)]
         for name, sha256 in names:
-            pair = shlex.join([f"{ROOT}/store/{sha256}", f"{folder}/{name}"])
+            pair = shlex.join([f"{_ROOT}/store/{sha256}", f"{folder}/{name}"])
             lines.append(f"{{ ln {pair} 2>/dev/null || cp {pair}; }}")
         batch: list[str] = []
         for line in lines:
@@ -177,7 +178,7 @@ class Adb:
         self.script(" && ".join(batch), "laying the bundle out")
 
     def _run(self, folder: str, job: Job) -> DeviceReport:
-        """Run the device script on the phone's Python."""
+        """Run the device script in the phone's Python."""
         report = f"{folder}/report.json"
         words = [
             self._python, f"{folder}/validate.py", f"{folder}/bundle", "--report", report, *job.options("adb"),
@@ -197,7 +198,7 @@ class Adb:
             return read_report(here / "report.json", job.bundle)
 
     def _remove(self, folder: str) -> None:
-        """Clean up; a phone that is gone keeps what it has until the next run."""
+        """Remove a folder on the phone, if it is still connected."""
         try:
             subprocess.run(self._command("shell", shlex.join(["rm", "-rf", folder])), stdin=subprocess.DEVNULL,
                            capture_output=True, check=False, timeout=30.0)  # fmt: skip
@@ -212,7 +213,7 @@ class Adb:
         return ["adb", "-s", self._serial, *words]
 
     def _adb(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Run adb and keep what it says.
+        """Run adb and capture its output.
 
         Raises:
             ToolMissing: adb is not on PATH.

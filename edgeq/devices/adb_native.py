@@ -1,8 +1,8 @@
-"""Run golden inputs on a phone without Python, through LiteRT's own `benchmark_model`, and compare on this machine.
+"""Run golden texts on a phone without Python through LiteRT's `benchmark_model`, and measure parity on this machine.
 
-The binary is the user's: it is fed one text a run and writes the vector's codes to a file. Its limits: only .tflite
-files, only texts, and no times, because the binary gives averages where a report needs percentiles. ONNX Runtime's
-`onnxruntime_perf_test` writes no outputs, so nothing can be compared with it: bundles for it are refused.
+The user provides the binary. Each run reads one text and writes the quantised vector to a file. Its limits: .tflite
+files only, texts only, and no times, because the binary prints averages where a report needs percentiles. ONNX
+Runtime's `onnxruntime_perf_test` writes no outputs, so bundles for it are refused.
 Source: tensorflow 2.16, lite/tools/benchmark: README.md (inputs) and benchmark_tflite_model.cc (signature_to_run_for,
 output_filepath).
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from edgeq.bundle.golden import read_golden
 from edgeq.bundle.manifest import MANIFEST, load_manifest
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, embed_batches, embed_by_bucket
-from edgeq.data.tokens import Tokens, batches, lengths, token_limit
+from edgeq.data.tokens import Tokens, batches, bucket_lengths, token_limit
 from edgeq.devices.blobs import Blobs
 from edgeq.devices.contract import Job, Phone
 from edgeq.devices.report import Agreement, Conditions, DeviceMachine, DeviceReport, judged
@@ -31,26 +31,23 @@ from edgeq.evaluation.parity import unit
 from edgeq.records import Manifest, Measures, RunsOn
 from edgeq.system.files import sha256_file, work_dir
 
-if TYPE_CHECKING:
-    pass
-
 _INPUTS = ("input_ids", "attention_mask")
 _MACHINES = {"arm64": "aarch64", "armv8l": "aarch64"}
 
 
 def validate_natively(phone: Phone, binary: Path, blobs: Blobs, folder: str, job: Job) -> DeviceReport:
-    """Feed the golden texts to the binary on the phone, one a run, and report.
+    """Run the golden texts through the binary on the phone, one per run, and report parity.
 
     Args:
-        phone: that the bundle's files were sent to.
-        binary: LiteRT's benchmark_model for it.
-        blobs: what was sent.
-        folder: an empty one on the phone.
-        job: what to validate.
+        phone: with the bundle's files in its store.
+        binary: LiteRT's benchmark_model for the phone.
+        blobs: the files in the store.
+        folder: an empty folder on the phone.
+        job: the bundle, and how to run it.
 
     Raises:
-        Unsupported: the artifact is no .tflite file of texts, or the binary is another.
-        EdgeqError: as `Place.validate` says.
+        Unsupported: the artifact is no .tflite file of texts.
+        EdgeqError: the errors of `Transport.validate`.
     """
     manifest = load_manifest(job.bundle)
     artifact = manifest.artifact.files[0]
@@ -79,17 +76,17 @@ def validate_natively(phone: Phone, binary: Path, blobs: Blobs, folder: str, job
 
 
 class _Native:
-    """Run each text through the binary; a session, as `parity` takes it."""
+    """Run each text through the binary: a session for `edgeq.evaluation.parity`."""
 
     def __init__(self, phone: Phone, folder: str, sha256: str, manifest: Manifest, job: Job) -> None:
-        """Read from the file how codes become vectors."""
-        from edgeq.backends.tflite import SIGNATURE, output_codes
+        """Read the vectors' scale and zero point from the .tflite file."""
+        from edgeq.backends.tflite import SIGNATURE, output_params
 
         self._phone, self._folder, self._job, self._signature = phone, folder, job, SIGNATURE
         self._graph = f"{phone.root}/store/{sha256}"
         self._threads = job.threads or int(manifest.target.runtime["threads"])
-        self._buckets = lengths(manifest.target.buckets_tokens, manifest.source.max_sequence)
-        self._scale, self._zero_point = output_codes(job.bundle / manifest.artifact.files[0].path)
+        self._buckets = bucket_lengths(manifest.target.buckets_tokens, manifest.source.max_sequence)
+        self._scale, self._zero_point = output_params(job.bundle / manifest.artifact.files[0].path)
         self._dim, self._runs, self._count = manifest.source.dim, 0, manifest.golden.count
 
     def __call__(self, feeds: AnyFeeds) -> Embeddings:
@@ -101,15 +98,15 @@ class _Native:
             self._one(bucket, dict(zip(_INPUTS, pair, strict=True)))
             for pair in zip(input_ids, attention_mask, strict=True)
         ]
-        codes = np.stack(rows).astype(np.float32)
-        embeddings: Embeddings = (codes - self._zero_point) * np.float32(self._scale)
+        values = np.stack(rows).astype(np.float32)
+        embeddings: Embeddings = (values - self._zero_point) * np.float32(self._scale)
         return embeddings
 
     def _one(self, bucket: int, arrays: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int8]:
-        """Run one text; give its codes, int8[dim].
+        """Run one text; give its quantised vector, int8[dim].
 
         Raises:
-            BundleCorrupt: the binary wrote something of another size.
+            BundleCorrupt: the binary wrote another number of bytes.
         """
         with work_dir() as here:
             for name, array in arrays.items():
@@ -141,7 +138,7 @@ class _Native:
 
 
 def _agreement(recorded: Embeddings, vectors: Embeddings) -> Agreement:
-    """Compare vectors with the exporting machine's."""
+    """Measure vectors against the exporting machine's."""
     cosines = np.clip(np.sum(unit(recorded) * unit(vectors), axis=1), -1.0, 1.0)
     return Agreement(
         cosine_mean=float(cosines.mean()),
@@ -154,11 +151,11 @@ def _report(
     phone: Phone, manifest: Manifest, sha256: str, measures: Measures | None, host: Agreement | None,
     failures: tuple[str, ...],
 ) -> DeviceReport:  # fmt: skip
-    """Judge, and describe the phone."""
+    """Judge the measures, and make the report with a description of the phone."""
     machine = _machine(phone, manifest.target.runs_on)
     nothing = Conditions(temperatures_c={}, frequencies_mhz={})
     report = DeviceReport(
-        format=1, target=manifest.target.name, manifest_sha256=sha256, place="adb-native",
+        format=1, target=manifest.target.name, manifest_sha256=sha256, transport="adb-native",
         ran_on=manifest.target.runs_on.elsewhere if machine.lacks else "device", status="failed", failures=failures,
         measures=measures, host=host, machine=machine, tools={"benchmark_model": "given by its path"},
         threads=int(manifest.target.runtime["threads"]), load_ms=None, peak_memory_bytes=None, cells=(), before=nothing,
@@ -169,7 +166,7 @@ def _report(
 
 
 def _machine(phone: Phone, runs_on: RunsOn) -> DeviceMachine:
-    """Ask the phone what it is."""
+    """Read the phone's processor and model."""
     name = phone.shell(["uname", "-m"], "asking for the processor").strip()[:40]
     cpuinfo = phone.shell(["cat", "/proc/cpuinfo"], "asking for the processor")
     told: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Run the device script on an emulated 64-bit Arm: its vectors count, its times mean nothing."""
+"""Run the device script on an emulated 64-bit Arm CPU (QEMU); vectors are judged, times are not taken."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from edgeq.bundle.device_script import device_script
 from edgeq.bundle.manifest import load_manifest
 from edgeq.devices.child_process import validate_as
 from edgeq.devices.contract import Job
-from edgeq.devices.report import DeviceReport, PlaceKind
+from edgeq.devices.report import DeviceReport, TransportKind
 from edgeq.errors import ConfigError, ToolMissing, Unsupported
 from edgeq.targets import data_dir
 
-_RECIPE = "arm64"  # below tools/
-_OLDER_NUMPY = "tflite-runtime"  # its wheel was built for numpy 1, which lies apart
+_RECIPE = "arm64"  # a script in tools/
+_OLDER_NUMPY = "tflite-runtime"  # its wheel was built for numpy 1, which the script installs apart
 _RUNTIMES = ("onnxruntime", "tflite")
 
 
 class Arm64:
-    """A 64-bit Arm that `tools/arm64` emulates; this file system is its own."""
+    """Reach a 64-bit Arm that `tools/arm64` emulates on this machine, with this machine's file system."""
 
     name = "arm64"
-    kind: PlaceKind = "arm64"
+    kind: TransportKind = "arm64"
 
     def validate(self, job: Job) -> DeviceReport:
-        """Run the golden inputs of a bundle in the emulation; see `Place.validate`."""
+        """Run the golden inputs of a bundle in the emulation; see `Transport.validate`."""
         target = load_manifest(job.bundle).target
         if target.backend not in _RUNTIMES:
             raise Unsupported(
@@ -38,13 +38,13 @@ class Arm64:
         _set_up(recipe)
         job.progress("set up the emulation", 1, 1)
         older = ["--tflite-runtime"] if _OLDER_NUMPY in target.runtime.values() else []
-        single = replace(job, threads=job.threads or 1)  # threads that wait by spinning starve an emulator
+        single = replace(job, threads=job.threads or 1)  # spinning threads starve an emulator
         options = [*single.options(self.kind), "--emulated"]
         return validate_as([recipe, "run", *older, device_script()], job, options, self.name)
 
 
 def _recipe() -> Path:
-    """Give tools/arm64 of this checkout.
+    """Give the path of tools/arm64 in this checkout.
 
     Raises:
         ToolMissing: edgeq was installed without its tools.
@@ -62,10 +62,10 @@ def _recipe() -> Path:
 
 
 def _set_up(recipe: Path) -> None:
-    """Make the emulated system once.
+    """Create the emulated system where it does not exist yet.
 
     Raises:
-        ToolMissing: what it takes could not be had; the message is the recipe's.
+        ToolMissing: the script failed; the message is its last line.
     """
     done = subprocess.run(
         [recipe, "setup"], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False

@@ -1,4 +1,4 @@
-"""List what must lie on a device: each file of a bundle, and the device script, by sha256."""
+"""List the files to send to a device, by sha256: each file of a bundle, and the device script."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from edgeq.system.files import sha256_file, storage_errors
 
 @dataclass(frozen=True)
 class Blobs:
-    """Hold what is to be there.
+    """Hold the files that a device needs.
 
     Attributes:
-        paths: for each sha256 a file of this machine.
-        sizes: for each sha256 its bytes.
-        files: each file of the bundle, by its name there and its sha256.
-        script: the sha256 of the device script: edgeq's own, not the bundle's copy.
+        paths: sha256 -> a path on this machine.
+        sizes: sha256 -> bytes.
+        files: name in the bundle, and sha256, of each file.
+        script: sha256 of edgeq's device script, which is run instead of the bundle's copy.
     """
 
     paths: Mapping[str, Path]
@@ -30,7 +30,7 @@ class Blobs:
 
     @classmethod
     def of(cls, bundle: Path) -> Blobs:
-        """List a whole bundle and the device script.
+        """Check a bundle, and list its files and the device script.
 
         Raises:
             ConfigError: there is no bundle.

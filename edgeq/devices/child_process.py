@@ -1,4 +1,4 @@
-"""Run the device script as a child process: follow its progress, keep to a time limit, and read what came of it."""
+"""Run the device script as a child process: follow its progress, kill it after a time limit, and read its report."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from typing import IO
 
 import psutil
 
-from edgeq.devices.contract import Job, Progress
+from edgeq.devices.contract import Job
 from edgeq.devices.report import DeviceReport, read_report
 from edgeq.errors import EdgeqError, LoweringFailed, ParityFailed, TimedOut, ToolMissing, error_of
 from edgeq.system.files import work_dir
+from edgeq.system.progress import Progress
 
 _STAGE = re.compile(r"\[validate\] ([a-z0-9 ]{1,40}) (\d{1,9})/(\d{1,9})")
 _LINE_BYTES, _LOG_LINES = 4096, 40
 
 
 class Log:
-    """Keep the last lines that the script said, and pass its progress on."""
+    """Collect the last lines of the script's stderr, and pass its progress lines to a callback."""
 
     def __init__(self, progress: Progress) -> None:
-        """Take who is told."""
+        """Take the callback for progress."""
         self._progress = progress
         self.lines: list[str] = []
 
     def __call__(self, line: str) -> None:
-        """Take one line of its stderr."""
+        """Add one line of stderr."""
         line = printable(line.rstrip())
         match = _STAGE.fullmatch(line)
         if match is not None:
@@ -43,26 +44,26 @@ class Log:
 
     @property
     def message(self) -> str:
-        """Give the script's own last word, or the last lines of whatever died before it."""
+        """Give the script's last message, or without one the last lines of stderr."""
         own = [line for line in self.lines if line.startswith("validate.py: ")]
         return own[-1].removeprefix("validate.py: ") if own else " | ".join(self.lines[-3:]) or "it said nothing"
 
 
 def printable(text: str) -> str:
-    """Keep what a terminal shows as it is, and line breaks: another machine may say anything."""
+    """Drop control characters except line breaks: the text may come from another machine."""
     return "".join(sign for sign in text if sign.isprintable() or sign == "\n")
 
 
 @dataclass
 class _Watch:
-    """Say whether the time limit ended a process."""
+    """Hold whether the time limit ended a process."""
 
     is_over: bool = False
 
 
 @contextlib.contextmanager
 def watched(process: subprocess.Popen[bytes], limit_s: float) -> Iterator[_Watch]:
-    """Kill a process when a time limit is over, and in any case at the end."""
+    """Kill a process after a time limit, and in any case when the context ends."""
     watch = _Watch()
 
     def end() -> None:
@@ -85,7 +86,7 @@ def watched(process: subprocess.Popen[bytes], limit_s: float) -> Iterator[_Watch
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started."""
+    """Kill a process and all its children."""
     if process.poll() is not None:
         return
     with contextlib.suppress(psutil.Error):
@@ -96,7 +97,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def lines_of(stream: IO[bytes], take: Callable[[str], None]) -> None:
-    """Read a stream to its end, line by line; a line that does not end is cut."""
+    """Read a stream to its end, line by line; lines of over 4096 bytes are cut."""
     while line := stream.readline(_LINE_BYTES):
         take(line.decode("utf-8", "replace"))
 
@@ -106,7 +107,7 @@ def follow(command: Sequence[str | Path], log: Log, limit_s: float, what: str) -
 
     Raises:
         ToolMissing: there is no such program.
-        TimedOut: it took too long; it is killed.
+        TimedOut: it exceeded the time limit, and was killed.
     """
     try:
         process = subprocess.Popen(
@@ -127,21 +128,21 @@ def follow(command: Sequence[str | Path], log: Log, limit_s: float, what: str) -
 
 
 def timed_out(what: str, limit_s: float) -> TimedOut:
-    """Say that a place took too long."""
+    """Make the error for a validation that exceeded its time limit."""
     return TimedOut(f"{what}: not done after {limit_s:.0f} s. Give it a longer --time-limit, or fewer --runs.")
 
 
 def validate_as(command: Sequence[str | Path], job: Job, options: Sequence[str], what: str) -> DeviceReport:
-    """Run the device script behind a command on this file system, and read its report.
+    """Run the device script on this machine's file system, and read its report.
 
     Args:
         command: the interpreter and the script.
-        job: what to validate.
-        options: the script's.
-        what: the place, for messages.
+        job: the bundle, and how to run it.
+        options: of the script.
+        what: the transport's name, for messages.
 
     Raises:
-        EdgeqError: as `Place.validate` says.
+        EdgeqError: the errors of `Transport.validate`.
     """
     begin = time.monotonic()
     log = Log(job.progress)
@@ -154,10 +155,10 @@ def validate_as(command: Sequence[str | Path], job: Job, options: Sequence[str],
 
 
 def require_report(status: int, log: Log, what: str) -> None:
-    """Turn the exit status of a script that wrote no report into the error that it stands for.
+    """Raise the error for the exit status of a script that wrote no report.
 
     Raises:
-        EdgeqError: it wrote none; by the script's own exit codes.
+        EdgeqError: the class that has this exit code; `LoweringFailed` where the script died.
     """
     if status in (0, ParityFailed.exit_code):
         return
@@ -171,7 +172,7 @@ def require_report(status: int, log: Log, what: str) -> None:
 
 
 def signal_name(status: int) -> str:
-    """Say how a process ended; a shell gives 128 and the signal's number."""
+    """Describe how a process ended; a shell adds 128 to the number of a signal."""
     number = -status if status < 0 else status - 128
     try:
         return f"died of {signal.Signals(number).name}"

@@ -1,32 +1,28 @@
-"""Define what a place is: where the device script runs on a bundle, and brings back its report."""
+"""Define a transport: how a bundle reaches a machine, how the device script runs there, how its report comes back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from edgeq.devices.report import DeviceReport, PlaceKind
+from edgeq.devices.report import DeviceReport, TransportKind
+from edgeq.system.progress import Progress, silent
 
-Progress = Callable[[str, int, int], None]
 DEFAULT_TIME_LIMIT_S = 900.0
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Tell nobody."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Say what is to be validated and how.
+    """Hold which bundle the device script validates, how often it runs, and within which time.
 
     Attributes:
         bundle: OUT/TARGET, as `edgeq export` wrote it; it is not changed.
-        runs: timed runs of each length; only a device is timed.
-        warmup: runs before them.
-        threads: 0 leaves it to the target.
-        time_limit_s: for all of it, sending included.
+        runs: timed runs of each length; only the target's own device is timed.
+        warmup: untimed runs before them.
+        threads: of the runtime; 0 takes the number in the target's settings.
+        time_limit_s: for the whole validation, sending files included.
         progress: called as `progress(stage, done, total)`.
     """
 
@@ -35,31 +31,35 @@ class Job:
     warmup: int = 5
     threads: int = 0
     time_limit_s: float = DEFAULT_TIME_LIMIT_S
-    progress: Progress = _silent
+    progress: Progress = silent
 
-    def options(self, kind: PlaceKind) -> list[str]:
-        """Give the device script's options."""
+    def options(self, kind: TransportKind) -> list[str]:
+        """Give the command-line options for the device script.
+
+        Args:
+            kind: of the transport; the report repeats it.
+        """
         numbers = {"--runs": self.runs, "--warmup": self.warmup, "--threads": self.threads}
-        return [word for name, value in numbers.items() for word in (name, str(value))] + ["--place", kind]
+        return [word for name, value in numbers.items() for word in (name, str(value))] + ["--transport", kind]
 
 
 class Phone(Protocol):
-    """Run commands on a phone and move files between it and this machine.
+    """Run shell commands on a phone, and copy files to and from it.
 
     Attributes:
-        name: for messages.
-        root: the folder of the phone that holds all that is sent.
+        name: of the phone, for messages.
+        root: the folder on the phone below which every sent file lies.
     """
 
     name: str
     root: str
 
     def shell(self, words: Sequence[str], what: str) -> str:
-        """Run a command and give what it wrote."""
+        """Run a command on the phone, each word quoted, and give its stdout."""
         ...
 
     def script(self, text: str, what: str) -> str:
-        """Run a line of shell whose words are quoted already."""
+        """Run one line of shell, whose words the caller has quoted, and give its stdout."""
         ...
 
     def push(self, local: Path, remote: str) -> None:
@@ -71,27 +71,27 @@ class Phone(Protocol):
         ...
 
 
-class Place(Protocol):
-    """Hold a bundle, run the device script on it, give back the report; keep nothing that a run leaves but sent files.
+class Transport(Protocol):
+    """Send a bundle to a machine, run the device script there, and bring the report back; leave only the sent files.
 
     Attributes:
-        name: tells places apart, and names their reports.
-        kind: how the place is reached.
+        name: of the machine with its address; part of the report's file name.
+        kind: how the machine is reached.
     """
 
     name: str
-    kind: PlaceKind
+    kind: TransportKind
 
     def validate(self, job: Job) -> DeviceReport:
-        """Run the golden inputs of a bundle there; a report that missed the gate is returned, not raised.
+        """Run the golden inputs of a bundle on the machine; a report that missed the gate is returned, not raised.
 
         Raises:
-            BundleCorrupt: the bundle is damaged, here or there, or the report is no honest one.
+            BundleCorrupt: the bundle is damaged, here or there, or the report contradicts the bundle or itself.
             ToolMissing: a program here, or Python or the runtime there, is missing; the message says how to get it.
             Unsupported: that machine is not what the bundle is for.
             LoweringFailed: the runtime there refuses the artifact, or dies of it.
             StorageFailed: a disk, here or there, is full or read-only.
-            DeviceUnavailable: the place cannot be reached, or went away.
+            DeviceUnavailable: the machine cannot be reached, or the connection was lost.
             TimedOut: it took longer than the job allows.
         """
         ...

@@ -1,4 +1,4 @@
-"""Run the device script here, in a process of its own."""
+"""Run the device script on this machine, in a child process."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from edgeq.bundle.device_script import device_script
 from edgeq.bundle.manifest import load_manifest
 from edgeq.devices.child_process import validate_as
 from edgeq.devices.contract import Job
-from edgeq.devices.report import DeviceReport, PlaceKind
+from edgeq.devices.report import DeviceReport, TransportKind
 from edgeq.system.environments import interpreter
 
 
 class Local:
-    """This machine."""
+    """Reach this machine itself."""
 
     name = "local"
-    kind: PlaceKind = "local"
+    kind: TransportKind = "local"
 
     def validate(self, job: Job) -> DeviceReport:
-        """Run the golden inputs of a bundle here, in the Python that has the runtime; see `Place.validate`."""
+        """Run the golden inputs of a bundle in the Python here that has the runtime; see `Transport.validate`."""
         return validate_as([_python(job), device_script()], job, job.options(self.kind), self.name)
 
 
 def _python(job: Job) -> str:
-    """Give the Python that has the bundle's runtime: edgeq's own, or that of an environment made for the runtime."""
+    """Give the Python interpreter that has the bundle's runtime: edgeq's own, or one of an environment made for it."""
     target = load_manifest(job.bundle).target
     backend = find(target.backend, str(job.bundle))
     for environment in backend.environments() if isinstance(backend, NeedsEnvironments) else ():

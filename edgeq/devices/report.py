@@ -1,8 +1,8 @@
-"""Read what the device script found: `device-report.json`, the evidence that a bundle works where it will run.
+"""Read and write device reports: the device script's figures and verdict on one bundle on one machine.
 
-The script is one file, `tools/device/validate.py`, that imports nothing of edgeq; each bundle carries the same bytes as
-`validate.py`. A report is kept beside its bundle, because a bundle never changes: `OUT/TARGET.NAME.device-report.json`.
-It comes from another machine, so it is read strictly, and its verdict is reached again from its measures.
+The script, `tools/device/validate.py`, is one file that imports nothing of edgeq; each bundle contains a copy. A report
+is written beside its bundle, because a bundle never changes: `OUT/TARGET.NAME.device-report.json`. It may come from
+another machine, so unknown keys are refused, and its measures are judged again.
 """
 
 from __future__ import annotations
@@ -14,39 +14,32 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from edgeq.bundle.benchmark import Latency
 from edgeq.bundle.checksums import SUMS
 from edgeq.bundle.manifest import MANIFEST, load_manifest
 from edgeq.errors import BundleCorrupt, ConfigError
 from edgeq.evaluation.gate import judge
-from edgeq.records import Manifest, Measures, Place, Placement, Record, Sha256
+from edgeq.records import Manifest, Measures, Placement, Record, RunKind, Sha256
 from edgeq.system.files import sha256_file, storage_errors, write_bytes
 
 REPORT = "device-report.json"
 LARGEST_BYTES = 1_000_000
 
-PlaceKind = Literal["by-hand", "local", "ssh", "adb", "adb-native", "arm64"]
-
-
-class Percentiles(Record):
-    """Give percentiles of the time of one run, in milliseconds."""
-
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
+TransportKind = Literal["by-hand", "local", "ssh", "adb", "adb-native", "arm64"]
 
 
 class DeviceCell(Record):
-    """Hold the latency of one text, or image, at one length."""
+    """Hold the latency of one text (or image) at one length."""
 
     batch: int
     sequence: int  # tokens; 1 for an image
     runs: int
     warmup_runs: int
-    latency: Percentiles
+    latency: Latency
 
 
 class Agreement(Record):
-    """Hold how near the vectors are to those of the machine that exported the bundle."""
+    """Hold cosine and error against the vectors of the machine that exported the bundle."""
 
     cosine_mean: float
     cosine_min: float
@@ -54,10 +47,10 @@ class Agreement(Record):
 
 
 class DeviceMachine(Record):
-    """Describe the machine; `lacks` lists what the target asks for and it has not."""
+    """Describe the machine; `lacks` lists which of the target's demands it does not meet."""
 
     machine: str
-    accelerator: str | None  # the NPU that the artifact ran on, spelt as in a target's runs_on
+    accelerator: str | None  # the NPU that the artifact ran on, as a target's runs_on names it
     cpu: str
     cores: int
     cpu_flags: tuple[str, ...]
@@ -67,24 +60,24 @@ class DeviceMachine(Record):
 
 
 class Conditions(Record):
-    """Hold temperatures and clocks, as far as the system tells them."""
+    """Hold temperatures and clock frequencies, as far as the system lists them."""
 
     temperatures_c: dict[str, float]
     frequencies_mhz: dict[str, float]
 
 
 class DeviceReport(Record):
-    """Say how the golden inputs of one bundle did in one place. Times are there only when it ran on the device."""
+    """Hold the result of one bundle's golden inputs on one machine; times only where that is the target's device."""
 
     format: Literal[1]
     target: str
-    manifest_sha256: Sha256  # which bundle
-    place: PlaceKind  # how the machine was reached
-    ran_on: Place
+    manifest_sha256: Sha256  # identifies the bundle
+    transport: TransportKind  # how the machine was reached
+    ran_on: RunKind
     status: Literal["passed", "failed"]
     failures: tuple[str, ...]  # a sentence for each limit that is missed
     measures: Measures | None  # against FP32; None when the vectors could not be compared
-    host: Agreement | None  # with the machine that exported the bundle; None when that one ran nothing
+    host: Agreement | None  # against the exporting machine's vectors; None where it ran nothing
     machine: DeviceMachine
     tools: dict[str, str]
     threads: int  # 0: the runtime's own choice
@@ -96,15 +89,15 @@ class DeviceReport(Record):
 
 
 def read_report(path: Path, bundle: Path) -> DeviceReport:
-    """Read a device report and hold it against its bundle.
+    """Read a device report, and check it against its bundle.
 
     Args:
         path: the report.
-        bundle: that it is said to be about.
+        bundle: the one that the report should be about.
 
     Raises:
         ConfigError: there is no bundle.
-        BundleCorrupt: it is not what the device script writes, is about another bundle, or judges itself wrongly.
+        BundleCorrupt: the report is malformed, is about another bundle, or its verdict contradicts its measures.
     """
     with storage_errors(f"reading {path}"), path.open("rb") as file:
         content = file.read(LARGEST_BYTES + 1)
@@ -112,11 +105,16 @@ def read_report(path: Path, bundle: Path) -> DeviceReport:
 
 
 def parse_report(content: bytes, where: str, bundle: Path) -> DeviceReport:
-    """Parse a device report and hold it against its bundle.
+    """Parse a device report, and check it against its bundle.
+
+    Args:
+        content: the report as JSON.
+        where: begins messages.
+        bundle: the one that the report should be about.
 
     Raises:
         ConfigError: there is no bundle.
-        BundleCorrupt: it is not what the device script writes, is about another bundle, or judges itself wrongly.
+        BundleCorrupt: the report is malformed, is about another bundle, or its verdict contradicts its measures.
     """
     if len(content) > LARGEST_BYTES:
         raise BundleCorrupt(f"{where}: is larger than {LARGEST_BYTES} bytes; no device report is. Validate again.")
@@ -135,7 +133,7 @@ def parse_report(content: bytes, where: str, bundle: Path) -> DeviceReport:
 
 
 def _problem(report: DeviceReport, manifest: Manifest, sha256: str) -> str | None:
-    """Say what keeps a report from being honest evidence for a bundle, or None."""
+    """Say how a report contradicts itself or its bundle, or None."""
     if report.manifest_sha256 != sha256 or report.target != manifest.target.name:
         return f"is about another bundle ({report.target}, manifest {report.manifest_sha256[:12]})"
     if report.measures is None and report.status == "passed":
@@ -153,7 +151,7 @@ def _problem(report: DeviceReport, manifest: Manifest, sha256: str) -> str | Non
 
 
 def _is_printable(value: object) -> bool:
-    """Say whether every string can be shown on a terminal as it is."""
+    """Tell whether every string is free of control characters."""
     if isinstance(value, Mapping):
         return all(_is_printable(item) for pair in value.items() for item in pair)
     if isinstance(value, list | tuple):
@@ -162,12 +160,13 @@ def _is_printable(value: object) -> bool:
 
 
 def judged(report: DeviceReport, manifest: Manifest) -> tuple[str, ...]:
-    """Judge the measures of a report by the gate of its bundle, whatever the report says of itself."""
+    """Judge the measures of a report by its bundle's gate; give one sentence for each missed limit."""
     if report.measures is None:
         return report.failures or ("nothing was measured.",)
-    none = Placement(integer_matmuls=0, float_by_scheme=(), float_fallbacks=(), operators={})
+    unplaced = Placement(integer_matmuls=0, float_by_scheme=(), float_fallbacks=(), operators={})
     gate = manifest.target.gate
-    failures = judge(report.measures, none, gate.model_copy(update={"export_places": (report.ran_on,)}), report.ran_on)
+    anywhere = gate.model_copy(update={"export_run_kinds": (report.ran_on,)})
+    failures = judge(report.measures, unplaced, anywhere, report.ran_on)
     if report.host is None:
         return failures
     floors = {
@@ -182,23 +181,23 @@ def judged(report: DeviceReport, manifest: Manifest) -> tuple[str, ...]:
 
 
 def report_path(bundle: Path, name: str) -> Path:
-    """Say where the report from a place of this name is kept: beside the bundle.
+    """Give the path of the report from a machine of this name: beside the bundle.
 
     Raises:
-        ConfigError: the name holds nothing that can stand in a file name.
+        ConfigError: the name holds no letter or digit.
     """
     slug = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:100]
     if not slug:
-        raise ConfigError(f"{name!r}: cannot name a report; letters or digits are needed. Give the place another name.")
+        raise ConfigError(f"{name!r}: cannot name a report; letters or digits are needed. Name the device otherwise.")
     resolved = bundle.resolve()
     return resolved.parent / f"{resolved.name}.{slug}.{REPORT}"
 
 
 def keep_report(bundle: Path, name: str, report: DeviceReport) -> Path:
-    """Write a report beside its bundle, over an earlier one from the same place.
+    """Write a report beside its bundle; it replaces an earlier one from the same machine.
 
     Raises:
-        ConfigError: the name cannot name a report.
+        ConfigError: the name holds no letter or digit.
         StorageFailed: the disk refuses.
     """
     path = report_path(bundle, name)
@@ -207,13 +206,13 @@ def keep_report(bundle: Path, name: str, report: DeviceReport) -> Path:
 
 
 def reports_of(bundle: Path) -> Mapping[Path, DeviceReport]:
-    """Give every report beside a bundle that is about this bundle, by file, sorted; those of others are left out.
+    """Give every report beside a bundle that names the sha256 of its manifest, by path, sorted.
 
-    Reports of this bundle's name that are about an older bundle in its place are left out, too.
+    Reports about other bundles, and about an older bundle at the same path, are left out.
 
     Raises:
         ConfigError: there is no bundle.
-        BundleCorrupt: a report about this bundle is not what the device script writes, or judges itself wrongly.
+        BundleCorrupt: a report about this bundle is malformed, or its verdict contradicts its measures.
     """
     resolved = bundle.resolve()
     if not (resolved / SUMS).is_file():

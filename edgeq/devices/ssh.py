@@ -1,8 +1,8 @@
-"""Reach a machine through the system's OpenSSH client, with the user's own keys, configuration and known hosts.
+"""Validate on another machine through the system's OpenSSH client, with the user's keys, configuration, known hosts.
 
-All of a run goes over one connection, to a small agent in the machine's Python (`tools/device/agent.py`): it says what
-it lacks, takes that, runs the device script and sends the report. The one command that a shell sees there has no name
-in it that anybody chose but the path of that Python, which may hold nothing that a shell reads.
+A validation uses one connection to an agent that runs in the machine's Python (`tools/device/agent.py`): it lists the
+files that it lacks, receives them, runs the device script and sends the report back. The remote shell sees one command.
+The only part of it that a user chooses is the path of the Python, whose characters are restricted.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from edgeq.bundle.device_script import device_agent
 from edgeq.devices.blobs import Blobs
 from edgeq.devices.child_process import Log, kill, printable, require_report, timed_out, watched
 from edgeq.devices.contract import Job
-from edgeq.devices.report import LARGEST_BYTES, DeviceReport, PlaceKind, parse_report
+from edgeq.devices.report import LARGEST_BYTES, DeviceReport, TransportKind, parse_report
 from edgeq.errors import BundleCorrupt, ConfigError, DeviceUnavailable, EdgeqError, StorageFailed, ToolMissing
 from edgeq.system.files import storage_errors
 
-DEFAULT_PORT, DEFAULT_ROOT, DEFAULT_PYTHON = 22, "~/.cache", "python3"
+_DEFAULT_PORT, _DEFAULT_ROOT, DEFAULT_PYTHON = 22, "~/.cache", "python3"
 
 _WHERE = re.compile(
     r"ssh://(?:(?P<user>[A-Za-z0-9_][A-Za-z0-9_.-]*)@)?"
@@ -42,28 +42,28 @@ _log = logging.getLogger(__name__)
 
 
 class _Dropped(Exception):
-    """The connection ended in the middle."""
+    """Report a connection that ended before the report arrived."""
 
 
 class Ssh:
-    """A machine that runs an SSH server and has Python 3.8 or newer, numpy and the bundle's runtime."""
+    """Reach a machine with an SSH server, Python 3.8 or newer, numpy and the bundle's runtime."""
 
-    kind: PlaceKind = "ssh"
+    kind: TransportKind = "ssh"
 
     def __init__(self, where: str, python: str = DEFAULT_PYTHON, is_kept: bool = True) -> None:
-        """Take an address.
+        """Parse an address.
 
         Args:
-            where: ssh://[user@]host[:port][/folder]; sent files lie in the folder, else below ~/.cache.
-            python: the Python there that has the runtime, e.g. of a virtual environment.
-            is_kept: leave sent files there, so that the next run sends only what changed.
+            where: ssh://[user@]host[:port][/folder]; files are sent to this folder, by default to ~/.cache.
+            python: the interpreter there that has the runtime, e.g. of a virtual environment.
+            is_kept: leave sent files there, so that the next run sends only changed ones.
 
         Raises:
-            ConfigError: the address or the path is none.
+            ConfigError: the address is malformed, or the path holds characters that a shell would interpret.
         """
         match = _WHERE.fullmatch(where)
-        if match is None or not 0 < int(match["port"] or DEFAULT_PORT) < 65536:
-            raise ConfigError(f"{where!r}: is no place; ssh://user@host, ssh://user@host:port or …/folder is needed.")
+        if match is None or not 0 < int(match["port"] or _DEFAULT_PORT) < 65536:
+            raise ConfigError(f"{where!r}: is no address; ssh://user@host, ssh://user@host:port or …/folder is needed.")
         if not _PLAIN_PATH.fullmatch(python):
             raise ConfigError(
                 f"--device-python {python!r}: holds what a shell reads; letters, digits and . _ / ~ : + - are taken. "
@@ -71,14 +71,14 @@ class Ssh:
             )
         host = match["host"].strip("[]")
         self._address = f"{match['user']}@{host}" if match["user"] else host
-        self._port, self._root = match["port"], match["root"] or DEFAULT_ROOT
+        self._port, self._root = match["port"], match["root"] or _DEFAULT_ROOT
         self._python, self._is_kept = python, is_kept
-        self.name = f"ssh-{self._address}-{self._port or DEFAULT_PORT}"
+        self.name = f"ssh-{self._address}-{self._port or _DEFAULT_PORT}"
 
     def validate(self, job: Job) -> DeviceReport:
-        """Send what is missing there, run the device script, give its report; see `Place.validate`.
+        """Send missing files, run the device script, and give its report; see `Transport.validate`.
 
-        A connection that drops is made again a few times; what has arrived stays there.
+        A dropped connection is repeated up to three times; files that arrived stay there.
         """
         end, blobs = time.monotonic() + job.time_limit_s, Blobs.of(job.bundle)
         for attempt in range(_ATTEMPTS):
@@ -86,7 +86,7 @@ class Ssh:
                 return self._once(job, blobs, end)
             except (_Dropped, DeviceUnavailable) as error:
                 if attempt == 0 and isinstance(error, DeviceUnavailable):
-                    raise  # it was never there
+                    raise  # it was never reached
                 pause = _BACK_OFF_S * 2**attempt
                 if attempt + 1 == _ATTEMPTS or time.monotonic() + pause > end:
                     break
@@ -99,7 +99,7 @@ class Ssh:
         )
 
     def command(self) -> list[str]:
-        """Give the command line of the client."""
+        """Give the command line of the ssh client, with the agent's code as an argument."""
         packed = base64.b64encode(zlib.compress(device_agent().read_bytes(), 9)).decode("ascii")
         remote = f"{self._python} -c \"import base64,zlib;exec(zlib.decompress(base64.b64decode('{packed}')))\""
         options = [word for option in _OPTIONS for word in ("-o", option)]
@@ -107,10 +107,10 @@ class Ssh:
         return ["ssh", "-T", *options, *port, "--", self._address, remote]
 
     def _once(self, job: Job, blobs: Blobs, end: float) -> DeviceReport:
-        """Use one connection.
+        """Validate over one connection.
 
         Raises:
-            _Dropped: it ended after it was made and before the report was here.
+            _Dropped: it ended before the report arrived.
         """
         try:
             pipe = subprocess.PIPE
@@ -141,7 +141,7 @@ class Ssh:
         }  # fmt: skip
 
     def _explained(self, status: int, said: str, greeting: str) -> EdgeqError:
-        """Say why no agent answered."""
+        """Make the error for a client that ended before the agent answered."""
         lines = [line.strip() for line in said.splitlines()[-3:] if line.strip()]
         last = printable(" | ".join(lines) or greeting) or "it said nothing"
         if status != _NO_CONNECTION:
@@ -159,11 +159,11 @@ class Ssh:
 
 
 class _NotThere(Exception):
-    """No agent answered; the message is what came instead."""
+    """Report that no agent answered; the message is the output received instead."""
 
 
 def _ended(client: subprocess.Popen[bytes]) -> int:
-    """Let a client end by itself, and give its status."""
+    """Wait for a client to end, kill it after a while, and give its status."""
     try:
         return client.wait(_LAST_WORDS_S)
     except subprocess.TimeoutExpired:
@@ -172,13 +172,13 @@ def _ended(client: subprocess.Popen[bytes]) -> int:
 
 
 def _listen(stream: IO[bytes] | None, said: list[bytes]) -> None:
-    """Keep the last of what the client says."""
+    """Collect the last 20 lines of the client's stderr."""
     while stream is not None and (line := stream.readline(_PIECE)):
         said[:] = [*said[-19:], line]
 
 
 class _Talk:
-    """Speak to the agent over a client's pipes."""
+    """Exchange messages and files with the agent over a client's pipes."""
 
     def __init__(self, client: subprocess.Popen[bytes], name: str) -> None:
         """Take a running client."""
@@ -187,7 +187,7 @@ class _Talk:
         self._to, self._from, self._name = client.stdin, client.stdout, name
 
     def report(self, job: Job, blobs: Blobs, request: Mapping[str, Any]) -> DeviceReport:
-        """Send what is wanted, follow the script, and give the report."""
+        """Send the request and the missing files, follow the script, and give the report."""
         try:
             self._send(json.dumps(request).encode("ascii") + b"\n")
             self._flush()
@@ -214,7 +214,7 @@ class _Talk:
                 raise self._refused(message)
 
     def _wants(self, blobs: Blobs) -> list[tuple[str, int]]:
-        """Wait for the agent; what a login script prints before is passed over."""
+        """Read which files the agent lacks, with the bytes it has of each; output of login scripts is skipped."""
         greeting = b""
         while len(greeting) < _GREETING_BYTES:
             line = self._from.readline(_LINE_BYTES)
@@ -236,7 +236,7 @@ class _Talk:
         return parse_report(message["report"].encode("utf-8"), self._name, job.bundle)
 
     def _refused(self, message: Mapping[str, Any]) -> Exception:
-        """Turn the agent's refusal into the error that it stands for."""
+        """Make the error for an error message of the agent."""
         kind, text = str(message.get("error")), printable(str(message.get("message"))[:500])
         if kind == "dropped":
             return _Dropped(text)
@@ -267,7 +267,7 @@ class _Talk:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        """Nobody reads any more: the agent may have said why."""
+        """Raise the agent's last error message, or `_Dropped`, after a failed write."""
         line = self._from.readline(_LINE_BYTES)
         if line.startswith(b'{"error"'):
             raise self._refused(_parsed(line)) from error
@@ -275,7 +275,7 @@ class _Talk:
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
-    """Read one line of the agent's; anything else is a broken connection."""
+    """Parse one JSON message of the agent; anything else counts as a broken connection."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -1,6 +1,6 @@
-"""Run an artifact where it will run: here, over ssh or adb, or on an emulated 64-bit Arm.
+"""Choose the transport for an address: this machine, ssh, adb, or an emulated 64-bit Arm.
 
-Each place runs the same device script (`tools/device/validate.py`) and gives back the same record, a `DeviceReport`.
+Every transport runs the same device script (`tools/device/validate.py`) and returns the same record, a `DeviceReport`.
 """
 
 from __future__ import annotations
@@ -8,21 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeq.devices.contract import DEFAULT_TIME_LIMIT_S, Job, Place
+from edgeq.devices.contract import DEFAULT_TIME_LIMIT_S, Job, Transport
 from edgeq.devices.ssh import DEFAULT_PYTHON
 from edgeq.errors import ConfigError
 
-__all__ = ["DEFAULT_TIME_LIMIT_S", "Access", "Job", "Place", "place_of"]
+__all__ = ["DEFAULT_TIME_LIMIT_S", "Access", "Job", "Transport", "transport_of"]
 
 
 @dataclass(frozen=True)
 class Access:
-    """Say how to use a place.
+    """Hold how a transport uses the machine that it reaches.
 
     Attributes:
-        python: the Python there that has numpy and the runtime.
-        native: a binary of this machine's disk that runs .tflite files on a phone without Python.
-        is_kept: leave sent files there, so that the next run sends only what changed.
+        python: the Python interpreter there that has numpy and the runtime.
+        native: a file here, sent to a phone without Python to run .tflite files: LiteRT's `benchmark_model`.
+        is_kept: leave sent files there, so that the next run sends only changed ones.
     """
 
     python: str = DEFAULT_PYTHON
@@ -30,11 +30,11 @@ class Access:
     is_kept: bool = True
 
 
-def place_of(where: str, access: Access | None = None) -> Place:
-    """Find the place that an address means: local, ssh://[user@]host[:port], adb:SERIAL or arm64.
+def transport_of(where: str, access: Access | None = None) -> Transport:
+    """Give the transport for an address: local, ssh://[user@]host[:port][/folder], adb:SERIAL or arm64.
 
     Raises:
-        ConfigError: it is no such address.
+        ConfigError: the address has none of these forms, or `access` names what its transport does not use.
     """
     from edgeq.devices.adb import Adb
     from edgeq.devices.arm64 import Arm64
@@ -56,4 +56,4 @@ def place_of(where: str, access: Access | None = None) -> Place:
         return Ssh(where, access.python, access.is_kept)
     if where.startswith("adb:"):
         return Adb(where, access.python, access.native, access.is_kept)
-    raise ConfigError(f"--on {where!r}: is no place; local, ssh://user@host[:port], adb:SERIAL or arm64 is needed.")
+    raise ConfigError(f"--on {where!r}: is no address; local, ssh://user@host[:port], adb:SERIAL or arm64 is needed.")

@@ -1,4 +1,4 @@
-"""Read sentence pairs, and retrieval sets in BEIR layout."""
+"""Read STS sentence pairs (.jsonl, .tsv, .csv) and retrieval sets in BEIR layout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from edgeq.errors import ConfigError
 
 @dataclass(frozen=True)
 class StsPairs:
-    """Hold sentence pairs with the similarity that people gave them, `scores`: float64[pairs]."""
+    """Hold sentence pairs with people's similarity scores, float64[pairs]."""
 
     first: tuple[str, ...]
     second: tuple[str, ...]
@@ -29,7 +29,7 @@ class StsPairs:
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """Hold documents, queries, and for each query its judged documents: position in `documents` -> relevance."""
+    """Hold documents, queries, and the relevance judgements of each query: position in `documents` -> relevance."""
 
     documents: tuple[str, ...]
     queries: tuple[str, ...]
@@ -85,7 +85,7 @@ def load_beir(directory: Path) -> RetrievalSet:
 
 
 def _one_of(directory: Path, *names: str) -> Path:
-    """Give the first of these files that is there."""
+    """Give the first of these files that exists."""
     for name in names:
         if (directory / name).is_file():
             return directory / name
@@ -93,7 +93,7 @@ def _one_of(directory: Path, *names: str) -> Path:
 
 
 def _by_id(path: Path) -> dict[str, str]:
-    """Read a BEIR file of texts by `_id`, in order; a title goes before the text."""
+    """Read a BEIR file as `_id` -> title and text, in the order of the file."""
     texts: dict[str, str] = {}
     for where, row in _rows(path):
         identifier = _text(row, "_id", where)
@@ -107,7 +107,7 @@ def _by_id(path: Path) -> dict[str, str]:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read a .jsonl, .tsv or .csv file, packed or not, as rows by column, each with its file and line."""
+    """Read a .jsonl, .tsv or .csv file, gzipped or not: for each row `file:line`, and its values by column."""
     content = _content(path)
     suffix = Path(path.name.removesuffix(".gz")).suffix
     if suffix == ".jsonl":
@@ -132,7 +132,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _content(path: Path) -> str:
-    """Read a text file, packed or not."""
+    """Read a UTF-8 text file, gzipped or not."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such file. Check the path.")
     try:
@@ -146,7 +146,7 @@ def _content(path: Path) -> str:
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
-    """Parse one line of JSON that must be an object."""
+    """Parse one line as a JSON object."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -157,7 +157,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
 
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:
-    """Give a column that must hold a text (an id may be a number)."""
+    """Give a column's value as text; an id may be a whole number."""
     value = row.get(key)
     if not isinstance(value, str | int) or isinstance(value, bool):
         found = ", ".join(str(name) for name in row)
@@ -166,7 +166,7 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def _number(row: Mapping[str, Any], key: str, where: str) -> float:
-    """Give a column that must hold a finite number."""
+    """Give a column's value as a finite number."""
     try:
         value = float(row[key])
     except (KeyError, TypeError, ValueError) as error:

@@ -1,14 +1,21 @@
-"""Judge what was measured against a target's gate: a limit is met only by a number that is there and good enough."""
+"""Judge parity measures against a target's gate: a missing measure or NaN meets no limit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgeq.records import Gate, Measures, Place, Placement, SettingReport
+from edgeq.records import Gate, Measures, Placement, RunKind, SettingReport
 
 
-def judge(measures: Measures, placement: Placement, gate: Gate, ran_on: Place) -> tuple[str, ...]:
-    """Give one sentence for each limit of the gate that is missed: what was measured, and what is needed."""
+def judge(measures: Measures, placement: Placement, gate: Gate, ran_on: RunKind) -> tuple[str, ...]:
+    """Give one sentence for each limit of the gate that is missed, with the measured value and the limit.
+
+    Args:
+        measures: of the artifact against FP32.
+        placement: of the artifact; float fallbacks and host operators have limits, too.
+        gate: of the target.
+        ran_on: the kind of run that gave the measures; the gate lists the kinds that suffice for export.
+    """
     floors = (
         ("cosine mean", measures.cosine_mean, gate.cosine_mean_min),
         ("cosine min", measures.cosine_min, gate.cosine_min_min),
@@ -24,13 +31,13 @@ def judge(measures: Measures, placement: Placement, gate: Gate, ran_on: Place) -
     if not measures.norm_error_max <= limit:
         failures.append(f"norm error is {measures.norm_error_max:.2e} of FP32's norm; at most {limit:g} is allowed.")
     failures += judge_placement(placement, gate)
-    if ran_on not in gate.export_places:
-        failures.append(f"it ran on {ran_on}; for export {' or '.join(gate.export_places)} is needed.")
+    if ran_on not in gate.export_run_kinds:
+        failures.append(f"it ran on {ran_on}; for export {' or '.join(gate.export_run_kinds)} is needed.")
     return tuple(failures)
 
 
 def judge_placement(placement: Placement, gate: Gate) -> tuple[str, ...]:
-    """Say what runs in float against the scheme, or on the host, where the gate does not allow that many."""
+    """Give one sentence for each limit that the placement misses: float fallbacks, and host operators of one file."""
     failures = []
     fallbacks = placement.float_fallbacks
     if len(fallbacks) > gate.float_fallbacks_max:
@@ -49,17 +56,17 @@ def judge_placement(placement: Placement, gate: Gate) -> tuple[str, ...]:
 
 
 def judge_settings(settings: Sequence[SettingReport], gate: Gate) -> tuple[str, ...]:
-    """Judge the measures of other settings by the gate, but for invariance, placement, and where they ran."""
-    none = Placement(integer_matmuls=0, float_by_scheme=(), float_fallbacks=(), operators={})
+    """Judge the measures of other runtime settings by the gate, without invariance, placement and the kind of run."""
+    unplaced = Placement(integer_matmuls=0, float_by_scheme=(), float_fallbacks=(), operators={})
     failures: list[str] = []
     for setting in settings:
         if setting.measures is not None:
-            asked = gate.model_copy(update={"invariance_min": -1.0, "export_places": (setting.ran_on,)})
-            found = judge(setting.measures, none, asked, setting.ran_on)
+            asked = gate.model_copy(update={"invariance_min": -1.0, "export_run_kinds": (setting.ran_on,)})
+            found = judge(setting.measures, unplaced, asked, setting.ran_on)
             failures += [f"{setting.name}: {failure}" for failure in found]
     return tuple(failures)
 
 
 def norm_limit(measures: Measures, gate: Gate) -> float:
-    """Give the gate's limit on the norm for this kind of model."""
+    """Give the gate's limit on the norm error: a tighter one for models that normalise their vectors."""
     return gate.norm_error_max if measures.is_normalized else gate.norm_error_unnormalized_max

@@ -1,7 +1,7 @@
-"""Measure how far an artifact's vectors are from FP32's, then judge it against the target's gate.
+"""Measure an artifact's float32 vectors against FP32's: cosine, neighbour overlap, Spearman, norms, invariance.
 
-Measuring never judges and judging never measures: a report holds both. A limit is met only by a number that is there
-and good enough; NaN meets none.
+`measure` and `invariance` compute figures and know no limits; `edgeq.evaluation.gate` holds the figures against the
+limits. `report` does both and puts the result into a `ParityReport`.
 """
 
 from __future__ import annotations
@@ -13,39 +13,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.data.batches import Samples
-from edgeq.data.tokens import Feeds, Tokens, lengths
+from edgeq.data.splits import evenly_spaced
+from edgeq.data.tokens import Feeds, Tokens, bucket_lengths
 from edgeq.errors import ConfigError, ParityFailed
 from edgeq.evaluation.gate import judge, judge_placement, judge_settings
-from edgeq.records import ImageSet, Measures, ParityReport, Place, Placement, SettingReport, Target, TextSet
+from edgeq.records import ImageSet, Measures, ParityReport, Placement, RunKind, SettingReport, Target, TextSet
 from edgeq.system.host import describe
 
 if TYPE_CHECKING:
     from edgeq.data.sessions import Session
 
-NEIGHBOURS = 10
-MIN_TEXTS = 3  # two texts have one similarity, which ranks nothing
+_NEIGHBOURS = 10
+MIN_TEXTS = 3  # two texts have one similarity, which cannot be ranked
 _WORST_TEXT_CHARS = 80
 _INVARIANCE_TEXTS, _SLOW_INVARIANCE_TEXTS = 8, 3
 _UNIT_TOLERANCE = 1e-4
 _BLOCK_ROWS = 512
-_RANKED_TEXTS = 3000  # 4.5 million pairs: the ranking of more says nothing new and takes gigabytes
+_RANKED_TEXTS = 3000  # 4.5 million pairs; more take gigabytes and do not change the correlation
 
 FloatArray = NDArray[np.float32]
 DoubleArray = NDArray[np.float64]
 
 
 def measure(reference: FloatArray, embeddings: FloatArray, texts: Sequence[str], invariance_min: float) -> Measures:
-    """Compare an artifact's vectors with FP32's.
+    """Compare an artifact's float32 vectors with FP32's, row by row and by their neighbours.
 
-    Top-10 overlap: for each text its ten nearest others by cosine (all others, where there are fewer), compared as
-    sets. Spearman: of the cosines of all pairs of texts (of 3,000 evenly spread texts, where there are more). The
-    norm error is relative to FP32's own norm, because not every model normalises.
+    Top-10 overlap compares, as sets, the ten nearest other texts of each text by cosine (all others, where there are
+    fewer). Spearman correlates the cosines of all pairs of texts (of 3,000 evenly spaced texts, where there are more).
+    The norm error is relative to FP32's own norm, because not every model normalises.
 
     Args:
         reference: float32[texts, dim], FP32's vectors.
         embeddings: float32[texts, dim], the artifact's vectors for the same texts in the same order.
         texts: in the order of the rows.
-        invariance_min: what `invariance` gave.
+        invariance_min: the result of `invariance`.
 
     Raises:
         ConfigError: fewer than three texts.
@@ -83,16 +84,16 @@ def invariance(
 ) -> float:
     """Give the smallest cosine between any two vectors of one text: alone, in batches, and at other paddings.
 
-    Texts of evenly spread lengths, the shortest and the longest among them, run alone, padded by 1 and by 7, padded to
-    the next power of two and to the longest among them, twice in one batch, and in a batch of them all in both orders.
-    Images are not padded: they run alone and in batches.
+    Up to eight texts of evenly spaced lengths, the shortest and the longest included, run alone: unpadded, padded by 1
+    and by 7 tokens, to the next power of two, and to the longest of them. They also run twice in one batch, and all in
+    one batch in both orders. Images need no padding: they run alone and in batches.
 
     Args:
         session: the loaded artifact.
         samples: tokens of any texts, or images.
         max_sequence: the longest sequence the model takes.
         buckets_tokens: the lengths a static artifact takes; empty for dynamic shapes.
-        parity_texts: the gate's; where a run takes seconds, three texts run instead of eight.
+        parity_texts: the gate's limit on texts, set where one run takes seconds: then three texts run, not eight.
 
     Returns:
         A cosine; 0.0 where a vector is NaN, infinite or zero.
@@ -107,9 +108,8 @@ def invariance(
     tokens = samples
     by_length = sorted(range(len(tokens.ids)), key=lambda row: (len(tokens.ids[row]), row))
     most = _INVARIANCE_TEXTS if parity_texts is None else _SLOW_INVARIANCE_TEXTS
-    spread = np.linspace(0, len(by_length) - 1, min(most, len(by_length))).round().astype(int)
-    chosen = [tokens.ids[by_length[position]] for position in spread]
-    sizes = list(lengths(buckets_tokens, max_sequence)) or list(range(1, max_sequence + 1))
+    chosen = [tokens.ids[by_length[position]] for position in evenly_spaced(len(by_length), most)]
+    sizes = list(bucket_lengths(buckets_tokens, max_sequence)) or list(range(1, max_sequence + 1))
     widest = _smallest(sizes, len(chosen[-1]))
     mixed = session(_padded(chosen, widest, tokens.pad_id))
     reverse = session(_padded(chosen[::-1], widest, tokens.pad_id))[::-1]
@@ -126,7 +126,7 @@ def invariance(
 
 def report(
     target: Target,
-    ran_on: Place,
+    ran_on: RunKind,
     placement: Placement,
     reference: FloatArray,
     embeddings: FloatArray,
@@ -135,7 +135,7 @@ def report(
     invariance_min: float,
     other_settings: tuple[SettingReport, ...] = (),
 ) -> ParityReport:
-    """Measure and judge. Vectors that cannot be measured make a failed report without measures.
+    """Measure vectors, judge the measures, and report; vectors that cannot be measured fail without measures.
 
     Raises:
         ConfigError: fewer than three texts.
@@ -167,7 +167,7 @@ def not_run(
     reason: str,
     other_settings: tuple[SettingReport, ...] = (),
 ) -> ParityReport:
-    """Report an artifact that could not be run, and why; what can be judged without running it is judged."""
+    """Report an artifact that was not run, with the reason; its placement and other settings are judged."""
     failures = judge_placement(placement, target.gate) + judge_settings(other_settings, target.gate)
     return ParityReport(
         target=target.name,
@@ -184,7 +184,7 @@ def not_run(
 
 
 def unit(rows: FloatArray) -> DoubleArray:
-    """Scale each row to length 1, float64[rows, dim]; a zero row stays zero."""
+    """L2-normalise each row, float64[rows, dim]; a zero row stays zero."""
     wide = rows.astype(np.float64)
     norms = np.linalg.norm(wide, axis=1, keepdims=True)
     scaled: DoubleArray = wide / np.where(norms == 0.0, 1.0, norms)
@@ -192,25 +192,25 @@ def unit(rows: FloatArray) -> DoubleArray:
 
 
 def rank_correlation(first: DoubleArray, second: DoubleArray) -> float:
-    """Give Spearman's correlation of float64[n] with float64[n], ties sharing their mean rank.
+    """Give Spearman's rank correlation of two float64[n]; ties share their mean rank.
 
     Returns:
-        In [-1, 1]; 0.0 where one side is constant and therefore ranks nothing.
+        In [-1, 1]; 0.0 where one side is constant.
     """
     ranks = [_ranks(values) for values in (first, second)]
     centred = [values - values.mean() for values in ranks]
-    spread = float(np.sqrt(np.sum(centred[0] ** 2) * np.sum(centred[1] ** 2)))
-    return float(np.clip(np.sum(centred[0] * centred[1]) / spread, -1.0, 1.0)) if spread > 0.0 else 0.0
+    scale = float(np.sqrt(np.sum(centred[0] ** 2) * np.sum(centred[1] ** 2)))
+    return float(np.clip(np.sum(centred[0] * centred[1]) / scale, -1.0, 1.0)) if scale > 0.0 else 0.0
 
 
 def overlap(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
-    """Give the mean share of each row's entries that both int64[rows, k] have in common, order aside."""
+    """Give the mean ratio of entries that each row of two int64[rows, k] has in common, whatever their order."""
     shared = [len(np.intersect1d(a, b)) for a, b in zip(first, second, strict=True)]
     return float(np.mean(shared) / first.shape[1])
 
 
 def _check_comparable(reference: FloatArray, embeddings: FloatArray, count: int) -> None:
-    """Refuse vectors of another shape, and NaN and infinity on either side."""
+    """Refuse too few texts, vectors of another shape than FP32's, and NaN or infinity on either side."""
     if count < MIN_TEXTS:
         raise ConfigError(
             f"parity: {count} texts; at least {MIN_TEXTS} are needed to rank similarities. Give more texts."
@@ -232,9 +232,9 @@ def _check_comparable(reference: FloatArray, embeddings: FloatArray, count: int)
 
 
 def _neighbours(rows: DoubleArray) -> NDArray[np.int64]:
-    """Give each unit row's nearest other rows, int64[rows, min(10, rows - 1)], in no order."""
+    """Give the nearest other rows of each unit row by cosine, int64[rows, min(10, rows - 1)], unordered."""
     count = len(rows)
-    nearest = min(NEIGHBOURS, count - 1)
+    nearest = min(_NEIGHBOURS, count - 1)
     found = np.empty((count, nearest), np.int64)
     for start in range(0, count, _BLOCK_ROWS):
         similarities = rows[start : start + _BLOCK_ROWS] @ rows.T
@@ -245,8 +245,8 @@ def _neighbours(rows: DoubleArray) -> NDArray[np.int64]:
 
 
 def _similarity_correlation(expected: DoubleArray, found: DoubleArray) -> float:
-    """Rank-correlate the cosines of all pairs of rows."""
-    chosen = np.linspace(0, len(expected) - 1, min(_RANKED_TEXTS, len(expected))).round().astype(int)
+    """Give Spearman's correlation of the cosines of all pairs of rows, of at most 3,000 evenly spaced rows."""
+    chosen = evenly_spaced(len(expected), _RANKED_TEXTS)
     upper = np.triu_indices(len(chosen), k=1)
     return rank_correlation(*((rows[chosen] @ rows[chosen].T)[upper] for rows in (expected, found)))
 
@@ -260,14 +260,13 @@ def _ranks(values: DoubleArray) -> DoubleArray:
 
 
 def _smallest(lengths: Sequence[int], size: int) -> int:
-    """Give the smallest length that holds `size` tokens, or the longest there is."""
+    """Give the smallest of the lengths that holds `size` tokens, or the longest of them."""
     return next((length for length in lengths if length >= size), lengths[-1])
 
 
 def _unpadded_invariance(session: Session, samples: Samples) -> float:
     """Give the smallest cosine between any two vectors of one image: alone, and in a batch in both orders."""
-    places = np.linspace(0, len(samples) - 1, min(_INVARIANCE_TEXTS, len(samples))).round().astype(int)
-    some = samples.chosen(places.tolist())
+    some = samples.chosen(evenly_spaced(len(samples), _INVARIANCE_TEXTS))
     count = len(some)
     alone, together, reverse = (
         np.concatenate([session(batch.feeds) for batch in given.batches(size, size)])
@@ -278,7 +277,7 @@ def _unpadded_invariance(session: Session, samples: Samples) -> float:
 
 
 def _padded(ids: Sequence[Sequence[int]], width: int, pad_id: int) -> Feeds:
-    """Pad token ids to a width."""
+    """Pad token ids to int64[texts, width], with their attention mask."""
     input_ids = np.full((len(ids), width), pad_id, np.int64)
     mask = np.zeros((len(ids), width), np.int64)
     for row, tokens in enumerate(ids):

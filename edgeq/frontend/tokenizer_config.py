@@ -1,4 +1,4 @@
-"""Let a bundle's tokenizer_config.json mean the same to every version of transformers."""
+"""Make a bundle's tokenizer_config.json mean the same to every version of transformers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ FILE = "tokenizer_config.json"
 
 
 def mend(path: Path) -> None:
-    """Name the tokenizer's class as every version of transformers does, give a mask always, and pad on the right.
+    """Set a tokenizer class that every version of transformers knows, an attention mask, and padding on the right.
 
     Args:
-        path: of the file, rewritten where it says otherwise.
+        path: of the file, which is rewritten where these settings differ.
     """
     config = json.loads(path.read_text(encoding="utf-8"))
     changes: dict[str, object] = {}
@@ -21,7 +21,7 @@ def mend(path: Path) -> None:
     inputs = config.get("model_input_names", ["attention_mask"])
     if "attention_mask" not in inputs:
         changes["model_input_names"] = [*inputs, "attention_mask"]
-    if config.get("padding_side", "right") != "right":  # a token's position is the one that it has in the text alone
+    if config.get("padding_side", "right") != "right":  # so that a token has the same position as in the text alone
         changes["padding_side"] = "right"
     if changes:
         path.write_text(json.dumps(config | changes, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Export from Python: what `edgeq export` does, for models and texts that the caller holds."""
+"""Define `edgeq.export`: the verb `export` for Python callers, with models, texts and tokenizers in memory, too."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeq.errors import ConfigError
-from edgeq.frontend.onnx.find import OnnxOptions, token_limit, tokenizer_file
+from edgeq.frontend.onnx.find import OnnxOptions, stated_limit, tokenizer_file
 from edgeq.pipeline import export as pipeline
 from edgeq.pipeline.export import Exported
-from edgeq.pipeline.stages import Report
+from edgeq.pipeline.request import ExportRequest
 from edgeq.records import Target
 from edgeq.system import files
 from edgeq.system.cache import Cache
+from edgeq.system.progress import Progress, silent
 from edgeq.targets import load_target
 
 if TYPE_CHECKING:
@@ -50,9 +51,9 @@ def export(
     overwrite: bool = False,
     dry_run: bool = False,
     cache: Cache | None = None,
-    report: Report | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Exported, ...]:
-    """Take a model to a verified bundle for each target; the options are those of `edgeq export`.
+    """Export a model to one verified bundle for each target, with the options of `edgeq export`.
 
     Args:
         model: a directory, an ONNX file, a hub id in the local cache, a packaged name, or a torch module that takes
@@ -61,27 +62,27 @@ def export(
         out: bundles go to OUT/TARGET.
         texts: to calibrate on: a list, or a .txt, .jsonl or .csv file; None takes the default set.
         images: a folder of images to calibrate on, for a model of images.
-        validation: to compare on, in the same forms; None takes a fifth of `texts` or `images`.
-        pooling: how token vectors become one, where the model does not say it.
-        dim: keep the first dimensions, of unit length again if the model's are; not of an ONNX file or a module.
+        validation: to measure parity on, in the same forms; None takes a fifth of `texts` or `images`.
+        pooling: from token vectors to one vector, where the model's files do not name it.
+        dim: keep the first so many dimensions, L2-normalised where the model normalises; not of ONNX files or modules.
         tower: "text" or "image", of a model that embeds both.
-        normalize: of an ONNX file or a module: give its vectors length 1.
+        normalize: of an ONNX file or a module: L2-normalise its vectors.
         tokenizer: of an ONNX file or a module: a tokenizer.json, the folder that holds it, or a tokenizer of
             `tokenizers` or `transformers`.
         max_sequence: of an ONNX file or a module: its longest text in tokens.
         example_inputs: of a module: tensors for `forward`, by position or name.
         column: of text files.
         evaluation: files whose texts must not be calibrated on.
-        samples: calibrate on so many of the texts.
-        seed: which ones.
-        scheme: the file that `edgeq analyze --auto` wrote.
+        samples: calibrate on so many of the texts, chosen at random.
+        seed: of that choice.
+        scheme: a file written by `edgeq analyze --auto`.
         hidden_state: keep the output last_hidden_state.
         float_ops: operators outside the dialect that may stay in float.
-        keep_failed: write a bundle that misses its gate, and return it instead of raising.
+        keep_failed: write a bundle that misses its gate, and return its result instead of raising.
         overwrite: replace a bundle made from other inputs.
         dry_run: check everything, convert nothing.
-        cache: for intermediate results; None takes the user's.
-        report: called as `report(stage, done, total)`.
+        cache: for intermediate results; None takes the user's default cache.
+        progress: called as `progress(stage, done, total)`.
 
     Returns:
         One result for each target, in order.
@@ -100,7 +101,7 @@ def export(
             name = str(model)
         else:
             name, options = _module(model, example_inputs, options, folder)
-        request = pipeline.ExportRequest(
+        request = ExportRequest(
             model=name,
             targets=tuple(load_target(item) if isinstance(item, str) else item for item in targets),
             out=Path(out),
@@ -123,55 +124,51 @@ def export(
             dry_run=dry_run,
             cache=cache or Cache(),
         )
-        results = pipeline.export(request, report or _silent)
+        results = pipeline.export(request, progress or silent)
     if not keep_failed:
         pipeline.require_passed(results)
     return results
 
 
-def _silent(stage: str, done: int, total: int) -> None:
-    """Report to nobody."""
-
-
-def _texts(texts: Sequence[str] | str | Path | None, place: Path) -> Path | None:
-    """Give the file of texts; a list is written to one."""
+def _texts(texts: Sequence[str] | str | Path | None, path: Path) -> Path | None:
+    """Give the path of a file of texts; a list is written to `path` first."""
     if texts is None or isinstance(texts, str | Path):
         return Path(texts) if texts is not None else None
     for position, text in enumerate(texts):
         if not isinstance(text, str):
             raise ConfigError(f"export: texts[{position}] is of type {type(text).__name__}; a string is needed.")
-    place.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return place
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
 
 
 def _tokenizer(tokenizer: str | Path | Any | None, folder: Path) -> Path | None:
-    """Give the place of a tokenizer; one in memory is saved first."""
+    """Give the path of a tokenizer; one in memory is saved first."""
     if tokenizer is None or isinstance(tokenizer, str | Path):
         return Path(tokenizer) if tokenizer is not None else None
-    place = folder / "tokenizer"
-    place.mkdir()
+    path = folder / "tokenizer"
+    path.mkdir()
     if hasattr(tokenizer, "save_pretrained"):
-        tokenizer.save_pretrained(str(place))
+        tokenizer.save_pretrained(str(path))
     elif hasattr(tokenizer, "save"):
-        tokenizer.save(str(place / "tokenizer.json"))
+        tokenizer.save(str(path / "tokenizer.json"))
     else:
         raise ConfigError(
             f"export: tokenizer is a {type(tokenizer).__name__}; a path, or a tokenizer of tokenizers or transformers "
             "is needed"
         )
-    return place
+    return path
 
 
 def _module(
     model: Any, example_inputs: Sequence[Any] | Mapping[str, Any] | None, options: OnnxOptions, folder: Path
 ) -> tuple[str, OnnxOptions]:
-    """Write a torch module as an ONNX file, and give its path and options."""
+    """Export a torch module to an ONNX file; give its path, and the options to read it with."""
     if not callable(model) or not hasattr(model, "state_dict"):
         raise ConfigError(f"export: model is a {type(model).__name__}; a path, a name or a torch.nn.Module is needed")
     from edgeq.frontend.torch import module
 
     if options.tokenizer is None:
         raise ConfigError(f"export: {type(model).__name__} is a module, and texts need its tokenizer; give tokenizer=")
-    limit = options.max_sequence or token_limit(tokenizer_file(options.tokenizer)) or _MODULE_LIMIT
+    limit = options.max_sequence or stated_limit(tokenizer_file(options.tokenizer)) or _MODULE_LIMIT
     path = module.write_onnx(model, example_inputs, folder, limit)
     return str(path), replace(options, kind="module")

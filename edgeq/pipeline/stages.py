@@ -1,14 +1,13 @@
-"""Make what the targets of one export share, each stage once, and take it from the cache the next time."""
+"""Run the stages whose results targets share (export, calibrate, quantise, FP32 vectors), each cached by its inputs."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -16,88 +15,46 @@ import psutil
 
 from edgeq.calibration import observe
 from edgeq.calibration.file import load, save
-from edgeq.data.batches import PIXELS, Samples
 from edgeq.data.prepare import identities, prepare
 from edgeq.data.probes import text_probes
-from edgeq.data.sessions import Embeddings, embed_batches
+from edgeq.data.sessions import embed_batches
+from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokens import Feeds, Tokens, batches
 from edgeq.errors import ConfigError, Unsupported
-from edgeq.frontend import export
+from edgeq.frontend.float_model import write_float_model
 from edgeq.frontend.locate import Located
 from edgeq.graph import dialect, external_data
 from edgeq.graph.dialect import OutsideDialect
 from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline import calibrate
+from edgeq.pipeline.stage_results import (
+    EQUALIZED,
+    FLOAT,
+    STATISTICS,
+    Calibrated,
+    Floats,
+    Validation,
+    read_record,
+    write_record,
+)
 from edgeq.quantization import quantize, schemes
 from edgeq.quantization.quantize import QUANTIZERS
-from edgeq.records import Calibration, FloatModel, ImageSet, QdqModel, Record, Scheme, Source, Target, TextSet
+from edgeq.records import Calibration, FloatModel, QdqModel, Scheme, Source, Target, TextSet
 from edgeq.system import files
 from edgeq.system.cache import Cache, key
+from edgeq.system.progress import Progress
 from edgeq.targets import list_targets
 
 if TYPE_CHECKING:
     from edgeq.data.prepare import Plan
 
-Report = Callable[[str, int, int], None]
-FiledT = TypeVar("FiledT", FloatModel, Calibration, QdqModel)
 
 _log = logging.getLogger(__name__)
 
 EXPORT_TOOLS = ("torch", "transformers", "sentence-transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
 _MUCH_MEMORY_BYTES = 4_000_000_000
-_FLOAT, _EQUALIZED, _STATISTICS, _QDQ = "model.onnx", "equalized.onnx", "calibration.npz", "qdq.onnx"
+_QDQ = "qdq.onnx"
 _TOKENS, _FEEDS, _WEIGHTS = "tokens.json", "feeds.json", "weights"
-
-
-@dataclass(frozen=True)
-class Floats:
-    """Hold a float model, and where its files lie."""
-
-    source: Source
-    model: FloatModel
-    folder: Path
-
-    @property
-    def config(self) -> Path:
-        """Give the folder with the model's tokenizer or preprocessing."""
-        return self.folder / export.CONFIG
-
-    def at(self, folder: Path) -> Floats:
-        """Give the same float model in another cache entry."""
-        return Floats(self.source, _moved(self.model, folder / _FLOAT), folder)
-
-    @property
-    def takes_images(self) -> bool:
-        """Tell whether the model reads pixels, not tokens."""
-        return self.model.inputs == (PIXELS,)
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """Hold an equalised float model, its calibration, and the cache entry of both."""
-
-    equalized: FloatModel
-    calibration: Calibration
-    folder: Path
-
-    def at(self, folder: Path) -> Calibrated:
-        """Give the same in another cache entry."""
-        return Calibrated(
-            _moved(self.equalized, folder / _EQUALIZED), _moved(self.calibration, folder / _STATISTICS), folder
-        )
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Hold what parity is measured on, and FP32's vectors of it, float32[samples, dim].
-
-    `texts` are the texts, or the names of images.
-    """
-
-    texts: tuple[str, ...]
-    samples: Samples
-    record: TextSet | ImageSet
-    reference: Embeddings
 
 
 def float_model(located: Located, has_hidden_state: bool, cache: Cache, float_ops: tuple[str, ...] = ()) -> Floats:
@@ -105,16 +62,16 @@ def float_model(located: Located, has_hidden_state: bool, cache: Cache, float_op
 
     Raises:
         Unsupported: the graph leaves the dialect; the message says where, who could take it, and the way out.
-        EdgeqError: any other failure of `exporting.export`.
+        EdgeqError: any other failure of `edgeq.frontend.export.export`.
     """
 
     def make(folder: Path) -> None:
         try:
-            record, model = export.export(located, folder, has_hidden_state, float_ops)
+            record, model = write_float_model(located, folder, has_hidden_state, float_ops)
         except OutsideDialect as error:
             raise Unsupported(f"{error}\n{_ways_out(error.operators)}") from error
-        _write(folder / "source.json", record)
-        _write(folder / "model.json", model)
+        write_record(folder / "source.json", record)
+        write_record(folder / "model.json", model)
 
     name = key(
         source=located.sha256, hidden_state=has_hidden_state, float_ops=list(float_ops), tools=versions(EXPORT_TOOLS)
@@ -123,11 +80,15 @@ def float_model(located: Located, has_hidden_state: bool, cache: Cache, float_op
     record = Source.model_validate_json((folder / "source.json").read_bytes()).model_copy(
         update={"name": located.display_name}
     )
-    return Floats(record, _read(FloatModel, folder / "model.json", folder / _FLOAT), folder)
+    return Floats(record, read_record(FloatModel, folder / "model.json", folder / FLOAT), folder)
 
 
 def _ways_out(operators: Sequence[str]) -> str:
-    """Say which targets could still take these operators, and how; what is not the standard's nobody takes."""
+    """Give the ways to convert a model with operators outside the dialect: which targets, with which option.
+
+    Args:
+        operators: of ONNX's standard, that a float island may hold; empty where no target takes the graph.
+    """
     rewrite = "Write the line with operators of edgeq.graph.operators.DIALECT"
     if not operators:
         return f"{rewrite}, or export with opset {dialect.OPSET} and without optimisation."
@@ -140,8 +101,16 @@ def _ways_out(operators: Sequence[str]) -> str:
     )
 
 
-def calibrated(floats: Floats, plan: Plan, seed: int, cache: Cache, report: Report) -> Calibrated:
-    """Equalise and observe the float model, or take both from the cache."""
+def calibrated(floats: Floats, plan: Plan, seed: int, cache: Cache, progress: Progress) -> Calibrated:
+    """Equalise the float model and observe its tensors on calibration samples, or read both from the cache.
+
+    Args:
+        floats: the float model.
+        plan: which texts or images calibrate.
+        seed: of the choice of texts that judge SmoothQuant's alphas.
+        cache: for the equalised model and the statistics.
+        progress: called as `progress(stage, done, total)`.
+    """
 
     def make(folder: Path) -> None:
         given = prepare(plan.calibration, plan.origin, floats.config, floats.source.max_sequence)
@@ -153,27 +122,27 @@ def calibrated(floats: Floats, plan: Plan, seed: int, cache: Cache, report: Repo
         model = external_data.load(Path(floats.model.file.path))
         _announce_memory(model, given.samples.longest)
         with external_data.outside_if_large(model, folder / _WEIGHTS):
-            observed = calibrate.calibrate(model, given.samples, seed, report)
-            external_data.save(observed.model, folder / _EQUALIZED)
-            save(observed.statistics, folder / _STATISTICS)
-        if isinstance(given.samples, Tokens):  # for vendors whose compilers calibrate themselves
+            observed = calibrate.calibrate(model, given.samples, seed, progress)
+            external_data.save(observed.model, folder / EQUALIZED)
+            save(observed.statistics, folder / STATISTICS)
+        if isinstance(given.samples, Tokens):  # a vendor's compiler that calibrates itself reads them
             files.write_bytes(folder / _TOKENS, json.dumps(given.samples.ids).encode())
         equalized = floats.model.model_copy(
             update={
-                "file": files.file_ref(folder / _EQUALIZED),
+                "file": files.file_ref(folder / EQUALIZED),
                 "max_abs_error": observed.max_abs_error,
                 "passes": (),
             }
         )
         record = Calibration(
-            file=files.file_ref(folder / _STATISTICS),
+            file=files.file_ref(folder / STATISTICS),
             float_model_sha256=equalized.file.sha256,
             texts=given.record,
             seed=seed,
-            migration=observed.migration,
+            smoothing=observed.smoothing,
         )
-        _write(folder / "equalized.json", equalized)
-        _write(folder / "calibration.json", record)
+        write_record(folder / "equalized.json", equalized)
+        write_record(folder / "calibration.json", record)
 
     name = key(
         float_model=floats.model.file.sha256, texts=identities(plan.calibration), seed=seed, origin=plan.origin,
@@ -181,19 +150,19 @@ def calibrated(floats: Floats, plan: Plan, seed: int, cache: Cache, report: Repo
     )  # fmt: skip
     folder = cache.entry("calibration", name, make)
     return Calibrated(
-        _read(FloatModel, folder / "equalized.json", folder / _EQUALIZED),
-        _read(Calibration, folder / "calibration.json", folder / _STATISTICS),
+        read_record(FloatModel, folder / "equalized.json", folder / EQUALIZED),
+        read_record(Calibration, folder / "calibration.json", folder / STATISTICS),
         folder,
     )
 
 
 def quantized(target: Target, calibrated: Calibrated, cache: Cache, given: Scheme | None = None) -> QdqModel:
-    """Quantise by the target's scheme, or take the QDQ model from the cache: targets with one scheme share it.
+    """Quantise with the target's scheme, or read the QDQ model from the cache: targets with equal schemes share it.
 
     Args:
         target: whose scheme is used.
         calibrated: the equalised model and its calibration.
-        cache: where QDQ models are kept.
+        cache: for QDQ models.
         given: the target's scheme with some products promoted.
 
     Raises:
@@ -215,7 +184,7 @@ def quantized(target: Target, calibrated: Calibrated, cache: Cache, given: Schem
             )
         if scheme.feeds:
             tokens = json.loads((calibrated.folder / _TOKENS).read_bytes())
-            files.write_bytes(folder / _FEEDS, json.dumps(spread(tokens, scheme.feeds)).encode())
+            files.write_bytes(folder / _FEEDS, json.dumps(spaced_by_length(tokens, scheme.feeds)).encode())
         parent = calibrated.equalized
         record = QdqModel(
             file=files.file_ref(folder / _QDQ),
@@ -230,14 +199,14 @@ def quantized(target: Target, calibrated: Calibrated, cache: Cache, given: Schem
             float_matmuls=floats,
             feeds=files.file_ref(folder / _FEEDS) if (folder / _FEEDS).is_file() else None,
         )
-        _write(folder / "qdq.json", record)
+        write_record(folder / "qdq.json", record)
 
     name = key(
         float_model=calibrated.equalized.file.sha256, calibration=calibrated.calibration.file.sha256,
         scheme=scheme.model_dump(mode="json"), tools=versions(("onnx", "onnx-ir", "numpy")),
     )  # fmt: skip
     folder = cache.entry("qdq-model", name, make)
-    found = _read(QdqModel, folder / "qdq.json", folder / _QDQ)
+    found = read_record(QdqModel, folder / "qdq.json", folder / _QDQ)
     if found.feeds is None:
         return found
     return found.model_copy(update={"feeds": found.feeds.model_copy(update={"path": str(folder / _FEEDS)})})
@@ -249,20 +218,19 @@ def _probes(calibrated: Calibrated) -> tuple[Feeds, ...]:
     return text_probes(json.loads(path.read_bytes())) if path.is_file() else ()
 
 
-def spread(tokens: Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:
-    """Choose texts of evenly spread lengths, the longest and the shortest among them.
+def spaced_by_length(tokens: Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:
+    """Choose texts evenly spaced by length, the longest and the shortest among them.
 
     Args:
         tokens: ids of each text.
         count: how many; all, where there are fewer.
     """
     by_length = sorted(tokens, key=len, reverse=True)
-    places = np.unique(np.linspace(0, len(by_length) - 1, min(count, len(by_length))).round().astype(int))
-    return [by_length[place] for place in places]
+    return [by_length[position] for position in evenly_spaced(len(by_length), count)]
 
 
 def validation(floats: Floats, plan: Plan, cache: Cache, limit: int) -> Validation:
-    """Embed the validation texts, cut at `limit` tokens, or images in FP32, or take the vectors from the cache."""
+    """Embed validation texts (cut at `limit` tokens) or images in FP32, or read the vectors from the cache."""
     given = prepare(plan.validation, plan.validation_origin, floats.config, limit)
 
     def make(folder: Path) -> None:
@@ -281,7 +249,7 @@ def validation(floats: Floats, plan: Plan, cache: Cache, limit: int) -> Validati
 
 
 def _announce_memory(model: onnx.ModelProto, longest: int) -> None:
-    """Say beforehand how much memory observing may take: attention over long texts grows with their square."""
+    """Log the peak memory of observing before it starts: attention grows with the square of a text's length."""
     needed, free = observe.peak_bytes(model, longest), psutil.virtual_memory().available
     said = f"calibrating on texts of up to {longest:,} tokens takes up to {needed / 1e9:.1f} GB"
     if needed > free:
@@ -291,7 +259,7 @@ def _announce_memory(model: onnx.ModelProto, longest: int) -> None:
 
 
 def versions(names: tuple[str, ...]) -> dict[str, str]:
-    """Give the version of each distribution that is installed."""
+    """Give the versions of those distributions that are installed."""
     found = {}
     for name in names:
         try:
@@ -299,19 +267,3 @@ def versions(names: tuple[str, ...]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _write(path: Path, record: Record) -> None:
-    files.write_bytes(path, record.model_dump_json(indent=1).encode())
-
-
-def _read(kind: type[FiledT], path: Path, file: Path) -> FiledT:
-    """Read a record from a cache entry; its file lies where the entry lies now."""
-    record = kind.model_validate_json(path.read_bytes())
-    if not file.is_file():
-        raise ConfigError(f"{file}: gone from the cache; run edgeq cache purge and try again")
-    return _moved(record, file)
-
-
-def _moved(record: FiledT, file: Path) -> FiledT:
-    return record.model_copy(update={"file": record.file.model_copy(update={"path": str(file)})})

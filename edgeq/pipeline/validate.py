@@ -1,8 +1,8 @@
-"""Measure a bundle's parity again, on any texts, against the FP32 model it was made from."""
+"""Measure a bundle's parity again, on any texts or images, against the FP32 model that it was made from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,17 +13,17 @@ from edgeq.bundle.manifest import load_manifest, require_cpu
 from edgeq.data.batches import PIXELS
 from edgeq.data.prepare import Prepared, prepare
 from edgeq.data.sessions import Embeddings, embed_batches
-from edgeq.data.splits import spread
-from edgeq.data.text_files import deduplicate, default_texts, read_texts
-from edgeq.data.tokens import Tokenizer, batches, token_limit
+from edgeq.data.splits import deduplicate, evenly_spaced
+from edgeq.data.text_files import default_texts, read_texts
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import batches, token_limit
 from edgeq.errors import ConfigError
 from edgeq.evaluation.tasks import Embed
 from edgeq.graph.float_session import FloatSession
-from edgeq.pipeline import compare
-from edgeq.pipeline.stages import Validation
+from edgeq.pipeline.measure_parity import measure_parity
+from edgeq.pipeline.stage_results import Validation
 from edgeq.records import Manifest, ParityReport
-
-Report = Callable[[str, int, int], None]
+from edgeq.system.progress import Progress
 
 
 def validate(
@@ -31,17 +31,17 @@ def validate(
     texts: Path | None,
     column: str | None,
     float_model: Path,
-    report: Report,
+    progress: Progress,
     images: Path | None = None,
 ) -> ParityReport:
-    """Run texts or images through FP32 and a bundle's artifact, under every setting that runs here, and judge.
+    """Run texts or images through FP32 and a bundle's artifact, with every setting that runs here, and judge parity.
 
     Args:
         bundle: OUT/TARGET, as `edgeq export` wrote it; one that missed its gate may be measured, too.
         texts: the user's; None takes the default validation texts.
         column: which column of `texts` holds the text.
         float_model: the FP32 model that the bundle was made from.
-        report: called as `report(stage, done, total)`.
+        progress: called as `progress(stage, done, total)`.
         images: a folder of images, for a bundle of an image model.
 
     Raises:
@@ -53,40 +53,41 @@ def validate(
     target = manifest.target
     require_cpu(target)
     given = _given(manifest, bundle, texts, column, images)
-    report("float32", 0, 1)
+    progress("float32", 0, 1)
     reference = embed_batches(FloatSession.of(float_model), batches(given.samples), len(given.samples))
-    report("float32", 1, 1)
+    progress("float32", 1, 1)
     backend = find(manifest.artifact.backend, str(bundle))
-    found, _ = compare.compare(
+    found, _ = measure_parity(
         backend, manifest.artifact, bundle, target,
         Validation(given.names, given.samples, given.record, reference),
-        manifest.source.max_sequence, partial(report, "artifact"),
+        manifest.source.max_sequence, partial(progress, "artifact"),
     )  # fmt: skip
     return found
 
 
 def _given(manifest: Manifest, bundle: Path, texts: Path | None, column: str | None, images: Path | None) -> Prepared:
-    """Prepare what is to be measured on.
+    """Prepare the texts or images to measure parity on.
 
     Raises:
-        ConfigError: it is not what the model takes.
+        ConfigError: they are not what the model takes.
     """
     require_kind(manifest, bundle, texts, images)
     if images is not None:
         from edgeq.data.images import read_folder  # here: texts need no Pillow
 
         return prepare(read_folder(images), images.name, bundle, manifest.source.max_sequence)
-    most = manifest.target.gate.parity_texts if texts is None else None  # the user's own run whole, however long
-    chosen = spread(deduplicate(read_texts(texts or default_texts()[1], column if texts else None)), most)
+    most = manifest.target.gate.parity_texts if texts is None else None  # the user's own texts all run
+    given = deduplicate(read_texts(texts or default_texts()[1], column if texts else None))
+    chosen = tuple(given[row] for row in evenly_spaced(len(given), most))
     limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
     return prepare(chosen, texts.name if texts else "default", bundle, limit)
 
 
 def require_kind(manifest: Manifest, bundle: Path, texts: Path | None, images: Path | None) -> None:
-    """Refuse texts for a model of images, and images for a model of texts.
+    """Refuse texts for an image model, and images for a text model.
 
     Raises:
-        ConfigError: it is so.
+        ConfigError: the kinds differ.
     """
     takes_images = manifest.float_model.inputs == (PIXELS,)
     if takes_images and (images is None or texts is not None):
@@ -99,7 +100,7 @@ def require_kind(manifest: Manifest, bundle: Path, texts: Path | None, images: P
 
 
 def embedders(bundle: Path, float_model: Path) -> tuple[Embed, Embed]:
-    """Give what embeds texts with FP32, and what embeds them with the bundle's artifact, as `evaluation` takes them.
+    """Give the functions that embed texts with FP32 and with the bundle's artifact, for `edgeq.evaluation.tasks`.
 
     Raises:
         ConfigError: there is no bundle, or the float model cannot be loaded.
@@ -113,7 +114,7 @@ def embedders(bundle: Path, float_model: Path) -> tuple[Embed, Embed]:
 
 
 def embed_with(embedder: Embedder) -> Embed:
-    """Give a function of texts and the name of a prompt."""
+    """Wrap an embedder as a function of texts and a prompt's name."""
 
     def embed(texts: Sequence[str], prompt: str | None) -> Embeddings:
         return embedder.encode(texts, prompt_name=prompt)

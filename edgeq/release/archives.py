@@ -1,4 +1,4 @@
-"""Open an archive: its signature, what is in it, and whether that is whole."""
+"""Open a release archive: check its signature, and read and verify the bundle in it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from edgeq.system.files import file_ref, work_dir
 
 
 def verify_archive(archive: Path, public_key: Path | None) -> Verification:
-    """Check an archive's signature, if a public key is given, unpack it aside, and verify the bundle in it.
+    """Check an archive's signature, if a public key is given, unpack it to a temporary folder, and verify the bundle.
 
     Raises:
-        ConfigError: there is no such file, or the public key is none.
-        BundleCorrupt: the signature does not hold, or the archive or the bundle is damaged.
+        ConfigError: there is no such file, or the public key is not valid.
+        BundleCorrupt: the signature does not match, or the archive or the bundle is damaged.
         StorageFailed: the disk refuses.
-        ToolMissing: what it is compressed or signed with is not installed.
+        ToolMissing: the package for its compression or signature is not installed.
         EdgeqError: any other failure of `bundle.verify`.
     """
     if not archive.is_file():
@@ -35,7 +35,7 @@ def verify_archive(archive: Path, public_key: Path | None) -> Verification:
 
 
 def read_archive(archive: Path) -> Packed:
-    """Read the records of the bundle in an archive, walked but not run, and the device reports beside the archive.
+    """Read and check the records of the bundle in an archive, and the device reports beside the archive.
 
     Raises:
         BundleCorrupt: the archive or the bundle is damaged.
@@ -52,10 +52,10 @@ def read_archive(archive: Path) -> Packed:
 
 @contextmanager
 def _unpacked(archive: Path) -> Iterator[Path]:
-    """Give the folder in an archive; messages name the archive, not where it was unpacked for a moment."""
-    with work_dir() as place:
+    """Unpack an archive to a temporary folder; messages name the archive instead of this folder."""
+    with work_dir() as folder:
         try:
-            yield unpack(archive, place)
+            yield unpack(archive, folder)
         except EdgeqError as error:
-            said = str(error).replace(f"{place}/", f"{archive}:")
+            said = str(error).replace(f"{folder}/", f"{archive}:")
             raise type(error)(said) from error

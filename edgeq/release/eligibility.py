@@ -1,4 +1,4 @@
-"""Say everything that keeps a bundle from being released."""
+"""List every reason against releasing a bundle: damage, a missed gate, no accepted kind of run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgeq.bundle.verify import read_whole
 from edgeq.devices.report import DeviceReport, reports_of
 from edgeq.errors import BundleCorrupt, ConfigError, EdgeqError
 from edgeq.evaluation.gate import judge
-from edgeq.records import Manifest, ParityReport, Place
+from edgeq.records import Manifest, ParityReport, RunKind
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Candidate:
         path: OUT/TARGET.
         manifest: of the bundle.
         report: its parity report.
-        devices: what device reports about it say, by the file's name.
+        devices: the device reports beside it, by the part of the file name after the target.
     """
 
     path: Path
@@ -32,7 +32,7 @@ class Candidate:
 
 
 def find_bundles(given: Sequence[Path]) -> tuple[Path, ...]:
-    """Give the bundles that are named, or lie in the folders that are named, each once.
+    """Give the bundles at these paths or in these folders, each once.
 
     Raises:
         ConfigError: a path holds no bundle.
@@ -50,13 +50,13 @@ def find_bundles(given: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def examine(path: Path) -> tuple[Candidate | None, tuple[str, ...]]:
-    """Read a bundle, and give one sentence for each reason against releasing it.
+    """Read a bundle, and give one sentence for each reason against its release.
 
     Args:
         path: OUT/TARGET.
 
     Returns:
-        The bundle, or None when its records cannot be read; and the reasons, none when it is fit.
+        The bundle, or None when its records cannot be read; and the reasons, empty when it may be released.
     """
     reasons: list[str] = []
     try:
@@ -72,22 +72,22 @@ def examine(path: Path) -> tuple[Candidate | None, tuple[str, ...]]:
 
 
 def _devices(path: Path) -> dict[str, DeviceReport]:
-    """Give the device reports beside a bundle, by the name that each gave its place."""
+    """Give the device reports beside a bundle, by the part of the file name after the target."""
     start = f"{path.resolve().name}."
     return {file.name.removeprefix(start): report for file, report in reports_of(path).items()}
 
 
 def _against(candidate: Candidate) -> list[str]:
-    """Judge what the bundle records."""
+    """Give the reasons in a bundle's records: a missed gate, or no accepted kind of run that passed."""
     manifest, report, name = candidate.manifest, candidate.report, candidate.path
     reasons = []
     if "failed" in (manifest.status, report.status):
         missed = " ".join(report.failures) or "its report does not say where."
         reasons.append(f"{name}: missed the gate of {manifest.target.name}: {missed} Mend the model, and export again.")
-    accepted = manifest.target.gate.release_places
-    if not any(place in accepted for place in places(candidate)):
+    accepted = manifest.target.gate.release_run_kinds
+    if not any(kind in accepted for kind in passed_on(candidate)):
         ran_on = dict.fromkeys((report.ran_on, *(device.ran_on for device in candidate.devices.values())))
-        where = f"was run on {', '.join(place for place in ran_on if place != 'not-run')} only"
+        where = f"was run on {', '.join(kind for kind in ran_on if kind != 'not-run')} only"
         if set(ran_on) == {"not-run"}:
             where = f"was never run ({report.reason})"
         reasons.append(
@@ -97,8 +97,8 @@ def _against(candidate: Candidate) -> list[str]:
     return reasons
 
 
-def places(candidate: Candidate) -> tuple[Place, ...]:
-    """Give where the bundle passed its gate: by measures, not by what a report says of itself."""
+def passed_on(candidate: Candidate) -> tuple[RunKind, ...]:
+    """Give the kinds of run in which the bundle passed its gate, judged again from the measures."""
     report, placement = candidate.report, candidate.manifest.artifact.placement
     found = [device.ran_on for device in candidate.devices.values() if device.status == "passed"]
     if report.status == "passed" and report.measures is not None:

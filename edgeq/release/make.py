@@ -1,9 +1,9 @@
-"""Make a release: judge every bundle, pack it, and write what belongs beside it."""
+"""Make a release folder: judge the bundles, pack each, and write notes, bills of materials, provenance, signatures."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgeq.bundle.checksums import SUMS, check_sums, write_sums
@@ -14,22 +14,21 @@ from edgeq.release.archives import read_archive
 from edgeq.release.eligibility import Candidate, examine, find_bundles
 from edgeq.release.notes import NOTES, Packed, release_notes
 from edgeq.system.files import file_ref, replacing_dir, storage_errors
+from edgeq.system.progress import Progress, silent
 from edgeq.version import VERSION
 
-Report = Callable[[str, int, int], None]
-
 _VERSION = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){2}(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?", re.ASCII)
-_FORMS = ("tar.zst", "zip")
+_FORMATS = ("tar.zst", "zip")
 
 
 class Release(Record):
-    """Say what was released."""
+    """Describe a release folder."""
 
     path: str
     version: str
     archives: tuple[FileRef, ...]  # paths are relative to `path`
     is_signed: bool
-    is_new: bool  # False when the same release was there already
+    is_new: bool  # False when the same release existed already
 
 
 def release(
@@ -37,64 +36,64 @@ def release(
     version: str,
     to: Path,
     *,
-    form: pack.Form = "tar.zst",
+    archive_format: pack.ArchiveFormat = "tar.zst",
     previous: Path | None = None,
     key: Path | None = None,
     model_licence: str | None = None,
     overwrite: bool = False,
-    report: Report = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> Release:
-    """Release bundles. The same bundles, version and tools give the same bytes; a killed run leaves nothing.
+    """Write a release; equal bundles, version and tools give equal bytes, and a killed run leaves no release.
 
     Args:
-        given: bundles, or folders that hold some.
+        given: bundles, or folders of bundles.
         version: X.Y.Z, as semantic versioning spells it.
         to: the folder to write.
-        form: of the archives.
-        previous: the folder of the release before, which the notes compare with.
-        key: the secret key; without one EDGEQ_RELEASE_KEY, if set, holds it, else nothing is signed.
+        archive_format: of the archives.
+        previous: the folder of the previous release, for the comparison in the notes.
+        key: the file of the secret key; None reads the variable EDGEQ_RELEASE_KEY, and without it signs nothing.
         model_licence: of the model, as an SPDX expression, for the bill of materials.
         overwrite: replace another release at `to`.
-        report: called as `report(stage, done, total)`.
+        progress: called as `progress(stage, done, total)`.
 
     Raises:
-        ReleaseRefused: a bundle is not fit; the message gives every reason.
-        ConfigError: a wrong argument, or something else at `to`.
-        BundleCorrupt: the previous release is damaged, or the same release at `to`.
+        ReleaseRefused: a bundle may not be released; the message gives every reason.
+        ConfigError: an argument is wrong, or `to` holds no release or another one.
+        BundleCorrupt: the previous release, or the same release at `to`, is damaged.
         StorageFailed: the disk refuses.
         ToolMissing: something of the extra `release` is not installed.
     """
-    _require_arguments(version, form, to)
+    _require_arguments(version, archive_format, to)
     signer = sign.read_signer(key)
-    packer = pack.compressor(form)
+    packer = pack.compressor(archive_format)
     before = None if previous is None else read_release(previous)
     candidates = _fit(find_bundles(given))
-    names = [archive_name(each, version, form) for each in candidates]
+    names = [archive_name(each, version, archive_format) for each in candidates]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"{', '.join(twice)}: two bundles would have this name. Release them apart.")
     with storage_errors(f"writing the release {to}"), replacing_dir(to) as partial:
         packed = []
-        for place, (candidate, name) in enumerate(zip(candidates, names, strict=True)):
-            report("pack", place, len(candidates))
-            pack.pack(candidate.path, partial / name, form)
+        for number, (candidate, name) in enumerate(zip(candidates, names, strict=True)):
+            progress("pack", number, len(candidates))
+            pack.pack(candidate.path, partial / name, archive_format)
             packed.append(Packed(candidate, file_ref(partial / name, partial)))
-        report("pack", len(candidates), len(candidates))
-        _describe(partial, packed, version, form, packer, model_licence)
+        progress("pack", len(candidates), len(candidates))
+        _describe(partial, packed, version, archive_format, packer, model_licence)
         notes = release_notes(version, packed, before, signer.public.text() if signer else None)
         (partial / NOTES).write_text(notes, encoding="utf-8", newline="\n")
         _seal(partial, [each.archive.path for each in packed], signer)
         is_same = (to / SUMS).is_file() and (to / SUMS).read_bytes() == (partial / SUMS).read_bytes()
         if (to / SUMS).is_file() and not overwrite:
-            _require_whole(to, is_same)
+            _require_same(to, is_same)
     archives = tuple(each.archive for each in packed)
     return Release(path=str(to), version=version, archives=archives, is_signed=signer is not None, is_new=not is_same)
 
 
-def archive_name(candidate: Candidate, version: str, form: pack.Form) -> str:
-    """Name the archive by model, version and target, in letters that every file system takes."""
+def archive_name(candidate: Candidate, version: str, archive_format: pack.ArchiveFormat) -> str:
+    """Name the archive by model, version and target, in characters that every file system allows."""
     model = re.sub(r"[^A-Za-z0-9._-]+", "-", candidate.manifest.source.name.rpartition("/")[2]).strip("-.") or "model"
-    return f"{model[:100]}-{version}-{candidate.manifest.target.name}.{form}"
+    return f"{model[:100]}-{version}-{candidate.manifest.target.name}.{archive_format}"
 
 
 def read_release(folder: Path) -> tuple[Packed, ...]:
@@ -104,19 +103,19 @@ def read_release(folder: Path) -> tuple[Packed, ...]:
         ConfigError: the folder holds no release.
         BundleCorrupt: a file is damaged.
     """
-    archives = [path for form in _FORMS for path in sorted(folder.glob(f"*.{form}"))]
+    archives = [path for archive_format in _FORMATS for path in sorted(folder.glob(f"*.{archive_format}"))]
     if not (folder / SUMS).is_file() or not archives:
         raise ConfigError(f"{folder}: no release; a folder that `edgeq release` wrote is needed. Check the path.")
     _check(folder)
     return tuple(read_archive(path) for path in archives)
 
 
-def _require_arguments(version: str, form: str, to: Path) -> None:
-    """Refuse what could not be released anyway, before anything is read."""
+def _require_arguments(version: str, archive_format: str, to: Path) -> None:
+    """Refuse a wrong version, format or folder before any bundle is read."""
     if not _VERSION.fullmatch(version):
         raise ConfigError(f'--version is "{version}"; X.Y.Z is needed, as semantic versioning spells it (1.0.0).')
-    if form not in _FORMS:
-        raise ConfigError(f'--format is "{form}"; {" or ".join(_FORMS)} is needed.')
+    if archive_format not in _FORMATS:
+        raise ConfigError(f'--format is "{archive_format}"; {" or ".join(_FORMATS)} is needed.')
     if to.exists() and not (to / SUMS).is_file() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"{to}: is there and is no release of edgeq, so it is left alone. Give another --to.")
     if (to / "manifest.json").exists():
@@ -124,7 +123,7 @@ def _require_arguments(version: str, form: str, to: Path) -> None:
 
 
 def _fit(paths: Sequence[Path]) -> tuple[Candidate, ...]:
-    """Give the bundles, if every one is fit."""
+    """Give the bundles if all may be released, else raise with every reason."""
     examined = [examine(path) for path in paths]
     reasons = [reason for _, against in examined for reason in against]
     if reasons:
@@ -138,13 +137,13 @@ def _describe(
     folder: Path,
     packed: Sequence[Packed],
     version: str,
-    form: pack.Form,
+    archive_format: pack.ArchiveFormat,
     packer: dict[str, str],
     model_licence: str | None,
 ) -> None:
-    """Write the bill of materials, the provenance and the device reports of each archive."""
+    """Write bill of materials, provenance and device reports beside each archive."""
     for each in packed:
-        stem = each.archive.path.removesuffix(f".{form}")
+        stem = each.archive.path.removesuffix(f".{archive_format}")
         for name, device in each.candidate.devices.items():
             (folder / f"{stem}.{name}").write_bytes((device.model_dump_json(indent=2) + "\n").encode())
         bill = sbom.sbom(each.candidate, version, each.archive, model_licence)
@@ -154,7 +153,7 @@ def _describe(
 
 
 def _seal(folder: Path, archives: Sequence[str], signer: sign.Signer | None) -> None:
-    """Sign the archives, sum up every file, and sign the sums."""
+    """Sign the archives, write SHA256SUMS over every file, and sign it."""
     if signer is not None:
         for name in archives:
             signer.sign(folder / name)
@@ -164,12 +163,12 @@ def _seal(folder: Path, archives: Sequence[str], signer: sign.Signer | None) -> 
 
 
 def _check(folder: Path) -> None:
-    """Compare every file of a release with its sums, but for the signature of the sums themselves."""
+    """Compare every file of a release with SHA256SUMS, except the signature of SHA256SUMS."""
     check_sums(folder, apart=(SUMS + sign.SUFFIX,))
 
 
-def _require_whole(to: Path, is_same: bool) -> None:
-    """Refuse to replace a release by another, or a damaged one without being asked."""
+def _require_same(to: Path, is_same: bool) -> None:
+    """Refuse to replace another release, or a damaged one, without --overwrite."""
     if not is_same:
         raise ConfigError(f"{to}: holds another release. Give --overwrite to replace it, or another --to.")
     try:

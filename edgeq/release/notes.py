@@ -1,4 +1,4 @@
-"""Write what is new in a release, from the parity reports of its bundles and of the previous release's."""
+"""Render release notes from the records of a release's bundles and of the previous release's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edgeq.release.eligibility import Candidate
 
 NOTES = "RELEASE_NOTES.md"
-TEMPLATE = "release_notes.md.j2"
+_TEMPLATE = "release_notes.md.j2"
 _NONE = "-"
 
 
@@ -28,7 +28,7 @@ class Packed:
 
     @property
     def name(self) -> tuple[str, str]:
-        """Name what it is of: one model for one target."""
+        """Give the names of model and target, which identify a bundle across releases."""
         return self.candidate.manifest.source.name, self.candidate.manifest.target.name
 
 
@@ -39,16 +39,16 @@ def release_notes(
 
     Args:
         version: of the release.
-        packed: its bundles.
-        previous: those of the release before; None when none was named.
-        public_key: as minisign spells it; None when nothing is signed.
+        packed: the bundles of the release.
+        previous: the bundles of the previous release; None without one.
+        public_key: in minisign's format; None when nothing is signed.
     """
     before = {each.name: each for each in previous or ()}
     environment = Environment(
         loader=PackageLoader("edgeq.release"), undefined=StrictUndefined, autoescape=False,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_plain,
     )  # fmt: skip
-    return environment.get_template(TEMPLATE).render(
+    return environment.get_template(_TEMPLATE).render(
         version=version,
         sections=[_section(each, before.get(each.name), previous is not None) for each in packed],
         gone=[f"{model} for {target}" for model, target in before if (model, target) not in {p.name for p in packed}],
@@ -57,12 +57,12 @@ def release_notes(
 
 
 def _plain(value: object) -> object:
-    """Take from words of records, which may be a stranger's, what Markdown would obey."""
+    """Replace Markdown's special characters in strings of records, which may come from strangers."""
     return re.sub(r"[|`<>\[\]\x00-\x1f\x7f-\x9f\ud800-\udfff]+", " ", value) if isinstance(value, str) else value
 
 
 def _section(now: Packed, then: Packed | None, has_previous: bool) -> dict[str, object]:
-    """Give what the template shows of one bundle."""
+    """Give the template's variables for one bundle."""
     manifest, report = now.candidate.manifest, now.candidate.report
     return {
         "title": f"{manifest.source.name} for {manifest.target.name}",
@@ -79,7 +79,7 @@ def _section(now: Packed, then: Packed | None, has_previous: bool) -> dict[str, 
 
 
 def _proofs(candidate: Candidate) -> list[str]:
-    """Say where it passed, and on what."""
+    """Describe each run that passed: kind of run, machine, samples."""
     report, found = candidate.report, []
     if report.status == "passed":
         found.append(f"{report.ran_on} ({report.machine}), on {report.texts.count} samples of {report.texts.origin}")
@@ -90,9 +90,9 @@ def _proofs(candidate: Candidate) -> list[str]:
 
 
 def _rows(now: Packed, then: Packed | None) -> Iterator[tuple[str, str, str, str]]:
-    """Give each figure: its name, before, now, and the difference."""
+    """Give name, previous value, present value and difference of each figure."""
     figures, before = _figures(now), {} if then is None else _figures(then)
-    for name in dict.fromkeys((*figures, *before)):  # what was measured then and is not now is shown, too
+    for name in dict.fromkeys((*figures, *before)):  # also figures that only the previous release has
         new, old = figures.get(name), before.get(name)
         change = _NONE if new is None or old is None else format(new[0] - old[0], f"+{new[1]}")
         yield name, _spelled(old), _spelled(new), change
@@ -103,7 +103,7 @@ def _spelled(figure: tuple[float, str] | None) -> str:
 
 
 def _figures(packed: Packed) -> dict[str, tuple[float, str]]:
-    """Give the figures of a bundle, and how each is written."""
+    """Give the figures of a bundle, each with its number format."""
     manifest, measures = packed.candidate.manifest, packed.candidate.report.measures
     figures: dict[str, tuple[float, str]] = {}
     if measures is not None:
@@ -121,7 +121,7 @@ def _figures(packed: Packed) -> dict[str, tuple[float, str]]:
 
 
 def _latencies(packed: Packed) -> dict[str, tuple[float, str]]:
-    """Give the median times on devices, named by the machine: only the same one can be compared with."""
+    """Give the median latencies on devices, named by machine: only equal machines can be compared."""
     return {
         f"{device.machine.cpu}, batch {cell.batch}, {cell.sequence} tokens: median, ms": (cell.latency.p50_ms, ".2f")
         for device in packed.candidate.devices.values() if device.ran_on == "device" for cell in device.cells
@@ -129,19 +129,19 @@ def _latencies(packed: Packed) -> dict[str, tuple[float, str]]:
 
 
 def _caveat(now: ParityReport, then: ParityReport) -> str | None:
-    """Say why two reports cannot be compared number by number."""
+    """Give the reasons why figures of two reports may differ without a change of the artifact, or None."""
     reasons = []
     if now.texts.sha256 != then.texts.sha256:
         reasons.append(f"on other samples ({then.texts.count} before, {now.texts.count} now)")
     if now.ran_on != then.ran_on:
-        reasons.append(f"in another place ({then.ran_on} before, {now.ran_on} now)")
+        reasons.append(f"in another kind of run ({then.ran_on} before, {now.ran_on} now)")
     if now.machine != then.machine:
         reasons.append(f"on another machine ({then.machine} before)")
     return f"Measured {', and '.join(reasons)}: a difference may come from that." if reasons else None
 
 
 def _changes(now: Manifest, then: Manifest) -> Iterator[str]:
-    """Give one sentence for each input that is another than before."""
+    """Give one phrase for each input that changed since the previous release."""
     if now.source.sha256 != then.source.sha256:
         yield f"the model itself: {_short(then.source.sha256)} became {_short(now.source.sha256)}"
     elif now.float_model.file.sha256 != then.float_model.file.sha256:
@@ -166,7 +166,7 @@ def _versions(manifest: Manifest) -> dict[str, str]:
 
 
 def _tools(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
-    """Give each tool whose version is another."""
+    """Give one phrase for each tool whose version changed."""
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) != now.get(name):
             yield f"{name} {then.get(name, 'not used')} became {now.get(name, 'not used')}"

@@ -1,6 +1,6 @@
-"""Say how an archive came to be, as an in-toto Statement with SLSA's provenance.
+"""Write how an archive was made, as an in-toto Statement with SLSA provenance.
 
-There is no time in it and no machine: the same bundle gives the same bytes, and who wants to know more has the records.
+It names no time and no machine, so that equal bundles give equal bytes.
 
 Source: in-toto Attestation Framework v1, spec/v1/statement.md; SLSA 1.0, spec/v1.0/provenance.
 """
@@ -16,31 +16,31 @@ if TYPE_CHECKING:
     from edgeq.release.eligibility import Candidate
 
 SUFFIX = ".intoto.json"
-STATEMENT = "https://in-toto.io/Statement/v1"
-PREDICATE = "https://slsa.dev/provenance/v1"
-BUILD_TYPE = "urn:edgeq:release:1"  # what the parameters below mean: docs/guides/releasing.md
-BUILDER = "urn:edgeq:cli"
+_STATEMENT = "https://in-toto.io/Statement/v1"
+_PREDICATE = "https://slsa.dev/provenance/v1"
+_BUILD_TYPE = "urn:edgeq:release:1"  # its parameters are described in docs/guides/releasing.md
+_BUILDER = "urn:edgeq:cli"
 
 
 def provenance(candidate: Candidate, version: str, archive: FileRef, packer: dict[str, str], own_version: str) -> bytes:
-    """Give the statement about one archive, in JSON.
+    """Give the statement about one archive as JSON.
 
     Args:
         candidate: the bundle.
         version: of the release.
-        archive: that the bundle was packed into.
-        packer: what compressed it, its version and level.
-        own_version: of the edgeq that releases.
+        archive: of the bundle.
+        packer: version and level of the compressor.
+        own_version: of the edgeq that makes the release.
     """
     manifest = candidate.manifest
     scheme = manifest.qdq_model.scheme
     statement = {
-        "_type": STATEMENT,
+        "_type": _STATEMENT,
         "subject": [_resource(archive)],
-        "predicateType": PREDICATE,
+        "predicateType": _PREDICATE,
         "predicate": {
             "buildDefinition": {
-                "buildType": BUILD_TYPE,
+                "buildType": _BUILD_TYPE,
                 "externalParameters": {
                     "command": list(manifest.command),
                     "model": manifest.source.name,
@@ -57,7 +57,7 @@ def provenance(candidate: Candidate, version: str, archive: FileRef, packer: dic
                 "resolvedDependencies": _dependencies(candidate),
             },
             "runDetails": {
-                "builder": {"id": BUILDER, "version": {"edgeq": own_version}},
+                "builder": {"id": _BUILDER, "version": {"edgeq": own_version}},
                 "byproducts": [_resource(manifest.parity), _resource(manifest.golden.vectors)],
             },
         },
@@ -66,7 +66,7 @@ def provenance(candidate: Candidate, version: str, archive: FileRef, packer: dic
 
 
 def _dependencies(candidate: Candidate) -> list[dict[str, Any]]:
-    """Name what went in, from the model given to the files that ship."""
+    """List name and sha256 of each input, from the source model to the shipped files."""
     manifest = candidate.manifest
     found = {
         "source": manifest.source.sha256,

@@ -1,4 +1,4 @@
-"""List what a bundle is made of and by, as CycloneDX: model, data, tools, licences."""
+"""Write a CycloneDX bill of materials for a bundle: models, data, tools, licences."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from edgeq.release.eligibility import Candidate
 
 SUFFIX = ".cdx.json"
-_NAMESPACE = uuid.UUID("a31cc7a5-8b0e-5c0f-9d1c-8a2f2ad5d1d7")  # drawn once, for names of this kind
-_EPOCH = datetime(1980, 1, 1, tzinfo=UTC)  # as in the archives: the same bundle gives the same list
-_OWN_TEXTS = "default"  # as a text set is called that edgeq brings along
+_NAMESPACE = uuid.UUID("a31cc7a5-8b0e-5c0f-9d1c-8a2f2ad5d1d7")  # a random namespace for serial numbers of edgeq's bills
+_EPOCH = datetime(1980, 1, 1, tzinfo=UTC)  # as in the archives, so that equal bundles give equal bytes
+_OWN_TEXTS = "default"  # `TextSet.origin` of the texts that edgeq ships
 _OWN_LICENCE = "CC0-1.0"
 
 
 def sbom(candidate: Candidate, version: str, archive: FileRef, model_licence: str | None) -> bytes:
-    """Give the bill of materials of one archive, in JSON; the same inputs give the same bytes.
+    """Give the bill of materials of one archive as JSON; equal inputs give equal bytes.
 
     Args:
         candidate: the bundle.
         version: of the release.
-        archive: that the bundle was packed into.
-        model_licence: an SPDX expression; None where nobody said.
+        archive: of the bundle.
+        model_licence: an SPDX expression; None where it is unknown.
 
     Raises:
         ToolMissing: cyclonedx-python-lib is not installed.
@@ -66,7 +66,7 @@ def _released(candidate: Candidate, version: str, archive: FileRef, licence: str
 
 
 def _models(candidate: Candidate, licence: str | None) -> Iterable[Component]:
-    """Describe the model that was given, what it became on the way, and the files that ship."""
+    """Describe the source model, the models between, and the shipped files."""
     manifest = candidate.manifest
     source = manifest.source
     kind = {"edgeq:kind": source.kind, "edgeq:dim": str(source.dim), "edgeq:modules": ", ".join(source.modules)}
@@ -82,7 +82,7 @@ def _models(candidate: Candidate, licence: str | None) -> Iterable[Component]:
 
 
 def _data(candidate: Candidate) -> Iterable[Component]:
-    """Describe what the model was calibrated and compared on."""
+    """Describe the calibration, validation and golden samples."""
     sets = {"calibration data": candidate.manifest.calibration.texts, "validation data": candidate.report.texts}
     for said, given in sets.items():
         kind = {"edgeq:count": str(given.count), "edgeq:origin": given.origin}
@@ -93,12 +93,12 @@ def _data(candidate: Candidate) -> Iterable[Component]:
 
 
 def _licence_of_data(given: TextSet | ImageSet) -> str | None:
-    """Give the licence of what edgeq brings along; of anything else nobody said it."""
+    """Give the licence of the texts that edgeq ships; it is unknown for any others."""
     return _OWN_LICENCE if isinstance(given, TextSet) and given.origin == _OWN_TEXTS else None
 
 
 def _tools(candidate: Candidate) -> Iterable[Component]:
-    """Describe what made the bundle and what runs it."""
+    """Describe edgeq, and the tools that made and run the artifact."""
     tools = {**candidate.manifest.tools, **candidate.manifest.artifact.tools}
     yield _component("edgeq", "application", candidate.manifest.edgeq, None, _licence_of("edgeq", None), {}, None)
     for name, version in sorted(tools.items()):
@@ -106,7 +106,7 @@ def _tools(candidate: Candidate) -> Iterable[Component]:
 
 
 def _licence_of(name: str, version: str | None) -> str | None:
-    """Give what the installed distribution says of its licence, if it is the very one that was used."""
+    """Give the licence that an installed distribution of the used version declares, or None."""
     try:
         found = metadata.distribution(name)
     except (metadata.PackageNotFoundError, ValueError):
@@ -127,7 +127,7 @@ def _component(
     properties: dict[str, str],
     description: str | None,
 ) -> Component:
-    """Make one entry; a licence that nobody stated is said to be so, not left out in silence."""
+    """Make one entry; an unknown licence is marked as not stated."""
     from cyclonedx.model import HashAlgorithm, HashType, Property
     from cyclonedx.model.component import Component, ComponentType
     from packageurl import PackageURL
@@ -148,7 +148,7 @@ def _component(
 
 
 def _licence(said: str) -> Any:
-    """Take an SPDX identifier or expression, or any other words as they are."""
+    """Make a licence of an SPDX identifier or expression, or of any other text."""
     from cyclonedx.contrib.license.factories import LicenseFactory
 
     return LicenseFactory().make_from_string(said)

@@ -1,7 +1,7 @@
-"""Sign files as minisign does, and check such signatures: Ed25519 over a file's BLAKE2b.
+"""Sign files in minisign's format, and check signatures: Ed25519 over the BLAKE2b of a file.
 
-The secret key is a PEM file (`openssl genpkey -algorithm ed25519`) or one of `minisign -G`, with a passphrase or
-without; public keys likewise. It is held in memory only, and no message shows any part of it.
+A key is a PEM file (`openssl genpkey -algorithm ed25519`) or one of `minisign -G`; a secret key may have a passphrase.
+Secret keys stay in memory, and no message shows any part of them.
 
 Source: https://jedisct1.github.io/minisign, "Signature format", "Public key format", "Secret key format"; libsodium
 1.0.20, crypto_pwhash/scryptsalsa208sha256, `pickparams`.
@@ -40,27 +40,27 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PublicKey:
-    """Hold a public key, and the eight bytes that name it."""
+    """Hold a public key and its identity of eight bytes."""
 
     identity: bytes
     key: Ed25519PublicKey
 
     def text(self) -> str:
-        """Spell the key as minisign's `-P` takes it."""
+        """Give the key in the format of minisign's option `-P`."""
         return base64.b64encode(_PLAIN + self.identity + self.key.public_bytes_raw()).decode()
 
 
 class Signer:
-    """Keep a secret key; a representation of it shows nothing."""
+    """Sign with a secret key; `repr` does not show it."""
 
     def __init__(self, key: Ed25519PrivateKey, identity: bytes | None = None) -> None:
-        """Take a key; without an identity one is made from its public half."""
+        """Take a secret key; without an identity the public key's hash gives one."""
         self._key = key
         public = key.public_key()
         self.public = PublicKey(identity or _identity(public), public)
 
     def sign(self, path: Path) -> Path:
-        """Write the detached signature of a file beside it; the same file and key give the same bytes.
+        """Write the detached signature of a file beside it; equal file and key give equal bytes.
 
         Raises:
             StorageFailed: the disk refuses.
@@ -74,9 +74,9 @@ class Signer:
             f"trusted comment: {comment}",
             base64.b64encode(whole).decode(),
         )
-        place = path.with_name(path.name + SUFFIX)
-        write_bytes(place, "".join(f"{line}\n" for line in lines).encode())
-        return place
+        signature_path = path.with_name(path.name + SUFFIX)
+        write_bytes(signature_path, "".join(f"{line}\n" for line in lines).encode())
+        return signature_path
 
 
 def read_signer(file: Path | None) -> Signer | None:
@@ -85,7 +85,7 @@ def read_signer(file: Path | None) -> Signer | None:
     The passphrase, if the key has one, is taken from the variable EDGEQ_RELEASE_PASSPHRASE.
 
     Raises:
-        ConfigError: it cannot be read, is no key, or the passphrase is wrong or missing.
+        ConfigError: it cannot be read, is not a key, or the passphrase is wrong or missing.
         ToolMissing: cryptography is not installed.
     """
     held = os.environ.get(KEY_VARIABLE)
@@ -108,7 +108,7 @@ def read_public_key(file: Path) -> PublicKey:
     """Read a public key.
 
     Raises:
-        ConfigError: it cannot be read, or is no key.
+        ConfigError: it cannot be read, or is not a key.
         ToolMissing: cryptography is not installed.
     """
     content = _read(file)
@@ -128,28 +128,28 @@ def read_public_key(file: Path) -> PublicKey:
 
 
 def check(path: Path, public: PublicKey) -> None:
-    """Compare a file with the signature beside it.
+    """Check a file against the signature beside it.
 
     Raises:
-        BundleCorrupt: there is no signature, it is of another key or file, or it is no signature.
+        BundleCorrupt: the signature is missing or malformed, or is of another key or file.
     """
-    place = path.with_name(path.name + SUFFIX)
-    if not place.is_file():
-        raise BundleCorrupt(f"{place}: is not there, so the signature of {path.name} cannot be checked. Fetch it, too.")
-    lines = _lines(_read(place))
+    file = path.with_name(path.name + SUFFIX)
+    if not file.is_file():
+        raise BundleCorrupt(f"{file}: is not there, so the signature of {path.name} cannot be checked. Fetch it, too.")
+    lines = _lines(_read(file))
     if len(lines) != 4 or not lines[2].startswith("trusted comment: "):
-        raise BundleCorrupt(f"{place}: no signature of minisign's form. Fetch it again.")
+        raise BundleCorrupt(f"{file}: no signature of minisign's form. Fetch it again.")
     head, whole = _decoded(lines[1]), _decoded(lines[3])
     comment = lines[2].removeprefix("trusted comment: ")
     if len(head) != 74 or head[:2] != _PREHASHED or len(whole) != 64:
-        raise BundleCorrupt(f"{place}: no signature over a file's BLAKE2b. Sign with edgeq release, or minisign -SH.")
+        raise BundleCorrupt(f"{file}: no signature over a file's BLAKE2b. Sign with edgeq release, or minisign -SH.")
     if head[2:10] != public.identity:
         raise BundleCorrupt(
-            f"{place}: made with the key {_spelled(head[2:10])}; the public key given is {_spelled(public.identity)}. "
+            f"{file}: made with the key {_spelled(head[2:10])}; the public key given is {_spelled(public.identity)}. "
             "Give the public key of who released it."
         )
     _require(public, head[10:], _digest(path), f"{path}: its content is not what was signed. Fetch it again.")
-    _require(public, whole, head[10:] + comment.encode(), f"{place}: its comment is not what was signed.")
+    _require(public, whole, head[10:] + comment.encode(), f"{file}: its comment is not what was signed.")
     named = [part.removeprefix("file:") for part in comment.split("\t") if part.startswith("file:")]
     if named and named != [path.name]:
         raise BundleCorrupt(f"{path}: what was signed is called {named[0]!r}. Give the file its own name again.")
@@ -165,7 +165,7 @@ def _require(public: PublicKey, signature: bytes, message: bytes, said: str) -> 
 
 
 def _cryptography() -> tuple[Any, Any]:
-    """Give the two modules that know keys."""
+    """Import the modules of `cryptography` for keys and their formats."""
     try:
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ed25519
@@ -175,7 +175,7 @@ def _cryptography() -> tuple[Any, Any]:
 
 
 def _pem_secret(content: bytes, passphrase: bytes | None, where: str) -> Ed25519PrivateKey:
-    """Read a PEM key. No error of the library is shown: it could quote the content."""
+    """Read a secret key from PEM; the library's error is not shown, because it could quote the content."""
     serialization, ed25519 = _cryptography()
     try:
         key = serialization.load_pem_private_key(content, passphrase)
@@ -191,7 +191,7 @@ def _pem_secret(content: bytes, passphrase: bytes | None, where: str) -> Ed25519
 
 
 def _minisign_secret(content: bytes, passphrase: bytes | None, where: str) -> Signer:
-    """Read a secret key of minisign."""
+    """Read a secret key in minisign's format."""
     _, ed25519 = _cryptography()
     raw = _decoded(_lines(content)[-1])
     if len(raw) != _SECRET.size:
@@ -205,7 +205,7 @@ def _minisign_secret(content: bytes, passphrase: bytes | None, where: str) -> Si
         stream = _derived(passphrase, salt, operations, memory, where)
         keys = bytes(a ^ b for a, b in zip(keys, stream, strict=True))
     identity, seed, public, found = keys[:8], keys[8:40], keys[40:72], keys[72:]
-    # minisign leaves the check sum of a key without a passphrase zero; its halves are compared below all the same.
+    # minisign writes a zero checksum for a key without passphrase; its two halves are compared below all the same.
     is_summed = derivation == _SCRYPT or found != bytes(32)
     if is_summed and hashlib.blake2b(algorithm + keys[:72], digest_size=32).digest() != found:
         raise ConfigError(f"{where}: the passphrase is wrong, or the secret key is damaged.")
@@ -216,7 +216,7 @@ def _minisign_secret(content: bytes, passphrase: bytes | None, where: str) -> Si
 
 
 def _derived(passphrase: bytes, salt: bytes, operations: int, memory: int, where: str) -> bytes:
-    """Derive the key stream as libsodium does from its two limits."""
+    """Derive the key stream with scrypt, its parameters computed from two limits as libsodium does."""
     operations = max(operations, 32768)
     is_small = operations < memory // 32
     most = operations // 32 if is_small else memory // 1024  # N times two, at r = 8
@@ -229,12 +229,12 @@ def _derived(passphrase: bytes, salt: bytes, operations: int, memory: int, where
 
 
 def _identity(key: Ed25519PublicKey) -> bytes:
-    """Name a key that has no name of its own by its content."""
+    """Give the identity of a key without one: the first eight bytes of its BLAKE2b."""
     return hashlib.blake2b(key.public_bytes_raw(), digest_size=8).digest()
 
 
 def _spelled(identity: bytes) -> str:
-    """Spell a key's name as minisign does."""
+    """Format a key's identity as minisign does."""
     return identity[::-1].hex().upper()
 
 
@@ -258,7 +258,7 @@ def _read(path: Path) -> bytes:
 
 
 def _lines(content: bytes) -> list[str]:
-    """Give the lines of a text, at least one; what is no UTF-8 gives an empty one."""
+    """Give the lines of a text, at least one; one empty line for bytes that are not UTF-8."""
     try:
         return content.decode("utf-8").splitlines() or [""]
     except UnicodeDecodeError:
@@ -266,7 +266,7 @@ def _lines(content: bytes) -> list[str]:
 
 
 def _decoded(line: str) -> bytes:
-    """Give the bytes of a line of base64, or none."""
+    """Decode a line of base64; empty for anything else."""
     try:
         return base64.b64decode(line.strip(), validate=True)
     except (binascii.Error, ValueError):

@@ -1,8 +1,8 @@
-"""Unpack an archive that comes from anywhere: bounded, and never outside its folder.
+"""Unpack an untrusted archive within limits of size and number, and never outside its folder.
 
-Only what `packing` writes is taken: plain files below one folder. Links, devices, absolute paths, `..`, a name twice,
-tar's extensions and a zip file's comment are refused by name. Sizes are compared with their limits before a byte is
-read or written.
+Accepted is what `edgeq.release.pack` writes: regular files below one folder. Links, devices, absolute paths, `..`,
+duplicate names, tar extensions and zip comments are refused, each with its own message. Sizes are compared with their
+limits before a byte is read or written.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from edgeq.release.pack import import_zstandard
 from edgeq.system.files import storage_errors
 from edgeq.system.untrusted import unsafe_name
 
-MOST_FILES = 10_000
-MOST_BYTES = 16 << 30
-# Integer weights hardly shrink, and a small archive holds nothing but small files: what grows more is made to.
-MOST_GROWTH, GROWTH_FREE_BYTES = 200, 64 << 20
+_MOST_FILES = 10_000
+_MOST_BYTES = 16 << 30
+# Integer weights hardly compress, so an archive that grows more is malicious; small files may grow freely.
+_MOST_GROWTH, _GROWTH_FREE_BYTES = 200, 64 << 20
 _WINDOW_BYTES = 1 << 27
 _CHUNK = 1 << 20
 _BLOCK = tarfile.BLOCKSIZE
@@ -36,17 +36,17 @@ _DIRECTORY_BYTES = 16 << 20
 _AGAIN = "Fetch the archive again, from where you trust it."
 
 
-def unpack(archive: Path, place: Path) -> Path:
-    """Write an archive's files into an empty folder, and give the one folder that they lie in.
+def unpack(archive: Path, into: Path) -> Path:
+    """Write an archive's files into an empty folder, and give the archive's one top folder.
 
     Raises:
-        BundleCorrupt: it is no archive of edgeq's, it is damaged, or it holds what could do harm.
+        BundleCorrupt: it is no archive of `edgeq release`, it is damaged, or an entry could do harm.
         StorageFailed: the disk refuses.
         ToolMissing: its compressor is not installed.
     """
     with storage_errors(f"unpacking {archive}"), archive.open("rb") as file:
         size = archive.stat().st_size
-        target = _Target(archive, place, min(MOST_BYTES, GROWTH_FREE_BYTES + MOST_GROWTH * size))
+        target = _Target(archive, into, min(_MOST_BYTES, _GROWTH_FREE_BYTES + _MOST_GROWTH * size))
         magic = file.read(4)
         file.seek(0)
         if magic == b"\x28\xb5\x2f\xfd":
@@ -59,11 +59,11 @@ def unpack(archive: Path, place: Path) -> Path:
 
 
 class _Target:
-    """Take files one by one, and refuse what does not belong into a bundle's archive."""
+    """Write an archive's files one by one, within the limits, and refuse names that a bundle cannot have."""
 
-    def __init__(self, archive: Path, place: Path, most_bytes: int) -> None:
+    def __init__(self, archive: Path, into: Path, most_bytes: int) -> None:
         self._archive = archive
-        self._place = place
+        self._into = into
         self._left = most_bytes
         self._most = most_bytes
         self._names: set[str] = set()
@@ -71,13 +71,13 @@ class _Target:
         self._tops: set[str] = set()
 
     def problem(self, said: str) -> BundleCorrupt:
-        """Make the error of this archive."""
+        """Make an error about this archive."""
         return BundleCorrupt(f"{self._archive}: {said}. {_AGAIN}")
 
     def write(self, name: str, size: int, file: IO[bytes]) -> None:
-        """Write a file's content, `size` bytes of it."""
+        """Write `size` bytes as the content of a file."""
         self._admit(name, size)
-        path = self._place / name
+        path = self._into / name
         path.parent.mkdir(parents=True, exist_ok=True)
         left = size
         with path.open("xb") as written:
@@ -92,8 +92,8 @@ class _Target:
         reason = unsafe_name(name)
         if reason is not None:
             raise self.problem(f"it holds a file {name[:100]!r}, {reason}")
-        if len(self._names) >= MOST_FILES:
-            raise self.problem(f"it holds more than {MOST_FILES:,} files")
+        if len(self._names) >= _MOST_FILES:
+            raise self.problem(f"it holds more than {_MOST_FILES:,} files")
         if not 0 <= size <= self._left:
             raise self.problem(f"with {name} ({size:,} bytes) it holds more than the {self._most:,} bytes it may")
         self._left -= size
@@ -107,14 +107,14 @@ class _Target:
         self._tops.add(name.partition("/")[0])
 
     def folder(self) -> Path:
-        """Give the one folder that all files lie in."""
-        if len(self._tops) != 1 or not (self._place / next(iter(self._tops))).is_dir():
+        """Give the one top folder of all files."""
+        if len(self._tops) != 1 or not (self._into / next(iter(self._tops))).is_dir():
             raise self.problem(f"it holds {len(self._tops)} things at its top; one folder is needed")
-        return self._place / next(iter(self._tops))
+        return self._into / next(iter(self._tops))
 
 
 def _unpack_tar(file: IO[bytes], target: _Target) -> None:
-    """Walk through a tar file header by header; `tarfile` itself would follow extensions of any size."""
+    """Read a tar file header by header; `tarfile` itself would read extension headers of any size."""
     zstandard = import_zstandard()
     reader = io.BufferedReader(
         zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES).stream_reader(file, closefd=False), _CHUNK
@@ -135,7 +135,7 @@ def _unpack_tar(file: IO[bytes], target: _Target) -> None:
 
 
 def _headers(reader: IO[bytes], target: _Target) -> Iterator[tarfile.TarInfo]:
-    """Give each header; who asks for the next has read the content."""
+    """Give each header; the caller reads the content before it asks for the next."""
     while True:
         block = reader.read(_BLOCK)
         if block == bytes(_BLOCK):
@@ -152,7 +152,7 @@ def _headers(reader: IO[bytes], target: _Target) -> Iterator[tarfile.TarInfo]:
 
 
 def _unpack_zip(file: IO[bytes], size: int, target: _Target) -> None:
-    """Walk through a zip file."""
+    """Read a zip file entry by entry."""
     _require_small_directory(file, size, target)
     with _zip_errors(target), zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
@@ -165,25 +165,25 @@ def _unpack_zip(file: IO[bytes], size: int, target: _Target) -> None:
                 raise target.problem(f"it holds a file {entry.orig_filename[:100]!r}, whose name is cut at a zero")
             with archive.open(entry) as content:
                 target.write(entry.filename, entry.file_size, content)
-                if content.read(1):  # its end, where the check sum is compared, is only seen by reading on
+                if content.read(1):  # `zipfile` compares the checksum when the end is read
                     raise target.problem(f"{entry.filename} is longer than it says")
 
 
 def _require_small_directory(file: IO[bytes], size: int, target: _Target) -> None:
-    """Bound the list of files before `zipfile` reads it whole."""
+    """Check the size of a zip file's directory before `zipfile` reads all of it."""
     file.seek(max(0, size - _ZIP_END.size))
     tail = file.read(_ZIP_END.size)
     file.seek(0)
     if len(tail) < _ZIP_END.size or tail[:4] != b"PK\x05\x06":
         raise target.problem("the zip file is cut off, or has a comment")
     count, directory_bytes = _ZIP_END.unpack(tail)[4:6]
-    if count > MOST_FILES or directory_bytes > _DIRECTORY_BYTES:
-        raise target.problem(f"it says it holds {count:,} files; at most {MOST_FILES:,} may be there")
+    if count > _MOST_FILES or directory_bytes > _DIRECTORY_BYTES:
+        raise target.problem(f"it says it holds {count:,} files; at most {_MOST_FILES:,} may be there")
 
 
 @contextmanager
 def _zip_errors(target: _Target) -> Iterator[None]:
-    """Turn what `zipfile` raises into one sentence."""
+    """Turn errors of `zipfile` into `BundleCorrupt`."""
     try:
         yield
     except (
@@ -191,6 +191,6 @@ def _zip_errors(target: _Target) -> Iterator[None]:
     ) as error:  # fmt: skip
         raise target.problem(f"the zip file is damaged ({error})") from error
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a place before the file's beginning; anything else is the disk's
+        if error.errno != errno.EINVAL:  # a negative offset; any other error is the disk's
             raise
         raise target.problem("the zip file is damaged: it points before its own beginning") from error

@@ -1,4 +1,4 @@
-"""Find the bundles to compare, and refuse those that do not belong together."""
+"""Find the bundles for a parity card, and refuse bundles of different models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgeq.records import Manifest, ParityReport
 
 @dataclass(frozen=True)
 class Found:
-    """Hold a whole bundle: what it is called here, where it lies, and what it records."""
+    """Hold an intact bundle: its name on the card, its path, and its records."""
 
     name: str
     path: Path
@@ -26,15 +26,15 @@ class Found:
 
     @property
     def token_limit(self) -> int:
-        """Give how many tokens the artifact takes."""
+        """Give the most tokens that the artifact takes."""
         return token_limit(self.manifest.target.buckets_tokens, self.manifest.source.max_sequence)
 
 
 def collect(paths: Sequence[Path]) -> tuple[Found, ...]:
-    """Read bundles, named one by one or by the folder that holds them; hash every file of each.
+    """Read bundles, given by their paths or by the folder that holds them; hash every file of each.
 
     Args:
-        paths: bundles, or folders with bundles right below.
+        paths: bundles, or folders of bundles.
 
     Raises:
         ConfigError: a path holds no bundle, or two bundles are of different models.
@@ -52,7 +52,7 @@ def collect(paths: Sequence[Path]) -> tuple[Found, ...]:
 
 
 def _bundles(path: Path) -> list[Path]:
-    """Give the bundle at a path, or those right below it; a damaged one counts, so that it is not passed over."""
+    """Give the bundle at a path, or those in the folder; damaged ones count, and raise later."""
     if not path.is_dir():
         raise ConfigError(f"{path}: no such folder; a bundle, or the --out of an export, is needed. Check the path.")
     if _has_records(path):
@@ -67,12 +67,12 @@ def _bundles(path: Path) -> list[Path]:
 
 
 def _has_records(path: Path) -> bool:
-    is_partial = path.name.startswith(".")  # of an export that is running, or was killed
+    is_partial = path.name.startswith(".")  # temporary folder of an export that runs, or was killed
     return not is_partial and ((path / MANIFEST).is_file() or (path / SUMS).is_file())
 
 
 def _name(folder: Path, manifest: Manifest, is_shared: bool) -> str:
-    """Name a bundle after its target, and after its folders where several are for one target."""
+    """Name a bundle after its target, with its folders where several bundles have one target."""
     target = manifest.target.name
     if not is_shared:
         return target

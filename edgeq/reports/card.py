@@ -1,16 +1,17 @@
-"""Show the same texts through every runtime: the bundles of one model side by side, FP32 and torch beside them."""
+"""Make the parity card: the same texts through every bundle of one model, FP32 and torch, side by side."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgeq.bundle.float_model import float_model
 from edgeq.data.batches import require_texts
 from edgeq.data.sessions import Embeddings
-from edgeq.data.tokens import Tokenizer, text_set
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import text_set
 from edgeq.errors import ConfigError, EdgeqError, ParityFailed
 from edgeq.evaluation.datasets import load_beir, load_sts
 from edgeq.evaluation.parity import MIN_TEXTS
@@ -22,11 +23,10 @@ from edgeq.reports.layers import layers
 from edgeq.reports.rows import Outcome, Times, float_row, row
 from edgeq.reports.runs import FLOAT, Data, Run, run, runners
 from edgeq.system.host import describe
+from edgeq.system.progress import Progress
 from edgeq.version import VERSION
 
-__all__ = ["Card", "Request", "compare"]
-
-Report = Callable[[str, int, int], None]
+__all__ = ["Card", "Request", "make_card"]
 
 
 @dataclass(frozen=True)
@@ -45,21 +45,21 @@ class Request:
     threads: int = 0
 
 
-def compare(request: Request, report: Report) -> Card:
-    """Run the same texts through every runtime and put what came out side by side.
+def make_card(request: Request, progress: Progress) -> Card:
+    """Run the same texts through every runtime, and measure each against FP32 and against every other.
 
-    A runtime that cannot run here leaves its row blank, with the reason.
+    The row of a runtime that cannot run on this machine is blank, with the reason.
 
     Args:
-        request: what is wanted.
-        report: called as `report(stage, done, total)`.
+        request: the options.
+        progress: called as `progress(stage, done, total)`.
 
     Raises:
         ConfigError: no bundle, bundles of different models, or texts or data sets that cannot be used.
         BundleCorrupt: a bundle is damaged.
-        EdgeqError: no artifact can run here; of the kind of the first one's reason.
+        EdgeqError: no artifact can run on this machine; the error is the first artifact's.
     """
-    # Data before models: a typo in a path should not cost a minute.
+    # Data before models, so that a typo in a path is found at once.
     sts = None if request.sts is None else load_sts(request.sts)
     retrieval = None if request.retrieval is None else load_beir(request.retrieval)
     found = collect(request.bundles)
@@ -73,15 +73,15 @@ def compare(request: Request, report: Report) -> Card:
     require_enough(chosen, MIN_TEXTS)
     limit = min(item.token_limit for item in found)
     data = Data(chosen.texts, limit, sts, retrieval)
-    runs = _run_all(found, float_file, request.model, data, report)
+    runs = _run_all(found, float_file, request.model, data, progress)
     own = None if float_file is None else runs[0]
     reference = chosen.recorded if own is None else own.embeddings
     if reference is None:
         raise EdgeqError(f"FP32 gave no vectors: {runs[0].error}")
     outcomes = [_outcome(item, reference, chosen.texts) for item in runs if item is not own]
     _require_one(outcomes)
-    times = _times(outcomes, found, float_file, request, limit, report)
-    report("layers", 0, 1)
+    times = _times(outcomes, found, float_file, request, limit, progress)
+    progress("layers", 0, 1)
     tokens = Tokenizer.from_file(found[0].path / "tokenizer.json", limit).encode(chosen.texts)
     by_name = {item.name: item for item in found}
     compared = [item.compared for item in outcomes if item.compared is not None]
@@ -107,15 +107,15 @@ def compare(request: Request, report: Report) -> Card:
         retrieval_queries=None if retrieval is None else len(retrieval.queries),
         notes=_notes(found, chosen, runs, limit, tokens.truncated),
     )
-    report("layers", 1, 1)
+    progress("layers", 1, 1)
     return card
 
 
 def _float_file(found: Sequence[Found], request: Request) -> Path | None:
-    """Find FP32's file; None where the golden texts have to do.
+    """Find the float model's file; None where the golden texts with their recorded FP32 vectors serve.
 
     Raises:
-        ConfigError: it is not to be found, and texts or data sets are named that the bundles hold no FP32 figures of.
+        ConfigError: it is not found, and the user named it, or texts without recorded FP32 vectors.
     """
     try:
         return float_model(found[0].manifest, request.against, request.cache)
@@ -126,33 +126,33 @@ def _float_file(found: Sequence[Found], request: Request) -> Path | None:
 
 
 def _run_all(
-    found: Sequence[Found], float_file: Path | None, model: str | None, data: Data, report: Report
+    found: Sequence[Found], float_file: Path | None, model: str | None, data: Data, progress: Progress
 ) -> tuple[Run, ...]:
-    """Run one runtime after the other: two at once would fight over the cores."""
+    """Run one runtime after the other: two at once would compete for the cores."""
     waiting = runners(found, float_file, model)
     runs = []
     for runner in waiting:
-        report(f"run {runner.name}", 0, 1)
+        progress(f"run {runner.name}", 0, 1)
         runs.append(run(runner, data))
-        report(f"run {runner.name}", 1, 1)
+        progress(f"run {runner.name}", 1, 1)
     return tuple(runs)
 
 
 def _outcome(run: Run, reference: Embeddings, texts: Sequence[str]) -> Outcome:
-    """Measure one runtime against FP32, or keep the error that leaves its row blank."""
+    """Measure one runtime against FP32, or keep the error that prevents it."""
     if run.embeddings is None:
         return Outcome(run, None, run.error)
     try:
-        return Outcome(run, figures.compare(run.runner.name, reference, run.embeddings, texts, run.invariance), None)
+        return Outcome(run, figures.measured(run.runner.name, reference, run.embeddings, texts, run.invariance), None)
     except ParityFailed as error:
         return Outcome(run, None, error)
 
 
 def _require_one(outcomes: Sequence[Outcome]) -> None:
-    """Refuse a card without any artifact's figures.
+    """Refuse a card on which no artifact has figures.
 
     Raises:
-        EdgeqError: of the first reason's kind, so that the exit code says what is missing.
+        EdgeqError: of the same class as the first artifact's, so that the exit code tells what is missing.
     """
     artifacts = [item for item in outcomes if item.run.runner.kind == "artifact"]
     blank = [(item.run.runner.name, item.error) for item in artifacts if item.error is not None]
@@ -167,20 +167,20 @@ def _times(
     float_file: Path | None,
     request: Request,
     limit: int,
-    report: Report,
+    progress: Progress,
 ) -> Times | None:
-    """Time FP32 and every artifact that ran on its device, if that was asked for."""
+    """Time FP32 and every artifact that ran on its device, if --latency is given."""
     if not request.latency:
         return None
     on_device = {item.run.runner.name for item in outcomes if item.compared and item.run.runner.ran_on == "device"}
     models = {} if float_file is None else {FLOAT: float_file}
     models |= {item.name: item.path for item in found if item.name in on_device}
     threads = request.threads or len(os.sched_getaffinity(0))
-    return timing.run_times(models, found[0].path / "tokenizer.json", timing.lengths(limit), threads, report)
+    return timing.run_times(models, found[0].path / "tokenizer.json", timing.lengths(limit), threads, progress)
 
 
 def _notes(found: Sequence[Found], chosen: Chosen, runs: Sequence[Run], limit: int, truncated: int) -> tuple[str, ...]:
-    """Say what a reader must know to take the figures for what they are."""
+    """Give the notes on a card: what limits the figures and how far they can be compared."""
     notes = [] if chosen.note is None else [chosen.note]
     longer = [f"{item.name} ({item.token_limit})" for item in found if item.token_limit > limit]
     if longer:

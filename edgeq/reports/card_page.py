@@ -1,36 +1,32 @@
-"""Write a card as one HTML page: no script, nothing fetched, readable from disk, in light and dark, on a phone."""
+"""Write a parity card as one self-contained HTML page: no scripts, no requests, for light and dark, wide and narrow."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from edgeq.errors import ConfigError
 from edgeq.reports import plots
 from edgeq.reports.contents import Card, Pair
+from edgeq.system import html_page
 from edgeq.system.files import write_bytes
 
-TEMPLATE = "parity_card.html.j2"
+_TEMPLATE = "parity_card.html.j2"
 
 
 def require(path: Path) -> None:
-    """Say what keeps a page from being written before minutes are spent on it.
+    """Check that matplotlib is installed, and the page's path, before anything is measured.
 
     Raises:
         ToolMissing: matplotlib is not installed.
-        ConfigError: the page's folder is not there.
+        ConfigError: the page cannot be written there.
     """
     plots.require()
-    if path.is_dir():
-        raise ConfigError(f"--html: {path} is a folder; a file is needed. Give {path / 'card.html'}, for one.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--html: the folder {path.parent} is not there. Make it, or choose another.")
+    html_page.require_path(path, "card.html")
 
 
 def write(card: Card, path: Path) -> None:
-    """Write the page, whole or not at all.
+    """Write the page atomically.
 
     Raises:
         ToolMissing: matplotlib is not installed.
@@ -40,19 +36,13 @@ def write(card: Card, path: Path) -> None:
 
 
 def render(card: Card) -> str:
-    """Give the page. All text is escaped, and what a browser may load is forbidden in the page itself.
+    """Render the page as HTML; all text is escaped, and its content security policy forbids every request.
 
     Raises:
         ToolMissing: matplotlib is not installed.
     """
     plots.require()
-    environment = Environment(
-        loader=PackageLoader("edgeq.reports"),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = html_page.environment("edgeq.reports")
     environment.filters["fixed"] = _fixed
     drawings = {
         "distribution": plots.distribution(card),
@@ -61,7 +51,7 @@ def render(card: Card) -> str:
         "worst": plots.worst(card),
         "operators": plots.operators(card),
     }
-    return environment.get_template(TEMPLATE).render(
+    return environment.get_template(_TEMPLATE).render(
         card=card,
         drawings={name: None if drawing is None else Markup(drawing) for name, drawing in drawings.items()},
         names=list(dict.fromkeys(name for pair in card.pairs for name in (pair.first, pair.second))),
@@ -72,10 +62,10 @@ def render(card: Card) -> str:
 
 
 def _by_names(pairs: tuple[Pair, ...]) -> dict[tuple[str, str], Pair]:
-    """Give each pair under both orders of its names."""
+    """Give each pair of runtimes by its two names in both orders."""
     return {names: pair for pair in pairs for names in ((pair.first, pair.second), (pair.second, pair.first))}
 
 
 def _fixed(value: float | None, digits: int) -> str:
-    """Spell a number with so many digits behind the point, and one that is missing as a dash."""
+    """Format a number with so many decimals, and None as a dash."""
     return "–" if value is None else f"{value:.{digits}f}"

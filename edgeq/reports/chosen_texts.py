@@ -1,4 +1,4 @@
-"""Choose the texts of a card, and FP32's vectors of them where FP32 itself is not at hand."""
+"""Choose the texts of a parity card, with FP32's recorded vectors where the float model is not found."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from edgeq.bundle.golden import read_golden
 from edgeq.data.sessions import Embeddings
-from edgeq.data.text_files import deduplicate, default_texts, read_texts, split
+from edgeq.data.splits import deduplicate, sha256_text, split
+from edgeq.data.text_files import default_texts, read_texts
 from edgeq.data.tokens import sha256_texts
 from edgeq.errors import ConfigError
 from edgeq.reports.bundles import Found
@@ -16,7 +17,7 @@ from edgeq.reports.bundles import Found
 
 @dataclass(frozen=True)
 class Chosen:
-    """Hold the texts, where they come from, what is to be said of them, and recorded vectors of FP32, if any.
+    """Hold the texts, their origin, a note for the card, and FP32's recorded vectors, if any.
 
     `recorded` is float32[texts, dim].
     """
@@ -28,9 +29,9 @@ class Chosen:
 
 
 def golden(found: Sequence[Found]) -> Chosen:
-    """Take the golden texts: their FP32 vectors stand in the bundles.
+    """Choose the golden texts of the bundle with the lowest token limit, with the FP32 vectors recorded there.
 
-    Those of the bundle with the lowest limit serve, because there FP32 was cut where all are cut here.
+    The card cuts all texts at this limit; only there FP32 was given texts cut alike.
     """
     shortest = min(found, key=lambda item: item.token_limit)
     data = read_golden(shortest.path)
@@ -42,9 +43,9 @@ def golden(found: Sequence[Found]) -> Chosen:
 
 
 def choose(found: Sequence[Found], texts: Path | None, column: str | None) -> Chosen:
-    """Read the texts that the user names, or the default validation texts.
+    """Read the user's texts, or the default validation texts.
 
-    Of a file that the export calibrated on, the fifth that validated there is taken.
+    Of a file that the export calibrated on, the fifth that the export validated on is chosen.
 
     Raises:
         ConfigError: the texts cannot be read.
@@ -55,7 +56,7 @@ def choose(found: Sequence[Found], texts: Path | None, column: str | None) -> Ch
     digest = sha256_texts(given)
     if wanted == {digest}:
         return Chosen(tuple(given), origin, None)
-    fifth = split(given)[1]
+    fifth = split(given, sha256_text)[1]
     if wanted == {sha256_texts(fifth)}:
         note = f"{origin}: the export calibrated on four fifths of it; the fifth that validated there is compared."
         return Chosen(tuple(fifth), f"{origin} (a fifth, by hash)", note)
@@ -67,7 +68,7 @@ def choose(found: Sequence[Found], texts: Path | None, column: str | None) -> Ch
 
 
 def require_enough(chosen: Chosen, fewest: int) -> None:
-    """Refuse too few texts.
+    """Refuse fewer than so many texts.
 
     Raises:
         ConfigError: there are fewer.

@@ -1,4 +1,4 @@
-"""Hold what a parity card says; the page and the tables are made from it alone."""
+"""Define the records of a parity card, from which the tables and the HTML page are rendered."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Literal
 
 from edgeq.analysis.layer_errors import LayerErrors
 from edgeq.bundle.benchmark import Latency
-from edgeq.records import Measures, Place, Record, Sha256, Status, TextSet
+from edgeq.records import Measures, Record, RunKind, Sha256, Status, TextSet
 
 
 class RunTime(Record):
-    """Give the time of one text at one length, over several rounds in processes of their own."""
+    """Hold the latency of one text at one length, over several rounds, each in a child process."""
 
     tokens: int
     threads: int
@@ -20,7 +20,7 @@ class RunTime(Record):
 
 
 class BundleFacts(Record):
-    """Say what a bundle states of itself."""
+    """Hold what the card repeats from a bundle's records."""
 
     target: str
     summary: str
@@ -30,20 +30,20 @@ class BundleFacts(Record):
     token_limit: int
     qdq_sha256: Sha256
     recorded: Measures | None  # by the export, on its own validation texts
-    recorded_on: Place
+    recorded_on: RunKind
 
 
 class Row(Record):
-    """Describe one runtime: what it gave for the texts, and where; what could not be had has a reason instead.
+    """Hold the figures of one runtime, or the reason why a figure is missing.
 
-    `measures` compares with FP32 and is missing for FP32 itself.
+    `measures` are against FP32; the row of FP32 itself has none.
     """
 
     name: str
     kind: Literal["float32", "torch", "artifact"]
     bundle: BundleFacts | None  # of an artifact
-    ran_on: Place
-    reason: str | None  # why there are no measures, or no vectors at all
+    ran_on: RunKind
+    reason: str | None  # why there are no measures
     size_bytes: int | None
     measures: Measures | None
     cosine_percentiles: tuple[float, ...]  # with FP32, of the texts: percentile 0, 1, ... 100; empty without measures
@@ -56,7 +56,7 @@ class Row(Record):
 
 
 class Pair(Record):
-    """Compare the vectors of two runtimes with each other."""
+    """Hold the cosines between the vectors of two runtimes."""
 
     first: str
     second: str
@@ -65,7 +65,7 @@ class Pair(Record):
 
 
 class TextError(Record):
-    """Say how far one runtime's vector of one text is from FP32's."""
+    """Hold the error of one runtime's vector of one text against FP32's."""
 
     name: str  # of the row
     cosine: float
@@ -73,7 +73,7 @@ class TextError(Record):
 
 
 class WorstText(Record):
-    """Show a text on which some artifact is far from FP32."""
+    """Hold a text with a low cosine with FP32, and every artifact's error on it."""
 
     text: str  # its beginning
     tokens: int
@@ -81,7 +81,7 @@ class WorstText(Record):
 
 
 class Layers(Record):
-    """Give the error of each layer's tensors for the artifacts of one QDQ model, or the reason why it is not there."""
+    """Hold the error of each layer's tensors for the artifacts of one QDQ model, or the reason why it is missing."""
 
     scheme: str
     names: tuple[str, ...]  # of the rows
@@ -90,7 +90,7 @@ class Layers(Record):
 
 
 class Card(Record):
-    """Put the bundles of one model side by side."""
+    """Hold the figures of all bundles of one model, of FP32 and of torch."""
 
     format: Literal[1]
     edgeq: str

@@ -1,4 +1,4 @@
-"""Turn vectors into the figures of a card: each runtime against FP32, and against every other."""
+"""Measure the vectors of a card's runtimes: each against FP32, and against every other."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from edgeq.evaluation import parity
 from edgeq.records import Measures
 from edgeq.reports.contents import Pair, TextError, WorstText
 
-WORST_TEXTS = 10
+_WORST_TEXTS = 10
 _SHOWN_CHARS = 200
 
 DoubleArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Compared:
-    """Hold one runtime's vectors, float32[texts, dim], with what they measure against FP32's."""
+class Measured:
+    """Hold one runtime's vectors, float32[texts, dim], with their measures against FP32's."""
 
     name: str
     embeddings: Embeddings
@@ -31,16 +31,16 @@ class Compared:
     cosines: DoubleArray  # float64[texts]
 
 
-def compare(
+def measured(
     name: str, reference: Embeddings, embeddings: Embeddings, texts: Sequence[str], invariance: float
-) -> Compared:
-    """Measure one runtime against FP32.
+) -> Measured:
+    """Measure one runtime's vectors against FP32's.
 
     Raises:
-        ParityFailed: its vectors cannot be compared.
+        ParityFailed: they have another shape, or hold NaN or infinity.
     """
     measures = parity.measure(reference, embeddings, texts, invariance)
-    return Compared(name, embeddings, measures, cosines(reference, embeddings))
+    return Measured(name, embeddings, measures, cosines(reference, embeddings))
 
 
 def cosines(first: Embeddings, second: Embeddings) -> DoubleArray:
@@ -50,12 +50,12 @@ def cosines(first: Embeddings, second: Embeddings) -> DoubleArray:
 
 
 def percentiles(values: DoubleArray) -> tuple[float, ...]:
-    """Give percentiles 0, 1, ... 100; each is the value of a text."""
+    """Give percentiles 0, 1, ... 100, each the value of one text."""
     return tuple(float(value) for value in np.percentile(values, np.arange(101), method="nearest"))
 
 
 def pairs(vectors: Sequence[tuple[str, Embeddings]]) -> tuple[Pair, ...]:
-    """Compare every two runtimes' vectors of the same texts."""
+    """Give mean and smallest cosine between the vectors of every two runtimes."""
     made = []
     for (first, ours), (second, theirs) in combinations(vectors, 2):
         found = cosines(ours, theirs)
@@ -64,9 +64,9 @@ def pairs(vectors: Sequence[tuple[str, Embeddings]]) -> tuple[Pair, ...]:
 
 
 def worst_texts(
-    artifacts: Sequence[Compared], reference: Embeddings, texts: Sequence[str], tokens: Tokens
+    artifacts: Sequence[Measured], reference: Embeddings, texts: Sequence[str], tokens: Tokens
 ) -> tuple[WorstText, ...]:
-    """Give the texts that some artifact is farthest from FP32 on, the worst first, with every artifact's error."""
+    """Give the ten texts with the lowest cosine of any artifact with FP32, worst first, with every artifact's error."""
     if not artifacts:
         return ()
     lowest = np.min([item.cosines for item in artifacts], axis=0)
@@ -83,5 +83,5 @@ def worst_texts(
                 for item in artifacts
             ),
         )
-        for row in np.argsort(lowest, kind="stable")[:WORST_TEXTS].tolist()
+        for row in np.argsort(lowest, kind="stable")[:_WORST_TEXTS].tolist()
     )

@@ -1,16 +1,15 @@
-"""Measure the error of each layer for the QDQ models of the bundles, as far as the cache still holds them."""
+"""Measure the error of each layer for the bundles' QDQ models that the cache still holds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from edgeq.analysis import layer_errors
 from edgeq.analysis.layer_errors import LayerErrors
 from edgeq.bundle.float_model import cached
 from edgeq.calibration.file import load
+from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokens import Tokens
 from edgeq.errors import EdgeqError
 from edgeq.graph import external_data
@@ -19,7 +18,7 @@ from edgeq.records import FileRef
 from edgeq.reports.bundles import Found
 from edgeq.reports.contents import Layers
 
-MOST_TEXTS = 64  # the error of a layer is a mean over thousands of tokens: more texts do not move it
+_MOST_TEXTS = 64  # a layer's error is a mean over thousands of tokens; more texts hardly change it
 
 
 def layers(found: Sequence[Found], tokens: Tokens, cache: Path) -> tuple[Layers, ...]:
@@ -27,10 +26,10 @@ def layers(found: Sequence[Found], tokens: Tokens, cache: Path) -> tuple[Layers,
 
     Args:
         found: the bundles.
-        tokens: of the texts; evenly spread ones of them are run.
+        tokens: of the texts; evenly spaced ones of them are run.
         cache: the cache's folder.
     """
-    rows = np.linspace(0, len(tokens.ids) - 1, min(MOST_TEXTS, len(tokens.ids))).round().astype(int).tolist()
+    rows = evenly_spaced(len(tokens.ids), _MOST_TEXTS)
     few = Tokens(tuple(tokens.ids[row] for row in rows), 0, tokens.pad_id)
     by_model: dict[str, list[Found]] = {}
     for item in found:
@@ -39,7 +38,7 @@ def layers(found: Sequence[Found], tokens: Tokens, cache: Path) -> tuple[Layers,
 
 
 def _of_one_model(items: Sequence[Found], tokens: Tokens, cache: Path) -> Layers:
-    """Measure one QDQ model, or say what the cache lacks."""
+    """Measure one QDQ model, or give the reason why it cannot be measured."""
     manifest = items[0].manifest
     scheme, names = manifest.qdq_model.scheme, tuple(item.name for item in items)
     if not QUANTIZERS[scheme.kind].writes_integers:

@@ -1,4 +1,4 @@
-"""Draw a card's plots as SVG that stands inside a page and takes its colours from the page's style."""
+"""Draw a parity card's plots as inline SVG; the page's style sets the colours."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INSTALL = 'pip install "edgeq[report]"'
-# The page has a variable for each of these colours, with a value for light and one for dark.
-INK, LINE = "#1b1f24", "#d0d4da"
-SERIES = ("#0b62c4", "#c2410c", "#0f7b4f", "#8b2fc9", "#a16207", "#be185d", "#0e7490", "#57534e")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_VARIABLES = {INK: "--ink", LINE: "--line", **{colour: f"--series-{n}" for n, colour in enumerate(SERIES)}}
+# The page has a CSS variable for each of these colours, with one value for light and one for dark.
+_INK, _LINE = "#1b1f24", "#d0d4da"
+_SERIES = ("#0b62c4", "#c2410c", "#0f7b4f", "#8b2fc9", "#a16207", "#be185d", "#0e7490", "#57534e")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_VARIABLES = {_INK: "--ink", _LINE: "--line", **{colour: f"--series-{n}" for n, colour in enumerate(_SERIES)}}
 
-_WIDTH = 8.4  # inches; a page scales it, down to what is still readable
-_LEAST_ERROR = 1e-7  # of a cosine: float32 vectors tell no less apart, and a logarithm has no zero
+_WIDTH = 8.4  # inches; the page scales it
+_LEAST_ERROR = 1e-7  # of a cosine: the resolution of float32 vectors; a logarithmic axis has no zero
 _UNFUSED = frozenset({"QuantizeLinear", "DequantizeLinear"})
-_MOST_DTYPES = len(SERIES)
+_MOST_DTYPES = len(_SERIES)
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10.5,
-    "text.color": INK,
+    "text.color": _INK,
     "text.parse_math": False,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": INK,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _INK,
     "axes.facecolor": "none",
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -46,18 +46,18 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.unicode_minus": False,
     "figure.facecolor": "none",
-    "grid.color": LINE,
+    "grid.color": _LINE,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "lines.markersize": 6,
-    "xtick.color": INK,
-    "ytick.color": INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
 }
 
 
 def require() -> None:
-    """Say what is needed before anything is measured.
+    """Check that matplotlib is installed, before anything is measured.
 
     Raises:
         ToolMissing: matplotlib is not installed.
@@ -69,16 +69,16 @@ def require() -> None:
 
 
 def distribution(card: Card) -> str | None:
-    """Draw which share of the texts lies within which distance of FP32, for each artifact; None without any."""
-    measured = [(place, row) for place, row in enumerate(card.artifacts()) if row.cosine_percentiles]
+    """Draw the cumulative distribution over texts of 1 - cosine with FP32, one line per artifact; None without any."""
+    measured = [(position, row) for position, row in enumerate(card.artifacts()) if row.cosine_percentiles]
     if not measured:
         return None
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for place, row in measured:
+        for position, row in measured:
             errors = _errors(row.cosine_percentiles[::-1])
-            axes.plot(errors, np.arange(101), color=_colour(place), label=row.name)
+            axes.plot(errors, np.arange(101), color=_colour(position), label=row.name)
         _logarithmic(axes, "x")
         axes.set_xlabel("distance from FP32: 1 - cosine")
         axes.set_ylabel("% of texts no farther")
@@ -88,8 +88,8 @@ def distribution(card: Card) -> str | None:
 
 
 def layers(card: Card) -> str | None:
-    """Draw the error of the residual stream from layer to layer, for each QDQ model; None without any."""
-    shown = [(place, item) for place, item in enumerate(card.layers) if item.errors and item.errors.stream]
+    """Draw the residual stream's error from layer to layer, one line per QDQ model; None without any."""
+    shown = [(position, item) for position, item in enumerate(card.layers) if item.errors and item.errors.stream]
     if not shown:
         return None
     after = {tensor.label: tensor.weight for _, item in shown for tensor in _stream(item)}
@@ -97,10 +97,10 @@ def layers(card: Card) -> str | None:
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
-        for place, item in shown:
+        for position, item in shown:
             tensors = _stream(item)
             rows = [names.index(tensor.label) for tensor in tensors]
-            style = {"color": _colour(place), "marker": MARKERS[place % len(MARKERS)], "label": item.scheme}
+            style = {"color": _colour(position), "marker": _MARKERS[position % len(_MARKERS)], "label": item.scheme}
             left.plot([tensor.relative_error for tensor in tensors], rows, **style)
             right.plot(_errors([tensor.cosine_mean for tensor in tensors]), rows, **style)
         _logarithmic(right, "x")
@@ -115,10 +115,10 @@ def layers(card: Card) -> str | None:
 
 
 def latency(card: Card) -> str | None:
-    """Draw the median time at the longest length against the distance from FP32; None where nothing was timed."""
+    """Draw the median latency at the longest length against 1 - cosine with FP32; None where nothing was timed."""
     timed = [
-        (place, row, row.latency[-1].latency.p50_ms, row.measures)
-        for place, row in enumerate(card.artifacts())
+        (position, row, row.latency[-1].latency.p50_ms, row.measures)
+        for position, row in enumerate(card.artifacts())
         if row.latency and row.measures is not None
     ]
     if not timed:
@@ -127,14 +127,14 @@ def latency(card: Card) -> str | None:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for place, row, milliseconds, measures in timed:
+        for position, row, milliseconds, measures in timed:
             error = _errors([measures.cosine_mean])
-            marker = MARKERS[place % len(MARKERS)]
-            axes.plot([milliseconds], error, linestyle="none", marker=marker, markersize=10, color=_colour(place),
+            marker = _MARKERS[position % len(_MARKERS)]
+            axes.plot([milliseconds], error, linestyle="none", marker=marker, markersize=10, color=_colour(position),
                       label=row.name)  # fmt: skip
         if reference is not None:
             label = f"{reference.name} (distance 0)"
-            axes.axvline(reference.latency[-1].latency.p50_ms, color=INK, linestyle="--", linewidth=1.2, label=label)
+            axes.axvline(reference.latency[-1].latency.p50_ms, color=_INK, linestyle="--", linewidth=1.2, label=label)
         axes.margins(y=0.3)
         _logarithmic(axes, "y")
         axes.set_xlim(left=0.0)
@@ -146,19 +146,19 @@ def latency(card: Card) -> str | None:
 
 
 def worst(card: Card) -> str | None:
-    """Draw how far each artifact's vectors of the worst texts are from FP32's; None without any."""
+    """Draw 1 - cosine with FP32 for each of the worst texts and each artifact; None without any."""
     if not card.worst_texts:
         return None
-    places = {row.name: place for place, row in enumerate(card.artifacts())}
+    positions = {row.name: position for position, row in enumerate(card.artifacts())}
     measured = [error.name for error in card.worst_texts[0].errors]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for column, name in enumerate(measured):
             errors = _errors([text.errors[column].cosine for text in card.worst_texts])
-            place = places[name]
-            marker = MARKERS[place % len(MARKERS)]
-            axes.plot(errors, range(len(errors)), linestyle="none", marker=marker, color=_colour(place), label=name)
+            position = positions[name]
+            marker = _MARKERS[position % len(_MARKERS)]
+            axes.plot(errors, range(len(errors)), linestyle="none", marker=marker, color=_colour(position), label=name)
         _logarithmic(axes, "x")
         axes.set_yticks(range(len(card.worst_texts)), [f"text {n + 1}" for n in range(len(card.worst_texts))])
         axes.invert_yaxis()
@@ -169,7 +169,7 @@ def worst(card: Card) -> str | None:
 
 
 def operators(card: Card) -> str | None:
-    """Draw how many operators compute on which dtypes, for each file; None where none could be opened."""
+    """Draw the number of operators by dtype for each file, as stacked bars; None where no file could be read."""
     counted = [(row.name, dtypes) for row in card.rows if (dtypes := dtype_counts(row))]
     if not counted:
         return None
@@ -183,10 +183,10 @@ def operators(card: Card) -> str | None:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         starts = np.zeros(len(counted))
-        for place, dtype in enumerate([*kept, *(["others"] if rest else [])]):
+        for position, dtype in enumerate([*kept, *(["others"] if rest else [])]):
             wanted = rest if dtype == "others" and rest else [dtype]
             counts = np.array([sum(dtypes.get(name, 0) for name in wanted) for _, dtypes in counted])
-            axes.barh(range(len(counted)), counts, left=starts, color=_colour(place), label=dtype, height=0.6)
+            axes.barh(range(len(counted)), counts, left=starts, color=_colour(position), label=dtype, height=0.6)
             starts += counts
         axes.set_yticks(range(len(counted)), [name for name, _ in counted])
         axes.invert_yaxis()
@@ -198,9 +198,9 @@ def operators(card: Card) -> str | None:
 
 
 def dtype_counts(row: Row) -> dict[str, int]:
-    """Add up a file's operators by the dtypes they compute on, the most frequent first.
+    """Count a file's operators by the dtypes they compute on, the most frequent first.
 
-    Q and DQ of ONNX are left out: a runtime fuses them into what stands between.
+    QuantizeLinear and DequantizeLinear do not count: a runtime fuses them with the operators between.
     """
     totals: dict[str, int] = {}
     for operator, dtypes in row.operators.items():
@@ -215,20 +215,20 @@ def _stream(item: Layers) -> tuple[TensorError, ...]:
 
 
 def _errors(cosines: Sequence[float]) -> NDArray[np.float64]:
-    """Give 1 - cosine, no less than float32 vectors can tell apart."""
+    """Give 1 - cosine, at least 1e-7."""
     errors: NDArray[np.float64] = np.maximum(1.0 - np.asarray(cosines, np.float64), _LEAST_ERROR)
     return errors
 
 
-def _colour(place: int) -> str:
-    return SERIES[place % len(SERIES)]
+def _colour(position: int) -> str:
+    return _SERIES[position % len(_SERIES)]
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Leave out the words that most names of weights begin with, such as `model.0.model.`: they take up width."""
+    """Drop the prefix that three quarters of the weights' names share, such as `model.0.model.`, to save width."""
     split = [name.split(".") for name in names]
     depths = Counter(tuple(words[:depth]) for words in split for depth in range(1, len(words)))
-    # A number says nothing without the word before it.
+    # A name must not begin with a number: that means nothing without the word before it.
     starts = [
         start for start, times in depths.items() if 4 * times >= 3 * len(names) and not _is_cut_at_number(split, start)
     ]
@@ -237,18 +237,18 @@ def _short(names: Sequence[str]) -> list[str]:
 
 
 def _is_cut_at_number(split: Sequence[list[str]], start: tuple[str, ...]) -> bool:
-    """Tell whether what is left of a name would begin with a number."""
+    """Tell whether a name without this prefix would begin with a number."""
     return any(words[_shared(words, start)].isdigit() for words in split)
 
 
 def _shared(words: Sequence[str], start: Sequence[str]) -> int:
-    """Count the words in front that a name shares with a start, but leave one."""
+    """Count the leading words that a name shares with a prefix, at most all but one."""
     alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(words[:-1], start, strict=False))
     return sum(1 for _ in alike)
 
 
 def _logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
-    """Let an axis be logarithmic, with labels that need no typesetting."""
+    """Make an axis logarithmic, with plain numbers as labels."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
@@ -261,14 +261,14 @@ def _logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
 
 
 def _legend(axes: Axes, count: int, figure: Figure | None = None) -> None:
-    """Put the legend above the plot, where it hides nothing."""
+    """Put the legend above the plot."""
     handles, labels = axes.get_legend_handles_labels()
     owner = figure if figure is not None else axes.figure
     owner.legend(handles, labels, loc="outside upper left", ncols=2 if count == 4 else min(count, 3))
 
 
 def _svg(name: str, height: float, draw: Callable[[Figure], None]) -> str:
-    """Draw a figure and give the element `<svg>` alone."""
+    """Draw a figure; give its `<svg>` element, for use inside a page."""
     import matplotlib
     from matplotlib.figure import Figure as NewFigure
 
@@ -281,9 +281,9 @@ def _svg(name: str, height: float, draw: Callable[[Figure], None]) -> str:
 
 
 def _embedded(document: str, name: str) -> str:
-    """Make one of several drawings of a page out of a whole SVG document.
+    """Turn an SVG document into an element of a page with several drawings.
 
-    No id may stand twice in a page, no address in one that must not reach out, and colours come from its style.
+    Ids get the drawing's name as a prefix, namespaces and metadata are dropped, and colours become CSS variables.
     """
     drawing = document[document.index("<svg") :]
     drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""Make the rows of a card: what each runtime gave, or the reason why it gave nothing."""
+"""Make the rows of a parity card: the figures of each runtime, or the reason why it has none."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 from edgeq.analysis.inspect.model_file import inspect
 from edgeq.errors import EdgeqError
-from edgeq.records import Place
+from edgeq.records import RunKind
 from edgeq.reports.bundles import Found
 from edgeq.reports.contents import BundleFacts, Row, RunTime
-from edgeq.reports.figures import Compared, percentiles
+from edgeq.reports.figures import Measured, percentiles
 from edgeq.reports.runs import FLOAT, Run
 
 Times = Mapping[str, tuple[RunTime, ...] | str]
@@ -21,16 +21,16 @@ _RECORDED = "the FP32 model is not in the cache; the vectors that a bundle recor
 
 @dataclass(frozen=True)
 class Outcome:
-    """Hold a run with what it measured against FP32, or the error that leaves its row blank."""
+    """Hold a run with its measures against FP32, or the error that leaves its row blank."""
 
     run: Run
-    compared: Compared | None
+    compared: Measured | None
     error: EdgeqError | None
 
 
 def float_row(run: Run | None, file: Path | None, times: Times | None) -> Row:
-    """Describe FP32, which all others are measured against."""
-    ran_on: Place = "not-run" if run is None else run.runner.ran_on
+    """Make the row of FP32, against which all others are measured."""
+    ran_on: RunKind = "not-run" if run is None else run.runner.ran_on
     operators, operators_reason = _operators(file)
     latency, latency_reason = _latency(FLOAT, ran_on, times)
     return Row(
@@ -52,9 +52,9 @@ def float_row(run: Run | None, file: Path | None, times: Times | None) -> Row:
 
 
 def row(outcome: Outcome, found: Found | None, times: Times | None) -> Row:
-    """Describe an artifact, or torch where there is no bundle."""
+    """Make the row of an artifact, or of torch, which has no bundle."""
     run, compared = outcome.run, outcome.compared
-    ran_on: Place = "not-run" if run.embeddings is None else run.runner.ran_on
+    ran_on: RunKind = "not-run" if run.embeddings is None else run.runner.ran_on
     operators, operators_reason = _operators(None if found is None else found.path)
     latency, latency_reason = _latency(run.runner.name, ran_on, times)
     return Row(
@@ -76,7 +76,7 @@ def row(outcome: Outcome, found: Found | None, times: Times | None) -> Row:
 
 
 def _facts(found: Found) -> BundleFacts:
-    """Repeat what a bundle states of itself."""
+    """Copy the facts of a bundle from its records."""
     manifest = found.manifest
     return BundleFacts(
         target=manifest.target.name,
@@ -91,8 +91,8 @@ def _facts(found: Found) -> BundleFacts:
     )
 
 
-def _latency(name: str, ran_on: Place, times: Times | None) -> tuple[tuple[RunTime, ...], str | None]:
-    """Give a row's times, or why it has none: only the device itself tells how fast it is."""
+def _latency(name: str, ran_on: RunKind, times: Times | None) -> tuple[tuple[RunTime, ...], str | None]:
+    """Give a row's times, or the reason why it has none: times of another machine than the device do not count."""
     if times is None:
         return (), "not asked for: give --latency"
     if name in times:
@@ -102,7 +102,7 @@ def _latency(name: str, ran_on: Place, times: Times | None) -> tuple[tuple[RunTi
 
 
 def _operators(path: Path | None) -> tuple[dict[str, dict[str, int]], str | None]:
-    """Count a file's operators by dtype, or say why they cannot be counted."""
+    """Count a file's operators by dtype, or give the reason why it cannot be read."""
     if path is None:
         return {}, "there is no graph file"
     try:

@@ -1,4 +1,4 @@
-"""Run the same texts through every runtime; what cannot run here has a reason instead of vectors."""
+"""Run the same texts through every runtime; one that cannot run on this machine gives an error instead of vectors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from edgeq.backends.registry import find
 from edgeq.bundle.embedder import Embedder
 from edgeq.bundle.manifest import require_cpu
 from edgeq.data.sessions import Embeddings, Session, embed_batches
-from edgeq.data.tokens import Tokenizer, batches
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import batches
 from edgeq.errors import (
     ConfigError,
     DeviceUnavailable,
@@ -27,18 +28,18 @@ from edgeq.evaluation.tasks import prompt_names
 from edgeq.frontend.torch.session import TorchSession, reopen
 from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline.validate import embed_with
-from edgeq.records import Manifest, Place
+from edgeq.records import Manifest, RunKind
 from edgeq.reports.bundles import Found
-from edgeq.system.host import place
+from edgeq.system.host import run_kind
 
-# What keeps one runtime from running and is no reason to give up on the others.
+# Errors of one runtime that leave its row blank; the others still run.
 _BLANK = (ToolMissing, Unsupported, LoweringFailed, DeviceUnavailable, TimedOut)
-FLOAT, TORCH = "FP32 ONNX", "torch"
+FLOAT, _TORCH = "FP32 ONNX", "torch"
 
 
 @dataclass(frozen=True)
 class Data:
-    """Hold what every runtime is given: texts, the number of tokens they are cut at, and the data sets named."""
+    """Hold the inputs of every runtime: texts, the number of tokens to cut them at, and data sets."""
 
     texts: tuple[str, ...]
     limit: int
@@ -48,22 +49,22 @@ class Data:
 
 @dataclass(frozen=True)
 class Runner:
-    """Know how to load one runtime.
+    """Describe one runtime of a card, and load it.
 
     Attributes:
         name: of the row.
-        kind: which row.
-        open: loads it; may raise what leaves the row blank.
-        ran_on: where it runs when it runs here.
-        buckets_tokens: the lengths a static artifact takes.
-        tokenizer: the file of its own tokenizer.
+        kind: of the row.
+        open: loads the runtime; may raise an error that leaves the row blank.
+        ran_on: the kind of run on this machine.
+        buckets_tokens: the sequence lengths of a static artifact.
+        tokenizer: the path of its tokenizer.json.
         manifest: of the bundle, or of any bundle of the model.
     """
 
     name: str
     kind: Literal["float32", "torch", "artifact"]
     open: Callable[[], Session]
-    ran_on: Place
+    ran_on: RunKind
     buckets_tokens: tuple[int, ...]
     tokenizer: Path
     manifest: Manifest
@@ -71,7 +72,7 @@ class Runner:
 
 @dataclass(frozen=True)
 class Run:
-    """Hold what one runtime gave, or the error that left it blank; `embeddings`: float32[texts, dim]."""
+    """Hold one runtime's vectors, float32[texts, dim], and data set figures, or the error that prevented them."""
 
     runner: Runner
     embeddings: Embeddings | None
@@ -83,7 +84,7 @@ class Run:
 
 
 def runners(found: Sequence[Found], float_model: Path | None, model: str | None) -> tuple[Runner, ...]:
-    """List FP32 (where its file is at hand), torch, and every artifact in its runtime."""
+    """List the runtimes: FP32 in ONNX Runtime (where its file is found), torch, and every bundle's artifact."""
     manifest, tokenizer = found[0].manifest, found[0].path / "tokenizer.json"
 
     def open_torch() -> Session:
@@ -95,14 +96,14 @@ def runners(found: Sequence[Found], float_model: Path | None, model: str | None)
     made = []
     if float_model is not None:
         made.append(Runner(FLOAT, "float32", lambda: FloatSession.of(float_model), "device", (), tokenizer, manifest))
-    made.append(Runner(TORCH, "torch", open_torch, "device", (), tokenizer, manifest))
+    made.append(Runner(_TORCH, "torch", open_torch, "device", (), tokenizer, manifest))
     return (*made, *(_artifact(item) for item in found))
 
 
 def run(runner: Runner, data: Data) -> Run:
-    """Load one runtime, embed all texts, and score the data sets.
+    """Load one runtime, embed all texts, measure invariance, and score the data sets.
 
-    Its own tokenizer is used, cut at the common limit.
+    Texts are tokenized by the runtime's own tokenizer, cut at the common limit.
     """
     try:
         session = runner.open()
@@ -117,7 +118,7 @@ def run(runner: Runner, data: Data) -> Run:
 
 
 def _artifact(found: Found) -> Runner:
-    """Load a bundle's artifact through its backend."""
+    """Describe the runtime of a bundle's artifact, loaded by its backend."""
     manifest = found.manifest
     target = manifest.target
 
@@ -131,11 +132,11 @@ def _artifact(found: Found) -> Runner:
         return backend.load(manifest.artifact, found.path, target)
 
     tokenizer = found.path / "tokenizer.json"
-    return Runner(found.name, "artifact", load, place(target.runs_on), target.buckets_tokens, tokenizer, manifest)
+    return Runner(found.name, "artifact", load, run_kind(target.runs_on), target.buckets_tokens, tokenizer, manifest)
 
 
 def _figures(embedder: Embedder, data: Data) -> tuple[float | None, float | None, str | None]:
-    """Score the data sets that were given: Spearman, nDCG@10, and what kept them from being scored."""
+    """Score the given data sets; give Spearman, nDCG@10, and the reason why one could not be scored."""
     embed = embed_with(embedder)
     sts = ndcg = None
     try:

@@ -1,23 +1,25 @@
-"""Time every runtime on single texts, in rounds: each takes its turn, so that a busy minute falls on all alike."""
+"""Time every runtime on single texts, in interleaved rounds, so that other load affects all runtimes alike."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from edgeq.bundle import benchmark
+from edgeq.bundle.benchmark_child import Job, Sample
 from edgeq.errors import EdgeqError
 from edgeq.reports.contents import RunTime
+from edgeq.system.progress import Progress
 
-ROUNDS, RUNS, WARMUP_RUNS = 3, 20, 5
-LENGTHS = (16, 32, 128, 256)
+ROUNDS, RUNS, _WARMUP_RUNS = 3, 20, 5
+_LENGTHS = (16, 32, 128, 256)
 
 
 def lengths(limit: int) -> tuple[int, ...]:
-    """Choose the lengths to time: the usual ones that every runtime takes."""
-    return tuple(tokens for tokens in LENGTHS if tokens <= limit) or (limit,)
+    """Choose the lengths to time: 16, 32, 128 and 256 tokens, as far as every runtime takes them."""
+    return tuple(tokens for tokens in _LENGTHS if tokens <= limit) or (limit,)
 
 
 def run_times(
@@ -25,29 +27,29 @@ def run_times(
     tokenizer: Path,
     sequences: Sequence[int],
     threads: int,
-    report: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> dict[str, tuple[RunTime, ...] | str]:
-    """Time each model at each length, one text at a time.
+    """Time each model at each length, one text per run.
 
     Args:
-        models: by row: a bundle, or the float model's ONNX file.
-        tokenizer: any of the model's, for the size of its vocabulary.
-        sequences: tokens.
+        models: name of the row -> a bundle, or the float model's ONNX file.
+        tokenizer: of the model, for the size of its vocabulary.
+        sequences: lengths in tokens.
         threads: of each runtime.
-        report: called as `report(stage, done, total)`.
+        progress: called as `progress(stage, done, total)`.
 
     Returns:
-        For each row its times, or the reason why there are none.
+        For each row its times, or the reason why it has none.
     """
     vocabulary = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
-    samples: dict[tuple[str, int], list[benchmark.Sample]] = {}
+    samples: dict[tuple[str, int], list[Sample]] = {}
     failed: dict[str, str] = {}
     steps = [(length, name) for _ in range(ROUNDS) for length in sequences for name in models]
     for done, (length, name) in enumerate(steps):
-        report("latency", done, len(steps))
-        job = benchmark.Job(
+        progress("latency", done, len(steps))
+        job = Job(
             model=str(models[name]), threads=threads, batch=1, sequence=length, vocabulary=vocabulary, num_runs=RUNS,
-            warmup_runs=WARMUP_RUNS,
+            warmup_runs=_WARMUP_RUNS,
         )  # fmt: skip
         if name in failed:
             continue
@@ -55,14 +57,14 @@ def run_times(
             samples.setdefault((name, length), []).append(benchmark.in_process(job))
         except EdgeqError as error:
             failed[name] = str(error)
-    report("latency", len(steps), len(steps))
+    progress("latency", len(steps), len(steps))
     times = {name: tuple(_joined(samples[name, length], length, threads) for length in sequences)
              for name in models if name not in failed}  # fmt: skip
     return {**times, **failed}
 
 
-def _joined(samples: Sequence[benchmark.Sample], tokens: int, threads: int) -> RunTime:
-    """Take the runs of all rounds together."""
+def _joined(samples: Sequence[Sample], tokens: int, threads: int) -> RunTime:
+    """Compute percentiles over the runs of all rounds, and the largest peak memory."""
     runs = tuple(run for sample in samples for run in sample.latencies_ms)
     return RunTime(
         tokens=tokens,

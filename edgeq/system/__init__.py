@@ -1,1 +1,1 @@
-"""Files, the cache, child processes, environments and the host: what every stage stands on."""
+"""Handle files, the cache, child processes, environments and the host machine for every stage."""

@@ -1,4 +1,4 @@
-"""Keep what is expensive to make, found again by the content it was made from."""
+"""Keep intermediate results in folders whose names are hashes of everything that they were made from."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from filelock import FileLock
 from edgeq.system.files import replacing_dir, sha256_file, storage_errors
 
 LOCATION_VARIABLE = "EDGEQ_CACHE_DIR"
-INDEX = "SHA256SUMS"
+_INDEX = "SHA256SUMS"
 
 _log = logging.getLogger(__name__)
 
 
 def key(**inputs: object) -> str:
-    """Give the sha256 over everything that decides an entry's content, edgeq's own code among it."""
+    """Hash all inputs that decide an entry's content, and edgeq's own code, to the entry's name."""
     text = json.dumps({"edgeq": _own_code(), **inputs}, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @functools.cache
 def _own_code() -> str:
-    """Hash the package: a version stands for many states of a checkout, and none may serve another's entries."""
+    """Hash all code of the package: two states of a checkout may have one version, and must not share entries."""
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
@@ -41,8 +41,8 @@ def _own_code() -> str:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Describe one entry: what kind, its key, where it lies and how large it is."""
+class _Entry:
+    """Describe one entry: its kind, key, folder and size."""
 
     kind: str
     key: str
@@ -54,14 +54,14 @@ class Cache:
     """Hold entries, each a folder of files with an index of their hashes."""
 
     def __init__(self, root: Path | None = None) -> None:
-        """Use a folder; without one, the variable EDGEQ_CACHE_DIR names it, or the user's cache directory holds it."""
+        """Use the folder `root`; None uses the one that EDGEQ_CACHE_DIR names, or else the user's cache directory."""
         named = os.environ.get(LOCATION_VARIABLE)
         self.root = root or (Path(named) if named else platformdirs.user_cache_path("edgeq", appauthor=False))
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
     def temporary(cls) -> Cache:
-        """Make a cache that is gone when it is closed or no longer referred to."""
+        """Make a cache that is removed when it is closed or garbage-collected."""
         with storage_errors("making a temporary cache"):
             folder = tempfile.TemporaryDirectory(prefix="edgeq-cache-")
         cache = cls(Path(folder.name))
@@ -70,7 +70,7 @@ class Cache:
 
     @property
     def is_temporary(self) -> bool:
-        """Tell whether it is gone when it is closed."""
+        """Tell whether the cache is removed when it is closed."""
         return self._temporary is not None
 
     def close(self) -> None:
@@ -79,50 +79,50 @@ class Cache:
             self._temporary.cleanup()
 
     def entry(self, kind: str, name: str, make: Callable[[Path], None]) -> Path:
-        """Give the folder of an entry; make it first if it is not there or damaged.
+        """Give the folder of an entry; make the entry first if it is not there or damaged.
 
         Two processes that want the same entry at once wait for each other. A killed `make` leaves nothing behind.
 
         Args:
-            kind: what it is, e.g. "calibration".
-            name: from `key`.
-            make: fills the folder it is given.
+            kind: of the entry, e.g. "calibration".
+            name: of the entry, as `key` gives it.
+            make: writes the entry's files into an empty folder.
 
         Raises:
             StorageFailed: the cache cannot be written.
         """
-        place = self.root / kind / name
+        folder = self.root / kind / name
         with storage_errors(f"the cache {self.root}"):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(place.with_suffix(".lock"))
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder.with_suffix(".lock"))
             lock.acquire()
         try:
-            if place.is_dir():
-                problem = _damage(place)
+            if folder.is_dir():
+                problem = _damage(folder)
                 if problem is None:
-                    return place
+                    return folder
                 _log.warning("the cache entry %s/%s is damaged (%s); it is made again", kind, name[:12], problem)
-                shutil.rmtree(place)
-            with replacing_dir(place) as partial:
+                shutil.rmtree(folder)
+            with replacing_dir(folder) as partial:
                 make(partial)
                 _write_index(partial)
         finally:
             lock.release()
-        return place
+        return folder
 
-    def entries(self) -> Iterator[Entry]:
-        """Give every entry, in the order of kinds and keys."""
+    def entries(self) -> Iterator[_Entry]:
+        """List every entry, sorted by kind and key."""
         for kind in sorted(path for path in self.root.glob("*") if path.is_dir()):
-            for place in sorted(path for path in kind.iterdir() if path.is_dir() and not path.name.startswith(".")):
-                size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-                yield Entry(kind.name, place.name, place, size)
+            for folder in sorted(path for path in kind.iterdir() if path.is_dir() and not path.name.startswith(".")):
+                size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+                yield _Entry(kind.name, folder.name, folder, size)
 
     def size(self) -> int:
-        """Give the size of all entries, in bytes."""
+        """Add up the sizes of all entries, in bytes."""
         return sum(entry.size_bytes for entry in self.entries())
 
     def purge(self, kind: str | None = None) -> int:
-        """Remove the entries of one kind, or all; give how many bytes they took.
+        """Remove the entries of one kind, or all, and return their size in bytes.
 
         Raises:
             StorageFailed: the cache cannot be written.
@@ -138,12 +138,12 @@ class Cache:
 
 
 def log_path(kind: str, target: str, stem: str) -> Path:
-    """Give the place of a compiler's log, which stays until the cache is purged; an earlier one is removed.
+    """Give the path for a compiler's log, which stays until the cache is purged; remove an earlier log there.
 
     Args:
-        kind: the kind that `edgeq cache` lists and purges it under.
-        target: whose compiling it is of.
-        stem: of the file's name.
+        kind: under which `edgeq cache` lists and purges it.
+        target: the name of the target that is compiled for.
+        stem: of the log's file name.
     """
     path = Cache().root / kind / target / f"{stem}.log"
     with storage_errors(f"the cache {path.parent}"):
@@ -153,17 +153,17 @@ def log_path(kind: str, target: str, stem: str) -> Path:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / INDEX)
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / _INDEX)
 
 
 def _write_index(folder: Path) -> None:
     lines = [f"{sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in _files(folder)]
-    (folder / INDEX).write_text("".join(lines), encoding="utf-8")
+    (folder / _INDEX).write_text("".join(lines), encoding="utf-8")
 
 
 def _damage(folder: Path) -> str | None:
     """Say what is wrong with an entry, or None."""
-    index = folder / INDEX
+    index = folder / _INDEX
     if not index.is_file():
         return "its index is gone"
     try:

@@ -1,6 +1,7 @@
 """Make private virtual environments, for toolchains whose pins conflict with edgeq's own or with each other's.
 
-Each is made once, under the cache, from exact pins. Nothing of it is imported here: `edgeq.system.worker` talks to it.
+Each is made once, in the cache, from exact pins. Its packages are never imported here: `edgeq.system.worker` talks to
+a child process that runs in it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from edgeq.errors import ToolMissing
 from edgeq.system.cache import Cache
 from edgeq.system.files import replacing_dir, storage_errors
 
-KIND = "environments"  # the kind `edgeq cache` lists and purges them under
+KIND = "environments"  # under which `edgeq cache` lists and purges them
 
 _PROBE = "import ensurepip, sys, venv; print('%d.%d' % sys.version_info[:2])"
 _PROBE_LIMIT_S = 60.0
@@ -35,13 +36,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Environment:
-    """Name an environment and say what is in it.
+    """Describe an environment by its name and the packages in it.
 
     Attributes:
         name: what `edgeq doctor --install` calls it.
         requirements: exact pins, e.g. "numpy==1.26.4".
-        python_versions: those that can serve it, e.g. "3.11".
-        forced: pins that are installed without what they ask for, because nothing meets it; `requirements` stand in.
+        python_versions: of Python that the packages support, e.g. "3.11".
+        forced: pins installed with `pip --no-deps`, because their own requirements cannot be met; `requirements`
+            must hold what they need.
     """
 
     name: str
@@ -51,69 +53,69 @@ class Environment:
 
     @property
     def pins(self) -> dict[str, str]:
-        """Give the version of each package that is pinned, by name."""
+        """Map the name of each pinned package to its version."""
         return dict(pin.split("==") for pin in (*self.forced, *self.requirements))
 
 
 def interpreter(environment: Environment) -> Path:
     """Give the Python interpreter of an environment; make the environment first if it is not there.
 
-    Two processes that want the same one at once wait for each other. A killed pip leaves nothing that is taken for
-    complete. Run its tools as `python -m`: an environment is renamed once it is whole, which the scripts in its `bin`
-    do not follow.
+    Two processes that want the same one at once wait for each other. An environment is made under a temporary name and
+    renamed at the end, so a killed pip leaves none that looks complete. Run its tools as `python -m TOOL`: the scripts
+    in its `bin` still have the temporary path.
 
     Raises:
         ToolMissing: no Python fits, or pip cannot install the pins; the message holds the command to run by hand.
         StorageFailed: the cache cannot be written.
     """
-    there = made(environment)
-    if there is not None:
-        return there
+    python = find_interpreter(environment)
+    if python is not None:
+        return python
     base, version = _base(environment, _versions(environment))
-    place = _place(environment, version)
-    with storage_errors(f"the cache {place.parent}"):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(place.with_suffix(".lock"))  # the one that purging takes
+    folder = _folder(environment, version)
+    with storage_errors(f"the cache {folder.parent}"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_suffix(".lock"))  # the one that purging takes
         lock.acquire()
     try:
-        if not _is_usable(place):
-            _remove_leftovers(place)
+        if not _is_usable(folder):
+            _remove_leftovers(folder)
             _log.warning("making the environment %s (Python %s); this is done once", environment.name, version)
-            _make(environment, base, place)
+            _make(environment, base, folder)
     finally:
         lock.release()
-    return _python(place)
+    return _python(folder)
 
 
-def made(environment: Environment) -> Path | None:
-    """Give the Python interpreter of an environment that is there, or None."""
-    places = (_place(environment, version) for version in _versions(environment))
-    return next((_python(place) for place in places if _is_usable(place)), None)
+def find_interpreter(environment: Environment) -> Path | None:
+    """Give the Python interpreter of an environment that was made before, or None."""
+    folders = (_folder(environment, version) for version in _versions(environment))
+    return next((_python(folder) for folder in folders if _is_usable(folder)), None)
 
 
-def require(environment: Environment) -> Path:
-    """Give the Python interpreter of an environment that is too large to be made without being asked for.
+def require_interpreter(environment: Environment) -> Path:
+    """Give the Python interpreter of an environment that only `edgeq doctor --install` makes, because it is large.
 
     Raises:
-        ToolMissing: it is not there.
+        ToolMissing: it has not been made.
     """
-    there = made(environment)
-    if there is None:
+    python = find_interpreter(environment)
+    if python is None:
         raise ToolMissing(
             f"the environment {environment.name} ({', '.join(environment.forced or environment.requirements)}) is not "
             f"there; make it with: edgeq doctor --install {environment.name}"
         )
-    return there
+    return python
 
 
 def _versions(environment: Environment) -> list[str]:
-    """Give the Python versions that can serve, the running one first."""
+    """List the Python versions that the environment supports, the running one first."""
     running = "{}.{}".format(*sys.version_info[:2])
     return sorted(environment.python_versions, key=lambda version: version != running)
 
 
-def _place(environment: Environment, version: str) -> Path:
-    """Give the folder of an environment: whatever decides its content stands in its name."""
+def _folder(environment: Environment, version: str) -> Path:
+    """Give the folder of an environment; its name holds a hash of all that decides the content."""
     content: dict[str, object] = {"requirements": environment.requirements, "python": version}
     if environment.forced:
         content["forced"] = environment.forced
@@ -121,23 +123,23 @@ def _place(environment: Environment, version: str) -> Path:
     return Cache().root / KIND / f"{environment.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def _python(place: Path) -> Path:
-    return place / "bin" / "python"
+def _python(folder: Path) -> Path:
+    return folder / "bin" / "python"
 
 
-def _is_usable(place: Path) -> bool:
-    """Say whether an environment is there, and the Python it was made from too: its own is a link to that one."""
-    return _python(place).exists()
+def _is_usable(folder: Path) -> bool:
+    """Tell whether an environment exists, and the Python that it was made from, to which its own is a link."""
+    return _python(folder).exists()
 
 
-def _remove_leftovers(place: Path) -> None:
-    """Remove what killed runs left of this environment; only the holder of its lock may."""
-    for leftover in place.parent.glob(f".{place.name}.*"):
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished folders of killed runs; only the holder of the environment's lock may."""
+    for leftover in folder.parent.glob(f".{folder.name}.*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _base(environment: Environment, versions: Sequence[str]) -> tuple[Path, str]:
-    """Find the Python to make an environment from, and its version.
+    """Find a Python to make an environment from, and give its path and version.
 
     Raises:
         ToolMissing: none fits.
@@ -158,7 +160,7 @@ def _base(environment: Environment, versions: Sequence[str]) -> tuple[Path, str]
 
 
 def _candidates(version: str) -> Iterator[Path]:
-    """Give the interpreters that may be of a version, in the order they are tried; every entry of PATH counts."""
+    """List interpreters that may have a version, in the order of trying: our own, those on PATH, those of pyenv."""
     if version == "{}.{}".format(*sys.version_info[:2]):
         yield Path(sys.executable)
     for folder in os.get_exec_path():
@@ -174,7 +176,7 @@ def _candidates(version: str) -> Iterator[Path]:
 
 
 def _answers(python: Path, version: str) -> bool:
-    """Say whether an interpreter is of a version and can make environments: shims and split packages may not."""
+    """Tell whether an interpreter has a version and can make environments, which shims and split packages cannot."""
     try:
         answer = subprocess.run(
             [python, "-I", "-c", _PROBE],
@@ -190,17 +192,17 @@ def _answers(python: Path, version: str) -> bool:
     return answer.returncode == 0 and answer.stdout.strip() == version
 
 
-def _make(environment: Environment, base: Path, place: Path) -> None:
+def _make(environment: Environment, base: Path, folder: Path) -> None:
     """Make an environment from a Python.
 
-    Under a name of its own and renamed, not in place with a mark at the end: a pip that outlives a killed edgeq would
-    go on writing into what the next run makes there.
+    It is made under a temporary name and renamed. Were it made under its own name, a pip that outlives a killed edgeq
+    would go on writing into the environment that the next run makes.
 
     Raises:
         ToolMissing: venv or pip fails.
         StorageFailed: the cache cannot be written.
     """
-    with replacing_dir(place) as partial:
+    with replacing_dir(folder) as partial:
         make: list[str | Path] = [base, "-I", "-m", "venv", partial]
         pip: list[str | Path] = [_python(partial), "-I", *_PIP]
         installs = [[*pip, *environment.requirements]]
@@ -217,11 +219,11 @@ def _make(environment: Environment, base: Path, place: Path) -> None:
                 check=False,
             )
             if done.returncode:
-                raise ToolMissing(_why_not(environment, base, done.stdout))
+                raise ToolMissing(_explain(environment, base, done.stdout))
 
 
-def _why_not(environment: Environment, base: Path, log: str) -> str:
-    """Repeat the last line of venv or pip, and give the command that shows the rest."""
+def _explain(environment: Environment, base: Path, log: str) -> str:
+    """Explain a failure: the last line of venv or pip, and the command that shows the rest."""
     last = (log.strip().splitlines() or ["it said nothing"])[-1]
     by_hand = shlex.join([str(base), "-m", "venv", environment.name])
     pip = (f"{environment.name}/bin/python", "-m", "pip", "install")

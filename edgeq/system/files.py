@@ -34,11 +34,6 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_bytes(content: bytes) -> str:
-    """Give the sha256 of bytes, in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()
-
-
 def file_ref(path: Path, relative_to: Path | None = None) -> FileRef:
     """Name a file by path, content and size; the path is relative in POSIX form when a folder is given."""
     name = path.relative_to(relative_to).as_posix() if relative_to is not None else str(path)
@@ -47,7 +42,7 @@ def file_ref(path: Path, relative_to: Path | None = None) -> FileRef:
 
 @contextlib.contextmanager
 def storage_errors(what: str) -> Iterator[None]:
-    """Turn the operating system's refusals into one sentence.
+    """Turn an OSError about storage into a StorageFailed of one sentence.
 
     Raises:
         StorageFailed: the disk is full, read-only, not there or not permitted.
@@ -84,8 +79,9 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_dir(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder; let it take the place of `path` at the end, or remove it.
 
-    A folder that stood at `path` steps aside first and is removed last, so that one of the two is always whole. What a
-    killed process left here is removed, or put back where it stepped aside; of two at once the last one stays.
+    A folder that is at `path` is moved aside first and removed last, so that a whole one always exists. Temporary
+    folders of killed processes are removed, and a folder that one of them had moved aside is moved back. Of two
+    processes that write `path` at once the last wins.
 
     Raises:
         StorageFailed: the disk refuses.
@@ -107,18 +103,18 @@ def replacing_dir(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock: of all processes that change names in it through this module, one at a time."""
+    """Hold a folder's lock, so that one process at a time changes names in it through this module."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         _lock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        _lock(handle, fcntl.LOCK_UN)  # not by closing alone: a forked child may have it, too
+        _lock(handle, fcntl.LOCK_UN)  # closing alone would not: a forked child may hold the handle, too
         os.close(handle)
 
 
 def _lock(handle: int, operation: int) -> bool:
-    """Change the lock of an open folder; False where somebody else has it, or the file system has no locks."""
+    """Change the lock of an open folder; return False where another process has it, or the file system has no locks."""
     try:
         fcntl.flock(handle, operation)
     except OSError as error:
@@ -130,7 +126,7 @@ def _lock(handle: int, operation: int) -> bool:
 
 @contextlib.contextmanager
 def _held_sibling(path: Path, suffix: str) -> Iterator[Path]:
-    """Make a folder beside `path` and hold its lock, which ends with the process however it ends; remove it at last."""
+    """Make a folder beside `path` and hold its lock until the end or the process's death; remove the folder then."""
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=suffix, dir=path.parent))
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -142,16 +138,16 @@ def _held_sibling(path: Path, suffix: str) -> Iterator[Path]:
 
 
 def _sweep(path: Path) -> None:
-    """Remove the siblings of `path` that nobody holds; what stepped aside and was not replaced goes back."""
+    """Remove temporary siblings of `path` whose lock nobody holds; first move back a folder that was moved aside."""
     for folder in sorted(path.parent.glob(f".{glob.escape(path.name)}.*")):
         if folder.suffix not in (".partial", ".replaced") or not folder.is_dir():
             continue
         try:
             handle = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # its own process removes it just now, which holds no lock of the parent
+        except FileNotFoundError:  # the process that made it removes it at this moment, without the lock of the parent
             continue
         try:
-            if _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):  # else its process lives
+            if _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):  # else the process that made it lives
                 _put_back(folder, path)
                 shutil.rmtree(folder, ignore_errors=True)
         finally:
@@ -159,13 +155,13 @@ def _sweep(path: Path) -> None:
 
 
 def _put_back(aside: Path, path: Path) -> None:
-    """Put what stepped aside back, if nothing has taken its place."""
+    """Move the folder that was moved aside back to `path`, unless another is there now."""
     if aside.suffix == ".replaced" and not path.exists() and (aside / path.name).exists():
         (aside / path.name).rename(path)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing.
+    """Write a file whole or not at all.
 
     Raises:
         StorageFailed: the disk refuses.
@@ -176,7 +172,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def work_dir() -> Iterator[Path]:
-    """Yield a temporary folder that is gone afterwards.
+    """Yield a temporary folder, and remove it afterwards.
 
     Raises:
         StorageFailed: the disk refuses.

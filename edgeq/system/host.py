@@ -1,4 +1,4 @@
-"""Say what this machine is: its instruction set, the CPU's flags, and whether a target's demands are met."""
+"""Describe this machine: its instruction set, its CPU's flags, and whether it meets a target's `runs_on`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeq.records import Place, RunsOn
+from edgeq.records import RunKind, RunsOn
 
 # numpy's name of a CPU feature -> the kernel's name of the flag. numpy asks the CPU itself, which is right under
 # user-mode emulation too, where /proc/cpuinfo shows the host's CPU.
@@ -41,10 +41,10 @@ def cpu_flags() -> frozenset[str]:
 
 
 def merge_flags(features: Mapping[str, bool], kernel: frozenset[str]) -> frozenset[str]:
-    """Join what numpy found with what the kernel lists.
+    """Join the CPU features that numpy detects with the flags that the kernel lists.
 
-    The kernel's list counts only when it agrees with numpy on every flag that both know: under user-mode emulation it
-    is that of another CPU.
+    The kernel's flags are used only where they agree with numpy on every flag that both know: under user-mode emulation
+    they are those of another CPU.
 
     Args:
         features: numpy's CPU features by numpy's names.
@@ -76,7 +76,7 @@ def _kernel_flags() -> frozenset[str]:
 
 
 def meets(runs_on: RunsOn) -> tuple[str, ...]:
-    """List what this machine lacks; empty when it meets the target's demands."""
+    """List what this machine lacks of a target's `runs_on`, one phrase each; empty when it lacks nothing."""
     if machine() != runs_on.machine:
         return (f"the machine is {machine()}, {runs_on.machine} is needed",)
     flags = cpu_flags()
@@ -86,13 +86,13 @@ def meets(runs_on: RunsOn) -> tuple[str, ...]:
     return tuple(missing)
 
 
-def place(runs_on: RunsOn) -> Place:
-    """Say where an artifact runs when it runs here: on the device itself, or on what stands in for it."""
+def run_kind(runs_on: RunsOn) -> RunKind:
+    """Give the kind of a run on this machine: "device", or the target's substitute where `runs_on` is not met."""
     return runs_on.elsewhere if meets(runs_on) else "device"
 
 
 def describe() -> str:
-    """Name the CPU and its cores; no host name."""
+    """Name the CPU, its cores and numpy's version; the host name stays private."""
     model = platform.processor() or machine()
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""Read what comes from elsewhere: names that stay in their folder, sizes that are bounded, JSON without surprises."""
+"""Check files of unknown origin: names that stay in their folder, bounded sizes, strict JSON, confined ONNX."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ADVICE = "Fetch it again, from where you trust it."
 
 
 def unsafe_name(name: str) -> str | None:
-    """Say why a file's name cannot be taken: it must be printable, relative, and stay below its folder."""
+    """Say why a file's name is refused, or give None: it must be printable, relative, and stay below its folder."""
     if not name or len(name.encode("utf-8", "replace")) > _LONGEST_NAME:
         return f"whose name has not 1 to {_LONGEST_NAME} bytes"
     if not name.isprintable() or "\\" in name or ":" in name:
@@ -31,7 +31,7 @@ def unsafe_name(name: str) -> str | None:
 
 
 def oversize(path: Path, most_bytes: int) -> str | None:
-    """Say why a file is not read whole: it is no plain file, or larger than it may be; None too where it is not there.
+    """Say why a file is refused as too large or no plain file, or give None, also where it does not exist.
 
     A pipe or a device may never end, and a file of many gigabytes fills the memory.
     """
@@ -44,10 +44,10 @@ def oversize(path: Path, most_bytes: int) -> str | None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON: NaN, infinity and numbers that become one, lone surrogates and endless nesting are no JSON either.
+    """Parse JSON; refuse NaN, infinity, numbers that overflow to it, lone surrogates and nesting without end.
 
     Raises:
-        json.JSONDecodeError: it is none.
+        json.JSONDecodeError: the text is not such JSON.
     """
     said = text.decode("utf-8") if isinstance(text, bytes) else text
     try:
@@ -65,28 +65,28 @@ def _refuse_constant(name: str) -> None:
 
 
 def require_confined(path: Path) -> None:
-    """Refuse an ONNX file that asks its runtime to read files outside of its own folder.
+    """Refuse an ONNX file that makes its runtime read files outside of its own folder.
 
     Raises:
-        ConfigError: it does, or it is no ONNX file.
+        ConfigError: it does so, or it is no ONNX file.
     """
     try:
         model = onnx.load(path, load_external_data=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as ONNX ({error}). {_ADVICE}") from error
-    except Exception as error:  # the boundary to protobuf, whose DecodeError lives in several places
+    except Exception as error:  # the boundary to protobuf, whose DecodeError is defined in several modules
         raise ConfigError(f"{path}: no ONNX file, or cut off ({error}). {_ADVICE}") from error
-    for name in outside_files(model):
-        place = path.parent / name
+    for name in _external_files(model):
+        file = path.parent / name
         reason = unsafe_name(name)
-        if reason is None and not place.resolve().is_relative_to(path.parent.resolve()):
+        if reason is None and not file.resolve().is_relative_to(path.parent.resolve()):
             reason = "which is a link to outside of it"
         if reason is not None:
             raise ConfigError(f"{path}: asks for a file {name[:100]!r} beside it, {reason}. {_ADVICE}")
 
 
-def outside_files(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Name the files beside an ONNX file that it asks for: of its weights, wherever they are used, and its binaries."""
+def _external_files(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Name the external files of an ONNX model: of weights in every graph and function, and of compiled binaries."""
     found: set[str] = set()
     for nodes, tensors in _scopes(model):
         for tensor in tensors:
@@ -100,13 +100,13 @@ def outside_files(model: onnx.ModelProto) -> tuple[str, ...]:
 
 
 def _is_path(node: onnx.NodeProto) -> bool:
-    """Tell whether a compiled node's context is the name of a file, not the binary itself."""
+    """Tell whether a compiled node's context attribute is a file name, not the binary itself."""
     embeds = next((attribute.i for attribute in node.attribute if attribute.name == "embed_mode"), 1)
     return embeds == 0
 
 
 def _scopes(model: onnx.ModelProto) -> Iterator[tuple[Iterable[onnx.NodeProto], list[onnx.TensorProto]]]:
-    """Give the nodes and stored tensors of each graph and function, however deep."""
+    """Give the nodes and stored tensors of each graph and function, nested ones included."""
     graphs = [model.graph]
     bodies: list[Iterable[onnx.NodeProto]] = [function.node for function in model.functions]
     while graphs or bodies:

@@ -1,18 +1,18 @@
-"""Run a tool in a child process and talk with it in lines of JSON.
+"""Run a tool in a child process and exchange lines of JSON with it.
 
-A kernel that aborts kills its process, and some toolchains cannot live in one process or environment with edgeq. Each
-line is one object:
+A kernel that aborts kills its process, and some toolchains cannot share a process or an environment with edgeq. Each
+line is one JSON object:
 
     request   {"do": "load", ...}                      edgeq to child
-    announce  {"announce": "loading model.tflite"}     child to edgeq: what it starts now; any number before the reply
+    announce  {"announce": "loading model.tflite"}     child to edgeq: the step it starts; any number before the reply
     reply     {...}, or {"error": "what went wrong"}   child to edgeq
 
-An array is {"dtype": "<i4", "shape": [1, 128], "data": "..."}: base64 of its bytes, in C order.
+An array is {"dtype": "<i4", "shape": [1, 128], "data": "..."}: base64 of its bytes, in C order. `child_server` is
+the child's half.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
@@ -21,48 +21,55 @@ import subprocess
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, cast
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.errors import ChildDied, LoweringFailed, TimedOut, ToolMissing
+from edgeq.system import child_server
 
-TIME_LIMIT_S = 600.0
+_TIME_LIMIT_S = 600.0
+_SERVER = Path(child_server.__file__)
 
 _LOG_LINES = 5
 _LOG_BYTES = 16384
 _LOG_WAIT_S = 5.0
 
 
-def pack(array: NDArray[Any]) -> dict[str, Any]:
-    """Turn an array of any numeric dtype into what JSON can carry."""
-    data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
-    return {"dtype": array.dtype.str, "shape": list(array.shape), "data": data}
+def child_command(python: Path | str, script: Path | str, *arguments: str) -> list[str]:
+    """Give the command that serves a child's file in an interpreter where edgeq need not be installed.
+
+    Args:
+        python: the interpreter; it runs isolated from the user's environment variables and folders.
+        script: the child's file, which has a `main(arguments)`; see `edgeq.system.child_server`.
+        arguments: for `main`.
+    """
+    return [str(python), "-I", str(_SERVER), str(script), *arguments]
 
 
-def unpack(packed: Mapping[str, Any]) -> NDArray[Any]:
-    """Turn what `pack` made, here or in a child, back into an array of the same bits.
+def unpack_reply(packed: Mapping[str, Any]) -> NDArray[Any]:
+    """Turn an array that a child packed into a numpy array of the same bits.
 
     Raises:
-        LoweringFailed: it is not an array, or its bytes do not fill its shape.
+        LoweringFailed: it is no packed array, or its bytes do not fill its shape.
     """
     try:
-        data = bytearray(base64.b64decode(packed["data"], validate=True))
-        return np.frombuffer(data, np.dtype(packed["dtype"])).reshape(packed["shape"])
+        array: NDArray[Any] = child_server.unpack(packed)
     except (KeyError, TypeError, ValueError) as error:
         raise LoweringFailed(
             f"a child process gave an array that cannot be read ({error!r}); dtype, shape and base64 data that fills "
             "it are needed. Its script and edgeq do not belong together: install edgeq again."
         ) from error
+    return array
 
 
 class Worker:
-    """Keep a child process and let it answer requests, one at a time. Not for several threads at once.
+    """Keep a child process that answers requests, one at a time; several threads must not share one.
 
-    A call that ends in anything but a reply (a death, the time limit, Ctrl-C) leaves no child behind; a reply that is
-    an error leaves it ready for the next call.
+    A call that ends without a reply (the child dies, the time limit, Ctrl-C) ends the child; a reply that is an error
+    leaves it ready for the next call.
     """
 
     def __init__(
@@ -70,15 +77,15 @@ class Worker:
         command: Sequence[str],
         name: str,
         env: Mapping[str, str] | None = None,
-        time_limit_s: float = TIME_LIMIT_S,
+        time_limit_s: float = _TIME_LIMIT_S,
     ) -> None:
         """Start the child.
 
         Args:
             command: the interpreter, its options, the script and its arguments.
-            name: who the messages speak of, e.g. "tflite-runtime 2.14.0".
-            env: the child's whole environment; None hands on edgeq's own.
-            time_limit_s: how long one call may take.
+            name: of the tool in messages, e.g. "tflite-runtime 2.14.0".
+            env: all environment variables of the child; None passes edgeq's own.
+            time_limit_s: the longest time that one call may take.
 
         Raises:
             ToolMissing: the interpreter cannot be started.
@@ -99,12 +106,12 @@ class Worker:
         self._end = weakref.finalize(self, _end, self._process)
 
     def call(self, **request: object) -> dict[str, Any]:
-        """Send one request and give its reply.
+        """Send one request and return the child's reply.
 
         Raises:
-            LoweringFailed: the child replies with an error, or writes what is no reply.
-            ChildDied: it ends without a reply.
-            TimedOut: the time limit is over.
+            LoweringFailed: the child replies with an error, or writes a line that is no JSON object.
+            ChildDied: the child ends without a reply.
+            TimedOut: there is no reply within the time limit.
         """
         line = json.dumps(request).encode() + b"\n"
         if not self._end.alive:
@@ -136,28 +143,28 @@ class Worker:
         return reply
 
     def close(self) -> None:
-        """End the child. It holds nothing worth waiting for."""
+        """Kill the child."""
         self._end()
 
     def __enter__(self) -> Self:
-        """Give the worker, to be closed at the end of a `with`."""
+        """Return the worker; the end of the `with` closes it."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End the child."""
+        """Kill the child."""
         self.close()
 
     def _exchange(self, line: bytes) -> dict[str, Any] | None:
-        """Write a request and read up to its reply; None if the child died instead.
+        """Write a request and read lines up to the reply; return None if the child dies first.
 
         Raises:
             LoweringFailed: a line is not a JSON object.
         """
         stdin, stdout = cast(IO[bytes], self._process.stdin), cast(IO[bytes], self._process.stdout)
         self._announced = ""
-        with contextlib.suppress(BrokenPipeError):  # a dead child may have written before: read that
+        with contextlib.suppress(BrokenPipeError):  # a child that died may have replied before
             stdin.write(line)
             stdin.flush()
         while (answer := stdout.readline()).endswith(b"\n"):
@@ -169,7 +176,7 @@ class Worker:
         return None
 
     def _parsed(self, answer: bytes) -> dict[str, Any]:
-        """Read one line of the child.
+        """Parse one line from the child.
 
         Raises:
             LoweringFailed: it is not a JSON object.
@@ -187,14 +194,14 @@ class Worker:
         )
 
     def _situation(self) -> str:
-        """Say what the child announced and logged last."""
+        """Describe what the child announced and logged last."""
         during = f" while {self._announced}" if self._announced else ""
         lines = self._log.last_lines()
         return f"{during}; its last lines:\n{lines}" if lines else f"{during}; it logged nothing"
 
 
 class _Log:
-    """Read a child's stderr at all times, so that a chatty child never blocks, and keep the end of it."""
+    """Read a child's stderr continuously, so that its writes never block, and keep the end of it."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._tail = b""
@@ -207,28 +214,28 @@ class _Log:
                 self._tail = (self._tail + chunk)[-_LOG_BYTES:]
 
     def last_lines(self) -> str:
-        """Give the last lines; of a child that has ended, all of them are waited for."""
+        """Give the last lines; wait until a child that has ended has written all."""
         self._thread.join(_LOG_WAIT_S)
         return "\n".join(self._tail.decode(errors="replace").strip().splitlines()[-_LOG_LINES:])
 
 
 def _expire(process: subprocess.Popen[bytes], is_late: threading.Event) -> None:
-    """Kill a child whose time is over: that wakes who writes to it or reads from it."""
+    """Kill a child that is past its time limit, which also ends a blocked write to it or read from it."""
     is_late.set()
     process.kill()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a child if it lives, and close its pipes; the thread that reads stderr closes that one."""
+    """Kill a child if it lives, and close its stdin and stdout; the thread that reads stderr closes that."""
     process.kill()
     process.wait()
     for stream in (process.stdin, process.stdout):
-        with contextlib.suppress(BrokenPipeError):  # what was not sent will not be
+        with contextlib.suppress(BrokenPipeError):  # unsent bytes in the buffer
             cast(IO[bytes], stream).close()
 
 
 def fate(status: int) -> str:
-    """Put an exit status into words."""
+    """Describe the exit status of a process in words."""
     if status >= 0:
         return f"exited with status {status}"
     known = {number.value: number.name for number in signal.Signals}

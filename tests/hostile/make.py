@@ -103,7 +103,9 @@ def npz(name: str, content: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
         for each, array in arrays.items():
             plain = io.BytesIO()
             np.lib.format.write_array(plain, np.asarray(array), version=(1, 0))
-            archive.writestr(zipfile.ZipInfo(f"{each}.npy", EPOCH), content if each == name else plain.getvalue(), method)
+            archive.writestr(
+                zipfile.ZipInfo(f"{each}.npy", EPOCH), content if each == name else plain.getvalue(), method
+            )
     return made.getvalue()
 
 
@@ -136,13 +138,18 @@ def onnx_file(location: str | None, *, where: str = "initializer") -> bytes:
         constant.attribute.add(name="value", type=4).t.CopyFrom(tensor)
         branch = helper.make_graph([constant], "branch", [], [output])
         truth = helper.make_tensor("truth", TensorProto.BOOL, [], [True])
-        nodes, stored = [helper.make_node("If", ["truth"], ["sentence_embedding"], then_branch=branch, else_branch=branch)], [truth]
+        nodes, stored = (
+            [helper.make_node("If", ["truth"], ["sentence_embedding"], then_branch=branch, else_branch=branch)],
+            [truth],
+        )
     if where == "context":
         nodes, stored = [helper.make_node(
             "EPContext", [], ["sentence_embedding"], domain="com.microsoft", embed_mode=0, ep_cache_context=location, main_context=1
         )], []  # fmt: skip
     graph = helper.make_graph(nodes, "hostile", [], [output], stored)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10).SerializeToString(deterministic=True)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10).SerializeToString(
+        deterministic=True
+    )
 
 
 def tokenizer(vocabulary: dict[str, int], processor: dict[str, object] | None) -> bytes:
@@ -157,7 +164,9 @@ def tokenizer(vocabulary: dict[str, int], processor: dict[str, object] | None) -
 LAUGHS = '<?xml version="1.0"?>\n<!DOCTYPE net [\n<!ENTITY a0 "ha">\n' + "".join(
     f'<!ENTITY a{n} "{f"&a{n - 1};" * 10}">\n' for n in range(1, 10)
 ) + ']>\n<net name="&a9;" version="11"><layers/></net>\n'  # fmt: skip
-OUTSIDE = '<?xml version="1.0"?>\n<!DOCTYPE net [<!ENTITY x SYSTEM "file:///etc/passwd">]>\n<net version="11">&x;</net>\n'
+OUTSIDE = (
+    '<?xml version="1.0"?>\n<!DOCTYPE net [<!ENTITY x SYSTEM "file:///etc/passwd">]>\n<net version="11">&x;</net>\n'
+)
 
 FILES: dict[str, Callable[[], bytes]] = {
     "archives/parent.tar.zst": lambda: tar(file(f"{TOP}/../../escaped")),

@@ -20,7 +20,7 @@ from benchmark.goals import judged
 from benchmark.making import Made, Workshop, mirror, note, reference
 from benchmark.rows import GEMM, INT, MIRRORS, OWN, PEERS, chosen, private
 from edgeq.bundle.manifest import load_manifest
-from edgeq.system.host import describe, place
+from edgeq.system.host import describe, run_kind
 
 PARTS = ("export", "device", "latency", "throughput", "tflite", "calibration", "quality", "npu")
 Part = Callable[[str, Callable[[], Figures]], None]
@@ -119,7 +119,7 @@ def place_of(made: Made) -> Figures:
     """Say whether a model ran on the hardware that it is made for."""
     if not made.row.target or made.path is None:
         return {}
-    return {"ran_on": place(load_manifest(made.path).target.runs_on)}
+    return {"ran_on": run_kind(load_manifest(made.path).target.runs_on)}
 
 
 def versions() -> dict[str, str]:

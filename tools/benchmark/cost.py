@@ -15,7 +15,7 @@ from benchmark.figures import Blank, Figures
 from benchmark.making import Workshop, note
 from benchmark.processes import last_line
 from benchmark.rows import GEMM, OWN
-from edgeq.data.text_files import deduplicate
+from edgeq.data.splits import deduplicate
 
 SAMPLES = 512
 COUNTS = (128, 2048)
@@ -25,9 +25,9 @@ _CALIBRATE = """
 import json, sys
 from pathlib import Path
 import onnx
-from edgeq import calibrate
-from edgeq.bundle.benchmark import peak_memory_bytes
-from edgeq.data.tokens import Tokenizer
+from edgeq.bundle.benchmark_child import peak_memory_bytes
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.pipeline import calibrate
 tokens = Tokenizer.from_file(Path(sys.argv[2]), 256).encode(json.loads(Path(sys.argv[3]).read_text()))
 calibrate.calibrate(onnx.load(sys.argv[1]), tokens, 0, lambda *_: None)
 print(peak_memory_bytes())

@@ -13,7 +13,8 @@ from benchmark.processes import last_line, measured
 from edgeq.backends import tflite
 from edgeq.backends.tflite import SIGNATURE
 from edgeq.bundle.manifest import load_manifest
-from edgeq.system.worker import Worker, pack
+from edgeq.system.child_server import pack
+from edgeq.system.worker import Worker, child_command
 
 _CHILD = Path(tflite.__file__).with_name("child.py")
 _RUNTIME = "litert"
@@ -23,7 +24,7 @@ _LOWER = """
 import sys
 from pathlib import Path
 from edgeq.backends.registry import find
-from edgeq.bundle import load_manifest
+from edgeq.bundle.manifest import load_manifest
 from edgeq.system.files import file_ref
 manifest = load_manifest(Path(sys.argv[1]))
 model = manifest.qdq_model.model_copy(update={"file": file_ref(Path(sys.argv[2]))})
@@ -48,7 +49,7 @@ def resident(bundle: Path) -> Figures:
 
 def _resident(bundle: Path, is_loaded: bool) -> float:
     manifest = load_manifest(bundle)
-    with Worker([sys.executable, "-I", str(_CHILD), _RUNTIME], _RUNTIME) as worker:
+    with Worker(child_command(sys.executable, _CHILD, _RUNTIME), _RUNTIME) as worker:
         worker.call(do="version")
         if is_loaded:
             worker.call(do="load", path=str((bundle / manifest.artifact.files[0].path).resolve()), threads=1)

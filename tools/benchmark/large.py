@@ -20,12 +20,13 @@ TARGET = "x86-64-onnxruntime"
 _STAGE = """
 import sys
 from pathlib import Path
-from edgeq import source, stages
+from edgeq.data.plans import plan_texts
+from edgeq.frontend import locate
+from edgeq.pipeline import stages
 from edgeq.system.cache import Cache
-from edgeq.data.splits import plan_texts
 folder, last = Path(sys.argv[1]), sys.argv[2]
 cache = Cache(folder / "cache")
-floats = stages.float_model(source.locate(str(folder / "model"), "mean"), True, cache)
+floats = stages.float_model(locate.locate(str(folder / "model"), "mean"), True, cache)
 if last == "calibrate":
     plan = plan_texts(folder / "texts.txt", None, folder / "validation.txt", (), None, 0)
     stages.calibrated(floats, plan, 0, cache, lambda *_: None)

@@ -18,8 +18,9 @@ from benchmark.rows import BUCKETS, FLOAT, OWN, Row, private
 from edgeq.backends.tflite import TFLITE_RUNTIME
 from edgeq.bundle.float_model import float_model
 from edgeq.bundle.manifest import load_manifest
-from edgeq.data.text_files import default_texts, read_texts, sample
-from edgeq.data.tokens import Tokenizer
+from edgeq.data.splits import sample
+from edgeq.data.text_files import default_texts, read_texts
+from edgeq.data.tokenizer import Tokenizer
 from edgeq.errors import ToolMissing
 from edgeq.system import environments
 from edgeq.system.cache import LOCATION_VARIABLE, Cache

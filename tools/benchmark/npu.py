@@ -24,12 +24,14 @@ from edgeq.backends.qnn import compiling
 from edgeq.backends.qnn.static import static
 from edgeq.backends.rockchip import COMPILED, FEEDS, FOLDER, MODEL
 from edgeq.bundle.manifest import load_manifest
-from edgeq.data.tokens import Tokenizer, fitted
+from edgeq.data.splits import evenly_spaced
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import fitted
 from edgeq.graph.static_shapes import fix_shapes
 from edgeq.quantization.vendor import rewrite_for_vendor
 from edgeq.records import Manifest, VendorSpec
 from edgeq.system.cache import log_path
-from edgeq.system.host import place
+from edgeq.system.host import run_kind
 
 TEXTS = 200  # emulating one takes seconds
 LONGEST = 128  # of the targets' buckets, in tokens
@@ -56,7 +58,7 @@ def measure(workshop: Workshop, data: Path, wanted: Sequence[str] | None) -> Fig
 
 def spread(texts: Sequence[str], count: int) -> list[str]:
     """Take so many texts, evenly over all of them."""
-    return [texts[i] for i in np.linspace(0, len(texts) - 1, min(count, len(texts))).round().astype(int)]
+    return [texts[row] for row in evenly_spaced(len(texts), count)]
 
 
 def _quality(item: Made, expected: quality.Vectors, texts: Sequence[str], tokenizer: Tokenizer) -> Figures:
@@ -68,7 +70,7 @@ def _quality(item: Made, expected: quality.Vectors, texts: Sequence[str], tokeni
         size, ran_on = (item.path / COMPILED.format(LONGEST)).stat().st_size, "simulator"
     else:
         manifest = load_manifest(item.path)
-        size, ran_on = _size(manifest, LONGEST), str(place(manifest.target.runs_on))
+        size, ran_on = _size(manifest, LONGEST), str(run_kind(manifest.target.runs_on))
     return {"size_mb": size / 1e6, "ran_on": ran_on, **compared.figures}
 
 

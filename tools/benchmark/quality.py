@@ -16,7 +16,8 @@ from benchmark.processes import first_line
 from benchmark.runners import Runner
 from benchmark.samples import Sample
 from edgeq.data.sessions import Embeddings
-from edgeq.data.tokens import Tokenizer, batches
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import batches
 from edgeq.errors import EdgeqError
 from edgeq.evaluation import parity
 from edgeq.evaluation.tasks import evaluate_retrieval, evaluate_sts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeq.data.text_files import deduplicate
+from edgeq.data.splits import deduplicate
 from edgeq.evaluation.datasets import RetrievalSet, StsPairs, load_beir, load_sts
 
 

@@ -1,14 +1,14 @@
-"""Hold a bundle on a device and run the device script there: the far end of `edgeq/places/ssh.py`.
+"""Store a bundle on a device and run the device script there: the agent that `edgeq/devices/ssh.py` talks to.
 
-Sent as text to the device's Python and run there, so it is one file for Python 3.8 and newer that imports the standard
-library alone. It speaks over its standard input and output, so that no name of a file ever meets a shell.
+Its text is sent to the device's Python and run there, so it is one file for Python 3.8 and newer that imports only the
+standard library. It uses its standard input and output, so that no file name passes through a shell.
 
-From the host come one line of JSON, then the bytes of what is missing here, in the order that was asked for. To the
-host go lines of JSON: {"agent": 1, "wants": [[sha256, offset], ...]}, {"line": ...} for each line of the script's
+The host sends one line of JSON, then the bytes of the missing files, in the order of the request. The agent sends lines
+of JSON: {"agent": 1, "wants": [[sha256, offset], ...]}, {"line": ...} for each line of the script's
 stderr, and at the end {"exit": status, "report": text or null} or {"error": kind, "message": ...}.
 
-Files lie in `store/` by their sha256, so that a second run sends only what changed and one that broke off goes on where
-it was; a run's own folder is removed when it ends, however it ends. What was not used for a month is removed, too.
+Files are stored in `store/` by sha256, so that a second run sends only changed ones and an interrupted one continues. A
+run's own folder is always removed at its end, and files that were not used for a month are removed.
 """
 
 import hashlib

@@ -35,7 +35,7 @@ SUMS, MANIFEST, VECTORS, TEXTS = "SHA256SUMS", "manifest.json", "golden.npz", "g
 PREPROCESSING = "preprocessor_config.json"
 REPORT = "device-report.json"
 AGAIN = "Fetch or export the bundle again."
-PLACES = ("by-hand", "local", "ssh", "adb", "arm64")
+TRANSPORTS = ("by-hand", "local", "ssh", "adb", "arm64")
 
 # What is read whole is bounded first: a bundle comes from elsewhere.
 MOST_SUMS_BYTES, MOST_JSON_BYTES, MOST_GOLDEN_BYTES = 4_000_000, 16_000_000, 512_000_000
@@ -209,9 +209,9 @@ class Manifest:
         self.files = tuple(bundle / name for name in self._files(sums))
 
     def _files(self, sums):
-        for place in range(len(self.value("artifact.files", list))):
-            name = self.value(f"artifact.files.{place}.path", str)
-            if sums.get(name) != self.value(f"artifact.files.{place}.sha256", str):
+        for number in range(len(self.value("artifact.files", list))):
+            name = self.value(f"artifact.files.{number}.path", str)
+            if sums.get(name) != self.value(f"artifact.files.{number}.sha256", str):
                 raise corrupt(self._path, f"artifact.files names {name[:100]!r}, which {SUMS} does not know so")
             yield name
 
@@ -655,8 +655,8 @@ def padded(rows, width, pad_id):
     """Pad token ids to a width, int64[rows, width], with the mask and the token types of single texts."""
     ids = np.full((len(rows), width), pad_id, np.int64)
     mask = np.zeros((len(rows), width), np.int64)
-    for place, row in enumerate(rows):
-        ids[place, : len(row)], mask[place, : len(row)] = row, 1
+    for position, row in enumerate(rows):
+        ids[position, : len(row)], mask[position, : len(row)] = row, 1
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
 
 
@@ -700,20 +700,20 @@ def invariance(inputs, golden, runner, is_slow):
     count = SLOW_INVARIANCE_TEXTS if is_slow else INVARIANCE_TEXTS
     lengths = [len(row) for row in golden.tokens] or [1] * len(golden)
     order = sorted(range(len(golden)), key=lambda row: (lengths[row], row))
-    spread = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
-    rows = [order[place] for place in spread]
+    chosen = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
+    rows = [order[position] for position in chosen]
     widest = inputs.width(max(lengths[row] for row in rows))
     is_batched = not runner.buckets
     mixed = inputs.run(rows, widest) if is_batched else None
     reverse = inputs.run(rows[::-1], widest)[::-1] if is_batched else None
     smallest = 1.0
-    for place, row in enumerate(rows):
+    for position, row in enumerate(rows):
         size = max(1, lengths[row])
         asked = (size, size + 1, size + 7, 1 << size.bit_length(), widest) if golden.pixels is None else (1,)
         widths = sorted({inputs.width(width) for width in asked})
         vectors = [inputs.run([row], width)[0] for width in widths]
         if is_batched:
-            vectors.extend([*inputs.run([row, row], widths[0]), mixed[place], reverse[place]])
+            vectors.extend([*inputs.run([row, row], widths[0]), mixed[position], reverse[position]])
         smallest = min(smallest, smallest_cosine(np.stack(vectors)))
     return smallest
 
@@ -863,8 +863,8 @@ def judge(measures, host, manifest):
     return failures
 
 
-def place(manifest, accelerator, is_emulated):
-    """Say where the artifact ran: on the device itself, or on what stands in for it."""
+def run_kind(manifest, accelerator, is_emulated):
+    """Give the kind of run: on the device itself, or on a machine that stands in for it."""
     if is_emulated:
         return "emulator"
     return manifest.elsewhere if lacks(manifest, accelerator) else "device"
@@ -880,7 +880,7 @@ def validate(bundle, options, progress):
     progress("load", 0, 1)
     runner, load_ms = load(manifest, options.threads)
     vectors, invariance_min = run_all(golden, runner, manifest, progress)
-    ran_on = place(manifest, runner.accelerator, options.emulated)
+    ran_on = run_kind(manifest, runner.accelerator, options.emulated)
     is_device = ran_on == "device"
     cells = latencies(golden, runner, manifest, options.runs, options.warmup, progress) if is_device else []
     problem = unmeasurable(golden, vectors)
@@ -893,7 +893,7 @@ def validate(bundle, options, progress):
         "format": 1,
         "target": manifest.target,
         "manifest_sha256": manifest.sha256,
-        "place": options.place,
+        "transport": options.transport,
         "ran_on": ran_on,
         "status": "failed" if failures else "passed",
         "failures": failures,
@@ -978,7 +978,7 @@ def report_of(given, bundle):
     report = Path(given) if given is not None else bundle.resolve().parent / REPORT
     inside = bundle.resolve()
     if inside in (report.resolve(), *report.resolve().parents):
-        raise Stop(CONFIG, f"--report {report}: lies inside the bundle, which must stay as it is. Name another place.")
+        raise Stop(CONFIG, f"--report {report}: lies inside the bundle, which must stay as it is. Name another path.")
     return report
 
 
@@ -1002,7 +1002,7 @@ def arguments(words):
     parser.add_argument("--runs", type=at_least(1), default=50, help="timed runs of each length")
     parser.add_argument("--warmup", type=at_least(0), default=5, help="runs before them")
     parser.add_argument("--threads", type=at_least(0), default=0, help="0 leaves it to the target")
-    parser.add_argument("--place", choices=PLACES, default="by-hand", help="how this machine was reached")
+    parser.add_argument("--transport", choices=TRANSPORTS, default="by-hand", help="how this machine was reached")
     parser.add_argument("--emulated", action="store_true", help="this processor is emulated: time nothing")
     return parser.parse_args(words)
 

@@ -1,1 +1,1 @@
-"""Take a model file apart: operators by dtype, tensors by dtype, sizes."""
+"""Summarise a model file: operators by dtype, tensors by dtype, sizes."""

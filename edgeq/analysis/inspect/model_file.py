@@ -1,24 +1,24 @@
-"""Take an ONNX file, an OpenVINO IR, a .tflite file or a bundle apart: operators by dtype, tensors by dtype, sizes."""
+"""Summarise an ONNX file, an OpenVINO IR, a .tflite file or a bundle: operators by dtype, tensors by dtype, sizes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from edgeq.analysis.inspect import onnx, openvino, tflite
-from edgeq.analysis.inspect.report import Anatomy, Port, Signature, StoredTensor, TensorGroup
+from edgeq.analysis.inspect.summary import ModelSummary, Port, Signature, StoredTensor, TensorGroup
 from edgeq.errors import BundleCorrupt, ConfigError
 from edgeq.graph.read import read_onnx
 
-__all__ = ["Anatomy", "Port", "Signature", "StoredTensor", "TensorGroup", "inspect", "read_onnx"]
+__all__ = ["ModelSummary", "Port", "Signature", "StoredTensor", "TensorGroup", "inspect", "read_onnx"]
 
 
-def inspect(path: Path) -> Anatomy:
-    """Take a model file, or a bundle's artifact, apart.
+def inspect(path: Path) -> ModelSummary:
+    """Summarise a model file, or a bundle's artifact.
 
     Raises:
-        ConfigError: nothing is there, or it is neither a readable model file nor a bundle of one.
-        BundleCorrupt: the manifest cannot be read or names an artifact that is not there.
-        ToolMissing: it is a .tflite file, and ai-edge-litert, which reads those, is not installed.
+        ConfigError: the path does not exist, or is neither a readable model file nor a bundle with one.
+        BundleCorrupt: the manifest cannot be read, or names an artifact that does not exist.
+        ToolMissing: it is a .tflite file, and ai-edge-litert, which reads it, is not installed.
     """
     if path.is_dir():
         model_path = _artifact_of(path)
@@ -30,16 +30,16 @@ def inspect(path: Path) -> Anatomy:
     else:
         raise ConfigError(f"{path}: nothing is there; a model file or a bundle is needed. Check the path.")
     if model_path.suffix == ".tflite" or tflite.has_identifier(model_path):
-        anatomy = tflite.take_apart(model_path)
+        summary = tflite.summarize(model_path)
     elif model_path.suffix == ".xml":
-        anatomy = openvino.take_apart(model_path)
+        summary = openvino.summarize(model_path)
     else:
-        anatomy = onnx.take_apart(model_path)
-    return anatomy.model_copy(update={"file": name, "bundle_files": bundle_files})
+        summary = onnx.summarize(model_path)
+    return summary.model_copy(update={"file": name, "bundle_files": bundle_files})
 
 
 def _artifact_of(bundle: Path) -> Path:
-    """Find the file that the bundle's runtime loads."""
+    """Give the path of the file that the bundle's runtime loads."""
     if not (bundle / "manifest.json").is_file():
         raise ConfigError(
             f"{bundle}: no manifest.json; inspect takes an ONNX file, an OpenVINO IR, a .tflite file or a bundle. "

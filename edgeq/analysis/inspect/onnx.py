@@ -1,4 +1,4 @@
-"""Take an ONNX file apart."""
+"""Summarise an ONNX file."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 
 import onnx
 
-from edgeq.analysis.inspect.report import Anatomy, Port, StoredTensor, counted, grouped, largest
+from edgeq.analysis.inspect.summary import ModelSummary, Port, StoredTensor, counted, grouped, largest
 from edgeq.graph.read import read_onnx
 
 
-def take_apart(path: Path) -> Anatomy:
-    """Say what an ONNX file is made of; its external data counts into the size.
+def summarize(path: Path) -> ModelSummary:
+    """Summarise an ONNX file; its external data counts towards the size.
 
     Raises:
         ConfigError: it is not a readable ONNX file.
     """
     model = read_onnx(path)
     stored = _stored_tensors(model)
-    return Anatomy(
+    return ModelSummary(
         file=path.name,
         size_bytes=path.stat().st_size + _external_bytes(model, path),
         format="onnx",
@@ -37,7 +37,7 @@ def take_apart(path: Path) -> Anatomy:
 
 
 def _dtype_name(element_type: int) -> str:
-    """Spell an ONNX element type as numpy does."""
+    """Give numpy's name of an ONNX element type."""
     name: str = onnx.TensorProto.DataType.Name(element_type).lower()
     return {"float": "float32", "double": "float64", "undefined": "unknown"}.get(name, name)
 
@@ -50,7 +50,7 @@ def _port(value: onnx.ValueInfoProto) -> Port:
 
 
 def _stored_tensors(model: onnx.ModelProto) -> list[StoredTensor]:
-    """List initializers and the tensors in Constant nodes."""
+    """List the initializers and the tensors of Constant nodes."""
     constants = [
         attribute.t
         for node in model.graph.node
@@ -81,16 +81,16 @@ def _tensor_bytes(tensor: onnx.TensorProto) -> int:
 
 
 def _external_bytes(model: onnx.ModelProto, path: Path) -> int:
-    """Add up the external data files that the model names and that are there."""
+    """Add up the sizes of the model's external data files that exist."""
     entries = [entry for tensor in model.graph.initializer for entry in tensor.external_data]
     files = {path.parent / entry.value for entry in entries if entry.key == "location"}
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _dtypes(model: onnx.ModelProto) -> dict[str, str]:
-    """Give every value's dtype, as far as shape inference knows it."""
+    """Give value -> dtype, as far as shape inference finds it."""
     if any(tensor.external_data for tensor in model.graph.initializer):
-        graph = model.graph  # inference would read the data; the file's own value_info has to do
+        graph = model.graph  # inference would read the data; the file's own value_info serves
     else:
         graph = onnx.shape_inference.infer_shapes(model).graph
     dtypes = {tensor.name: _dtype_name(tensor.data_type) for tensor in graph.initializer}

@@ -1,18 +1,18 @@
-"""Take an OpenVINO IR apart."""
+"""Summarise an OpenVINO IR."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from edgeq.analysis.inspect.report import Anatomy, Port, StoredTensor, counted, grouped, largest
+from edgeq.analysis.inspect.summary import ModelSummary, Port, StoredTensor, counted, grouped, largest
 from edgeq.backends.openvino import ir
 
 
-def take_apart(path: Path) -> Anatomy:
-    """Say what an IR is made of, from its .xml and the .bin beside it.
+def summarize(path: Path) -> ModelSummary:
+    """Summarise an IR from its .xml and .bin.
 
     Raises:
-        ConfigError: it is not a readable IR, or its weights are not there.
+        ConfigError: it is not a readable IR, or its .bin is missing.
     """
     network, weights = ir.read_ir(path), ir.weights_of(path)
     stored = [
@@ -23,7 +23,7 @@ def take_apart(path: Path) -> Anatomy:
     results = [network.port(layer.inputs[0]) for layer in network.of("Result")]
     opsets = [layer.opset.removeprefix("opset") for layer in network.layers.values()]
     kinds = network.computed().items()
-    return Anatomy(
+    return ModelSummary(
         file=path.name,
         size_bytes=path.stat().st_size + weights.stat().st_size,
         format="openvino",

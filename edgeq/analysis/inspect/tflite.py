@@ -1,8 +1,7 @@
-"""Take a .tflite file apart, by its schema alone: no runtime loads it.
+"""Summarise a .tflite file through its flatbuffers schema, without a runtime.
 
-The Python form of flatbuffers follows any offset it finds. So every count is held against the file's size before it is
-believed, every stored tensor must lie inside the file, and whatever a damaged file makes the schema's code raise is
-caught in one place.
+flatbuffers for Python follows any offset in a file. So every count is compared with the file's size before use, every
+stored tensor must lie inside the file, and one boundary function catches all exceptions of the schema's code.
 
 Source: TensorFlow Lite schema version 3c, as ai-edge-litert 2.3.0 ships it (`schema_py_generated`).
 """
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeq.analysis.inspect.report import Anatomy, Port, Signature, StoredTensor, counted, grouped, largest
+from edgeq.analysis.inspect.summary import ModelSummary, Port, Signature, StoredTensor, counted, grouped, largest
 from edgeq.errors import ConfigError, ToolMissing
 
 _IDENTIFIER = b"TFL3"
@@ -25,13 +24,13 @@ _ADVICE = "Export it again, or check that the download is complete."
 
 
 def has_identifier(path: Path) -> bool:
-    """Say whether a file begins as .tflite files do."""
+    """Tell whether a file has the identifier of .tflite files, TFL3."""
     with path.open("rb") as file:
         return file.read(8)[4:] == _IDENTIFIER
 
 
-def take_apart(path: Path) -> Anatomy:
-    """Say what a .tflite file is made of.
+def summarize(path: Path) -> ModelSummary:
+    """Summarise a .tflite file.
 
     Raises:
         ConfigError: it is not a readable .tflite file.
@@ -45,18 +44,18 @@ def take_apart(path: Path) -> Anatomy:
     except ImportError as error:
         raise ToolMissing(f'{path}: reading it needs ai-edge-litert; pip install "edgeq[tflite]"') from error
     try:
-        return _TfliteFile(path, schema).anatomy()
+        return _TfliteFile(path, schema).summary()
     except Exception as error:  # the boundary to the schema's code, which checks nothing and may raise anything
         reason = str(error) if isinstance(error, _Damaged) else f"{type(error).__name__}: {error}"
         raise ConfigError(f"{path}: no readable .tflite file ({reason}); a whole model is needed. {_ADVICE}") from error
 
 
 class _Damaged(Exception):
-    """Say which of the format's rules a file breaks."""
+    """Report which rule of the format a file breaks."""
 
 
 class _TfliteFile:
-    """Read a file's tables where they lie, mapped into memory."""
+    """Read a file's flatbuffers tables from mapped memory."""
 
     def __init__(self, path: Path, schema: Any) -> None:
         self._path = path
@@ -68,14 +67,14 @@ class _TfliteFile:
         buffers = self.each(self._model.BuffersLength, self._model.Buffers)
         self._buffer_bytes = [self._size_of(buffer) for buffer in buffers]
 
-    def anatomy(self) -> Anatomy:
+    def summary(self) -> ModelSummary:
         graphs = [_Graph(self, graph) for graph in self.each(self._model.SubgraphsLength, self._model.Subgraphs)]
         if not graphs:
             raise _Damaged("no subgraph")
         codes = [self._operator(code) for code in self.each(self._model.OperatorCodesLength, self._model.OperatorCodes)]
         kinds = [list(graph.operators(codes)) for graph in graphs]
         stored = list(self._stored_tensors(graphs))
-        return Anatomy(
+        return ModelSummary(
             file=self._path.name,
             size_bytes=len(self._data),
             format="tflite",
@@ -127,7 +126,7 @@ class _TfliteFile:
             yield Signature(name=name, inputs=inputs, outputs=outputs, operators=operators[number])
 
     def _stored_tensors(self, graphs: list[_Graph]) -> Iterator[StoredTensor]:
-        """Give each buffer that holds data once, under the name of the first tensor that reads it."""
+        """Give each buffer with data once, under the name of the first tensor that uses it."""
         seen = set()
         for tensor in (tensor for graph in graphs for tensor in graph.tensors):
             number, size = tensor.Buffer(), self.stored_bytes(tensor)
@@ -141,7 +140,7 @@ class _TfliteFile:
             yield StoredTensor(name=name, dtype=dtype, shape=shape, size_bytes=size)
 
     def _size_of(self, buffer: Any) -> int:
-        """Give a buffer's size; those of files over 2 GB lie behind the tables."""
+        """Give a buffer's size; in files over 2 GB buffers lie behind the tables."""
         if buffer.Offset() > 1:
             if buffer.Offset() + buffer.Size() > len(self._data):
                 raise _Damaged(f"a buffer ends at byte {buffer.Offset() + buffer.Size()} of {len(self._data)}")
@@ -157,7 +156,7 @@ class _Graph:
         self._graph = graph
         self.tensors = list(file.each(graph.TensorsLength, graph.Tensors))
         for tensor in self.tensors:
-            _codes(tensor)
+            _parameters(tensor)
 
     def inputs(self) -> tuple[Port, ...]:
         return tuple(self.port(index) for index in self._file.each(self._graph.InputsLength, self._graph.Inputs))
@@ -166,9 +165,9 @@ class _Graph:
         return tuple(self.port(index) for index in self._file.each(self._graph.OutputsLength, self._graph.Outputs))
 
     def port(self, index: int, name: str | None = None) -> Port:
-        """Describe an input or output, under the signature's name for it or the tensor's own."""
+        """Describe an input or output, named by the signature or else by its tensor."""
         tensor = _entry(self.tensors, index, "tensor")
-        scales, zero_points = _codes(tensor)
+        scales, zero_points = _parameters(tensor)
         shape = _shape(tensor)
         if not tensor.ShapeSignatureIsNone():  # -1 where the axis is dynamic
             shape = tuple(int(size) for size in tensor.ShapeSignatureAsNumpy())
@@ -192,7 +191,7 @@ class _Graph:
             yield _entry(codes, operator.OpcodeIndex(), "operator code"), self._computes_on(read, written)
 
     def _computes_on(self, read: list[Any], written: list[Any]) -> str:
-        """Name the dtypes of the operands, without stored shapes, axes and biases, and the result's if others."""
+        """Name the dtypes of the operands (without constant shapes, axes, biases), and others of the results."""
         operands = [tensor for tensor in read if not self._is_stored_integer(tensor)] or read[:1]
         dtypes = list(dict.fromkeys(self._file.dtype(tensor) for tensor in operands))
         results = [dtype for dtype in dict.fromkeys(map(self._file.dtype, written)) if dtype not in dtypes]
@@ -207,7 +206,7 @@ def _names(enumeration: type) -> dict[int, str]:
 
 
 def _entry(entries: list[Any], index: int, what: str) -> Any:
-    """Look an entry up; an index from the end, which Python would take, is damage."""
+    """Give the entry at an index; a negative index, which Python would accept, is damage."""
     if not 0 <= index < len(entries):
         raise _Damaged(f"{what} {index} of {len(entries)}")
     return entries[index]
@@ -220,8 +219,8 @@ def _shape(tensor: Any) -> tuple[int, ...]:
     return shape
 
 
-def _codes(tensor: Any) -> tuple[Any, Any]:
-    """Give a tensor's scales and zero points, none for one without codes."""
+def _parameters(tensor: Any) -> tuple[Any, Any]:
+    """Give a tensor's scales and zero points, empty for one that is not quantised."""
     codes = tensor.Quantization()
     if codes is None or codes.ScaleIsNone():
         return (), ()
@@ -233,7 +232,7 @@ def _codes(tensor: Any) -> tuple[Any, Any]:
 
 
 def _bytes_of(dtype: str, elements: int) -> int | None:
-    """Give the bytes that elements take, None where the dtype alone does not tell."""
+    """Give the size of so many elements, or None where the dtype does not determine it."""
     if dtype.endswith("int4"):
         return (elements + 1) // 2
     try:

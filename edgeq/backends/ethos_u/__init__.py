@@ -1,7 +1,7 @@
-"""Lower an integer-only QDQ model for Arm Ethos-U: a .tflite file for each bucket, compiled by Vela.
+"""Lower an integer-only QDQ model for Arm Ethos-U: one .tflite file for each bucket, compiled by Vela.
 
-Nothing here runs a compiled file: that takes the NPU. The integer file it was compiled from runs in LiteRT, and
-vectors, parity and golden texts are that file's (`host-kernels`).
+Only an NPU runs a compiled file. Parity and golden vectors come from the integer .tflite file that Vela compiled; it
+runs in LiteRT (`host-kernels`).
 """
 
 from __future__ import annotations
@@ -9,31 +9,31 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import onnx
 import onnx_ir as ir
 
 from edgeq.backends import tflite
-from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, has_buckets, reads_tokens, rejected
+from edgeq.backends.contract import HostStay, Plan, Rejection, Rule, has_buckets, reads_tokens, rejected
 from edgeq.backends.ethos_u import rules
 from edgeq.data.sessions import Session
-from edgeq.data.tokens import lengths
+from edgeq.data.tokens import bucket_lengths
 from edgeq.errors import LoweringFailed, ToolMissing
-from edgeq.records import Artifact, Estimate, HostOperator, IntegerSpec, Placement, QdqModel, Scheme, Target
+from edgeq.records import Artifact, Estimate, HostOperator, IntegerSpec, Placement, QdqModel, Target
 from edgeq.system.files import file_ref, storage_errors, write_bytes
 
 if TYPE_CHECKING:
     from edgeq.backends.ethos_u.compiler import Compiled, Settings
+    from edgeq.backends.tflite import emitter
 
 COMPILED = "ethos_u/model_seq_{}_vela.tflite"
-INTEGER_MODEL = "ethos_u/model.tflite"  # what the compiled files were made from, a signature for each
-RUNTIME = "litert"
+_INTEGER_MODEL = "ethos_u/model.tflite"  # the source of the compiled files, one signature for each
+_RUNTIME = "litert"
 
-ACCELERATORS = (
+_ACCELERATORS = (
     "ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256", "ethos-u65-512",
     "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024", "ethos-u85-2048",
 )  # fmt: skip
@@ -60,8 +60,8 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
         return f"missing or unknown: {', '.join(sorted(unknown))}"
     wrong = []
     accelerator, config = str(target.runtime["accelerator"]), str(target.runtime["system_config"])
-    if accelerator not in ACCELERATORS:
-        wrong.append(f"accelerator is {accelerator!r}; known are {', '.join(ACCELERATORS)}")
+    if accelerator not in _ACCELERATORS:
+        wrong.append(f"accelerator is {accelerator!r}; known are {', '.join(_ACCELERATORS)}")
     family = accelerator.rpartition("-")[0].replace("ethos-u", "Ethos_U")
     if not config.startswith(f"{family}_"):
         wrong.append(f"system_config is {config!r}, which is no {family}'s: Vela would take its clock without a word")
@@ -76,7 +76,7 @@ RULES: tuple[Rule, ...] = (reads_tokens, needs_no_16bit_operators, has_buckets, 
 
 
 def tools() -> Mapping[str, str]:
-    """Give the versions of what writes, compiles and runs the files.
+    """Give the versions of the .tflite writer, Vela and LiteRT.
 
     Raises:
         ToolMissing: one is not installed.
@@ -92,21 +92,28 @@ def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
     return rejected(RULES, model, target)
 
 
-def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
-    """Say of each operator of a float model what it becomes, and whether it stays on the host."""
-    from edgeq.backends.tflite import forms
-
-    if not isinstance(scheme.spec, IntegerSpec):
-        return ()
+def planned(model: ir.Model, bucket: int, target: Target) -> Plan:
+    """Write the integer file of one sequence length in memory, and say which of its operators stay on the host."""
+    operators, plan = tflite.plan_of(model, bucket, _settings_of(target), _RUNTIME)
     product = rules.product_of(str(target.runtime["accelerator"]))
-    return forms.verdicts(
-        ir.from_proto(model), scheme.spec, lambda name, dtype: rules.on_host(name, dtype, product),
-        lambda name, dtype: None,
-    )  # fmt: skip
+    whys = [(item, rules.on_host(item.name, item.dtypes[-1], product)) for item in operators]
+    return replace(plan, on_host=tuple(HostStay(item.name, item.output, why) for item, why in whys if why is not None))
+
+
+def _settings_of(target: Target) -> emitter.Settings:
+    """Give how the integer file is written: as Vela takes it.
+
+    Raises:
+        ToolMissing: ai-edge-litert is not installed.
+    """
+    tflite.tools()
+    from edgeq.backends.tflite import emitter
+
+    return emitter.Settings(32, "quantize", "none", str(target.runtime["rows"]))
 
 
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
-    """Write `ethos_u/model_seq_N_vela.tflite` for each bucket N below `out_dir`, and the integer file they come from.
+    """Write `ethos_u/model_seq_N_vela.tflite` for each bucket N below `out_dir`, and their integer source file.
 
     Args:
         model: the integer-only QDQ model.
@@ -126,21 +133,20 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     """
     tools()
     from edgeq.backends.ethos_u.compiler import Settings
-    from edgeq.backends.tflite import emitter
 
-    written = emitter.Settings(32, "quantize", "none", str(target.runtime["rows"]))
+    written = _settings_of(target)
     chosen = Settings(
         str(target.runtime["accelerator"]), str(target.runtime["system_config"]), str(target.runtime["memory_mode"]),
         int(target.runtime["arena_kib"]),
     )  # fmt: skip
-    buckets = sorted(lengths(target.buckets_tokens, model.max_sequence), reverse=True)
+    buckets = sorted(bucket_lengths(target.buckets_tokens, model.max_sequence), reverse=True)
     made = []
     for bucket in buckets:
         # One signature in a file: Vela stores the weights again for each.
-        source, _ = tflite.integer_file(model, target.name, (bucket,), written, RUNTIME)
+        source, _ = tflite.integer_file(model, target.name, (bucket,), written, _RUNTIME)
         made.append(_compiled(source, f"{target.name}: bucket {bucket}", COMPILED.format(bucket), chosen, out_dir))
-    data, _ = tflite.integer_file(model, target.name, buckets, written, RUNTIME)
-    whole = _write(out_dir / INTEGER_MODEL, data)
+    data, _ = tflite.integer_file(model, target.name, buckets, written, _RUNTIME)
+    whole = _write(out_dir / _INTEGER_MODEL, data)
     return Artifact(
         backend=target.backend,
         target=target.name,
@@ -158,7 +164,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Hold the compiled file of one bucket, and what became of its operators."""
+    """Hold the compiled file of one bucket, and where each of its operators runs."""
 
     path: Path
     estimate: Estimate
@@ -168,11 +174,11 @@ class _Bucket:
 
 
 def _compiled(source: bytes, where: str, name: str, settings: Settings, out_dir: Path) -> _Bucket:
-    """Compile a file of one signature, hold it against the target, and write it as `name` below `out_dir`."""
-    from edgeq.backends.ethos_u import compiler, finished
+    """Compile a file of one signature, compare it with the target's NPU and memory, and write it below `out_dir`."""
+    from edgeq.backends.ethos_u import compiled_file, compiler
 
     compiled = compiler.compile_file(source, where, settings)
-    inside = finished.read(compiled.data, source, where)
+    inside = compiled_file.read(compiled.data, source, where)
     if inside.accelerator != settings.accelerator:
         raise LoweringFailed(f"{where}: the commands are for {inside.accelerator}, not {settings.accelerator}")
     estimate = _estimate(compiled, name, settings)
@@ -191,7 +197,7 @@ def _compiled(source: bytes, where: str, name: str, settings: Settings, out_dir:
 
 
 def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> Session:
-    """Load the integer file that the compiled ones were made from, in LiteRT.
+    """Load the integer source file of the compiled files in LiteRT.
 
     Args:
         artifact: what `lower` gave.
@@ -204,7 +210,7 @@ def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> 
         LoweringFailed: LiteRT refuses the file, or dies of it.
     """
     tflite.tools()
-    return tflite.open_session(bundle / INTEGER_MODEL, RUNTIME, threads or 1)
+    return tflite.open_session(bundle / _INTEGER_MODEL, _RUNTIME, threads or 1)
 
 
 def _write(path: Path, data: bytes) -> Path:
@@ -215,7 +221,7 @@ def _write(path: Path, data: bytes) -> Path:
 
 
 def _surprises(source: bytes, on_host: Sequence[tuple[str, str]], accelerator: str, name: str) -> list[str]:
-    """Compare where the rules expect each operator with where the compiler put it."""
+    """Compare the side (host or NPU) that `rules` expects for each operator with Vela's placement."""
     from edgeq.backends.tflite import kernels
 
     product = rules.product_of(accelerator)
@@ -231,12 +237,12 @@ def _surprises(source: bytes, on_host: Sequence[tuple[str, str]], accelerator: s
 
 
 def _reason(compiled: Compiled, output: str) -> str:
-    """Give the compiler's reason; it names one for what it refuses, and none for what it moves of itself."""
+    """Give Vela's reason for leaving an operator to the host; it prints none for operators that it moves itself."""
     return compiled.reasons.get(output, "Vela gives none")
 
 
 def _estimate(compiled: Compiled, name: str, settings: Settings) -> Estimate:
-    """Read the compiler's estimate from its summary."""
+    """Read cycles, time and memory from Vela's summary."""
     from edgeq.backends.ethos_u.compiler import number
 
     kib = {
@@ -254,7 +260,7 @@ def _estimate(compiled: Compiled, name: str, settings: Settings) -> Estimate:
 
 
 def _require_memory(estimate: Estimate, where: str) -> None:
-    """Hold what a file needs against the memory the target has: Vela takes the size as a wish.
+    """Compare the SRAM that a file needs with the target's: Vela exceeds the given size without an error.
 
     Raises:
         LoweringFailed: it needs more.

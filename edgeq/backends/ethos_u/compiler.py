@@ -1,4 +1,4 @@
-"""Run Arm's compiler Vela in a child process, and read what it says: its summary, and why operators stay on the host.
+"""Run Arm's compiler Vela in a child process, and read its summary and its reasons for host operators.
 
 Source: ethos-u-vela 5.2.0, `OPTIONS.md` (options), `ethosu/vela/stats_writer.py` (columns of the summary).
 """
@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeq.backends.ethos_u import culprit
+from edgeq.backends.ethos_u import crashing_operator
 from edgeq.errors import ConfigError, LoweringFailed, TimedOut, ToolMissing
 from edgeq.system.cache import Cache
 from edgeq.system.files import storage_errors, work_dir, write_bytes
 from edgeq.system.worker import fate
 
-CONFIG_FILE = "Arm/vela.ini"
-TIME_LIMIT_S = 600.0
+_CONFIG_FILE = "Arm/vela.ini"
+_TIME_LIMIT_S = 600.0
 LOGS = "logs"
 
 _REASON = re.compile(r"operator: (?P<kind>\S+), ofm: '(?P<output>[^']*)'\s*\nReason: (?P<reason>.+)")
@@ -30,7 +30,7 @@ _LOG_LINES = 5
 
 @dataclass(frozen=True)
 class Settings:
-    """Hold what the estimate depends on: the accelerator, its clock and memories, by Vela's names."""
+    """Hold Vela's options: the accelerator, its clock and memories, by Vela's names."""
 
     accelerator: str
     system_config: str
@@ -40,25 +40,25 @@ class Settings:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Hold a compiled file, its summary by column, and for each tensor made on the host the reason why."""
+    """Hold a compiled file, Vela's summary by column, and the reason for each tensor that the host computes."""
 
     data: bytes
     summary: Mapping[str, str]
     reasons: Mapping[str, str]
 
 
-def compile_file(data: bytes, name: str, settings: Settings, time_limit_s: float = TIME_LIMIT_S) -> Compiled:
+def compile_file(data: bytes, name: str, settings: Settings, time_limit_s: float = _TIME_LIMIT_S) -> Compiled:
     """Compile a .tflite file of one signature.
 
     Args:
         data: the file.
-        name: who messages speak of, e.g. "ethos-u55-256: seq_128".
+        name: begins messages, e.g. "ethos-u55-256: seq_128".
         settings: of the accelerator.
         time_limit_s: for the whole run.
 
     Raises:
         ConfigError: Vela knows no such accelerator, system configuration or memory mode.
-        LoweringFailed: Vela refuses the file, dies, or leaves no summary.
+        LoweringFailed: Vela refuses the file, dies, or writes no summary.
         TimedOut: the time limit is over.
         ToolMissing: Vela cannot be started.
     """
@@ -73,10 +73,10 @@ def compile_file(data: bytes, name: str, settings: Settings, time_limit_s: float
             return found
         option = _OPTION.search(log)
         if option is not None:
-            raise ConfigError(f"{name}: Vela: {option['text']}. Name one that {CONFIG_FILE} of ethos-u-vela holds.")
+            raise ConfigError(f"{name}: Vela: {option['text']}. Name one that {_CONFIG_FILE} of ethos-u-vela holds.")
         kept = _keep(log, name)
         if status < 0:
-            found_in = culprit.find(data, lambda one: _dies(one, folder, settings, name, time_limit_s))
+            found_in = crashing_operator.find(data, lambda one: _dies(one, folder, settings, name, time_limit_s))
             where = f"; of {found_in} alone it dies too" if found_in else "; of none of its operators alone does it die"
             raise LoweringFailed(f"{name}: Vela {fate(status)}{where}. Its log: {kept}. Report the model to Vela.")
         raise LoweringFailed(
@@ -85,14 +85,14 @@ def compile_file(data: bytes, name: str, settings: Settings, time_limit_s: float
 
 
 def run_vela(source: Path, folder: Path, settings: Settings, name: str, time_limit_s: float) -> tuple[int, str]:
-    """Give Vela's exit status and all it printed.
+    """Run Vela; give its exit status and its output.
 
     Raises:
         TimedOut: the time limit is over.
         ToolMissing: the interpreter cannot be started.
     """
     command = [
-        sys.executable, "-I", "-m", "ethosu.vela", str(source), "--output-dir", str(folder), "--config", CONFIG_FILE,
+        sys.executable, "-I", "-m", "ethosu.vela", str(source), "--output-dir", str(folder), "--config", _CONFIG_FILE,
         "--accelerator-config", settings.accelerator, "--system-config", settings.system_config,
         "--memory-mode", settings.memory_mode, "--arena-cache-size", str(settings.arena_kib * 1024),
         "--show-cpu-operations",
@@ -110,10 +110,10 @@ def run_vela(source: Path, folder: Path, settings: Settings, name: str, time_lim
 
 
 def number(compiled: Compiled, column: str) -> float:
-    """Give a number of the summary.
+    """Give the number in a column of Vela's summary.
 
     Raises:
-        LoweringFailed: the column is not there, or holds none.
+        LoweringFailed: the column is missing, or holds no number.
     """
     try:
         return float(compiled.summary[column])
@@ -122,7 +122,7 @@ def number(compiled: Compiled, column: str) -> float:
 
 
 def _dies(data: bytes, folder: Path, settings: Settings, name: str, time_limit_s: float) -> bool:
-    """Tell whether Vela dies of a file."""
+    """Tell whether Vela dies of a signal on a file."""
     source = folder / "one.tflite"
     source.write_bytes(data)
     return run_vela(source, folder, settings, name, time_limit_s)[0] < 0
@@ -134,15 +134,15 @@ def _summary(path: Path) -> dict[str, str]:
 
 
 def _reasons(log: str) -> dict[str, str]:
-    """Give the compiler's reason for each tensor that is made on the host."""
+    """Read Vela's reason for each tensor that the host computes."""
     return {found["output"]: found["reason"].strip() for found in _REASON.finditer(log)}
 
 
 def _require(summary: Mapping[str, str], settings: Settings, name: str) -> None:
-    """Hold what Vela compiled for against what it was told: some of its options fall back without an error.
+    """Compare the options in Vela's summary with those given: some fall back to a default without an error.
 
     Raises:
-        LoweringFailed: it compiled for something else.
+        LoweringFailed: Vela compiled for another accelerator, configuration or memory mode.
     """
     wanted = {
         "accelerator_configuration": settings.accelerator.replace("ethos-u", "Ethos_U").replace("-", "_"),
@@ -155,7 +155,7 @@ def _require(summary: Mapping[str, str], settings: Settings, name: str) -> None:
 
 
 def _keep(log: str, name: str) -> Path:
-    """Keep a log where the user finds it: the folder that Vela worked in is gone afterwards."""
+    """Write a log into the cache: Vela's work folder is removed."""
     path = Cache().root / LOGS / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}-vela.log"
     with storage_errors(f"writing {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Say which TFLite operators an Ethos-U takes and which stay on the host, each rule with its sentence.
+"""Decide which TFLite operators an Ethos-U leaves to the host; each rule's docstring is the reason shown.
 
 Source: ethos-u-vela 5.2.0, `vela --supported-ops-report`; compared with what Vela really does in every lowering.
 """
@@ -46,17 +46,17 @@ RULES: tuple[Rule, ...] = (
 
 
 def product_of(accelerator: str) -> str:
-    """Give the product of an accelerator: "ethos-u55" of "ethos-u55-256"."""
+    """Give an accelerator's product, e.g. "ethos-u55" for "ethos-u55-256"."""
     return accelerator.rpartition("-")[0]
 
 
 def on_host(name: str, dtype: str, product: str) -> str | None:
-    """Say why an operator stays on the host, or None where the NPU takes it.
+    """Give the reason why a TFLite operator stays on the host, or None where the NPU takes it.
 
     Args:
         name: of the TFLite operator.
         dtype: of its result.
-        product: as `product_of` gives it.
+        product: of the accelerator, from `product_of`.
     """
     for rule in RULES:
         if rule(name, dtype, product) is not None:

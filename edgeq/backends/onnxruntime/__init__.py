@@ -1,4 +1,4 @@
-"""Lower to one QDQ ONNX file for ONNX Runtime, and prove from its optimised graph that the products are integer."""
+"""Lower a QDQ model to one ONNX file for ONNX Runtime, and read from its optimised graph which products are integer."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, Verdict, rejected
+from edgeq.backends.contract import Rejection, Rule, rejected
 from edgeq.backends.onnxruntime.joined_heads import JOINT, joined_heads
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, Session
 from edgeq.errors import ConfigError, LoweringFailed
 from edgeq.graph import roles
 from edgeq.graph.edit import checked
-from edgeq.graph.operators import DIALECT
 from edgeq.passes.matmul_to_gemm import matmul_to_gemm
-from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
+from edgeq.records import Artifact, Placement, QdqModel, Target
 from edgeq.system.files import file_ref, storage_errors, write_bytes
 from edgeq.system.host import meets
 from edgeq.system.untrusted import require_confined
 
-MODEL = "onnx/model.onnx"  # the name sentence-transformers and text-embeddings-inference open by themselves
+MODEL = "onnx/model.onnx"  # sentence-transformers and text-embeddings-inference open this name
 
-# What ONNX Runtime's optimiser makes of a MatMul, Gemm or Conv between DequantizeLinear nodes.
+# The operators that ONNX Runtime's optimiser writes for a MatMul, Gemm or Conv between DequantizeLinear nodes.
 # Source: onnxruntime 1.31, core/optimizer/qdq_transformer/selectors_actions.
-INTEGER_OPERATORS = frozenset({"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "QLinearConv"})
+_INTEGER_OPERATORS = frozenset({"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "QLinearConv"})
 
 _LEVELS = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
@@ -83,30 +82,17 @@ def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
     return rejected(RULES, model, target)
 
 
-def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
-    """Say of each operator of a float model what becomes of it: ONNX Runtime has every operator of the dialect."""
-    stored = {tensor.name for tensor in model.graph.initializer}
-    found = []
-    for node in model.graph.node:
-        is_known = node.domain in ("", "ai.onnx") and node.op_type in DIALECT
-        is_product = node.op_type in ("Conv", "MatMul") and node.input[1] in stored
-        why = ("an integer product" if is_product else "stays float") if is_known else "is not in the dialect"
-        verdict: Verdict = "supported" if is_known else "refused"
-        found.append(OperatorVerdict(node.name or node.output[0], node.op_type, verdict, why, ()))
-    return tuple(found)
-
-
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     """Write `onnx/model.onnx` below `out_dir`.
 
     Args:
         model: the QDQ model.
-        target: whose runtime settings the proof uses.
+        target: whose runtime settings are used to optimise the graph.
         out_dir: an existing folder.
 
     Returns:
-        The artifact with its placement: how many weight products are integer in the optimised graph, and by name
-        those that are not though the scheme says so.
+        The artifact with its placement: the number of weight products that are integer in the optimised graph, and the
+        names of those that are float against the scheme.
 
     Raises:
         LoweringFailed: ONNX Runtime refuses the model.
@@ -127,9 +113,9 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
 
 
 def flattened(path: Path) -> onnx.ModelProto:
-    """Give the QDQ model with its weight products as Gemm on a flat list of tokens, query, key and value in one.
+    """Give the QDQ model with weight MatMuls as Gemm on [tokens, channels], and query, key and value in one Gemm.
 
-    The model is checked and its shapes are inferred.
+    The model is checked, with inferred shapes.
     """
     model = ir.load(path)
     matmul_to_gemm(model)
@@ -138,14 +124,14 @@ def flattened(path: Path) -> onnx.ModelProto:
 
 
 def placement(path: Path, model: QdqModel, target: Target) -> Placement:
-    """Read from the graph that ONNX Runtime will execute where each weight product of the scheme runs."""
+    """Read from the graph that ONNX Runtime executes which weight products are integer."""
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         options = _options(target)
         options.optimized_model_filepath = str(optimized)
         _load(path, options)
         graph = onnx.load(optimized).graph
-    products = (node for node in graph.node if node.op_type in INTEGER_OPERATORS)
+    products = (node for node in graph.node if node.op_type in _INTEGER_OPERATORS)
     convolutions = _convolutions(path)
     integer = {name for node in products for name in _names(node, convolutions)}
     return Placement(
@@ -157,29 +143,30 @@ def placement(path: Path, model: QdqModel, target: Target) -> Placement:
 
 
 def _convolutions(path: Path) -> dict[str, str]:
-    """Give the name of the convolution that reads each weight: moving channels to the back renames the node."""
+    """Give quantised weight -> name of its Conv: ONNX Runtime's NHWC rewrite renames the node, but not the weight."""
     graph = onnx.load(path).graph
-    codes = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
-    return {codes[node.input[1]]: node.name for node in graph.node if node.op_type == "Conv" and node.input[1] in codes}
+    stored = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    convolutions = (node for node in graph.node if node.op_type == "Conv" and node.input[1] in stored)
+    return {stored[node.input[1]]: node.name for node in convolutions}
 
 
 def _names(node: onnx.NodeProto, convolutions: Mapping[str, str]) -> list[str]:
-    """Name the products that one integer node computes."""
+    """Name the products of the scheme that one integer node computes."""
     found = [convolutions[name] for name in node.input if name in convolutions]
     return found or list(node.name.split(JOINT))
 
 
 def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> Session:
-    """Load the artifact.
+    """Load the artifact in ONNX Runtime.
 
     Args:
-        artifact: what `lower` gave.
+        artifact: the result of `lower`.
         bundle: the folder that its paths are relative to.
         target: runtime settings.
-        threads: intra-op threads; 0 takes the target's.
+        threads: intra-op threads; 0 takes the target's number.
 
     Raises:
-        ConfigError: ONNX Runtime cannot load the file, or it asks for files outside of its folder.
+        ConfigError: ONNX Runtime cannot load the file, or its external data lies outside its folder.
     """
     path = bundle / artifact.files[0].path
     require_confined(path)
@@ -193,7 +180,7 @@ def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> 
 
 
 class OrtSession:
-    """Keep a session; call it with feeds."""
+    """Run an ONNX file in ONNX Runtime."""
 
     def __init__(self, session: ort.InferenceSession) -> None:
         """Take a loaded session."""
@@ -212,8 +199,8 @@ def _options(target: Target) -> ort.SessionOptions:
     options.intra_op_num_threads = int(target.runtime["intra_op_threads"])
     options.graph_optimization_level = _LEVELS[str(target.runtime["graph_optimization"])]
     if meets(target.runs_on):
-        # This machine stands in for the target's. An x86 CPU without VNNI saturates sums of uint8 x int8 products; the
-        # target's CPU does not. This makes them exact, and does not travel with the file.
+        # An x86 CPU without VNNI saturates sums of uint8 x int8 products, the target's CPU does not. This option of the
+        # session makes the sums exact on a machine that stands in for the target's; it is not stored in the file.
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 

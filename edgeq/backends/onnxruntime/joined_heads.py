@@ -1,4 +1,4 @@
-"""Make query, key and value in one product, and move their heads in one pass."""
+"""Join the integer Gemm nodes of query, key and value into one Gemm, with one Transpose of their heads."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by, readers, replace_uses
 
-JOINT = " + "  # stands between the names of products that were made one
+JOINT = " + "  # joins the names of products in the name of their Gemm
 
 _TO_FRONT = [0, 2, 1, 3]  # [batch, sequence, heads, size] to [batch, heads, sequence, size]
-_TO_FRONT_TURNED = [0, 2, 3, 1]  # and the last two axes exchanged, as keys are read
+_TO_FRONT_TURNED = [0, 2, 3, 1]  # [batch, heads, size, sequence], for keys
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class _Projection:
 
 
 def joined_heads(model: ir.Model) -> int:
-    """Join integer Gemm nodes that read the same tokens and only split their heads; give the number of joined groups.
+    """Join integer Gemm nodes that read the same tokens and only split heads behind; give the number of joined groups.
 
     Before, two or three times::
 
@@ -44,7 +44,7 @@ def joined_heads(model: ir.Model) -> int:
                                                                                           ├─ Transpose ─ key
                                                                                           └─ value
 
-    The same integers are multiplied and added, so the vectors stay the same bits. The Reshape between Transpose and
+    The same integers are multiplied and added, so the vectors stay bit-identical. The Reshape between Transpose and
     Split changes nothing: without it ONNX Runtime moves the Transpose behind the Split, back into one pass per
     projection; with it the key's second Transpose becomes part of the product with the query.
     """
@@ -63,7 +63,7 @@ def joined_heads(model: ir.Model) -> int:
 
 
 def _projection(node: ir.Node) -> _Projection | None:
-    """Read an integer Gemm with its bias whose output is only split into heads and transposed."""
+    """Match an integer Gemm with bias whose output is only split into heads and transposed."""
     if node.op_type != "Gemm" or len(node.inputs) != 3 or node.attributes:
         return None
     dequantized = [made_by(value, "DequantizeLinear") for value in node.inputs]
@@ -96,7 +96,7 @@ def _perm(transpose: ir.Node) -> list[int]:
 
 
 def _parameters(dequantize: ir.Node | None) -> list[NDArray[np.generic]] | None:
-    """Give the constant codes, scales and, if there, zero points."""
+    """Give a DequantizeLinear's constant values, scales and, if present, zero points."""
     if dequantize is None:
         return None
     arrays = [constant(value) for value in dequantize.inputs]
@@ -106,25 +106,25 @@ def _parameters(dequantize: ir.Node | None) -> list[NDArray[np.generic]] | None:
 
 def _join(graph: ir.Graph, group: list[_Projection]) -> None:
     first = group[0]
-    place = first.gemm
+    before = first.gemm
     stem = JOINT.join(str(part.gemm.name) for part in group)
     weight, bias = (_joined_constant(graph, group, position, stem) for position in (1, 2))
     gemm = ir.node("Gemm", [first.tokens, weight, bias], name=stem)
     gemm.outputs[0].name = f"{stem}/sum"
     gemm.outputs[0].dtype = ir.DataType.FLOAT
-    graph.insert_before(place, gemm)
+    graph.insert_before(before, gemm)
     heads = [part.heads for part in group]
     all_heads = add_constant(graph, f"{stem}/heads", np.array([sum(heads), first.size], np.int64))
-    shape = add_node(place, "Concat", [first.shape, all_heads], f"{stem}/shape", {"axis": 0})
+    shape = add_node(before, "Concat", [first.shape, all_heads], f"{stem}/shape", {"axis": 0})
     split_shape = add_constant(graph, f"{stem}/still", np.array([0, sum(heads), -1, first.size], np.int64))
-    value = add_node(place, "Reshape", [gemm.outputs[0], shape], f"{stem}/split")
-    value = add_node(place, "Transpose", [value], f"{stem}/front", {"perm": _TO_FRONT})
-    value = add_node(place, "Reshape", [value, split_shape], f"{stem}/front_still")
+    value = add_node(before, "Reshape", [gemm.outputs[0], shape], f"{stem}/split")
+    value = add_node(before, "Transpose", [value], f"{stem}/front", {"perm": _TO_FRONT})
+    value = add_node(before, "Reshape", [value, split_shape], f"{stem}/front_still")
     counts = add_constant(graph, f"{stem}/counts", np.array(heads, np.int64))
     split = ir.node(
         "Split", [value, counts], attributes={"axis": 1}, num_outputs=len(group), name=f"{stem}/projections"
     )
-    graph.insert_before(place, split)
+    graph.insert_before(before, split)
     for part, output in zip(group, split.outputs, strict=True):
         output.name = f"{part.gemm.name}/heads"
         result = output
@@ -134,7 +134,7 @@ def _join(graph: ir.Graph, group: list[_Projection]) -> None:
 
 
 def _joined_constant(graph: ir.Graph, group: list[_Projection], position: int, stem: str) -> ir.Value:
-    """Put weights or biases of one input beside each other, along the output channels."""
+    """Concatenate weights or biases along the output channels, behind one DequantizeLinear."""
     nodes = [part.gemm.inputs[position].producer() for part in group]  # type: ignore[union-attr]
     parameters = [_parameters(node) for node in nodes]
     kind = ("", "weight", "bias")[position]

@@ -1,4 +1,4 @@
-"""Lower to an OpenVINO IR, and prove from the execution graph that the products are integer."""
+"""Lower a QDQ model to an OpenVINO IR, and read from the execution graph which products are integer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from edgeq.backends.contract import Rejection, Rule, Setting, reads_tokens, rejected, takes_kinds
 from edgeq.backends.openvino.ir import read_ir
 from edgeq.data.sessions import Session
-from edgeq.data.tokens import lengths
+from edgeq.data.tokens import bucket_lengths
 from edgeq.errors import ConfigError, DeviceUnavailable, LoweringFailed, ToolMissing
 from edgeq.records import Artifact, Placement, QdqModel, Target
 from edgeq.system.files import file_ref, storage_errors, write_bytes
-from edgeq.system.host import place
+from edgeq.system.host import run_kind
 
 _STATIC_DEVICES = frozenset({"NPU"})
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -25,7 +25,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _CPU_SETTINGS = {
     *_CHOICES, "dynamic_quantization_group_size", "inference_num_threads", "num_streams",
 }  # fmt: skip
-_CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}  # precision hint -> OpenVINO's name of what a CPU can
+_CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}  # precision hint -> name of the CPU's capability
 _SETTINGS = {"CPU": _CPU_SETTINGS, "NPU": {"device", "performance_hint"}}
 
 
@@ -93,7 +93,7 @@ def tools() -> Mapping[str, str]:
 
 
 def obstacle(target: Target) -> str | None:
-    """Say why this machine cannot run the target's artifacts, or None.
+    """Give the reason why OpenVINO finds no such device here, or None.
 
     Raises:
         ToolMissing: OpenVINO is not installed.
@@ -116,7 +116,7 @@ def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
 
 
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
-    """Write the IR below `out_dir`: one of dynamic shapes for a CPU, one for each bucket with one .bin for an NPU.
+    """Write the IR below `out_dir`: one with dynamic shapes for a CPU; for an NPU one per bucket, with a shared .bin.
 
     Args:
         model: the QDQ model.
@@ -124,8 +124,8 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
         out_dir: an existing folder.
 
     Returns:
-        The artifact. Its placement is what the CPU plugin executes; for an NPU it is the IR's own structure, because
-        no compiler is at hand that says more.
+        The artifact. Its placement is read from the CPU plugin's execution graph; for an NPU, whose compiler is in the
+        driver, from the IR itself.
 
     Raises:
         ToolMissing: OpenVINO is not installed.
@@ -135,7 +135,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     tools()
     from edgeq.backends.openvino.lowering import BUCKET, STEM, read_qdq, serialized, static
 
-    buckets = lengths(target.buckets_tokens, model.max_sequence)
+    buckets = bucket_lengths(target.buckets_tokens, model.max_sequence)
     whole = read_qdq(Path(model.file.path))
     forms = {BUCKET.format(tokens): static(whole, tokens) for tokens in reversed(buckets)} or {"": whole}
     contents = {suffix: serialized(form) for suffix, form in forms.items()}
@@ -165,7 +165,7 @@ def _weights(is_static: bool) -> str:
 
 
 def _placement(folder: Path, names: list[str], model: QdqModel, target: Target) -> Placement:
-    """Ask the CPU plugin what it executes; for another device read the file."""
+    """Read the placement from the CPU plugin's execution graph, or for another device from the IR."""
     from edgeq.backends.openvino import placement
     from edgeq.backends.openvino.sessions import compiled, properties
 
@@ -179,18 +179,18 @@ def _placement(folder: Path, names: list[str], model: QdqModel, target: Target) 
 
 
 def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> Session:
-    """Load the artifact.
+    """Load the artifact in OpenVINO.
 
     Args:
-        artifact: what `lower` gave.
+        artifact: the result of `lower`.
         bundle: the folder that its paths are relative to.
         target: device and runtime settings.
-        threads: 0 takes the target's.
+        threads: 0 takes the target's number.
 
     Raises:
         ToolMissing: OpenVINO is not installed.
         ConfigError: OpenVINO cannot load the files.
-        DeviceUnavailable: the target's device is not in this machine.
+        DeviceUnavailable: this machine lacks the target's device or its driver.
     """
     missing = obstacle(target)
     if missing is not None:
@@ -214,7 +214,7 @@ def _session(artifact: Artifact, bundle: Path, device: str, told: Mapping[str, s
 
 
 def other_settings(artifact: Artifact, bundle: Path, target: Target) -> Iterator[Setting]:
-    """Give the other ways to run the artifact here: the CPU's other precision, or the CPU for what an NPU runs."""
+    """Give sessions with other settings: another inference precision on a CPU, or the CPU instead of an NPU."""
     from edgeq.backends.openvino.sessions import properties
 
     if target.runtime["device"] != "CPU":
@@ -231,4 +231,4 @@ def other_settings(artifact: Artifact, bundle: Path, target: Target) -> Iterator
         yield Setting(name, "not-run", None, reason)
         return
     told = properties(target) | {"INFERENCE_PRECISION_HINT": hint}
-    yield Setting(name, place(target.runs_on), _session(artifact, bundle, "CPU", told), None)
+    yield Setting(name, run_kind(target.runs_on), _session(artifact, bundle, "CPU", told), None)

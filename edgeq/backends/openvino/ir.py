@@ -1,4 +1,4 @@
-"""Read an OpenVINO IR (.xml with its .bin) without OpenVINO: layers, ports, stored tensors.
+"""Read an OpenVINO IR (.xml with its .bin) without OpenVINO: layers, ports, constants.
 
 Source: OpenVINO 2026.4, documentation, "Model representation: Intermediate Representation", version 11.
 """
@@ -23,16 +23,16 @@ _DTYPES = {
 _MOST_BYTES = 256 << 20
 _ADVICE = "Export it again, or check that the download is complete."
 
-_SINKS = ("Result", "Assign")  # what need give nothing
+_SINKS = ("Result", "Assign")  # operations that may have no output
 
-# What stands between a product and the 8-bit codes that it reads.
+# Operations between a product and the 8-bit tensor that it reads.
 _DEQUANTISING = frozenset({"Subtract", "Multiply", "Reshape", "Transpose", "Convert"})
-EIGHT_BITS = frozenset({"int8", "uint8"})
+_EIGHT_BITS = frozenset({"int8", "uint8"})
 
 
 @dataclass(frozen=True)
 class OutputPort:
-    """Hold the dtype, shape and tensor names of a layer's output; -1 is a dimension that is not fixed."""
+    """Hold the dtype, shape and tensor names of a layer's output; -1 is a dynamic dimension."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class OutputPort:
 
 @dataclass(frozen=True)
 class Layer:
-    """Hold one operation. `inputs` name the layer and the place among its outputs that each input reads."""
+    """Hold one operation; `inputs` are pairs of a layer's id and the position of one of its outputs."""
 
     name: str
     operation: str
@@ -67,7 +67,7 @@ class Network:
         return self.layers[source[0]].outputs[source[1]]
 
     def computed(self) -> dict[str, Counter[str]]:
-        """Count operations by the dtypes they compute on: inputs of the output's dtype, seen through dequantising."""
+        """Count operations by the dtypes they compute on: inputs of the output's dtype, seen through dequantisation."""
         counts: dict[str, Counter[str]] = {}
         for layer in self.layers.values():
             if layer.operation in ("Const", "Parameter", "Result") or not layer.outputs:
@@ -81,26 +81,26 @@ class Network:
         return counts
 
     def dtype_read(self, source: tuple[str, int]) -> str:
-        """Give the dtype of what an input reads, seen through its dequantisation to the codes behind."""
-        layer, place = self.layers[source[0]], source[1]
+        """Give the dtype of an input; for a dequantised one that of its 8-bit source."""
+        layer, position = self.layers[source[0]], source[1]
         seen = layer
-        for _ in self.layers:  # no chain is longer, but one that bites its tail, which no honest file has
+        for _ in self.layers:  # bounds the loop: a damaged file may have a cycle
             if seen.operation not in _DEQUANTISING or not seen.inputs:
                 break
             origin, port = seen.inputs[0]
             dtype = self.layers[origin].outputs[port].dtype
             if seen.operation == "Convert":
-                return dtype if dtype in EIGHT_BITS else layer.outputs[place].dtype
+                return dtype if dtype in _EIGHT_BITS else layer.outputs[position].dtype
             seen = self.layers[origin]
-        return layer.outputs[place].dtype
+        return layer.outputs[position].dtype
 
     def is_integer_product(self, layer: Layer) -> bool:
-        """Tell whether a MatMul multiplies two tensors of 8-bit codes."""
-        return layer.operation == "MatMul" and all(self.dtype_read(source) in EIGHT_BITS for source in layer.inputs)
+        """Tell whether a layer is a MatMul of two 8-bit tensors."""
+        return layer.operation == "MatMul" and all(self.dtype_read(source) in _EIGHT_BITS for source in layer.inputs)
 
 
 class _Reader:
-    """Collect layers and edges while expat walks through the file."""
+    """Collect layers and edges from expat's events."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -116,7 +116,7 @@ class _Reader:
         self._depth = 0  # of <layers> and <edges>: a body of If or Loop holds another network
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
-        """Take an opening tag."""
+        """Handle an opening tag."""
         self._text = ""
         if tag == "net":
             self._depth += 1
@@ -134,11 +134,11 @@ class _Reader:
         elif tag == "port":
             self._port, self._shape = attributes, []
         elif tag == "edge":
-            place = int(attributes["to-port"])
-            self.edges.setdefault(attributes["to-layer"], {})[place] = attributes["from-layer"], attributes["from-port"]
+            port = int(attributes["to-port"])
+            self.edges.setdefault(attributes["to-layer"], {})[port] = attributes["from-layer"], attributes["from-port"]
 
     def end(self, tag: str) -> None:
-        """Take a closing tag."""
+        """Handle a closing tag."""
         if tag == "net":
             self._depth -= 1
         elif self._depth > 1:
@@ -153,26 +153,26 @@ class _Reader:
             self._layer = ""
 
     def text(self, data: str) -> None:
-        """Take what stands between tags."""
+        """Handle text between tags."""
         self._text += data
 
     def network(self) -> Network:
-        """Put layers, ports and edges together."""
-        places = {key: list(ports) for key, ports in self.ports.items()}
+        """Make the network from the collected layers, ports and edges."""
+        positions = {key: list(ports) for key, ports in self.ports.items()}
         layers: dict[str, Layer] = {}
         for key, tag in self.layers.items():
             edges = [edge for _, edge in sorted(self.edges.get(key, {}).items())]
-            inputs = tuple((origin, places[origin].index(port)) for origin, port in edges)
+            inputs = tuple((origin, positions[origin].index(port)) for origin, port in edges)
             outputs = tuple(self.ports[key].values())
             layers[key] = Layer(tag["name"], tag["type"], tag["version"], self.attributes[key], inputs, outputs)
         return Network(self.version, layers)
 
 
 def read_ir(path: Path) -> Network:
-    """Read the .xml of an IR. Entities are refused, not expanded.
+    """Read the .xml of an IR; a document type, which could define entities, is refused.
 
     Raises:
-        ConfigError: it is not there, no XML, or no IR.
+        ConfigError: the file is missing, no XML, or no IR.
     """
 
     def refuse(*_: object) -> None:
@@ -201,10 +201,10 @@ def read_ir(path: Path) -> Network:
 
 
 def weights_of(path: Path) -> Path:
-    """Name the .bin of an .xml: that of its own name, or the one that static forms of several lengths share.
+    """Give the path of an IR's .bin: of the same name, or the one that the IRs of all buckets share.
 
     Raises:
-        ConfigError: neither is there.
+        ConfigError: neither exists.
     """
     shared = path.with_name(re.sub(r"_seq_\d+$", "_seq", path.stem) + ".bin")
     for weights in (path.with_suffix(".bin"), shared):
@@ -214,7 +214,7 @@ def weights_of(path: Path) -> Path:
 
 
 def stored(network: Network, weights: Path) -> Iterator[tuple[Layer, OutputPort, int]]:
-    """Give each constant that lies in the .bin, and its size in bytes.
+    """Give each constant of the .bin, with its size in bytes.
 
     Raises:
         ConfigError: a constant lies beyond the end of the file.
@@ -234,5 +234,5 @@ def _reason(error: Exception) -> str:
 
 
 def _dtype(precision: str) -> str:
-    """Spell an IR's precision as numpy does."""
+    """Give numpy's name of an IR's precision."""
     return _DTYPES.get(precision.lower(), precision.lower())

@@ -1,4 +1,4 @@
-"""Turn a QDQ ONNX file into an OpenVINO IR whose bytes depend on nothing but the model and OpenVINO's version."""
+"""Convert a QDQ ONNX file to an OpenVINO IR; its bytes depend only on the model and OpenVINO's version."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import numpy as np
 
 from edgeq.errors import EdgeqError, LoweringFailed
 
-STEM = "openvino/openvino_model"  # the name sentence-transformers opens by itself
+STEM = "openvino/openvino_model"  # sentence-transformers opens this name
 BUCKET = "_seq_{}"
 
-# Read by the CPU plugin when it compiles: without it OpenVINO may quantise activations again by groups, at run time.
+# The CPU plugin reads it when it compiles; without it OpenVINO may quantise activations again in groups at run time.
 # Source: OpenVINO 2026.4, src/plugins/intel_cpu, Config::applyRtInfo.
 _IN_THE_FILE = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 
 
 @contextmanager
 def refusals(what: str, kind: type[EdgeqError], advice: str) -> Iterator[None]:
-    """Turn what OpenVINO raises (RuntimeError and its children, ValueError) into one of our errors."""
+    """Turn OpenVINO's exceptions (RuntimeError and subclasses, ValueError, TypeError) into an edgeq error."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError) as error:
@@ -30,7 +30,7 @@ def refusals(what: str, kind: type[EdgeqError], advice: str) -> Iterator[None]:
 
 
 def read_qdq(path: Path) -> Any:
-    """Read a QDQ ONNX file as an OpenVINO model with names that do not depend on what was read before.
+    """Read a QDQ ONNX file as an OpenVINO model, with names that do not depend on models read before.
 
     Raises:
         LoweringFailed: OpenVINO lacks one of its operators, which the message names, or refuses it otherwise.
@@ -47,7 +47,7 @@ def read_qdq(path: Path) -> Any:
 
 
 def turn_keys_inside(model: Any) -> int:
-    """Let the product of queries and keys read the keys as they lie, and give the number of products changed.
+    """Replace the keys' Transpose [0, 2, 3, 1] by [0, 2, 1, 3] and transpose_b; give the number of MatMuls changed.
 
     Before::
 
@@ -57,8 +57,8 @@ def turn_keys_inside(model: Any) -> int:
 
         queries ─ MatMul(Transpose[0, 2, 1, 3](keys), transpose_b)
 
-    The same sums. The CPU plugin takes this Transpose into its attention kernel, and makes a pass over the keys of the
-    other one.
+    The sums are the same. The CPU plugin fuses the second Transpose into its attention kernel; the first costs a pass
+    over the keys.
     """
     from openvino import opset1
 
@@ -88,9 +88,9 @@ def _order(transpose: Any) -> list[int] | None:
 
 
 def _name(model: Any) -> None:
-    """Give every operation without a name of its own one that counts from the graph's start.
+    """Number the operations without a name from the start of the graph.
 
-    OpenVINO counts from the start of the process, so that the file would depend on what was read before it.
+    OpenVINO numbers them from the start of the process, so the file would depend on models read before.
     """
     operations = model.get_ordered_ops()
     taken = {item.get_friendly_name() for item in operations if item.get_friendly_name() != item.get_name()}
@@ -108,10 +108,10 @@ def _name(model: Any) -> None:
 
 
 def static(model: Any, tokens: int) -> Any:
-    """Give a copy that takes one text of so many tokens.
+    """Give a copy with static shapes, for one text of so many tokens.
 
     Raises:
-        LoweringFailed: a tensor keeps a dimension that is not fixed.
+        LoweringFailed: a tensor keeps a dynamic dimension.
     """
     copy = model.clone()
     with refusals(f"{tokens} tokens", LoweringFailed, "Report the model."):
@@ -140,7 +140,7 @@ def serialized(model: Any) -> tuple[bytes, bytes]:
 
 
 def _reason(error: Exception) -> str:
-    """Give OpenVINO's own sentence without the places in its sources."""
+    """Give OpenVINO's error message without positions in its source code."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lacking = [line.removeprefix("-- ") for line in lines if "No conversion rule found" in line]
     told = lacking or [line for line in lines if not line.startswith(("Exception from", "Check '", "While validating"))]

@@ -1,4 +1,4 @@
-"""Read where each weight product runs: from the graph that the CPU plugin executes, or from the IR's own structure."""
+"""Read which weight products are integer, from the CPU plugin's execution graph or from the IR."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from edgeq.records import Placement, QdqModel
 _PRODUCTS = frozenset(
     {"Convolution", "FullyConnected", "FullyConnectedQuantized", "FullyConnectedQuantizedLegacy", "MatMul"}
 )
-_CODES = frozenset({"u8", "i8"})
-_TURNED = "/transpose_b"  # ends the name of a product's weights, as the plugin stores them
+_EIGHT_BITS = frozenset({"u8", "i8"})
+_TURNED = "/transpose_b"  # a suffix that the plugin adds to the name of stored weights
 
 
 def executed(compiled: Any, model: QdqModel) -> Placement:
-    """Read the execution graph of a compiled model.
+    """Read the placement from the execution graph of a compiled model.
 
-    A product is integer when its kernel's name ends with the 8-bit type and its first input is 8 bits wide.
-    `runtimePrecision` does not tell: it gives the weights' type for products that run in float, too.
+    A product is integer when its kernel's name ends in `_i8` and its first input has 8 bits. `runtimePrecision` is no
+    evidence: it is the weights' dtype, also for products that run in float.
     """
     integer: set[str] = set()
     kinds: Counter[str] = Counter()
@@ -30,19 +30,19 @@ def executed(compiled: Any, model: QdqModel) -> Placement:
         kinds[facts["layerType"]] += 1
         if facts["layerType"] not in _PRODUCTS or not facts["primitiveType"].lower().endswith("_i8"):
             continue
-        if operation.input(0).get_element_type().get_type_name() in _CODES:
+        if operation.input(0).get_element_type().get_type_name() in _EIGHT_BITS:
             weights = operation.input_value(1).get_node()
             integer |= _names(operation) | {name.removesuffix(_TURNED) for name in _names(weights)}
     return _placement(integer, kinds, model)
 
 
 def _names(operation: Any) -> set[str]:
-    """Name what an operation was made of. A product before a scale loses its name; its weights do not."""
+    """Give the names of an operation's sources; a product fused with a scale loses its name, its weights do not."""
     return set(str(operation.get_rt_info()["originalLayersNames"].value).split(","))
 
 
 def structural(network: Network, model: QdqModel) -> Placement:
-    """Read from an IR which products multiply 8-bit codes, where no compiler is at hand that could say more."""
+    """Read the placement from an IR: a MatMul of two 8-bit tensors counts as integer."""
     integer = {layer.name for layer in network.of("MatMul") if network.is_integer_product(layer)}
     kinds = Counter(layer.operation for layer in network.layers.values())
     for kind in ("Const", "Parameter", "Result"):

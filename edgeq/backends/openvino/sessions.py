@@ -1,4 +1,4 @@
-"""Run an IR: with dynamic shapes, or each text in the smallest static bucket that holds it."""
+"""Run an IR in OpenVINO: with dynamic shapes, or each text in the smallest bucket that holds it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from edgeq.data.tokens import Feeds, fitted, rows_by_bucket, token_feeds
 from edgeq.errors import ConfigError
 from edgeq.records import Target
 
-OUTPUT = "sentence_embedding"
+_OUTPUT = "sentence_embedding"
 _AGAIN = "Fetch or export the bundle again."
 
 
 def properties(target: Target, threads: int = 0) -> dict[str, str | int | bool]:
-    """Give OpenVINO's properties: the keys of the target's [runtime] in capitals, but what is edgeq's own."""
+    """Give OpenVINO's properties: the keys of the target's [runtime] in capitals, without edgeq's own keys."""
     own = {"device", "also_inference_precision_hint"}
     found = {key.upper(): value for key, value in target.runtime.items() if key not in own}
     return found | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
@@ -30,7 +30,7 @@ def compiled(xml: Path, weights: Path, device: str, told: Mapping[str, str | int
     """Read an IR and compile it for a device.
 
     Raises:
-        ConfigError: the files are no IR, do not belong together, or do not take tokens and give vectors.
+        ConfigError: the files are no IR, do not fit together, or have other inputs and outputs than an encoder.
     """
     import openvino as ov
 
@@ -45,31 +45,31 @@ def compiled(xml: Path, weights: Path, device: str, told: Mapping[str, str | int
 
 
 def _require_ports(xml: Path, model: Any) -> None:
-    """Refuse a model with other inputs and outputs than a text encoder's."""
+    """Refuse a model with other inputs and outputs than a text or image encoder's."""
     names = {name for port in model.inputs for name in port.get_names()}
     ranks = {port.get_partial_shape().rank.get_length() for port in model.inputs}
     takes_images = names == {PIXELS} and ranks == {4}
     unknown = names - {"input_ids", "attention_mask", "token_type_ids"}
     outputs = {name for port in model.outputs for name in port.get_names()}
-    if takes_images and OUTPUT in outputs:
+    if takes_images and _OUTPUT in outputs:
         return
-    if unknown or not {"input_ids", "attention_mask"} <= names or ranks != {2} or OUTPUT not in outputs:
+    if unknown or not {"input_ids", "attention_mask"} <= names or ranks != {2} or _OUTPUT not in outputs:
         raise ConfigError(
             f"{xml}: inputs are {', '.join(sorted(names))} of {sorted(ranks)} axes, outputs "
-            f"{', '.join(sorted(outputs))}; input_ids and attention_mask of 2 axes, or {PIXELS} of 4, and {OUTPUT} are "
-            f"needed. {_AGAIN}"
+            f"{', '.join(sorted(outputs))}; input_ids and attention_mask of 2 axes, or {PIXELS} of 4, and {_OUTPUT} "
+            f"are needed. {_AGAIN}"
         )
 
 
 class OpenvinoSession:
-    """Keep a compiled model with dynamic shapes; call it with feeds."""
+    """Run a compiled model on a whole batch."""
 
     def __init__(self, xml: Path, compiled_model: Any) -> None:
-        """Take what `compiled` gave."""
+        """Take a model from `compiled`."""
         self._xml = xml
         self._request = compiled_model.create_infer_request()
         self._inputs = [port.get_any_name() for port in compiled_model.inputs]
-        self._output = compiled_model.output(OUTPUT)
+        self._output = compiled_model.output(_OUTPUT)
 
     def __call__(self, feeds: AnyFeeds) -> Embeddings:
         """Give the sentence embeddings, float32[batch, dim].
@@ -83,16 +83,16 @@ class OpenvinoSession:
 
 
 class BucketSession:
-    """Keep a compiled model for each sequence length; each text runs alone in the smallest that it fits."""
+    """Run each text alone in the compiled model of the smallest bucket that holds it."""
 
     def __init__(self, sessions: Mapping[int, OpenvinoSession]) -> None:
-        """Take a session for each number of tokens."""
+        """Take a session for each bucket's number of tokens."""
         self._sessions = sessions
 
     def __call__(self, feeds: AnyFeeds) -> Embeddings:
         """Give the sentence embeddings, float32[batch, dim].
 
-        A text alone runs at the length it is given in; among others it is cut back to its own tokens first.
+        A text alone runs at its padded length; in a batch each text is cut back to its own tokens first.
 
         Raises:
             ConfigError: a text is longer than the largest bucket, or OpenVINO cannot run the file.

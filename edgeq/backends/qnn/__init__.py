@@ -1,4 +1,4 @@
-"""Lower a QDQ model to one HTP context binary for each bucket, and run them in QAIRT's emulator, in a child process."""
+"""Lower a QDQ model to HTP context binaries, one per bucket, and run them in QAIRT's emulator in a child process."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, has_buckets, reads_tokens, rejected, takes_kinds
+from edgeq.backends.contract import Rejection, Rule, has_buckets, reads_tokens, rejected, takes_kinds
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, embed_by_bucket
-from edgeq.data.tokens import lengths
+from edgeq.data.tokens import bucket_lengths
 from edgeq.errors import BundleCorrupt, LoweringFailed, ToolMissing
-from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
+from edgeq.records import Artifact, Placement, QdqModel, Target
+from edgeq.system.child_server import pack
 from edgeq.system.files import file_ref, replacing_dir
 from edgeq.system.untrusted import require_confined
-from edgeq.system.worker import Worker, pack, unpack
+from edgeq.system.worker import Worker, unpack_reply
 
 FOLDER = "qnn"
 
 # The SoCs whose number and HTP version are known. Source: pytorch/executorch, backends/qualcomm/serialization,
 # qc_schema.py (QcomChipset); 60, Snapdragon X Elite: microsoft/Olive, the option `soc` of its QNN context binary pass;
 # 30: what QAIRT 2.51 writes for v68 without a number.
-HTP_OF_SOC = {30: 68, 43: 73, 57: 75, 60: 73, 69: 79, 87: 81}
+_HTP_OF_SOC = {30: 68, 43: 73, 57: 75, 60: 73, 69: 79, 87: 81}
 
 _SETTINGS = {"soc_model", "htp_arch", "vtcm_mb", "optimization_mode", "io"}
 _LOWEST_GLIBC = (2, 35)  # Source: onnxruntime-qnn 2.7.0, the wheel's tag manylinux_2_35_x86_64
@@ -56,9 +56,9 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
 def names_one_soc(model: QdqModel, target: Target) -> str | None:
     """soc_model must be a known SoC and htp_arch its own: the compiler lets soc_model win without a word."""
     soc, arch = (target.runtime.get(key) for key in ("soc_model", "htp_arch"))
-    if soc not in HTP_OF_SOC:
-        return f"soc_model is {soc}; known are {', '.join(map(str, HTP_OF_SOC))}"
-    known = HTP_OF_SOC[int(soc)]
+    if soc not in _HTP_OF_SOC:
+        return f"soc_model is {soc}; known are {', '.join(map(str, _HTP_OF_SOC))}"
+    known = _HTP_OF_SOC[int(soc)]
     return None if arch == known else f"soc_model {soc} has HTP v{known}, htp_arch is {arch}"
 
 
@@ -66,10 +66,10 @@ RULES: tuple[Rule, ...] = (reads_tokens, is_for_htp, has_buckets, has_known_sett
 
 
 def tools() -> Mapping[str, str]:
-    """Give the versions of what compiles and runs context binaries.
+    """Give the versions of ONNX Runtime and its QNN plugin, which compile and run context binaries.
 
     Raises:
-        ToolMissing: onnxruntime-qnn is not installed, or this machine's C library is older than it needs.
+        ToolMissing: onnxruntime-qnn is not installed, or needs a newer glibc.
     """
     try:
         found = {name: version(name) for name in ("onnxruntime", "onnxruntime-qnn")}
@@ -89,13 +89,6 @@ def tools() -> Mapping[str, str]:
 def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
     """List every rule that the model or the target does not meet."""
     return rejected(RULES, model, target)
-
-
-def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
-    """Say of each operator of a float model whether HTP's form takes it; nothing may stay on the host."""
-    from edgeq.backends.qnn.verdicts import verdicts
-
-    return verdicts(ir.from_proto(model)) if scheme.kind == "htp" else ()
 
 
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
@@ -118,7 +111,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     from edgeq.backends.qnn.static import static
 
     versions = dict(tools())
-    buckets = sorted(lengths(target.buckets_tokens, model.max_sequence), reverse=True)
+    buckets = sorted(bucket_lengths(target.buckets_tokens, model.max_sequence), reverse=True)
     has_codes = target.runtime["io"] == "quantized"
     names = [pattern.format(length) for length in buckets for pattern in (CONTEXT, BINARY)]
     with replacing_dir(out_dir / FOLDER) as folder:
@@ -151,18 +144,18 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
 
 
 def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> QnnSession:
-    """Load the context binaries in the emulator, in a child process.
+    """Load the context binaries in QAIRT's emulator, in a child process.
 
     Args:
-        artifact: what `lower` gave.
+        artifact: the result of `lower`.
         bundle: the folder that its paths are relative to.
         target: SoC, buckets and settings.
-        threads: the emulator decides for itself.
+        threads: ignored; the emulator chooses.
 
     Raises:
         ToolMissing: onnxruntime-qnn cannot be used here.
         BundleCorrupt: a binary is for another SoC, or has other inputs and outputs than its target asks for.
-        ConfigError: a context asks for files outside of its folder.
+        ConfigError: a context names a file outside its folder.
         LoweringFailed: the emulator refuses a binary, or dies of it.
     """
     tools()
@@ -183,7 +176,7 @@ def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> 
 
 
 def _length(path: str) -> int:
-    """Read the bucket from a file's name: qnn/model_seq_128_ctx.onnx."""
+    """Read the bucket from a file's name, e.g. 128 from qnn/model_seq_128_ctx.onnx."""
     found = re.fullmatch(r"[^_]+_seq_(\d{1,6})_.*", Path(path).name)
     if found is None:
         raise BundleCorrupt(f"{path}: no length is in this name, as in model_seq_128_ctx.onnx. Export it again.")
@@ -191,19 +184,19 @@ def _length(path: str) -> int:
 
 
 class QnnSession:
-    """Keep a child with loaded binaries; call it with feeds. Each text runs in the smallest bucket that it fits.
+    """Run context binaries in a child process, each text in the smallest bucket that holds it.
 
-    It times nothing: an emulator's time says nothing of the device's.
+    It is no `TimesItself`: an emulator's time is not the device's.
     """
 
     def __init__(self, child: Worker, outputs: Mapping[int, Mapping[str, Any]]) -> None:
-        """Take a child that has loaded the binaries, and what each says of its output."""
+        """Take a child process that has loaded the binaries, and each binary's description of its output."""
         self._worker = child
         self._outputs = outputs
         self._buckets = sorted(outputs)
 
     def __call__(self, feeds: AnyFeeds) -> Embeddings:
-        """Give the sentence embeddings, float32[batch, dim]; codes are dequantised as the binary says.
+        """Give the sentence embeddings, float32[batch, dim]; quantised outputs are dequantised with the binary's scale.
 
         Raises:
             ConfigError: there are no texts, or one is longer than the largest bucket.
@@ -217,7 +210,7 @@ class QnnSession:
             name: pack(rows.astype(dtype)[:, None, :])
             for name, rows in (("input_ids", input_ids), ("attention_mask", attention_mask))
         }
-        vectors = unpack(self._worker.call(do="run_many", length=bucket, inputs=inputs)["output"])[:, 0]
+        vectors = unpack_reply(self._worker.call(do="run_many", length=bucket, inputs=inputs)["output"])[:, 0]
         if output["scale"] is None:
             return vectors.astype(np.float32)
         embeddings: Embeddings = (vectors.astype(np.float32) - output["zero_point"]) * np.float32(output["scale"])

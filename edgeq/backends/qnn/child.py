@@ -1,59 +1,51 @@
-"""Compile and run context binaries in a process of its own: `python -m edgeq.backends.qnn.child`.
+"""Compile context binaries and run them in QAIRT's emulator, in a child process: `python -m edgeq.backends.qnn.child`.
 
-Spoken to by `edgeq.system.worker`. Requests, one JSON object per line:
+`edgeq.system.worker` sends the requests, one JSON object per line:
 
     {"do": "compile", "model", "context", "options", "log"}   -> {"partitions": [{"provider", "nodes": [[op, name]]}]}
     {"do": "describe", "path"}                                -> what `context_info` gives
     {"do": "load", "contexts": {length: path}}                -> {}
     {"do": "run_many", "length", "inputs": {name: arrays}}    -> {"output": array}; one run per item of the leading axis
 
-Before each thing the compiler or the emulator may die of stands an {"announce": ...}. All that they say while compiling
-goes to the file `log`.
+Before each step in which the compiler or the emulator may die, the child writes an {"announce": ...}. Their output
+while compiling goes to the file `log`.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import traceback
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import onnxruntime_qnn as qnn
 
 from edgeq.backends.qnn.context_info import context_info
-from edgeq.system.worker import pack, unpack
+from edgeq.system.child_server import Actions, Announce, pack, serve_standard_streams, unpack
 
-PROVIDER = "QNNExecutionProvider"
+_PROVIDER = "QNNExecutionProvider"
 _WARNINGS, _ERRORS = 2, 3  # ONNX Runtime's log levels
 
 
-class Child:
-    """Answer requests about context binaries."""
+class _Child:
+    """Answer requests; keep the sessions of loaded context binaries."""
 
-    def __init__(self, announce: Callable[[str], None]) -> None:
-        """Register the provider; on a PC its device is called a CPU, because an emulator stands behind it."""
-        ort.register_execution_provider_library(PROVIDER, qnn.get_library_path())
-        self._devices = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER][:1]
+    def __init__(self, announce: Announce) -> None:
+        """Register the execution provider; on a PC its device is a CPU, on which the emulator runs."""
+        ort.register_execution_provider_library(_PROVIDER, qnn.get_library_path())
+        self._devices = [device for device in ort.get_ep_devices() if device.ep_name == _PROVIDER][:1]
         self._announce = announce
         self._sessions: dict[int, ort.InferenceSession] = {}
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Do what a request says."""
-        actions: dict[str, Callable[..., dict[str, Any]]] = {
+    def actions(self) -> Actions:
+        """Give the function for each value of "do"."""
+        return {
             "compile": self._compile,
             "describe": self._describe,
             "load": self._load,
             "run_many": self._run_many,
         }
-        do = request.pop("do", None)
-        if do not in actions:
-            raise ValueError(f"do is {do!r}; one of {', '.join(actions)} is needed")
-        return actions[do](**request)
 
     def _compile(self, model: str, context: str, options: dict[str, str], log: str) -> dict[str, Any]:
         self._announce(f"compiling {Path(context).name}")
@@ -66,7 +58,7 @@ class Child:
         with Path(log).open("wb") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        # As bytes: a path would enter the graph's name, and make equal binaries differ.
+        # As bytes: a path would become part of the graph's name, and make equal binaries differ.
         session = self._session(Path(model).read_bytes(), options, settings, _WARNINGS)
         partitions = session.get_provider_graph_assignment_info()
         return {
@@ -99,7 +91,7 @@ class Child:
     def _session(
         self, model: str | bytes, options: dict[str, str], settings: dict[str, str], level: int
     ) -> ort.InferenceSession:
-        """Load a model on the provider alone: a node left for the CPU is an error."""
+        """Load a model on the provider alone; a node that falls back to the CPU is an error."""
         session_options = ort.SessionOptions()
         session_options.log_severity_level = level
         for name, value in {"session.disable_cpu_ep_fallback": "1", **settings}.items():
@@ -108,30 +100,5 @@ class Child:
         return ort.InferenceSession(model, sess_options=session_options)
 
 
-def serve(requests: Iterable[bytes], replies: IO[str]) -> None:
-    """Answer every request until there are no more."""
-
-    def put(message: dict[str, Any]) -> None:
-        replies.write(json.dumps(message) + "\n")
-        replies.flush()
-
-    child = Child(lambda what: put({"announce": what}))
-    for line in requests:
-        try:
-            reply = child.answer(json.loads(line))
-        except Exception as error:  # the one boundary: a runtime may raise anything
-            traceback.print_exc()
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        put(reply)
-
-
-def main() -> int:
-    """Keep stdout for replies alone: what the libraries print goes to stderr."""
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
-        os.dup2(2, 1)
-        serve(sys.stdin.buffer, replies)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    serve_standard_streams(lambda announce: _Child(announce).actions())

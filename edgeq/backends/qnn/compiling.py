@@ -1,4 +1,4 @@
-"""Compile one bucket to a context binary in a child process, and prove that all of it runs on the tensor unit."""
+"""Compile one bucket to a context binary in a child process, and check that HTP takes every node."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from edgeq.system.worker import Worker
 COMMAND = (sys.executable, "-m", "edgeq.backends.qnn.child")
 CONTEXT, BINARY = "model_seq_{}_ctx.onnx", "model_seq_{}_ctx_qnn.bin"  # the second name is the compiler's own
 PROVIDER = "QNNExecutionProvider"
-LOGS = "qnn-logs"  # the kind `edgeq cache` lists and purges them under
+LOGS = "qnn-logs"  # their kind in `edgeq cache`
 COMPILE_LIMIT_S = 600.0
 _READINGS = 3
 
-# What ONNX Runtime and the compiler write of an operator that they refuse.
+# The log lines of ONNX Runtime and the compiler about an operator that they refuse.
 # Source: onnxruntime-qnn 2.7.0, qnn_execution_provider.cc (GetCapabilityImpl) and qnn_model_wrapper.cc (CreateQnnNode).
 _REFUSED = (
     re.compile(r"\{ name: (?P<name>[^,}]+), type: (?P<type>\w+) \}"),
@@ -38,12 +38,12 @@ _LOG_LINES = 6
 
 @dataclass(frozen=True)
 class Compiled:
-    """Hold what compiling one bucket gave.
+    """Hold the result of compiling one bucket.
 
     Attributes:
-        products: names of the weight products on the tensor unit.
-        operators: how many of each operator it took.
-        info: what the binary says of itself.
+        products: names of the weight products on HTP.
+        operators: number of each operator on HTP.
+        info: the binary's description, from `context_info`.
     """
 
     products: frozenset[str]
@@ -52,7 +52,7 @@ class Compiled:
 
 
 def worker(time_limit_s: float) -> Worker:
-    """Start a child.
+    """Start a child process that compiles, describes or runs context binaries.
 
     Raises:
         ToolMissing: the interpreter cannot be started.
@@ -61,7 +61,7 @@ def worker(time_limit_s: float) -> Worker:
 
 
 def options(target: Target) -> dict[str, str]:
-    """Give the provider's options that a target sets."""
+    """Give the QNN provider's options for a target."""
     runtime = target.runtime
     return {
         "htp_arch": str(runtime["htp_arch"]),
@@ -77,12 +77,12 @@ def compile_bucket(model: onnx.ModelProto, length: int, target: Target, folder: 
     Args:
         model: the QDQ model for one text of `length` tokens.
         length: in tokens.
-        target: the SoC, and how to compile for it.
+        target: with the SoC and the compiler's settings.
         folder: an existing one, where nothing is kept when this raises.
 
     Raises:
-        LoweringFailed: the compiler refuses an operator, dies, or wrote something wrong; the message names the operator
-            where the log does, and the place of the whole log.
+        LoweringFailed: the compiler refuses an operator, dies, or wrote a wrong binary; the message names the operator
+            if the log does, and the path of the log.
     """
     source, context = folder / f"seq_{length}.onnx", folder / CONTEXT.format(length)
     log = log_path(LOGS, target.name, f"seq_{length}")
@@ -98,7 +98,7 @@ def compile_bucket(model: onnx.ModelProto, length: int, target: Target, folder: 
         raise LoweringFailed(explained(str(error), log, target, length)) from error
     finally:
         source.unlink(missing_ok=True)
-    operators, products = placed(reply["partitions"], target.name)
+    operators, products = operators_on_htp(reply["partitions"], target.name)
     problems = mismatches(info, target, length)
     if problems:
         raise LoweringFailed(
@@ -109,14 +109,14 @@ def compile_bucket(model: onnx.ModelProto, length: int, target: Target, folder: 
 
 
 def described(binaries: Sequence[Path]) -> list[dict[str, Any]]:
-    """Give what context binaries say of themselves, read in a process that does nothing else.
+    """Describe context binaries, in a child process that does nothing else.
 
-    In a process that has just compiled, libQnnSystem of QAIRT 2.51 sometimes follows an offset beyond its own stack and
-    dies of SIGSEGV, of bytes that it reads well the next time: 3 of 900 readings did, and none of 600 in processes of
-    their own. A death is tried again, and only its repetition told.
+    In a process that has compiled before, libQnnSystem of QAIRT 2.51 sometimes reads beyond its stack and dies of
+    SIGSEGV on bytes that it reads well the next time: in 3 of 900 readings, and in none of 600 in processes of their
+    own. A crash is therefore retried twice.
 
     Raises:
-        LoweringFailed: the library does not know a file, or died each time.
+        LoweringFailed: the library does not know a file, or crashed each time.
     """
     for _ in range(_READINGS - 1):
         with contextlib.suppress(ChildDied):
@@ -130,7 +130,7 @@ def _read(binaries: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def explained(what: str, log: Path, target: Target, length: int) -> str:
-    """Say which operators a log names, repeat its end, and say where the whole of it lies."""
+    """Make a message with the operators that a log names, its last lines, and its path."""
     text = _COLOURS.sub("", log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else ""
     found = [match for pattern in _REFUSED for match in pattern.finditer(text)]
     refused = dict.fromkeys(f"{match['name']} ({match['type']})" for match in found)
@@ -142,11 +142,11 @@ def explained(what: str, log: Path, target: Target, length: int) -> str:
     return f"{head}: {what}\nThe log ends with:\n{last}\nAll of it lies in {log}."
 
 
-def placed(partitions: Sequence[Mapping[str, Any]], name: str) -> tuple[dict[str, int], frozenset[str]]:
-    """Give the operators and the weight products on the tensor unit.
+def operators_on_htp(partitions: Sequence[Mapping[str, Any]], name: str) -> tuple[dict[str, int], frozenset[str]]:
+    """Give the number of each operator on HTP, and the names of its weight products.
 
     Raises:
-        LoweringFailed: the graph fell into several parts, or a node stayed on the CPU; each is named.
+        LoweringFailed: the graph has several partitions, or a node stayed on the CPU; each is named.
     """
     elsewhere = [
         f"{node[1]} ({node[0]}) on {part['provider']}"
@@ -164,7 +164,7 @@ def placed(partitions: Sequence[Mapping[str, Any]], name: str) -> tuple[dict[str
 
 
 def mismatches(info: Mapping[str, Any], target: Target, length: int) -> list[str]:
-    """Compare what a binary says of itself with what its target asks for."""
+    """List the differences between a binary's description and its target's demands."""
     is_quantized = target.runtime["io"] == "quantized"
     ids, vector = ("int32", "uint16 codes") if is_quantized else ("int64", "float32")
     inputs = {(item["name"], item["dtype"], tuple(item["shape"])) for item in info["inputs"]}

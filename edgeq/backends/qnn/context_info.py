@@ -1,4 +1,4 @@
-"""Read what a QNN context binary says of itself, through QAIRT's own libQnnSystem.
+"""Read SoC, versions, inputs and outputs of a QNN context binary through QAIRT's libQnnSystem.
 
 Source: QAIRT 2.51, include/QNN: QnnSystemInterface.h, System/QnnSystemContext.h (binary info, version 3), QnnTypes.h.
 """
@@ -9,7 +9,7 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-_BINARY_INFO_VERSION = 3  # older ones do not name the SoC
+_BINARY_INFO_VERSION = 3  # earlier versions do not name the SoC
 _DTYPES = {
     0x0032: "int32", 0x0064: "int64", 0x0108: "uint8", 0x0116: "uint16", 0x0216: "float16", 0x0232: "float32",
     0x0408: "uint8 codes", 0x0416: "uint16 codes",
@@ -21,7 +21,7 @@ class _Version(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint32) for name in ("major", "minor", "patch")]
 
     def text(self) -> str:
-        """Give it as 1.2.3."""
+        """Format the version as 1.2.3."""
         return f"{self.major}.{self.minor}.{self.patch}"
 
 
@@ -119,7 +119,7 @@ _Free = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p)
 
 
 def context_info(library: Path, binary: Path) -> dict[str, Any]:
-    """Give SoC, build and API versions, and each graph's inputs and outputs.
+    """Give SoC, build and API versions, and the first graph's inputs and outputs.
 
     Args:
         library: libQnnSystem.so.
@@ -157,7 +157,7 @@ def context_info(library: Path, binary: Path) -> dict[str, Any]:
 
 
 def _described(fields: _BinaryFields) -> dict[str, Any]:
-    # Only the first graph: the next one lies behind fields that newer versions add. A binary of ours has one.
+    # Only the first graph: the next one lies behind fields that newer versions add. edgeq's binaries have one graph.
     graph = fields.graphs[0].fields if fields.graphs_count else None
     return {
         "soc_model": int(fields.soc_model),

@@ -1,4 +1,4 @@
-"""Fix the shapes of a QDQ model, with the inputs and outputs that a target asks for."""
+"""Fix the shapes of a QDQ model for one bucket, with float or quantised inputs and outputs as the target asks."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def static(model: ir.Model, length: int, has_quantized_io: bool) -> onnx.ModelPr
     Args:
         model: the QDQ model with dynamic shapes; edited in place.
         length: of the bucket, in tokens.
-        has_quantized_io: int32 ids and mask in, codes out; else int64 and float.
+        has_quantized_io: int32 ids and mask in, uint16 vectors out; else int64 and float32.
 
     Raises:
         LoweringFailed: a shape is not known in advance.
     """
     if has_quantized_io:
-        _give_codes(model.graph)
+        _drop_output_dequantizer(model.graph)
     return fix_shapes(model, length, ir.DataType.INT32 if has_quantized_io else ir.DataType.INT64)
 
 
-def _give_codes(graph: ir.Graph) -> None:
-    """Let the graph's output be the codes of the vector."""
+def _drop_output_dequantizer(graph: ir.Graph) -> None:
+    """Remove the last DequantizeLinear, so that the graph's output is the quantised vector, uint16."""
     output = graph.outputs[0]
     dequantize = made_by(output, "DequantizeLinear")
     codes = dequantize.inputs[0] if dequantize is not None else None

@@ -1,7 +1,8 @@
-"""Lower an equalised float model with Rockchip's toolkit to a .rknn file for each bucket, and run its simulator.
+"""Lower an equalised float model with Rockchip's toolkit to .rknn files, one for each bucket, and run its simulator.
 
-Its compiler dies of QDQ models, so it gets the float model and the calibration's feeds, and makes the codes itself. Its
-simulator runs only what it has built in the same process: loading builds again, and compares with what is shipped.
+The compiler crashes on QDQ models, so it gets the float model and the calibration's feeds, and quantises itself. The
+simulator runs only models built in the same process: loading builds the files again, and compares them with the
+bundle's.
 """
 
 from __future__ import annotations
@@ -17,23 +18,24 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.backends.contract import Rejection, Rule, has_buckets, reads_tokens, rejected, takes_kinds
-from edgeq.backends.rockchip import listing
+from edgeq.backends.rockchip import compiler_log
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, embed_by_bucket
-from edgeq.data.tokens import fitted, lengths
+from edgeq.data.tokens import bucket_lengths, fitted
 from edgeq.errors import BundleCorrupt, LoweringFailed
 from edgeq.graph.static_shapes import fix_shapes
 from edgeq.records import Artifact, HostOperator, Placement, QdqModel, Target
 from edgeq.system.cache import log_path
-from edgeq.system.environments import Environment, require
+from edgeq.system.child_server import pack
+from edgeq.system.environments import Environment, require_interpreter
 from edgeq.system.files import file_ref, replacing_dir, storage_errors, work_dir
-from edgeq.system.worker import Worker, pack, unpack
+from edgeq.system.worker import Worker, child_command, unpack_reply
 
 FOLDER = "rockchip"
 COMPILED, MODEL, FEEDS = "model_seq_{}.rknn", "model.onnx", "feeds.json"
-LOGS = "rockchip-logs"  # the kind `edgeq cache` lists and purges them under
+LOGS = "rockchip-logs"  # their kind in `edgeq cache`
 
-# It asks for a torch of 2024, whose wheels for Linux hold CUDA; a newer one serves, too, but pip must not compare.
+# The toolkit pins a torch of 2024, whose Linux wheels contain CUDA; a newer torch works, but pip must not compare pins.
 TOOLKIT = Environment(
     "rknn-toolkit2",
     (
@@ -46,11 +48,11 @@ TOOLKIT = Environment(
 )  # fmt: skip
 
 # Source: rknn-toolkit2 2.5.0, `help(RKNN.config)`: the SoCs with 16-bit floating point on their NPU.
-PLATFORMS = ("rk3562", "rk3566", "rk3568", "rk3576", "rk3588")
+_PLATFORMS = ("rk3562", "rk3566", "rk3568", "rk3576", "rk3588")
 
 _SETTINGS = {"platform"}
 _TIME_LIMIT_S = 1800.0
-_DIFFERING_MAX = 0.01  # of a file's bytes, from build to build: the compiler leaves memory in it that it never wrote
+_DIFFERING_MAX = 0.01  # ratio of bytes between two builds of a file: the compiler writes uninitialised memory into it
 _CHILD = Path(__file__).with_name("child.py")
 
 
@@ -66,14 +68,14 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
     if unknown:
         return f"missing or unknown: {', '.join(sorted(unknown))}"
     platform = target.runtime["platform"]
-    return None if platform in PLATFORMS else f'platform is "{platform}"; known are {", ".join(PLATFORMS)}'
+    return None if platform in _PLATFORMS else f'platform is "{platform}"; known are {", ".join(_PLATFORMS)}'
 
 
 RULES: tuple[Rule, ...] = (reads_tokens, leaves_quantising_to_vendor, has_buckets, has_known_settings)
 
 
 def environments() -> tuple[Environment, ...]:
-    """Give the environment of the toolkit; a gigabyte, so nothing makes it but `edgeq doctor --install`."""
+    """Give the environment of the toolkit; it takes a gigabyte, so only `edgeq doctor --install` creates it."""
     return (TOOLKIT,)
 
 
@@ -81,9 +83,9 @@ def tools() -> Mapping[str, str]:
     """Give the version of the toolkit.
 
     Raises:
-        ToolMissing: its environment is not there.
+        ToolMissing: its environment does not exist.
     """
-    require(TOOLKIT)
+    require_interpreter(TOOLKIT)
     return {name: TOOLKIT.pins[name] for name in ("rknn-toolkit2", "onnx", "numpy", "torch")}
 
 
@@ -93,10 +95,10 @@ def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
 
 
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
-    """Write `rockchip/model_seq_N.rknn` for each bucket N below `out_dir`, and what they were built from.
+    """Write `rockchip/model_seq_N.rknn` for each bucket N below `out_dir`, with their source model and feeds.
 
     Args:
-        model: the equalised float model in the vendor's form, and the calibration's feeds.
+        model: the equalised float model as the compiler reads it, and the calibration's feeds.
         target: whose SoC and buckets are used.
         out_dir: an existing folder.
 
@@ -105,12 +107,12 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
 
     Raises:
         ToolMissing: the toolkit's environment is not there.
-        LoweringFailed: the compiler refuses or dies; the message holds what it says, and the place of its log.
+        LoweringFailed: the compiler refuses or dies; the message holds its errors and the path of its log.
         TimedOut: it does not end.
         StorageFailed: a file cannot be written.
     """
     versions = dict(tools())
-    buckets = sorted(lengths(target.buckets_tokens, model.max_sequence), reverse=True)
+    buckets = sorted(bucket_lengths(target.buckets_tokens, model.max_sequence), reverse=True)
     inputs = {MODEL: Path(model.file.path)} | ({FEEDS: Path(model.feeds.path)} if model.feeds is not None else {})
     hosts: list[HostOperator] = []
     logs = []
@@ -122,8 +124,8 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
             logs.append(_build(child, folder, folder / name, bucket, target, model.integer_matmuls))
             hosts += [
                 HostOperator(file=f"{FOLDER}/{name}", operator=item.kind, output=item.name, reason="the compiler's own")
-                for item in listing.operators(logs[-1])
-                if item.place != "NPU"
+                for item in compiler_log.operators(logs[-1])
+                if item.processor != "NPU"
             ]
     floats = _floats(onnx.load(model.file.path), model.integer_matmuls, logs)
     names = [*(COMPILED.format(bucket) for bucket in buckets), *inputs]
@@ -135,20 +137,20 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
         placement=Placement(
             integer_matmuls=len(model.integer_matmuls) - len(floats), float_by_scheme=model.float_matmuls,
             float_fallbacks=floats, host_operators=tuple(hosts),
-            operators=dict(sorted(Counter(item.kind for item in listing.operators(logs[0])).items())),
+            operators=dict(sorted(Counter(item.kind for item in compiler_log.operators(logs[0])).items())),
         ),
         tools=versions,
     )  # fmt: skip
 
 
 def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> RockchipSession:
-    """Build the shipped files again, and keep what the simulator runs of them.
+    """Build the bundle's files again in a child process, whose simulator then runs them.
 
     Args:
-        artifact: what `lower` gave.
+        artifact: the result of `lower`.
         bundle: the folder that its paths are relative to.
         target: SoC and buckets.
-        threads: the simulator decides for itself.
+        threads: ignored; the simulator chooses.
 
     Raises:
         ToolMissing: the toolkit's environment is not there.
@@ -177,19 +179,19 @@ def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> 
 
 
 def _differing(first: Path, second: Path) -> float:
-    """Give the share of bytes in which two files differ; files of two lengths differ in all."""
+    """Give the ratio of bytes in which two files differ; 1.0 for files of different lengths."""
     with storage_errors(f"comparing {first.name}"):
         one, other = (np.fromfile(path, np.uint8) for path in (first, second))
     return float(np.mean(one != other)) if len(one) == len(other) else 1.0
 
 
 def _worker() -> Worker:
-    command = [str(require(TOOLKIT)), "-I", str(_CHILD)]
+    command = child_command(require_interpreter(TOOLKIT), _CHILD)
     return Worker(command, f"rknn-toolkit2 {TOOLKIT.pins['rknn-toolkit2']}", time_limit_s=_TIME_LIMIT_S)
 
 
 def _source(output: Path, bucket: int) -> str:
-    """Name the file of fixed shapes that an output is built from; the compiler writes this name into it."""
+    """Give the path of the static model that an output is built from; the compiler stores this path in the output."""
     return str(output.parent / f"seq_{bucket}.onnx")
 
 
@@ -213,7 +215,7 @@ def _build(child: Worker, inputs: Path, output: Path, bucket: int, target: Targe
         text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
         raise LoweringFailed(
             f"{target.name}: compiling for {bucket} tokens failed: {error}\nThe compiler says:\n"
-            f"{listing.complaints(text)}\nAll of it lies in {log}."
+            f"{compiler_log.complaints(text)}\nAll of it lies in {log}."
         ) from error
     finally:
         fixed.unlink(missing_ok=True)
@@ -221,33 +223,33 @@ def _build(child: Worker, inputs: Path, output: Path, bucket: int, target: Targe
 
 
 def _feeds(path: Path, bucket: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Give ids and mask of each calibration text, int64[1, bucket]; longer ones are cut."""
+    """Read ids and mask of each calibration text, int64[1, bucket], cut or padded."""
     rows = [np.array([ids[:bucket]], np.int64) for ids in json.loads(path.read_bytes())]
     return [(fitted(ids, bucket), fitted(np.ones_like(ids), bucket)) for ids in rows]
 
 
 def _weights(model: onnx.ModelProto) -> dict[str, str]:
-    """Give the weight's name of each weight product."""
+    """Give name of a weight MatMul -> name of its weight."""
     stored = {tensor.name for tensor in model.graph.initializer}
     products = (node for node in model.graph.node if node.op_type == "MatMul")
     return {node.name: node.input[1] for node in products if node.input[1] in stored}
 
 
 def _floats(model: onnx.ModelProto, integer: Sequence[str], logs: Sequence[str]) -> tuple[str, ...]:
-    """Name the products that a file of the artifact computes in float against the scheme."""
+    """Name the products that a file of the artifact computes in float though the scheme makes them integer."""
     names = _weights(model)
-    stored = [listing.weights(log) for log in logs]
+    stored = [compiler_log.weights(log) for log in logs]
     return tuple(name for name in integer if any(found.get(names[name]) != {"INT8"} for found in stored))
 
 
 class RockchipSession:
-    """Keep a child with built files; call it with feeds. Each text runs in the smallest bucket that it fits.
+    """Run built models in a child process's simulator, each text in the smallest bucket that holds it.
 
-    It times nothing: a simulator's time says nothing of the device's.
+    It is no `TimesItself`: a simulator's time is not the device's.
     """
 
     def __init__(self, child: Worker, built: Mapping[int, str]) -> None:
-        """Take a child that has built the files, and by what names it keeps them."""
+        """Take a child process that has built the models, and its name of the model for each bucket."""
         self._worker = child
         self._built = built
         self._buckets = sorted(built)
@@ -263,5 +265,5 @@ class RockchipSession:
     def _run(self, bucket: int, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> Embeddings:
         inputs = [pack(rows[:, None, :]) for rows in (input_ids, attention_mask)]
         reply = self._worker.call(do="run_many", model=self._built[bucket], inputs=inputs)
-        vectors = unpack(reply["output"])
+        vectors = unpack_reply(reply["output"])
         return vectors.reshape(len(vectors), -1)

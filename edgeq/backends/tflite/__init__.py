@@ -1,4 +1,4 @@
-"""Lower an integer-only QDQ model to one .tflite file, and run it in a child process."""
+"""Lower an integer-only QDQ model to one .tflite file, and run it in LiteRT or tflite-runtime in a child process."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, has_buckets, reads_tokens, rejected, takes_kinds
+from edgeq.backends.contract import Plan, Rejection, Rule, has_buckets, reads_tokens, rejected, takes_kinds
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, embed_by_bucket
-from edgeq.data.tokens import fitted, lengths, rows_by_bucket, token_feeds
-from edgeq.errors import LoweringFailed, ToolMissing
-from edgeq.records import Artifact, IntegerSpec, Placement, QdqModel, Scheme, Target
+from edgeq.data.tokens import bucket_lengths, fitted, rows_by_bucket, token_feeds
+from edgeq.errors import LoweringFailed, ToolMissing, UnsupportedRange
+from edgeq.records import Artifact, Placement, QdqModel, Target
+from edgeq.system.child_server import pack
 from edgeq.system.environments import Environment, interpreter
 from edgeq.system.files import file_ref, storage_errors, write_bytes
-from edgeq.system.worker import Worker, pack, unpack
+from edgeq.system.worker import Worker, child_command, unpack_reply
 
 if TYPE_CHECKING:
     from edgeq.backends.tflite.emitter import Settings
-    from edgeq.backends.tflite.kernels import Contents
+    from edgeq.backends.tflite.kernels import Contents, Operator
 
 MODEL = "tflite/model.tflite"
 SIGNATURE = "seq_{}"
@@ -63,7 +63,7 @@ RULES: tuple[Rule, ...] = (reads_tokens, leaves_nothing_float, has_buckets, has_
 
 
 def tools() -> Mapping[str, str]:
-    """Give the versions of what writes and runs .tflite files.
+    """Give the versions of the .tflite schema, its writer and LiteRT.
 
     Raises:
         ToolMissing: ai-edge-litert is not installed.
@@ -75,7 +75,7 @@ def tools() -> Mapping[str, str]:
 
 
 def environments() -> tuple[Environment, ...]:
-    """Give the environment of the older runtime; `load` makes it where a target asks for that."""
+    """Give the environment of tflite-runtime; `load` creates it for a target that names this interpreter."""
     return (TFLITE_RUNTIME,)
 
 
@@ -84,24 +84,47 @@ def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
     return rejected(RULES, model, target)
 
 
-def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
-    """Say of each operator of a float model what it becomes.
+def planned(model: ir.Model, bucket: int, target: Target) -> Plan:
+    """Write a QDQ model for one sequence length in memory, and hold its operators against the list of kernels."""
+    _, plan = plan_of(model, bucket, settings_of(target), str(target.runtime["interpreter"]))
+    return plan
+
+
+def plan_of(
+    model: ir.Model, bucket: int, settings: Settings, interpreter_name: str
+) -> tuple[tuple[Operator, ...], Plan]:
+    """Write one signature in memory; give its operators, and the reasons not to lower.
+
+    Args:
+        model: an integer-only QDQ model.
+        bucket: the sequence length, in tokens.
+        settings: how to write what runtimes differ in.
+        interpreter_name: "litert" or "tflite-runtime", whose table of kernels counts.
+    """
+    from edgeq.backends.tflite import kernels
+    from edgeq.backends.tflite.lowering import lower_model
+
+    try:
+        data = lower_model(model, (bucket,), settings)
+    except UnsupportedRange as error:
+        return (), Plan(possible=(str(error),))
+    except LoweringFailed as error:
+        return (), Plan(problems=(str(error),))
+    contents = kernels.read(data)
+    return contents.operators, Plan(problems=tuple(kernels.violations(contents, interpreter_name)))
+
+
+def settings_of(target: Target) -> Settings:
+    """Give how a target's file is written.
 
     Raises:
-        ToolMissing: ai-edge-litert, whose schema names the operators, is not installed.
+        ToolMissing: ai-edge-litert is not installed.
     """
     tools()
-    from edgeq.backends.tflite import forms, kernels
+    from edgeq.backends.tflite.emitter import Settings
 
-    table = kernels.KERNELS[str(target.runtime["interpreter"])]
-
-    def refusal(name: str, dtype: str) -> str | None:
-        known = any(dtypes[-1] == dtype for kinds in table.get(name, {}).values() for dtypes in kinds)
-        return None if known else f"{name} of {dtype} is not known to be right in {target.runtime['interpreter']}"
-
-    if not isinstance(scheme.spec, IntegerSpec):
-        return ()
-    return forms.verdicts(ir.from_proto(model), scheme.spec, lambda name, dtype: None, refusal)
+    runtime = target.runtime
+    return Settings(int(runtime["bias_bits"]), str(runtime["upcast"]), str(runtime["lookup"]))
 
 
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
@@ -117,16 +140,12 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
 
     Raises:
         ToolMissing: ai-edge-litert is not installed.
-        LoweringFailed: an operator has no TFLite form, or the file holds one that is not known to be right.
+        LoweringFailed: an ONNX operator cannot be written, or the file needs a kernel that is not in `kernels`.
         StorageFailed: the file cannot be written.
     """
-    tools()
-    from edgeq.backends.tflite.emitter import Settings
-
-    runtime = target.runtime
-    settings = Settings(int(runtime["bias_bits"]), str(runtime["upcast"]), str(runtime["lookup"]))
-    buckets = lengths(target.buckets_tokens, model.max_sequence)
-    data, contents = integer_file(model, target.name, buckets, settings, str(runtime["interpreter"]))
+    settings = settings_of(target)
+    buckets = bucket_lengths(target.buckets_tokens, model.max_sequence)
+    data, contents = integer_file(model, target.name, buckets, settings, str(target.runtime["interpreter"]))
     path = out_dir / MODEL
     with storage_errors(f"writing {MODEL}"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,17 +170,17 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
 def integer_file(
     model: QdqModel, name: str, buckets: Sequence[int], settings: Settings, interpreter_name: str
 ) -> tuple[bytes, Contents]:
-    """Give a .tflite file in which nothing is float and every kernel is known to be right, and what it holds.
+    """Write a .tflite file without float tensors, and check each of its operators against the table of kernels.
 
     Args:
         model: the integer-only QDQ model.
         name: of the target, for messages.
         buckets: sequence lengths in tokens, each a signature.
-        settings: how to write what runtimes differ in.
-        interpreter_name: "litert" or "tflite-runtime", whose table of kernels counts.
+        settings: how to write operators that differ between runtimes.
+        interpreter_name: "litert" or "tflite-runtime": whose table of kernels the file is checked against.
 
     Raises:
-        LoweringFailed: an operator has no TFLite form, or the file holds one that is not known to be right.
+        LoweringFailed: an ONNX operator cannot be written, or the file needs a kernel that is not in `kernels`.
     """
     from edgeq.backends.tflite import kernels
     from edgeq.backends.tflite.lowering import lower_model
@@ -190,7 +209,7 @@ def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> 
         artifact: what `lower` gave.
         bundle: the folder that its paths are relative to.
         target: buckets and runtime settings.
-        threads: 0 takes the target's.
+        threads: 0 takes the target's number.
 
     Raises:
         ToolMissing: the interpreter is not installed and cannot be.
@@ -209,14 +228,14 @@ def open_session(path: Path, runtime: str, threads: int) -> TfliteSession:
     """
     python = interpreter(TFLITE_RUNTIME) if runtime == "tflite-runtime" else Path(sys.executable)
     tools()
-    worker = Worker([str(python), "-I", str(_CHILD), runtime], runtime)
+    worker = Worker(child_command(python, _CHILD, runtime), runtime)
     loaded = worker.call(do="load", path=str(path.resolve()), threads=threads)
     buckets = tuple(int(name.removeprefix(SIGNATURE.format(""))) for name in loaded["signatures"])
-    return TfliteSession(worker, buckets, output_codes(path))
+    return TfliteSession(worker, buckets, output_params(path))
 
 
-def output_codes(path: Path) -> tuple[float, int]:
-    """Read the scale and the zero point of the vectors."""
+def output_params(path: Path) -> tuple[float, int]:
+    """Read the scale and the zero point of the output vectors from a .tflite file."""
     from ai_edge_litert import schema_py_generated as schema
 
     graph = schema.Model.GetRootAsModel(path.read_bytes(), 0).Subgraphs(0)
@@ -225,18 +244,24 @@ def output_codes(path: Path) -> tuple[float, int]:
 
 
 class TfliteSession:
-    """Keep a child with a loaded file; call it with feeds. Each text runs in the smallest bucket that it fits."""
+    """Run a .tflite file in a child process, each text in the smallest bucket that holds it."""
 
-    def __init__(self, worker: Worker, buckets: tuple[int, ...], codes: tuple[float, int]) -> None:
-        """Take a child that has loaded the file."""
+    def __init__(self, worker: Worker, buckets: tuple[int, ...], params: tuple[float, int]) -> None:
+        """Take a child process that has loaded the file.
+
+        Args:
+            worker: the child.
+            buckets: the file's sequence lengths.
+            params: scale and zero point of the vectors.
+        """
         self._worker = worker
         self._buckets = sorted(buckets)
-        self._scale, self._zero_point = codes
+        self._scale, self._zero_point = params
 
     def __call__(self, feeds: AnyFeeds) -> Embeddings:
         """Give the sentence embeddings, float32[batch, dim], dequantised.
 
-        A text alone runs at the length it is given in; among others it is cut back to its own tokens first.
+        A text alone runs at its padded length; in a batch each text is cut back to its own tokens first.
 
         Raises:
             ConfigError: a text is longer than the largest bucket.
@@ -247,12 +272,12 @@ class TfliteSession:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         packed = {name: pack(rows.astype(np.int32)[:, None, :]) for name, rows in inputs.items()}
         reply = self._worker.call(do="run_many", signature=SIGNATURE.format(bucket), inputs=packed)
-        codes = unpack(reply["outputs"]["sentence_embedding"])[:, 0]
-        embeddings: Embeddings = (codes.astype(np.float32) - self._zero_point) * np.float32(self._scale)
+        values = unpack_reply(reply["outputs"]["sentence_embedding"])[:, 0]
+        embeddings: Embeddings = (values.astype(np.float32) - self._zero_point) * np.float32(self._scale)
         return embeddings
 
     def milliseconds(self, feeds: AnyFeeds, runs: int, warmup: int) -> list[float]:
-        """Time runs inside the child, one text after the other: a batch is as many runs."""
+        """Time runs inside the child; a batch's texts run one after the other, and their times are added."""
         tokens = token_feeds(feeds)
         bucket = max(rows_by_bucket(tokens, self._buckets))
         totals = np.zeros(runs)
@@ -273,5 +298,5 @@ class TfliteSession:
 
 
 def _fitted(rows: NDArray[np.int64], width: int) -> NDArray[Any]:
-    """Cut or pad each row with zeros to the width: int32[rows, 1, width]. A masked id may be any."""
+    """Cut or zero-pad each row to int32[rows, 1, width]; the ids behind the mask do not matter."""
     return fitted(rows, width).astype(np.int32)[:, None, :]

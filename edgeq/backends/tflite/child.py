@@ -1,8 +1,8 @@
-"""Run .tflite files in one runtime, in a process of its own: `python child.py RUNTIME`, for `edgeq.system.worker`.
+"""Run .tflite files in one runtime, in a child process that `edgeq.system.child_server` serves.
 
-A script, not a module: it runs in environments where edgeq is not installed, and imports the standard library, numpy
-and one runtime only. RUNTIME is a key of `RUNTIMES`. Requests, one JSON object per line, arrays as
-`edgeq.system.worker` packs them:
+Its environment may lack edgeq: it may import the standard library, numpy, one runtime and the child server only. Its
+one argument is a key of `RUNTIMES`. `edgeq.system.worker` sends the requests, one JSON object per line, with packed
+arrays:
 
     {"do": "version"}                                           -> {"runtime", "version", "numpy", "python"}
     {"do": "load", "path", "threads"}                           -> {"signatures": [name, ...]}; threads 0: its choice
@@ -11,27 +11,24 @@ and one runtime only. RUNTIME is a key of `RUNTIMES`. Requests, one JSON object 
     {"do": "time", "signature", "inputs", "runs", "warmup"}     -> {"milliseconds": [one per run]}
     {"do": "memory"}                                            -> {"resident_bytes", "peak_bytes"}
 
-A signature of null runs subgraph 0, its inputs and outputs under their tensors' names. Before each thing a kernel may
-die of stands an {"announce": ...}; what Python raises becomes an {"error": ...}, and the child stays.
+A signature of null runs subgraph 0, whose inputs and outputs have their tensors' names. Before each step in which a
+kernel may die, the child writes an {"announce": ...}; a Python exception becomes an {"error": ...}.
 """
 
 from __future__ import annotations
 
-import base64
 import importlib
-import json
-import os
 import platform
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-# runtime -> the package whose version counts, the module with the interpreter, the operator resolver by name
+from edgeq.system.child_server import Actions, Announce, pack, serve_standard_streams, unpack
+
+# runtime -> the package with the version, the module with the interpreter, the name of the operator resolver
 RUNTIMES = {
     "litert": ("ai_edge_litert", "ai_edge_litert.interpreter", "AUTO"),
     "litert-builtin": ("ai_edge_litert", "ai_edge_litert.interpreter", "BUILTIN_WITHOUT_DEFAULT_DELEGATES"),
@@ -41,27 +38,14 @@ RUNTIMES = {
     "tflite-runtime": ("tflite_runtime", "tflite_runtime.interpreter", "AUTO"),
 }
 
-Announce = Callable[[str], None]
 Arrays = dict[str, Any]  # name -> numpy array; numpy 1 and 2 agree on no narrower type
 
 
-def pack(array: Any) -> dict[str, Any]:
-    """Turn an array into what JSON can carry."""
-    data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
-    return {"dtype": array.dtype.str, "shape": list(array.shape), "data": data}
-
-
-def unpack(packed: Mapping[str, Any]) -> Any:
-    """Turn what `pack` made back into an array."""
-    data = bytearray(base64.b64decode(packed["data"], validate=True))
-    return np.frombuffer(data, np.dtype(packed["dtype"])).reshape(packed["shape"])
-
-
-class Program:
+class _Program:
     """Run one signature of a loaded file, or subgraph 0 of one that has none."""
 
     def __init__(self, interpreter: Any, signature: str | None) -> None:
-        """Look up what it takes; nothing runs yet."""
+        """Look up the inputs; nothing runs yet."""
         self._interpreter = interpreter
         self._runner: Any = None
         if signature is None:
@@ -71,7 +55,11 @@ class Program:
             self._inputs = self._runner.get_input_details()
 
     def check(self, inputs: Arrays) -> None:
-        """Refuse what the signature does not take: runtimes resize it to whatever they are given, and may die of it."""
+        """Refuse inputs of another name, dtype or shape: runtimes resize to any shape, and may die of it.
+
+        Raises:
+            ValueError: they do not fit the signature.
+        """
         if inputs.keys() != self._inputs.keys():
             raise ValueError(f"inputs are {sorted(inputs)}; {sorted(self._inputs)} are needed")
         for name, array in inputs.items():
@@ -81,7 +69,7 @@ class Program:
                 raise ValueError(f"input {name} is {array.dtype}{list(array.shape)}; {dtype}{shape} is needed")
 
     def __call__(self, inputs: Arrays) -> Arrays:
-        """Run once, on inputs that were checked."""
+        """Run once on checked inputs."""
         if self._runner is not None:
             outputs: Arrays = self._runner(**inputs)
             return outputs
@@ -95,20 +83,20 @@ class Program:
         return {detail["name"]: self._interpreter.get_tensor(detail["index"]) for detail in details}
 
 
-class Child:
+class _Child:
     """Answer requests with one runtime and one loaded file."""
 
     def __init__(self, runtime: str, announce: Announce) -> None:
-        """Import nothing yet: a runtime that cannot be imported is an error of the first request."""
+        """Import nothing yet, so that a runtime that cannot be imported is an error of the first request."""
         self._runtime = runtime
         self._announce = announce
         self._interpreter: Any = None
         self._path = ""
-        self._programs: dict[str | None, Program] = {}
+        self._programs: dict[str | None, _Program] = {}
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Do what a request says."""
-        actions: dict[str, Callable[..., dict[str, Any]]] = {
+    def actions(self) -> Actions:
+        """Give the function for each value of "do"."""
+        return {
             "version": self._version,
             "load": self._load,
             "run": self._run,
@@ -116,13 +104,9 @@ class Child:
             "time": self._time,
             "memory": self._memory,
         }
-        do = request.pop("do", None)
-        if do not in actions:
-            raise ValueError(f"do is {do!r}; one of {', '.join(actions)} is needed")
-        return actions[do](**request)
 
     def _module(self) -> Any:
-        """Import the runtime, by a name that decides nothing about any other runtime."""
+        """Import the runtime's module."""
         self._announce(f"importing {RUNTIMES[self._runtime][1]}")
         return importlib.import_module(RUNTIMES[self._runtime][1])
 
@@ -159,7 +143,7 @@ class Child:
         results = self._run_each(signature, program, runs)
         return {"outputs": {name: pack(np.stack([result[name] for result in results])) for name in results[0]}}
 
-    def _run_each(self, signature: str | None, program: Program, runs: list[Arrays]) -> list[Arrays]:
+    def _run_each(self, signature: str | None, program: _Program, runs: list[Arrays]) -> list[Arrays]:
         results = []
         for number, arrays in enumerate(runs, 1):
             self._announce(f"running {signature or 'subgraph 0'} of {self._path} ({number} of {len(runs)})")
@@ -179,60 +163,29 @@ class Child:
         return {"milliseconds": milliseconds}
 
     def _memory(self) -> dict[str, Any]:
-        """Give resident memory, now and at its peak. Source: Linux, Documentation/filesystems/proc.rst, table 1-2."""
+        """Read resident memory, now and at its peak. Source: Linux, Documentation/filesystems/proc.rst, table 1-2."""
         lines = Path("/proc/self/status").read_text().splitlines()
         sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
         return {"resident_bytes": sizes["VmRSS"], "peak_bytes": sizes["VmHWM"]}
 
-    def _program(self, signature: str | None) -> Program:
+    def _program(self, signature: str | None) -> _Program:
         if self._interpreter is None:
             raise ValueError("no file is loaded; a load is needed first")
         if signature not in self._programs:
-            self._programs[signature] = Program(self._interpreter, signature)
+            self._programs[signature] = _Program(self._interpreter, signature)
         return self._programs[signature]
 
-    def _prepared(self, signature: str | None, inputs: dict[str, Any]) -> tuple[Program, Arrays]:
+    def _prepared(self, signature: str | None, inputs: dict[str, Any]) -> tuple[_Program, Arrays]:
         program = self._program(signature)
         arrays = {name: unpack(packed) for name, packed in inputs.items()}
         program.check(arrays)
         return program, arrays
 
 
-def serve(runtime: str, requests: Iterable[bytes], replies: IO[str]) -> None:
-    """Answer every request until there are no more."""
-    announced = ""
-
-    def put(message: dict[str, Any]) -> None:
-        replies.write(json.dumps(message) + "\n")
-        replies.flush()
-
-    def announce(what: str) -> None:
-        nonlocal announced
-        announced = what
-        put({"announce": what})
-
-    child = Child(runtime, announce)
-    for line in requests:
-        announced = ""
-        try:
-            reply = child.answer(json.loads(line))
-        except Exception as error:  # the one boundary: a runtime may raise anything
-            traceback.print_exc()
-            what = f"{type(error).__name__}: {error}"
-            reply = {"error": f"{announced}: {what}" if announced else what}
-        put(reply)
-
-
-def main() -> int:
-    """Keep stdout for replies alone: a runtime's own prints, in Python or C++, go to stderr."""
-    if len(sys.argv) != 2 or sys.argv[1] not in RUNTIMES:
-        sys.stderr.write(f"arguments are {sys.argv[1:]}; one of {', '.join(RUNTIMES)} is needed\n")
+def main(arguments: list[str]) -> int:
+    """Serve requests on standard input with the runtime that the one argument names."""
+    if len(arguments) != 1 or arguments[0] not in RUNTIMES:
+        sys.stderr.write(f"arguments are {arguments}; one of {', '.join(RUNTIMES)} is needed\n")
         return 2
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
-        os.dup2(2, 1)
-        serve(sys.argv[1], sys.stdin.buffer, replies)
+    serve_standard_streams(lambda announce: _Child(arguments[0], announce).actions())
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

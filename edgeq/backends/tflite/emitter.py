@@ -1,4 +1,4 @@
-"""Write the operators of one signature: which tensors hold the codes of which values, and the few writers all share."""
+"""Write one signature: map quantised ONNX values to TFLite tensors, with the writers that all operators share."""
 
 from __future__ import annotations
 
@@ -11,67 +11,73 @@ import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
-from edgeq.backends.tflite.writer import DTYPES, Codes, SubgraphWriter, Tensor
+from edgeq.backends.tflite.writer import DTYPES, QuantParams, SubgraphWriter, Tensor
 from edgeq.errors import LoweringFailed
 from edgeq.graph.edit import constant, made_by, readers
 
 OPERATOR = schema.BuiltinOperator
 OPTIONS = schema.BuiltinOptions
-INT16_CODES = np.arange(-(2**15), 2**15)
+INT16_VALUES = np.arange(-(2**15), 2**15)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Hold what runtimes differ in: the `[runtime]` table of a target."""
+    """Hold how operators are written where runtimes differ: the `[runtime]` table of a target."""
 
-    bias_bits: int  # of products that read 16 bits: 32 on LiteRT and tflite-runtime, 64 for the reference kernels
-    upcast: str  # "quantize" or "cast": how 8 bits become 16; tflite-runtime 2.14 has no QUANTIZE for it
-    lookup: str  # "none", "roots" or "all": which 16-bit RSQRT and GELU are tables; tflite-runtime 2.14 has neither
-    rows: str = (
-        "mul"  # "mul" or "depthwise": how a tensor is multiplied by a stored row; Ethos-U55 reads MUL's row anew
-    )
+    bias_bits: int  # of FULLY_CONNECTED with int16 inputs: 32 in LiteRT and tflite-runtime, 64 in reference kernels
+    upcast: str  # "quantize" or "cast": the operator from int8 to int16; tflite-runtime 2.14 has no QUANTIZE for it
+    lookup: str  # "none", "roots" or "all": whether int16 RSQRT and GELU are tables; tflite-runtime 2.14 has neither
+    rows: str = "mul"  # "mul" or "depthwise": the operator that multiplies by a constant row; Ethos-U55 rereads MUL's
 
 
 class Emitter:
-    """Hold one subgraph while it is written: batch 1, a fixed number of tokens."""
+    """Collect the tensors and operators of one signature: batch 1, a fixed number of tokens."""
 
     def __init__(self, graph: ir.Graph, out: SubgraphWriter, length: int, longest: int, settings: Settings) -> None:
-        """Begin with the two inputs."""
+        """Add the two inputs to an empty subgraph.
+
+        Args:
+            graph: the integer-only QDQ model's.
+            out: the subgraph.
+            length: of this signature, in tokens.
+            longest: signature of the file, in tokens.
+            settings: of the runtime.
+        """
         self.graph = graph
         self.out = out
         self.length = length
         self.longest = longest
         self.settings = settings
         self.tensors: dict[ir.Value, Tensor] = {}
-        self.adjoint: set[ir.Value] = set()  # tensors written with their last two axes exchanged
-        self.wide: dict[int, Tensor] = {}  # by a tensor's index: the same codes in 32 bits
-        self.filled: dict[tuple[int, tuple[int, ...]], Tensor] = {}  # tensors of one number
+        self.adjoint: set[ir.Value] = set()  # quantised tensors written with their last two axes exchanged
+        self.wide: dict[int, Tensor] = {}  # by a tensor's index: the same integers as int32
+        self.filled: dict[tuple[int, tuple[int, ...]], Tensor] = {}  # int32 tensors filled with one number
         self.ids = out.input("input_ids", (1, length), "int32")
         self.mask = out.input("attention_mask", (1, length), "int32")
-        self.narrow_mask: Tensor | None = None  # in 8 bits, once it is needed
+        self.narrow_mask: Tensor | None = None  # the mask as int8, once it was written
 
     def read(self, value: ir.Value | None) -> Tensor:
-        """Give the tensor whose codes a DequantizeLinear reads."""
+        """Give the quantised tensor behind a DequantizeLinear: written by an operator, or stored."""
         node = made_by(value, "DequantizeLinear")
         if node is None or node.inputs[0] is None:
             raise LoweringFailed(f"{value.name if value else None}: is float where codes are needed")
-        codes = node.inputs[0]
-        stored = constant(codes)
+        quantized = node.inputs[0]
+        stored = constant(quantized)
         if stored is None:
-            if codes not in self.tensors:
-                raise LoweringFailed(f"{codes.name}: no operator has written it")
-            return self.tensors[codes]
-        return self.out.constant(str(codes.name), stored, self.codes(node))
+            if quantized not in self.tensors:
+                raise LoweringFailed(f"{quantized.name}: no operator has written it")
+            return self.tensors[quantized]
+        return self.out.constant(str(quantized.name), stored, self.params(node))
 
-    def codes(self, node: ir.Node) -> Codes:
-        """Copy the parameters of a QuantizeLinear or DequantizeLinear."""
+    def params(self, node: ir.Node) -> QuantParams:
+        """Copy scales, zero points and axis of a QuantizeLinear or DequantizeLinear."""
         scale = constant(node.inputs[1])
         zero_point = constant(node.inputs[2]) if len(node.inputs) > 2 else None
         if scale is None:
             raise LoweringFailed(f"{node.name}: its scale is no constant")
         zeros = np.zeros(scale.shape, np.int64) if zero_point is None else zero_point
         axis = node.attributes["axis"].as_int() if "axis" in node.attributes and scale.ndim else 0
-        return Codes(tuple(map(float, scale.reshape(-1))), tuple(map(int, zeros.reshape(-1))), axis)
+        return QuantParams(tuple(map(float, scale.reshape(-1))), tuple(map(int, zeros.reshape(-1))), axis)
 
     def quantizer(self, value: ir.Value) -> ir.Node:
         """Find the QuantizeLinear behind an operator's float result."""
@@ -89,38 +95,38 @@ class Emitter:
         inputs: Sequence[Tensor],
         options: tuple[int, Any] | None = None,
     ) -> Tensor:
-        """Write the operator that makes a float result, with the codes behind it."""
+        """Write the operator for a float value, with the parameters of the QuantizeLinear behind the value."""
         quantizer = self.quantizer(value)
         result = self.result(quantizer, shape)
         return self.out.operator(builtin, version, inputs, result, options)
 
     def result(self, quantizer: ir.Node, shape: Sequence[int]) -> Tensor:
-        """Make the tensor that a QuantizeLinear's codes lie in."""
+        """Add the tensor for the output of a QuantizeLinear."""
         zero_point = constant(quantizer.inputs[2])
         if zero_point is None:
             raise LoweringFailed(f"{quantizer.name}: has no zero point, so no dtype")
         output = quantizer.outputs[0]
         name = str(output.name).removesuffix("/quantized")
-        self.tensors[output] = self.out.tensor(name, shape, str(zero_point.dtype), self.codes(quantizer))
+        self.tensors[output] = self.out.tensor(name, shape, str(zero_point.dtype), self.params(quantizer))
         return self.tensors[output]
 
     def requantized(self, source: Tensor, result: Tensor) -> None:
-        """Write the change from one tensor's scale and zero point to another's."""
+        """Write QUANTIZE from one tensor's scale and zero point to another's."""
         options = (OPTIONS.QuantizeOptions, schema.QuantizeOptionsT())
         self.out.operator(OPERATOR.QUANTIZE, 1, [source], result, options)
 
     def cast(self, source: Tensor, result: Tensor) -> None:
-        """Write a change of dtype that keeps the codes."""
+        """Write CAST: another dtype, the same integers."""
         options = schema.CastOptionsT()
         options.inDataType, options.outDataType = DTYPES[source.dtype], DTYPES[result.dtype]
         self.out.operator(OPERATOR.CAST, 1, [source], result, (OPTIONS.CastOptions, options))
 
     def reshaped(self, source: Tensor, shape: Sequence[int], name: str) -> Tensor:
-        """Write the same codes in another shape."""
-        return self.copied(source, self.out.tensor(name, shape, source.dtype, source.codes))
+        """Write RESHAPE to another shape, with the same parameters."""
+        return self.copied(source, self.out.tensor(name, shape, source.dtype, source.params))
 
     def copied(self, source: Tensor, result: Tensor) -> Tensor:
-        """Write the same codes, in the result's shape and with its parameters."""
+        """Write RESHAPE into a result, whose parameters may differ: the integers stay the same."""
         shape = result.shape
         wanted = np.array(shape, np.int32)
         stored = self.out.constant("shape_" + "_".join(map(str, shape)), wanted)
@@ -129,26 +135,32 @@ class Emitter:
         return self.out.operator(OPERATOR.RESHAPE, 1, [source, stored], result, (OPTIONS.ReshapeOptions, options))
 
     def step(self, tensor: Tensor) -> float:
-        """Give the one scale of a tensor's codes."""
-        if tensor.codes is None or len(tensor.codes.scales) != 1:
+        """Give the scale of a tensor quantised per tensor."""
+        if tensor.params is None or len(tensor.params.scales) != 1:
             raise LoweringFailed(f"{self.out.name}: a tensor of a table has no scale")
-        return tensor.codes.scales[0]
+        return tensor.params.scales[0]
 
     def result_step(self, value: ir.Value) -> float:
-        """Give the scale of the codes behind an operator's float result."""
-        return self.codes(self.quantizer(value)).scales[0]
+        """Give the scale of the QuantizeLinear behind a float value."""
+        return self.params(self.quantizer(value)).scales[0]
 
     def looked_up(self, value: ir.Value, source: Tensor, entries: NDArray[np.float64]) -> None:
-        """Compute a function of a 16-bit tensor by a table of all its codes, or of those that are not negative."""
+        """Write a function of an int16 tensor as CAST and GATHER in a table.
+
+        Args:
+            value: the function's float result.
+            source: the int16 tensor.
+            entries: float64, the result in steps for each of the 65,536 int16 values, or for 0 to 32767 alone.
+        """
         quantizer = self.quantizer(value)
-        codes = self.codes(quantizer)
+        params = self.params(quantizer)
         name = str(quantizer.outputs[0].name).removesuffix("/quantized")
-        table = np.clip(np.rint(entries), INT16_CODES[0], INT16_CODES[-1]).astype(np.int16)
-        stored = self.out.constant(f"{name}/table", table, codes)
+        table = np.clip(np.rint(entries), INT16_VALUES[0], INT16_VALUES[-1]).astype(np.int16)
+        stored = self.out.constant(f"{name}/table", table, params)
         index = self.out.tensor(f"{name}/index", source.shape, "int32")
         self.cast(source, index)
-        if len(table) == len(INT16_CODES):
-            offset = self.out.constant("table_offset", np.array([-INT16_CODES[0]], np.int32))
+        if len(table) == len(INT16_VALUES):
+            offset = self.out.constant("table_offset", np.array([-INT16_VALUES[0]], np.int32))
             shifted = self.out.tensor(f"{name}/shifted", source.shape, "int32")
             add = schema.AddOptionsT()
             add.potScaleInt16 = False

@@ -1,12 +1,12 @@
-"""List the kernels known to be right in each runtime, and hold a finished file against the list.
+"""List the TFLite kernels (operator, version, dtypes) that compute correctly in each runtime, and check files.
 
 A runtime refuses some dtypes, aborts on others, and is silently wrong on a few: FULLY_CONNECTED from int8 to int16,
-BATCH_MATMUL from int8 to int16, MUL from int16 to int8. What is not in the table was not shown to be right. Three in
-the table are less than they seem: RSQRT in 16 bits interpolates a table of every 128th code, so that roots of small
-codes are wrong; SOFTMAX in 16 bits lets every masked score count as exp(-10); BATCH_MATMUL from int8 to int32 leaves
-zero points out in LiteRT and takes them in tflite-runtime, so that it is given none.
+BATCH_MATMUL from int8 to int16, MUL from int16 to int8. A kernel outside the table was not tested, or failed. Three
+kernels of the table have limits that the lowering works around: int16 RSQRT interpolates a table of every 128th
+value, so roots of small values are wrong; int16 SOFTMAX counts every masked score as exp(-10); BATCH_MATMUL from int8
+to int32 ignores zero points in LiteRT and applies them in tflite-runtime, so it only gets zero points of 0.
 
-Source: one-operator models over the whole range of codes, run in ai-edge-litert 2.3.0 and tflite-runtime 2.14.0
+Source: one-operator models over the whole range of values, run in ai-edge-litert 2.3.0 and tflite-runtime 2.14.0
 (tests/test_tflite_kernels.py for what edgeq emits).
 """
 
@@ -19,24 +19,24 @@ from ai_edge_litert import schema_py_generated as schema
 _NAMES = {number: name for name, number in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
 _DTYPES = {number: name.lower() for name, number in vars(schema.TensorType).items() if not name.startswith("_")}
 
-Dtypes = tuple[str, ...]  # of the inputs that are no shapes or axes, then of the output
+Dtypes = tuple[str, ...]  # of the data inputs (no shapes, no axes), then of the output
 
 
 @dataclass(frozen=True)
 class Operator:
-    """Describe one operator of a finished file."""
+    """Describe one operator of a .tflite file."""
 
     signature: str
     name: str
     version: int
     dtypes: Dtypes
-    operands: tuple[str, ...]  # names of the inputs that are no shapes or axes
+    operands: tuple[str, ...]  # names of the data inputs
     output: str
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Hold what a finished file is made of: operators, and tensors that are neither integers nor truth values."""
+    """Hold the operators of a .tflite file, and its tensors that are neither integers nor booleans."""
 
     operators: tuple[Operator, ...]
     float_tensors: tuple[str, ...]
@@ -86,7 +86,7 @@ LITERT: dict[str, dict[int, frozenset[Dtypes]]] = {
     "TRANSPOSE": {2: _BOTH},
 }  # fmt: skip
 
-# What tflite-runtime 2.14 lacks or gets wrong of these. Source: facts measured on one-operator models.
+# Kernels that tflite-runtime 2.14 lacks or computes wrongly. Source: as above.
 _NOT_IN_TFLITE_RUNTIME: dict[str, frozenset[Dtypes]] = {
     "FULLY_CONNECTED": frozenset({("int16", "int8", "int64", "int16")}),
     "GELU": frozenset({_I16}),
@@ -99,18 +99,18 @@ TFLITE_RUNTIME = {
 }
 
 KERNELS = {"litert": LITERT, "tflite-runtime": TFLITE_RUNTIME}
-# Operators whose inputs behind the first are no data.
+# Operators with inputs that are shapes or axes -> how many of their first inputs are data.
 _SHAPES = {"MEAN": 1, "REDUCE_MAX": 1, "RESHAPE": 1, "SLICE": 1, "SUM": 1, "TRANSPOSE": 1}
 
 
 def operator_name(code: schema.OperatorCodeT) -> str:
-    """Give the name of an operator code; that of a custom operator as the file spells it."""
+    """Give the name of an operator code; for a custom operator the name in the file."""
     name = _NAMES[max(code.builtinCode, code.deprecatedBuiltinCode)]
     return str(code.customCode.decode()) if name == "CUSTOM" and code.customCode else name
 
 
 def read(data: bytes) -> Contents:
-    """Read every operator and float tensor of a .tflite file."""
+    """Read every operator and every float tensor of a .tflite file."""
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(data, 0))
     found = tuple(_described(model, graph, item) for graph in model.subgraphs for item in graph.operators)
     floats = tuple(
@@ -133,7 +133,7 @@ def _described(model: schema.ModelT, graph: schema.SubGraphT, operator: schema.O
 
 
 def violations(contents: Contents, runtime: str) -> list[str]:
-    """List float tensors, and operators that are not known to be right in the runtime; empty for a good file."""
+    """List the float tensors, and the operators outside the runtime's table of kernels; empty for a good file."""
     table = KERNELS[runtime]
     found = [f"{name}: a float tensor" for name in contents.float_tensors]
     for operator in contents.operators:

@@ -1,4 +1,4 @@
-"""Walk an integer-only QDQ model and write each of its operators as one or a few of TFLite's, copying every scale."""
+"""Walk an integer-only QDQ model, and write each ONNX operator as TFLite operators with the same scales."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from edgeq.backends.tflite import functions, masks, moves, pooling, products, shares
+from edgeq.backends.tflite import activations, attention_mask, data_movement, deferred_softmax, pooling, products
 from edgeq.backends.tflite.emitter import Emitter, Settings
 from edgeq.backends.tflite.writer import ModelWriter
 from edgeq.errors import LoweringFailed
@@ -16,30 +16,30 @@ SIGNATURE = "seq_{}"
 
 WRITERS: dict[str, Callable[[Emitter, ir.Node], None]] = {
     "Add": products.sum_or_product,
-    "Clip": functions.clip,
-    "Exp": shares.exponential,
-    "Gather": moves.gather,
-    "Gelu": functions.gelu,
+    "Clip": activations.clip,
+    "Exp": deferred_softmax.exponential,
+    "Gather": data_movement.gather,
+    "Gelu": activations.gelu,
     "MatMul": products.matmul,
     "Min": pooling.minimum,
     "Mul": products.elementwise,
-    "QuantizeLinear": masks.quantize,
+    "QuantizeLinear": attention_mask.quantize,
     "ReduceMax": pooling.maximum,
     "ReduceMean": products.mean,
     "ReduceSum": products.total,
     "ReduceSumSquare": products.squares,
-    "Relu": functions.relu,
-    "Reshape": moves.reshape,
-    "Sigmoid": functions.sigmoid,
-    "Slice": moves.slice_,
+    "Relu": activations.relu,
+    "Reshape": data_movement.reshape,
+    "Sigmoid": activations.sigmoid,
+    "Slice": data_movement.slice_,
     "Softmax": products.softmax,
-    "Sqrt": functions.inverse_root,
-    "Squeeze": moves.reshape,
+    "Sqrt": activations.inverse_root,
+    "Squeeze": data_movement.reshape,
     "Sub": products.elementwise,
-    "Tanh": functions.tanh,
-    "Transpose": moves.transpose,
+    "Tanh": activations.tanh,
+    "Transpose": data_movement.transpose,
 }
-# Read with another node, or preparing the mask and sizes, which lowering writes in its own way.
+# Written together with another node, or part of the mask or of sizes, which have writers of their own.
 _NOTHING_TO_WRITE = frozenset(
     (
         "ArgMax Cast Concat CumSum DequantizeLinear Div Equal Expand Identity Range Reciprocal Round Shape Unsqueeze"
@@ -48,7 +48,7 @@ _NOTHING_TO_WRITE = frozenset(
 
 
 def lower_model(graph_model: ir.Model, buckets: Sequence[int], settings: Settings) -> bytes:
-    """Give the .tflite file with one signature for each sequence length, the largest first.
+    """Write a .tflite file with one signature for each sequence length, the longest first.
 
     Args:
         graph_model: the integer-only QDQ model with symbolic shapes.
@@ -56,7 +56,7 @@ def lower_model(graph_model: ir.Model, buckets: Sequence[int], settings: Setting
         settings: of the runtime.
 
     Raises:
-        LoweringFailed: an operator has no TFLite form, or its scales leave what the kernel takes.
+        LoweringFailed: an ONNX operator cannot be written, or its scales leave the kernel's range.
     """
     writer = ModelWriter("edgeq")
     for length in sorted(buckets, reverse=True):
@@ -66,13 +66,13 @@ def lower_model(graph_model: ir.Model, buckets: Sequence[int], settings: Setting
 
 
 def _lower_graph(graph: ir.Graph, emit: Emitter) -> None:
-    left_out, of_sizes = shares.left_out(graph, emit.length), shape_values(graph)
+    left_out, of_sizes = deferred_softmax.left_out(graph, emit.length), shape_values(graph)
     for node in graph:
         if node.outputs[0] in of_sizes:
             continue  # stored where it is read
         if node in left_out:
-            shares.unchanged(emit, node)
-        elif (writer := shares.writer_of(node)) is not None:
+            deferred_softmax.unchanged(emit, node)
+        elif (writer := deferred_softmax.writer_of(node)) is not None:
             writer(emit, node)
         elif node.op_type in WRITERS:
             WRITERS[node.op_type](emit, node)

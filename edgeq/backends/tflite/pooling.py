@@ -1,4 +1,4 @@
-"""Write poolings: each token's share of a sum, and the largest of what the mask leaves."""
+"""Write poolings over tokens: the weights of a weighted mean (int16), and max pooling with a padding cap."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
-from edgeq.backends.tflite.writer import Codes, Tensor
+from edgeq.backends.tflite.writer import QuantParams, Tensor
 from edgeq.errors import LoweringFailed
 from edgeq.graph.edit import constant
 from edgeq.graph.evaluate import computed
@@ -32,10 +32,10 @@ def shares(emit: Emitter, node: ir.Node, shape: tuple[int, ...]) -> None:
 
     Where all have the same, that is one number, which the mask multiplies; else it is a row of a table.
     """
-    codes = emit.codes(node)
+    params = emit.params(node)
     name = str(node.outputs[0].name).removesuffix("/quantized")
     values = _shares_by_count(node.inputs[0], emit.length)
-    table = np.rint(values.astype(np.float64) / codes.scales[0]).astype(np.int16)
+    table = np.rint(values.astype(np.float64) / params.scales[0]).astype(np.int16)
     axis = emit.out.constant("axis_1", np.array([1], np.int32))
     options = schema.ReducerOptionsT()
     options.keepDims = False
@@ -43,13 +43,13 @@ def shares(emit: Emitter, node: ir.Node, shape: tuple[int, ...]) -> None:
     emit.out.operator(OPERATOR.SUM, 1, [_mask(emit, node), axis], count, (OPTIONS.ReducerOptions, options))
     alike = all(len(set(row[:number].tolist())) == 1 for number, row in enumerate(table[1:], start=1))
     if alike:
-        inverse = _looked_up(emit, f"{name}/one_over_count", table[:, 0], count, f"{name}/inverse", codes)
-        ones = emit.out.tensor(f"{name}/mask", (1, emit.length), "int16", Codes.of(1.0))
+        inverse = _looked_up(emit, f"{name}/one_over_count", table[:, 0], count, f"{name}/inverse", params)
+        ones = emit.out.tensor(f"{name}/mask", (1, emit.length), "int16", QuantParams.of(1.0))
         emit.cast(_mask(emit, node), ones)
-        flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int16", codes)
+        flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int16", params)
         emit.out.operator(OPERATOR.MUL, 2, [ones, inverse], flat, (OPTIONS.MulOptions, schema.MulOptionsT()))
     else:
-        flat = _looked_up(emit, f"{name}/table", table, count, f"{name}/flat", codes)
+        flat = _looked_up(emit, f"{name}/table", table, count, f"{name}/flat", params)
     emit.tensors[node.outputs[0]] = emit.reshaped(flat, shape, name)
 
 
@@ -71,12 +71,12 @@ def of_inputs(value: ir.Value | None, mask: NDArray[np.int64]) -> NDArray[np.flo
 
 def cap(emit: Emitter, node: ir.Node) -> None:
     """Look the mask up among the lowest and the highest code: they cap padding, and nothing."""
-    codes = emit.codes(node)
+    params = emit.params(node)
     name = str(node.outputs[0].name).removesuffix("/quantized")
     zero_point = constant(node.inputs[2])
     limits: Any = np.iinfo(zero_point.dtype)  # type: ignore[union-attr]
     ends = np.array([limits.min, limits.max], limits.dtype)
-    flat = _looked_up(emit, f"{name}/table", ends, _mask(emit, node), f"{name}/flat", codes)
+    flat = _looked_up(emit, f"{name}/table", ends, _mask(emit, node), f"{name}/flat", params)
     emit.tensors[node.outputs[0]] = emit.reshaped(flat, (1, emit.length, 1), name)
 
 
@@ -105,15 +105,17 @@ def maximum(emit: Emitter, node: ir.Node) -> None:
 
 
 def _require_one_scale(node: ir.Node, *tensors: Tensor) -> None:
-    if len({(tensor.dtype, tensor.codes) for tensor in tensors}) > 1:
+    if len({(tensor.dtype, tensor.params) for tensor in tensors}) > 1:
         raise LoweringFailed(f"{node.name}: its operands and its result have different codes")
 
 
-def _looked_up(emit: Emitter, stored: str, table: NDArray[Any], index: Tensor, name: str, codes: Codes) -> Tensor:
+def _looked_up(
+    emit: Emitter, stored: str, table: NDArray[Any], index: Tensor, name: str, params: QuantParams
+) -> Tensor:
     """Write the lookup of a table's entries, or of its rows, in place of the index."""
-    held = emit.out.constant(stored, table, codes)
+    held = emit.out.constant(stored, table, params)
     shape = (*index.shape, *table.shape[1:])
-    result = emit.out.tensor(name, shape, str(table.dtype), codes)
+    result = emit.out.tensor(name, shape, str(table.dtype), params)
     options = (OPTIONS.GatherOptions, schema.GatherOptionsT())
     return emit.out.operator(OPERATOR.GATHER, 2, [held, index], result, options)
 

@@ -24,37 +24,37 @@ DTYPES: dict[str, int] = {
 _FILE_IDENTIFIER = b"TFL3"
 _SCHEMA_VERSION = 3
 _LARGEST_SHARED_BYTES = 64
-_LARGEST_SMALL_CODE = 127  # operators above it stand in the wide field only
+_LARGEST_SMALL_CODE = 127  # operators above it are stored in the wide field only
 
 
 @dataclass(frozen=True)
-class Codes:
-    """Hold the quantisation parameters of a tensor: one scale, or one for each slice along `axis`."""
+class QuantParams:
+    """Hold a tensor's scales and zero points: one of each, or one for each slice along `axis`."""
 
     scales: tuple[float, ...]
     zero_points: tuple[int, ...]
     axis: int = 0
 
     @classmethod
-    def of(cls, scale: float, zero_point: int = 0) -> Codes:
+    def of(cls, scale: float, zero_point: int = 0) -> QuantParams:
         """Give the parameters of a whole tensor."""
         return cls((scale,), (zero_point,))
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Name a tensor of one subgraph by its index, and keep what lowering asks about it."""
+    """Hold a tensor's index in its subgraph, its shape, dtype and quantisation parameters."""
 
     index: int
     shape: tuple[int, ...]
     dtype: str
-    codes: Codes | None
+    params: QuantParams | None
 
 
 class _SharedParameters(schema.QuantizationParametersT):  # type: ignore[misc]
-    """Be packed once: every tensor with the same parameters points at the same table.
+    """Pack equal quantisation parameters once: all tensors with them point at one table.
 
-    Five subgraphs would otherwise repeat the scales of every weight, a tenth of the file.
+    Five subgraphs would otherwise repeat the scales of every weight: a tenth of the file.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class _SharedParameters(schema.QuantizationParametersT):  # type: ignore[misc]
 
 
 class _Builder(flatbuffers.Builder):  # type: ignore[misc]
-    """Write each string once: five subgraphs name their tensors alike."""
+    """Write each string and small vector once: all subgraphs repeat tensor names, shapes and indices."""
 
     def __init__(self) -> None:
         super().__init__(1 << 20)
@@ -85,7 +85,7 @@ class _Builder(flatbuffers.Builder):  # type: ignore[misc]
         return self._offsets[s]
 
     def CreateNumpyVector(self, x: NDArray[Any]) -> int:  # noqa: N802 (the schema's name)
-        """Give the offset of a small vector, written the first time: shapes and indices come again and again."""
+        """Give the offset of a small vector, written the first time."""
         if x.nbytes > _LARGEST_SHARED_BYTES:
             return int(super().CreateNumpyVector(x))
         key = (x.dtype.str, x.tobytes())
@@ -95,25 +95,25 @@ class _Builder(flatbuffers.Builder):  # type: ignore[misc]
 
 
 class ModelWriter:
-    """Collect subgraphs, and what they share, into one file."""
+    """Collect subgraphs, and the buffers and parameters that they share, into one .tflite file."""
 
     def __init__(self, description: str) -> None:
         """Start an empty model."""
         self._description = description
         self._buffers = [schema.BufferT()]  # the first is empty by definition
         self._buffer_of: dict[bytes, int] = {}
-        self._parameters: dict[Codes, _SharedParameters] = {}
+        self._parameters: dict[QuantParams, _SharedParameters] = {}
         self._operator_codes: list[schema.OperatorCodeT] = []
         self._code_of: dict[tuple[int, int], int] = {}
         self._subgraphs: list[SubgraphWriter] = []
 
     def subgraph(self, name: str) -> SubgraphWriter:
-        """Start a subgraph, which is also a signature of this name."""
+        """Start a subgraph with a signature of the same name."""
         self._subgraphs.append(SubgraphWriter(self, name))
         return self._subgraphs[-1]
 
     def to_bytes(self) -> bytes:
-        """Give the file."""
+        """Give the bytes of the file."""
         model = schema.ModelT()
         model.version = _SCHEMA_VERSION
         model.description = self._description.encode()
@@ -136,15 +136,15 @@ class ModelWriter:
             self._buffer_of[digest] = len(self._buffers) - 1
         return self._buffer_of[digest]
 
-    def parameters(self, codes: Codes) -> schema.QuantizationParametersT:
+    def parameters(self, params: QuantParams) -> schema.QuantizationParametersT:
         """Give the shared table of these parameters."""
-        if codes not in self._parameters:
+        if params not in self._parameters:
             table = _SharedParameters()
-            table.scale = np.array(codes.scales, np.float32)
-            table.zeroPoint = np.array(codes.zero_points, np.int64)
-            table.quantizedDimension = codes.axis
-            self._parameters[codes] = table
-        return self._parameters[codes]
+            table.scale = np.array(params.scales, np.float32)
+            table.zeroPoint = np.array(params.zero_points, np.int64)
+            table.quantizedDimension = params.axis
+            self._parameters[params] = table
+        return self._parameters[params]
 
     def operator_code(self, builtin: int, version: int) -> int:
         """Give the index of an operator in this version."""
@@ -171,19 +171,19 @@ class SubgraphWriter:
     _outputs: dict[str, Tensor] = field(default_factory=dict)
     _constants: dict[str, Tensor] = field(default_factory=dict)
 
-    def tensor(self, name: str, shape: Sequence[int], dtype: str, codes: Codes | None = None) -> Tensor:
-        """Add a tensor that an operator, or the caller, fills."""
-        return self._add(name, tuple(shape), dtype, codes, 0)
+    def tensor(self, name: str, shape: Sequence[int], dtype: str, params: QuantParams | None = None) -> Tensor:
+        """Add a tensor that an operator computes."""
+        return self._add(name, tuple(shape), dtype, params, 0)
 
-    def unnamed(self, shape: Sequence[int], dtype: str, codes: Codes | None = None) -> Tensor:
-        """Add a tensor between two that matter: a name for each of them would take a hundred kilobytes."""
-        return self.tensor(str(len(self._tensors)), shape, dtype, codes)
+    def unnamed(self, shape: Sequence[int], dtype: str, params: QuantParams | None = None) -> Tensor:
+        """Add an intermediate tensor named by its number: full names would take a hundred kilobytes."""
+        return self.tensor(str(len(self._tensors)), shape, dtype, params)
 
-    def constant(self, name: str, data: NDArray[Any], codes: Codes | None = None) -> Tensor:
-        """Add a stored tensor; the same name gives the same tensor again."""
+    def constant(self, name: str, data: NDArray[Any], params: QuantParams | None = None) -> Tensor:
+        """Add a constant tensor; the same name gives the same tensor again."""
         if name not in self._constants:
             buffer = self.model.buffer(data)
-            self._constants[name] = self._add(name, data.shape, str(data.dtype), codes, buffer)
+            self._constants[name] = self._add(name, data.shape, str(data.dtype), params, buffer)
         return self._constants[name]
 
     def input(self, name: str, shape: Sequence[int], dtype: str) -> Tensor:
@@ -192,7 +192,7 @@ class SubgraphWriter:
         return self._inputs[name]
 
     def output(self, name: str, tensor: Tensor) -> None:
-        """Make a tensor an output of the signature."""
+        """Mark a tensor as an output of the signature."""
         self._outputs[name] = tensor
 
     def operator(
@@ -240,17 +240,17 @@ class SubgraphWriter:
         table.outputs = [_port(name, tensor) for name, tensor in self._outputs.items()]
         return table
 
-    def _add(self, name: str, shape: tuple[int, ...], dtype: str, codes: Codes | None, buffer: int) -> Tensor:
+    def _add(self, name: str, shape: tuple[int, ...], dtype: str, params: QuantParams | None, buffer: int) -> Tensor:
         stored = schema.TensorT()
         stored.name = name.encode()
         stored.shape = np.array(shape, np.int32)
         stored.hasRank = True
         stored.type = DTYPES[dtype]
         stored.buffer = buffer
-        if codes is not None:
-            stored.quantization = self.model.parameters(codes)
+        if params is not None:
+            stored.quantization = self.model.parameters(params)
         self._tensors.append(stored)
-        return Tensor(len(self._tensors) - 1, shape, dtype, codes)
+        return Tensor(len(self._tensors) - 1, shape, dtype, params)
 
 
 def _port(name: str, tensor: Tensor) -> schema.TensorMapT:

@@ -1,4 +1,4 @@
-"""Use a Ray cluster, or this machine as one, and move folders between its machines."""
+"""Connect to a Ray cluster, or start one on this machine; gather results, and pack folders to send."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from edgeq.errors import ConfigError, DeviceUnavailable, ToolMissing
 
 RESTARTS = 3  # of a worker whose machine went away, each on another
 _POLL_S = 1.0
-_KNOCK_S = 10.0
+_CONNECT_S = 10.0
 
 ResultT = TypeVar("ResultT")
 
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[Any]:
-    """Give the module `ray`, connected.
+    """Give the module `ray`, connected to a cluster, and disconnect at the end.
 
     Args:
-        address: host:port of a running cluster; None starts one on this machine, gone afterwards.
+        address: host:port of a running cluster; None starts one on this machine for the time of the context.
 
     Raises:
         ToolMissing: ray is not installed.
@@ -47,14 +47,14 @@ def cluster(address: str | None) -> Iterator[Any]:
 
 
 def require(address: str | None) -> Any:
-    """Give the module `ray`, or say what is missing before hours are spent.
+    """Import `ray`, and check that a cluster listens at the address, before any long work.
 
     Raises:
-        ConfigError: the address is none.
+        ConfigError: the address is malformed.
         ToolMissing: ray is not installed.
-        DeviceUnavailable: nobody listens at the address.
+        DeviceUnavailable: no port listens at the address.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked to be counted
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics without consent
     try:
         import ray
     except ImportError as error:
@@ -65,17 +65,17 @@ def require(address: str | None) -> Any:
 
 
 def _require_listening(address: str) -> None:
-    """Refuse an address where nobody listens: Ray would knock for minutes.
+    """Refuse an address where no port listens: Ray itself would try for minutes.
 
     Raises:
-        ConfigError: it is no address.
-        DeviceUnavailable: nobody listens there.
+        ConfigError: the address is malformed.
+        DeviceUnavailable: no port listens there.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
         raise ConfigError(f"--ray {address!r}: is no address; HOST:PORT is needed, as `ray start` says it.")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
     except OSError as error:
         raise DeviceUnavailable(
             f"--ray {address}: no cluster to work on ({error.strerror or error}). Start one with `ray start --head`, "
@@ -88,19 +88,19 @@ def gathered(
     waiting: dict[Any, ResultT],
     each: Callable[[ResultT, Any], None],
     limit_s: float,
-    told: Callable[[int], None],
+    progress: Callable[[int], None],
 ) -> None:
-    """Take every result as it comes, once.
+    """Wait for the results of remote calls, and handle each as it arrives.
 
     Args:
         ray: the module, connected.
-        waiting: reference -> what it is the result of; emptied.
-        each: called with that and the result, or with the exception of Ray's that took its place.
-        limit_s: how long nothing may come at all.
-        told: called with how many are done.
+        waiting: reference of a call -> its subject; emptied.
+        each: called with the subject and the result, or Ray's exception instead of a result.
+        limit_s: the longest time without any result.
+        progress: called with the number of results so far.
 
     Raises:
-        DeviceUnavailable: nothing came for so long: the cluster has no machine with a free CPU.
+        DeviceUnavailable: no result arrived in this time: no machine of the cluster has a free CPU.
     """
     silent, total = 0.0, len(waiting)
     while waiting:
@@ -118,20 +118,20 @@ def gathered(
             except ray.exceptions.RayError as error:
                 found = error
             each(what, found)
-            told(total - len(waiting))
+            progress(total - len(waiting))
 
 
 def said(error: Exception) -> str:
-    """Give the line of Ray's error that says what happened: the first, or of a traceback from elsewhere the last."""
+    """Give the line of Ray's error with the reason: the first, or the last of a remote traceback."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1] if "ray::" in lines[0] else lines[0]
 
 
 def packed(folders: Sequence[Path]) -> bytes:
-    """Put folders, each under its own name, into one archive in memory.
+    """Pack folders, each under its name, into one zip archive in memory.
 
     Raises:
-        ConfigError: one holds a link or a device; what edgeq writes does not.
+        ConfigError: a folder holds a link or a device, which a bundle never does.
     """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", strict_timestamps=False) as archive:
@@ -144,6 +144,6 @@ def packed(folders: Sequence[Path]) -> bytes:
 
 
 def unpack(content: bytes, folder: Path) -> None:
-    """Write what `packed` took below a folder; no name leads out of it."""
+    """Extract an archive of `packed` into a folder; `zipfile` lets no name lead out of it."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         archive.extractall(folder)

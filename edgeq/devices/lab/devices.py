@@ -1,4 +1,4 @@
-"""Read the devices of a lab from a TOML file."""
+"""Read a lab's list of devices from a TOML file."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from edgeq.devices.contract import DEFAULT_TIME_LIMIT_S, Place
+from edgeq.devices.contract import DEFAULT_TIME_LIMIT_S, Transport
 from edgeq.devices.report import report_path
 from edgeq.devices.ssh import DEFAULT_PYTHON
-from edgeq.devices.transports import Access, place_of
+from edgeq.devices.transports import Access, transport_of
 from edgeq.errors import ConfigError
 from edgeq.records import Record
 from edgeq.system.files import storage_errors
@@ -20,33 +20,33 @@ _LARGEST_BYTES = 1_000_000
 
 
 class LabDevice(Record):
-    """Name one device, how it is reached, and what is validated on it: one `[[device]]` of the file."""
+    """Hold one `[[device]]` entry: the device's name, its address, and which targets are validated on it."""
 
     name: str = Field(min_length=1)
-    where: str  # as `edgeq validate --on` takes it
-    targets: tuple[str, ...] = ("*",)  # names of targets, or patterns as a shell's
+    where: str  # its address, as for `edgeq validate --on`
+    targets: tuple[str, ...] = ("*",)  # names, or patterns with * and ?
     python: str = DEFAULT_PYTHON
     native: Path | None = None
-    time_limit_s: float = Field(default=DEFAULT_TIME_LIMIT_S, gt=0)  # for one bundle, sending included
+    time_limit_s: float = Field(default=DEFAULT_TIME_LIMIT_S, gt=0)  # for one bundle, sending files included
 
-    def place(self) -> Place:
-        """Give the place.
+    def transport(self) -> Transport:
+        """Give the transport to the device.
 
         Raises:
-            ConfigError: `where` is no address of one.
+            ConfigError: `where` is no address.
         """
-        return place_of(self.where, Access(self.python, self.native))
+        return transport_of(self.where, Access(self.python, self.native))
 
     def takes(self, target: str) -> bool:
-        """Say whether a target's bundles are validated on it."""
+        """Tell whether bundles of a target are validated on the device."""
         return any(fnmatch.fnmatchcase(target, pattern) for pattern in self.targets)
 
 
 def read_devices(path: Path) -> tuple[LabDevice, ...]:
-    """Read the file; every problem is told, not the first.
+    """Read the devices from a TOML file.
 
     Raises:
-        ConfigError: it is no such file, two devices have one name, or an address is none.
+        ConfigError: the file or an address is malformed, or two devices have one name; every problem is listed.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; a TOML list of devices is needed: docs/guides/devices.md")
@@ -84,9 +84,9 @@ def _problem(item: object) -> str:
 
 
 def _wrong(device: LabDevice, path: Path) -> str | None:
-    """Say what keeps a device from being used."""
+    """Say why a device's address or name cannot be used, or None."""
     try:
-        device.place()
+        device.transport()
         report_path(path, device.name)
     except ConfigError as error:
         return f"{device.name}: {error}"

@@ -1,4 +1,4 @@
-"""Make the bundles of one export on the machines of a cluster; what they share is made once, here, and sent."""
+"""Make the bundles of one export on a Ray cluster; the float model and calibration are made here and sent."""
 
 from __future__ import annotations
 
@@ -13,39 +13,40 @@ from edgeq.bundle.write import take
 from edgeq.devices.lab.cluster import RESTARTS, cluster, gathered, packed, require, said, unpack
 from edgeq.errors import DeviceUnavailable, EdgeqError
 from edgeq.pipeline import export
-from edgeq.pipeline.export import Exported, ExportRequest, Shared
-from edgeq.pipeline.stages import Report
+from edgeq.pipeline.export import Exported, Shared
+from edgeq.pipeline.request import ExportRequest
 from edgeq.records import Target
 from edgeq.system.cache import Cache
 from edgeq.system.files import write_bytes
+from edgeq.system.progress import Progress
 
 _SILENT_S = 7200.0  # one bundle of an emulated target may take long
 
 
-def export_on_cluster(request: ExportRequest, report: Report, address: str | None) -> tuple[Exported, ...]:
-    """Export as `pipeline.export` does, each target's bundle on a machine of the cluster.
+def export_on_cluster(request: ExportRequest, progress: Progress, address: str | None) -> tuple[Exported, ...]:
+    """Export as `edgeq.pipeline.export` does, with each target's bundle made on a machine of the cluster.
 
     Args:
-        request: what is wanted. Images must lie at the same path on every machine.
-        report: called with (stage, done, total).
+        request: the options. Images must have the same path on every machine.
+        progress: called as `progress(stage, done, total)`.
         address: host:port of a running cluster; None works on this machine, as many targets at once as it has cores.
 
     Raises:
         ToolMissing: ray is not installed.
-        DeviceUnavailable: there is no cluster, or it gives nothing.
-        EdgeqError: any stage; of several targets that fail, the first one's. The bundles of the others are written.
+        DeviceUnavailable: there is no cluster, or it gives no results.
+        EdgeqError: any stage of the first target that fails; the bundles of the other targets are written.
     """
 
-    def spread(shared: Shared, request: ExportRequest, report: Report) -> tuple[Exported, ...]:
+    def run_targets(shared: Shared, request: ExportRequest, progress: Progress) -> tuple[Exported, ...]:
         with cluster(address) as ray:
-            return _spread(ray, shared, request, report)
+            return _run_targets(ray, shared, request, progress)
 
     require(address)
-    return export.export(request, report, spread)
+    return export.export(request, progress, run_targets)
 
 
-def _spread(ray: Any, shared: Shared, request: ExportRequest, report: Report) -> tuple[Exported, ...]:
-    """Give each target to a machine, and write what comes back."""
+def _run_targets(ray: Any, shared: Shared, request: ExportRequest, progress: Progress) -> tuple[Exported, ...]:
+    """Make each target's bundle on a machine of the cluster, and write the returned bundles here."""
     found: dict[str, Exported | EdgeqError] = {}
     content = ray.put(packed([shared.floats.folder, shared.calibrated.folder]))
     scheme = None if request.scheme is None else request.scheme.read_bytes()
@@ -58,8 +59,8 @@ def _spread(ray: Any, shared: Shared, request: ExportRequest, report: Report) ->
     def each(target: Target, result: Any) -> None:
         found[target.name] = _written(target, result, request.out, request.overwrite)
 
-    report("bundles", 0, total)
-    gathered(ray, waiting, each, _SILENT_S, lambda done: report("bundles", done, total))
+    progress("bundles", 0, total)
+    gathered(ray, waiting, each, _SILENT_S, lambda done: progress("bundles", done, total))
     for item in found.values():
         if isinstance(item, EdgeqError):
             raise item
@@ -69,9 +70,9 @@ def _spread(ray: Any, shared: Shared, request: ExportRequest, report: Report) ->
 def _made(
     content: bytes, shared: Shared, request: ExportRequest, target: Target, scheme: bytes | None, is_kept: bool
 ) -> tuple[str, str, Mapping[str, bytes]]:
-    """Make one bundle on a machine of the cluster; give the result as JSON and the files by what they are.
+    """Make one bundle on a machine of the cluster: give ("", result as JSON, packed bundle and report).
 
-    What went wrong comes back as the name of an error and its message.
+    Where a stage fails, give the error's class name, its message, and no files.
     """
     cache = Cache() if is_kept else Cache.temporary()
     with tempfile.TemporaryDirectory(prefix="edgeq-lab-") as name:
@@ -95,7 +96,7 @@ def _made(
 
 
 def _written(target: Target, result: Any, out: Path, overwrite: bool) -> Exported | EdgeqError:
-    """Put a bundle, or the report of a missed gate, where it belongs."""
+    """Write a returned bundle to OUT/TARGET, or the report of a missed gate to OUT/TARGET.parity.json."""
     if isinstance(result, Exception):
         return DeviceUnavailable(
             f"{target.name}: its machine in the cluster was lost, or died of a defect: {said(result)}"

@@ -1,34 +1,29 @@
-"""Write the results of a lab as one HTML page: no script, nothing fetched, readable in light and dark, on a phone."""
+"""Write a lab's results as one self-contained HTML page: no scripts, no requests, for light and dark screens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from edgeq.devices.lab.validate import LabResult
-from edgeq.errors import ConfigError
+from edgeq.system import html_page
 from edgeq.system.files import write_bytes
 
-TEMPLATE = "lab.html.j2"
+_TEMPLATE = "lab.html.j2"
 _NONE = "–"
 
 
 def require(path: Path) -> None:
-    """Say what keeps a page from being written before minutes are spent on it.
+    """Check the page's path before devices are used.
 
     Raises:
-        ConfigError: the page's folder is not there, or a folder stands in its place.
+        ConfigError: the page cannot be written there.
     """
-    if path.is_dir():
-        raise ConfigError(f"--html: {path} is a folder; a file is needed. Give {path / 'lab.html'}, for one.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--html: the folder {path.parent} is not there. Make it, or choose another.")
+    html_page.require_path(path, "lab.html")
 
 
 def write(results: Sequence[LabResult], path: Path) -> None:
-    """Write the page, whole or not at all.
+    """Write the page atomically.
 
     Raises:
         StorageFailed: the disk refuses.
@@ -37,20 +32,17 @@ def write(results: Sequence[LabResult], path: Path) -> None:
 
 
 def render(results: Sequence[LabResult]) -> str:
-    """Give the page. All text is escaped, and what a browser may load is forbidden in the page itself."""
-    environment = Environment(
-        loader=PackageLoader("edgeq.devices.lab"),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    """Render the page as HTML; all text is escaped, and its content security policy forbids every request."""
     passed = sum(not item.exit_code for item in results)
-    return environment.get_template(TEMPLATE).render(results=results, passed=passed, cells=cells)
+    return (
+        html_page.environment("edgeq.devices.lab")
+        .get_template(_TEMPLATE)
+        .render(results=results, passed=passed, cells=cells)
+    )
 
 
 def cells(result: LabResult) -> list[str]:
-    """Give what a row shows: device, result, where it ran, two cosines, times (a device's only), memory, CPU."""
+    """Give the cells of a row: device, result, kind of run, mean and smallest cosine, times, memory, CPU."""
     report = result.report
     if report is None:
         return [result.device, f"no report (exit code {result.exit_code})", *[_NONE] * 6]

@@ -1,9 +1,9 @@
-"""Validate each bundle on each device of a lab that takes it: one at a time on a device, devices side by side."""
+"""Validate bundles on a lab's devices through Ray: one bundle at a time on a device, devices in parallel."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,39 +15,39 @@ from edgeq.devices.lab.devices import LabDevice
 from edgeq.devices.report import DeviceReport, keep_report, parse_report
 from edgeq.errors import ConfigError, DeviceUnavailable, EdgeqError, ParityFailed, ToolMissing
 from edgeq.records import Record
+from edgeq.system.progress import Progress
 
-Progress = Callable[[str, int, int], None]
-ATTEMPTS = 3  # where a device cannot be reached
-LONGEST_PAUSE_S = 60.0
+_ATTEMPTS = 3  # to reach a device
+_LONGEST_PAUSE_S = 60.0
 _STARTING_S = 120.0  # for Ray to start a worker
-_OWN_CPU = ("local", "arm64")  # places that work on the cluster's machines themselves
+_OWN_CPU = ("local", "arm64")  # transports that use the CPU of the cluster's machine
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Say how devices are used.
+    """Hold how bundles are run on devices, and how often an unreachable device is tried.
 
     Attributes:
         runs: timed runs of each length.
-        attempts: how often a device that cannot be reached is tried.
+        attempts: to reach a device.
         pause_s: before the second attempt; it doubles before each further one, up to a minute.
-        ray: address of a cluster; None works on this machine.
+        ray: address of a cluster; None uses this machine.
     """
 
     runs: int = 50
-    attempts: int = ATTEMPTS
+    attempts: int = _ATTEMPTS
     pause_s: float = 2.0
     ray: str | None = None
 
 
 class LabResult(Record):
-    """Say how one bundle did on one device. Without a report `message` says why there is none."""
+    """Hold the result of one bundle on one device; without a report, `message` gives the reason."""
 
     bundle: str
     target: str
     device: str
     where: str
-    exit_code: int  # of the error that `message` is from; 0 when the report says passed
+    exit_code: int  # of the error in `message`; 0 when the report says passed
     message: str
     attempts: int
     report: DeviceReport | None
@@ -56,18 +56,21 @@ class LabResult(Record):
 def validate_all(
     bundles: Sequence[Path], devices: Sequence[LabDevice], plan: Plan, progress: Progress
 ) -> tuple[LabResult, ...]:
-    """Validate, keep each report beside its bundle, and give one result for each pair, in the order of both lists.
+    """Validate each bundle on each device that takes its target, and write each report beside its bundle.
 
     Args:
         bundles: OUT/TARGET each.
-        devices: of `read_devices`; they may be reached from any machine of the cluster that edgeq is installed on.
-        plan: how.
+        devices: from `read_devices`; every machine of the cluster must be able to reach them.
+        plan: runs and attempts.
         progress: called as `progress("validate", done, total)`.
 
+    Returns:
+        One result for each pair of bundle and device, in the order of both lists.
+
     Raises:
-        ConfigError: a bundle is none, or no device takes one of them.
+        ConfigError: a path is no bundle, or no device takes a bundle's target.
         ToolMissing: ray or tenacity is not installed.
-        DeviceUnavailable: there is no cluster, or it gives nothing.
+        DeviceUnavailable: there is no cluster, or it gives no results.
         StorageFailed: a report cannot be written.
     """
     targets = {bundle: load_manifest(bundle).target.name for bundle in dict.fromkeys(bundles)}
@@ -98,10 +101,10 @@ def validate_all(
 
 
 def require_tenacity() -> None:
-    """Refuse to begin without what repeats attempts.
+    """Check that tenacity, which repeats attempts, is installed.
 
     Raises:
-        ToolMissing: it is not installed.
+        ToolMissing: it is not.
     """
     try:
         import tenacity  # noqa: F401
@@ -110,7 +113,7 @@ def require_tenacity() -> None:
 
 
 def _worker(ray: Any, device: LabDevice, plan: Plan) -> Any:
-    """Start the one worker of a device: a device does one thing at a time, or its times mean nothing."""
+    """Start the one worker of a device: parallel runs on a device would distort its times."""
     remote = ray.remote(Worker).options(
         num_cpus=1 if device.where in _OWN_CPU else 0, max_restarts=RESTARTS,
         max_task_retries=-1,  # each failed connection while it restarts counts as one; its restarts are bounded
@@ -120,10 +123,10 @@ def _worker(ray: Any, device: LabDevice, plan: Plan) -> Any:
 
 
 class Worker:
-    """Stand for one device, on a machine of the cluster."""
+    """Validate bundles on one device, from a machine of the cluster."""
 
     def __init__(self, device: str, runs: int, attempts: int, pause_s: float) -> None:
-        """Take the device as JSON, and of a plan what concerns it."""
+        """Take the device as JSON, and the plan's runs and attempts."""
         self._device = LabDevice.model_validate_json(device)
         self._runs, self._attempts, self._pause_s = runs, attempts, pause_s
 
@@ -134,14 +137,14 @@ class Worker:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(DeviceUnavailable),
             stop=tenacity.stop_after_attempt(self._attempts),
-            wait=tenacity.wait_exponential(multiplier=self._pause_s, max=LONGEST_PAUSE_S),
+            wait=tenacity.wait_exponential(multiplier=self._pause_s, max=_LONGEST_PAUSE_S),
             reraise=True,
         )
         with tempfile.TemporaryDirectory(prefix="edgeq-lab-") as folder:
             unpack(content, Path(folder))
             job = Job(Path(folder) / name, runs=self._runs, time_limit_s=self._device.time_limit_s)
             try:
-                report = retrying(self._device.place().validate, job)
+                report = retrying(self._device.transport().validate, job)
             except EdgeqError as error:
                 return error.exit_code, str(error).replace(f"{folder}/", ""), _tried(retrying), None
         return 0, "", _tried(retrying), report.model_dump_json()
@@ -152,7 +155,7 @@ def _tried(retrying: Any) -> int:
 
 
 def _kept(bundle: Path, target: str, device: LabDevice, result: Any) -> LabResult:
-    """Hold what a worker gave against the bundle here, and keep its report."""
+    """Check a worker's report against the bundle, write it beside the bundle, and make the result."""
     named = {"bundle": str(bundle), "target": target, "device": device.name, "where": device.where}
     if isinstance(result, Exception):
         message = f"its worker in the cluster was lost {RESTARTS + 1} times, or died of a defect: {said(result)}"

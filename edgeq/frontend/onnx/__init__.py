@@ -1,1 +1,1 @@
-"""Take an ONNX file that someone else exported: bring it to the dialect's opset and interface, without torch."""
+"""Convert an ONNX file that the user exported to the dialect's opset and interface, without torch."""

@@ -1,4 +1,4 @@
-"""Write what a bundle carries beside the graph: the tokenizer, and what sentence-transformers needs."""
+"""Write what a bundle carries beside the graph of an ONNX file: its tokenizer, and files for sentence-transformers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ _PROMPTS = "config_sentence_transformers.json"
 
 
 def opens_in_sentence_transformers(file: OnnxFile, head: Head) -> bool:
-    """Tell whether config.json and the pooling are known, which is what sentence-transformers asks for."""
+    """Tell whether config.json and the pooling are known, which sentence-transformers needs to open a folder."""
     return file.config_dir is not None and (file.config_dir / CONFIG).is_file() and bool(head.modes)
 
 
 def prompts(file: OnnxFile) -> tuple[dict[str, str], str | None]:
-    """Give the prompts by name, and the name of the default one.
+    """Read the prompts by name, and the name of the default one.
 
-    Where there are any, "query" and "document" are among them, empty if need be, as in sentence-transformers.
+    Where there are any, "query" and "document" are among them, possibly empty, as in sentence-transformers.
+
+    Raises:
+        ConfigError: the file of prompts is not JSON.
     """
     config = read_json(file.config_dir / _PROMPTS) if file.config_dir is not None else {}
     named = {"query": "", "document": ""}
@@ -34,14 +37,17 @@ def prompts(file: OnnxFile) -> tuple[dict[str, str], str | None]:
     return named if any(named.values()) else {}, config.get("default_prompt_name")
 
 
-def write(file: OnnxFile, head: Head, width: int, folder: Path) -> None:
-    """Write the configuration.
+def write_configuration(file: OnnxFile, head: Head, width: int, folder: Path) -> None:
+    """Write tokenizer, config and module files.
 
     Args:
-        file: where its tokenizer and configuration lie.
-        head: what follows the token vectors.
+        file: the ONNX file with its tokenizer and configuration.
+        head: the modules behind the token vectors.
         width: of a token vector.
         folder: does not exist yet.
+
+    Raises:
+        ConfigError: modules.json is not JSON.
     """
     folder.mkdir()
     shutil.copyfile(file.tokenizer, folder / TOKENIZER)

@@ -1,4 +1,4 @@
-"""Find an ONNX file, the tokenizer that belongs to it, and what its folder says about pooling."""
+"""Find an ONNX file, its tokenizer, and the configuration beside it."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any, Literal
 
 from edgeq.errors import ConfigError
 from edgeq.frontend.onnx.read import external_files
+from edgeq.frontend.weight_files import has_weights
 from edgeq.system.files import sha256_file
 
 MODULES, TOKENIZER, CONFIG = "modules.json", "tokenizer.json", "config.json"
 SUFFIX = ".onnx"
 
 _FOLDER, _USUAL = "onnx", "model.onnx"
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _LARGEST_LIMIT = 1_000_000  # tokenizers without a limit state 1e30
 
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """Hold what a user may add to an ONNX file.
+    """Hold the options of an ONNX file.
 
     Attributes:
         tokenizer: a tokenizer.json, or the folder that holds it and the model's configuration.
-        max_sequence: the longest sequence in tokens; None asks the configuration.
-        normalize: whether vectors get length 1; None asks modules.json, and without it leaves them as they are.
-        kind: where the file came from: a user's file, or a torch module that edgeq exported.
+        max_sequence: the longest sequence in tokens; None takes the configuration's.
+        normalize: whether vectors get length 1; None follows modules.json, or keeps them where there is none.
+        kind: "onnx" for a user's file, "module" for one that edgeq traced from a torch module.
     """
 
     tokenizer: Path | None = None
@@ -39,16 +39,16 @@ class OnnxOptions:
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """Hold an ONNX file and what belongs to it.
+    """Hold an ONNX file, its tokenizer, configuration and hash.
 
     Attributes:
         path: the file.
         tokenizer: its tokenizer.json.
-        config_dir: the folder with configuration, or None when only a tokenizer.json is known.
+        config_dir: the folder with the configuration, or None where only a tokenizer.json is known.
         max_sequence: in tokens, special tokens included.
         normalize: as OnnxOptions has it.
         kind: as OnnxOptions has it.
-        sha256: over all that decides the vectors.
+        sha256: of all files and options that decide the vectors.
     """
 
     path: Path
@@ -61,26 +61,26 @@ class OnnxFile:
 
     @property
     def name(self) -> str:
-        """Give the file's name, or its folder's where the file has the name that all have."""
+        """Give the file's name, or its folder's where the file has the usual name model.onnx."""
         if self.kind == "module":
             return self.path.stem
         folder = self.path.parent.parent if self.path.parent.name == _FOLDER else self.path.parent
         return folder.name if self.path.name == _USUAL and folder.name else self.path.name
 
 
-def find(model: str, pooling: str | None, options: OnnxOptions) -> OnnxFile | None:
-    """Find the ONNX file that the user named, or that lies in a directory without torch weights.
+def find_onnx(model: str, pooling: str | None, options: OnnxOptions) -> OnnxFile | None:
+    """Find the ONNX file that the user named, or the one in a directory without torch weights.
 
     Args:
-        model: what the user named.
-        pooling: of a file that gives hidden states.
-        options: what the user added.
+        model: as the user named it.
+        pooling: the mode for a file whose output is token vectors.
+        options: of the file.
 
     Returns:
-        None where the model is no ONNX file.
+        The file, or None where the model is no ONNX file.
 
     Raises:
-        ConfigError: the tokenizer or the longest sequence is not known, or `options` are given for another source.
+        ConfigError: the tokenizer or the longest sequence is not known, or the model is no ONNX file and has `options`.
     """
     path = _file(Path(model).expanduser())
     if path is None:
@@ -90,7 +90,7 @@ def find(model: str, pooling: str | None, options: OnnxOptions) -> OnnxFile | No
         return None
     tokenizer = tokenizer_file(options.tokenizer) if options.tokenizer is not None else _tokenizer_beside(path)
     config_dir = tokenizer.parent if any((tokenizer.parent / name).is_file() for name in (MODULES, CONFIG)) else None
-    limit = options.max_sequence or token_limit(tokenizer)
+    limit = options.max_sequence or stated_limit(tokenizer)
     if limit is None:
         raise ConfigError(
             f"{path}: neither {tokenizer.name} nor a configuration beside it says how long a text may be; "
@@ -115,8 +115,7 @@ def _file(path: Path) -> Path | None:
         return path.resolve()
     if not path.is_dir():
         return None
-    has_weights = any(any(place.glob(item)) for place in (path, path / "0_Transformer") for item in _WEIGHTS)
-    if has_weights:
+    if any(has_weights(folder) for folder in (path, path / "0_Transformer")):
         return None
     for folder in (path / _FOLDER, path):
         if (folder / _USUAL).is_file():
@@ -131,7 +130,7 @@ def _file(path: Path) -> Path | None:
 
 
 def tokenizer_file(given: Path) -> Path:
-    """Give the tokenizer.json that a user named, or that lies in the folder.
+    """Give the tokenizer.json that the user named, or the one in the folder that the user named.
 
     Raises:
         ConfigError: there is none.
@@ -143,8 +142,8 @@ def tokenizer_file(given: Path) -> Path:
 
 
 def _tokenizer_beside(path: Path) -> Path:
-    places = [path.parent, *([path.parent.parent] if path.parent.name == _FOLDER else [])]
-    for folder in places:
+    folders = [path.parent, *([path.parent.parent] if path.parent.name == _FOLDER else [])]
+    for folder in folders:
         if (folder / TOKENIZER).is_file():
             return folder / TOKENIZER
     raise ConfigError(
@@ -157,7 +156,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file, or give an empty object where there is none.
 
     Raises:
-        ConfigError: it is not JSON.
+        ConfigError: the file is not JSON.
     """
     if not path.is_file():
         return {}
@@ -167,8 +166,12 @@ def read_json(path: Path) -> Any:
         raise ConfigError(f"{path}: not valid JSON ({error}); restore it from the model's origin") from error
 
 
-def token_limit(tokenizer: Path) -> int | None:
-    """Ask, in this order, sentence-transformers' limit, the tokenizer's, its truncation, and the position table's."""
+def stated_limit(tokenizer: Path) -> int | None:
+    """Read the longest text in tokens from the files of sentence-transformers, the tokenizer, or the model's config.
+
+    Returns:
+        The first of these that is stated, or None.
+    """
     folder = tokenizer.parent
     truncation = read_json(tokenizer).get("truncation") or {}
     found = (
@@ -181,7 +184,7 @@ def token_limit(tokenizer: Path) -> int | None:
 
 
 def _identity(path: Path, tokenizer: Path, config_dir: Path | None, options: tuple[object, ...]) -> str:
-    """Hash the graph, its external data, the tokenizer, the modules and the options; no path and no file's name."""
+    """Hash the graph, its external data, tokenizer, modules and options, but no path or file name."""
     digest = hashlib.sha256(f"{options}\n".encode())
     files = [path, tokenizer, *(path.parent / name for name in external_files(path))]
     if config_dir is not None:

@@ -1,4 +1,4 @@
-"""Give a graph the inputs and outputs of a float model: token ids and mask in, sentence embeddings out."""
+"""Recognise the inputs and outputs of a user's graph, and replace its inputs by int64 token ids and mask."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from edgeq.data.tokens import Feeds
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.graph.edit import add_constant, dims, made_by
 
-IDS, MASK, SEGMENTS, POSITIONS = "input_ids", "attention_mask", "token_type_ids", "position_ids"
+IDS, MASK, SEGMENTS, _POSITIONS = "input_ids", "attention_mask", "token_type_ids", "position_ids"
 EMBEDDING, HIDDEN = "sentence_embedding", "last_hidden_state"
 
-# What an input's name has in it -> what it is; the one that is left is the token ids.
-_HINTS = (("mask", MASK), ("type", SEGMENTS), ("segment", SEGMENTS), ("position", POSITIONS))
+# Part of an input's name -> the input's role; the one input without such a part is the token ids.
+_HINTS = (("mask", MASK), ("type", SEGMENTS), ("segment", SEGMENTS), ("position", _POSITIONS))
 _WHOLE = (ir.DataType.INT64, ir.DataType.INT32)
-# Names of token vectors that exporters use, the likeliest first; else the first output of rank 3.
+# Exporters' names of token vectors, in the order of trying; without one of them the first output of rank 3 is taken.
 _HIDDEN_NAMES = (HIDDEN, "token_embeddings", "hidden_states")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Say which input of the given file is what, and of what dtype.
+    """Hold the role and the dtype of each input of the user's file.
 
     Attributes:
-        roles: the file's own name -> one of IDS, MASK, SEGMENTS, POSITIONS.
+        roles: the file's own name -> one of IDS, MASK, SEGMENTS, _POSITIONS.
         dtypes: the file's own name -> numpy's dtype.
     """
 
@@ -35,12 +35,12 @@ class Inputs:
     dtypes: dict[str, str]
 
     def named(self, feeds: Feeds) -> dict[str, NDArray[np.generic]]:
-        """Give feeds under the file's own names, in its dtypes."""
+        """Map the file's own input names to arrays of its own dtypes."""
         known = {
             IDS: feeds.input_ids,
             MASK: feeds.attention_mask,
             SEGMENTS: np.zeros_like(feeds.input_ids),
-            POSITIONS: np.broadcast_to(np.arange(feeds.input_ids.shape[1]), feeds.input_ids.shape),
+            _POSITIONS: np.broadcast_to(np.arange(feeds.input_ids.shape[1]), feeds.input_ids.shape),
         }
         return {name: np.ascontiguousarray(known[role], self.dtypes[name]) for name, role in self.roles.items()}
 
@@ -49,7 +49,8 @@ def roles(model: ir.Model, name: str) -> Inputs:
     """Recognise the inputs by name and dtype.
 
     Raises:
-        Unsupported: an input is not whole numbers, its axes are fixed, or it is not known which one holds the ids.
+        Unsupported: an input is no [batch, sequence] of whole numbers with both axes free, or none can be told to be
+            the token ids.
     """
     found: dict[str, str] = {}
     rest = []
@@ -64,7 +65,7 @@ def roles(model: ir.Model, name: str) -> Inputs:
     if len(rest) != 1:
         raise Unsupported(
             f"{name}: its inputs are {', '.join(str(value.name) for value in model.graph.inputs)}; edgeq knows token "
-            f"ids, and beside them {MASK}, {SEGMENTS} and {POSITIONS}. Rename them so, or cut the others off."
+            f"ids, and beside them {MASK}, {SEGMENTS} and {_POSITIONS}. Rename them so, or cut the others off."
         )
     found[rest[0]] = IDS
     dtypes = {str(value.name): value.dtype.numpy().name for value in model.graph.inputs if value.dtype is not None}
@@ -88,7 +89,7 @@ def _require_tokens(value: ir.Value, name: str) -> None:
 
 
 def take_tokens(model: ir.Model, inputs: Inputs) -> None:
-    """Put int64 `input_ids` and `attention_mask` in place of the inputs; segments are 0, positions 0, and so on."""
+    """Replace the inputs by int64 `input_ids` and `attention_mask`; token types become 0, positions 0, 1, 2, ..."""
     graph = model.graph
     for name in (IDS, MASK):
         free_name(graph, name)
@@ -111,7 +112,7 @@ def take_tokens(model: ir.Model, inputs: Inputs) -> None:
 
 
 def free_name(graph: ir.Graph, name: str) -> None:
-    """Give another name to what a node gives under this one."""
+    """Rename a node's output that has this name."""
     for node in graph:
         for value in node.outputs:
             if value.name == name:
@@ -119,7 +120,7 @@ def free_name(graph: ir.Graph, name: str) -> None:
 
 
 def drop_index_casts(model: ir.Model) -> None:
-    """Let lookups and shapes read what stands before a cast from whole numbers to whole numbers; needs dtypes."""
+    """Bypass a Cast between int32 and int64 in front of Gather's indices, Shape and Cast; dtypes must be known."""
     for node in model.graph:
         position = {"Gather": 1, "Shape": 0, "Cast": 0}.get(node.op_type)
         while position is not None:
@@ -131,12 +132,13 @@ def drop_index_casts(model: ir.Model) -> None:
 
 
 def _derived(graph: ir.Graph, first: ir.Node, ids: ir.Value, role: str, dtype: ir.DataType) -> ir.Value:
-    """Compute an input that texts alone do not decide."""
+    """Compute token types (zeros) or positions (0, 1, 2, ...) from the shape of the token ids."""
     whole = np.dtype(dtype.numpy())
     if role == SEGMENTS:
         shape = _before(first, "Shape", [ids], "segment/shape")
         return _before(first, "Expand", [add_constant(graph, "segment/zero", np.zeros((), whole)), shape], "segment")
-    # The table's rows are then cut out, not looked up: see passes.direct_position. 2 ** 15 exceeds every table here.
+    # Sliced from a constant, so that the position table can be sliced, not looked up: see passes/direct_position.py.
+    # 2 ** 15 exceeds the length of every table that is supported.
     count = add_constant(graph, "position/all", np.arange(1 << 15, dtype=whole)[None])
     length = _before(first, "Shape", [ids], "position/length", {"start": 1, "end": 2})
     start = add_constant(graph, "position/start", np.array([0], np.int64))
@@ -161,23 +163,23 @@ def _before(
 
 @dataclass(frozen=True)
 class Outputs:
-    """Say which output of the given file is what; one of both may be missing."""
+    """Name the output with the vectors and the one with the token vectors; one of them may be None."""
 
     embedding: str | None
     hidden: str | None
 
 
 def outputs(model: ir.Model, pooling: str | None, name: str) -> Outputs:
-    """Find the vectors or, to be pooled, the token vectors, by name and rank.
+    """Find the outputs with the vectors and with the token vectors, by name and rank.
 
     Args:
         model: the graph.
-        pooling: what the user asked for.
+        pooling: the option `--pooling`; with it the token vectors are taken.
         name: for messages.
 
     Raises:
-        ConfigError: it gives vectors already, but pooling is asked for.
-        Unsupported: there are neither.
+        ConfigError: a pooling is given, but the only output is vectors.
+        Unsupported: neither of the two is found.
     """
     ranks = {str(value.name): len(dims(value) or []) for value in model.graph.outputs}
     threes = [item for item, rank in ranks.items() if rank == 3]

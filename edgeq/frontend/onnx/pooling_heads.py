@@ -1,6 +1,6 @@
-"""Turn token vectors into one vector: pooling, Dense layers and unit length, as graph and in numpy.
+"""Append pooling, Dense layers and L2 normalisation to token vectors in a graph, and do the same in numpy.
 
-The numpy form is the reference that the graph is compared with.
+The numpy form is the reference for the graph.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from edgeq.passes.pool_by_matmul import POOLING
 
 FloatArray = NDArray[np.float32]
 
-# The flags of 1_Pooling/config.json -> mode; sentence-transformers 6 writes the mode itself.
+# A flag of 1_Pooling/config.json -> its mode; sentence-transformers 6 writes the mode instead of flags.
 FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -42,7 +42,7 @@ class Dense:
     Attributes:
         weight: float32[in, out].
         bias: float32[out], or None.
-        activation: the ONNX operator behind it, or "".
+        activation: the ONNX operator of the activation, or "".
     """
 
     weight: FloatArray
@@ -52,7 +52,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Head:
-    """Hold what follows the token vectors: pooling modes side by side, Dense layers, unit length."""
+    """Hold the modules behind the token vectors: concatenated pooling modes, Dense layers, L2 normalisation."""
 
     modes: tuple[str, ...]
     dense: tuple[Dense, ...]
@@ -69,18 +69,18 @@ def read_head(folder: Path) -> Head:
     """Read the modules behind the transformer from a sentence-transformers folder, without torch.
 
     Raises:
-        ConfigError: a file is not what sentence-transformers writes.
-        Unsupported: a module that is not known here.
+        ConfigError: a file is missing, or not as sentence-transformers writes it.
+        Unsupported: a module, its activation or the order of modules is not supported.
     """
     modes: tuple[str, ...] = ()
     dense: list[Dense] = []
     normalize = False
     for entry in read_json(folder / MODULES):
-        kind, place = str(entry["type"]).rsplit(".", 1)[-1], folder / str(entry["path"])
+        kind, path = str(entry["type"]).rsplit(".", 1)[-1], folder / str(entry["path"])
         if kind == "Pooling":
-            modes = _modes(place / "config.json")
+            modes = _modes(path / "config.json")
         elif kind == "Dense":
-            dense.append(_dense(place))
+            dense.append(_dense(path))
         elif kind == "Normalize":
             normalize = True
         elif kind != "Transformer":
@@ -125,11 +125,11 @@ def _dense(folder: Path) -> Dense:
     return Dense(weight, None if bias is None else bias.astype(np.float32), _ACTIVATIONS[name])
 
 
-def embed(head: Head, hidden: FloatArray, mask: NDArray[np.int64]) -> FloatArray:
-    """Give the vectors of token vectors, float32[batch, dim], in numpy.
+def apply_head(head: Head, hidden: FloatArray, mask: NDArray[np.int64]) -> FloatArray:
+    """Pool, project and normalise token vectors in numpy, to float32[batch, dim].
 
     Args:
-        head: what follows them.
+        head: the modules.
         hidden: float32[batch, sequence, width].
         mask: int64[batch, sequence].
     """
@@ -146,7 +146,7 @@ def embed(head: Head, hidden: FloatArray, mask: NDArray[np.int64]) -> FloatArray
 
 
 def normalized(vectors: FloatArray) -> FloatArray:
-    """Give vectors of length 1, float32[batch, dim]."""
+    """L2-normalise vectors, float32[batch, dim]."""
     lengths = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), _LEAST_LENGTH)
     return np.asarray(vectors / lengths, np.float32)
 
@@ -168,15 +168,15 @@ def _pooled(mode: str, hidden: FloatArray, mask: NDArray[np.int64]) -> FloatArra
 
 
 class HeadWriter:
-    """Write a head behind token vectors, in the forms that the passes know."""
+    """Append a head to token vectors, as nodes in the patterns that the passes recognise."""
 
     def __init__(self, graph: ir.Graph, hidden: ir.Value, mask: ir.Value) -> None:
-        """Take the graph, `hidden` float32[batch, sequence, width] and `mask` int64[batch, sequence]."""
+        """Append to `hidden`, float32[batch, sequence, width], pooled under `mask`, int64[batch, sequence]."""
         self._graph, self._hidden, self._mask = graph, hidden, mask
         self._axis = self._put("head/axis", np.array([1], np.int64))
 
     def write(self, head: Head) -> ir.Value:
-        """Give the vectors, float32[batch, dim]."""
+        """Write all modules of a head, and return the vectors, float32[batch, dim]."""
         pooled = [self._pool(mode) for mode in head.modes]
         x = pooled[0] if len(pooled) == 1 else self._add("Concat", pooled, "head/modes", axis=1)
         for row, layer in enumerate(head.dense):
@@ -189,7 +189,7 @@ class HeadWriter:
         return self.unit(x) if head.normalize else x
 
     def unit(self, x: ir.Value) -> ir.Value:
-        """Give `x` the length 1."""
+        """Write the L2 normalisation of float32[batch, dim]."""
         length = self._add("ReduceL2", [x, self._axis], "head/length", keepdims=1)
         least = self._put("head/least_length", np.array(_LEAST_LENGTH, np.float32))
         return self._add("Div", [x, self._add("Clip", [length, least], "head/divisor")], "head/unit")
@@ -227,14 +227,14 @@ class HeadWriter:
         return self._add("ReduceMax", [filled, self._axis], "head/max", keepdims=0)
 
     def _last(self) -> ir.Value:
-        """Pick the last token by a product with ones and zeros."""
+        """Write last-token pooling as a MatMul with a row that is 1 at the last token and 0 elsewhere."""
         seen = self._add("CumSum", [self._mask, self._put("head/cumulated", np.array(1))], "head/seen")
         count = self._add("ReduceSum", [self._mask, self._axis], "head/tokens", keepdims=1)
         is_last = self._add("Equal", [seen, count], "head/is_last_or_padding")
         whole = self._add("Cast", [is_last], "head/last_or_padding", to=int(ir.DataType.INT64))
         last = self._add("Mul", [whole, self._mask], "head/last")
-        shares = self._add("Cast", [last], "head/shares", to=int(ir.DataType.FLOAT))
-        row = self._add("Unsqueeze", [shares, self._axis], f"{POOLING}/weights")
+        weights = self._add("Cast", [last], "head/shares", to=int(ir.DataType.FLOAT))
+        row = self._add("Unsqueeze", [weights, self._axis], f"{POOLING}/weights")
         picked = self._add("MatMul", [row, self._hidden], f"{POOLING}/picked")
         roles.give(required(picked.producer()), Role.POOLING, Role.PICKED_TOKEN)
         return self._add("Squeeze", [picked, self._axis], "head/lasttoken")

@@ -1,4 +1,4 @@
-"""Read an ONNX file and write it in FP32 and the dialect's opset."""
+"""Read an ONNX file, and convert it to FP32 and to the dialect's opset."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from edgeq.graph import external_data
 from edgeq.graph.dialect import OPSET
 from edgeq.system.untrusted import require_confined
 
-OLDEST_OPSET = 11
+_OLDEST_OPSET = 11
 CONTRIB = "com.microsoft"  # the domain of operators that only ONNX Runtime has
-NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+_NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 _SMALL_BYTES = 1 << 10
 _LARGEST_FOLDED = 1 << 31
@@ -39,18 +39,18 @@ def external_files(path: Path) -> tuple[str, ...]:
     """Name the files beside an ONNX file that hold its weights.
 
     Raises:
-        ConfigError: it is no ONNX file, or asks for files outside of its folder.
+        ConfigError: `path` is no ONNX file, or refers to files outside of its folder.
     """
     graph = _parsed(path).graph
     require_confined(path)
-    places = {
+    names = {
         entry.value
         for tensor in graph.initializer
         if tensor.data_location == TensorProto.EXTERNAL
         for entry in tensor.external_data
         if entry.key == "location"
     }
-    return tuple(sorted(places))
+    return tuple(sorted(names))
 
 
 def _parsed(path: Path) -> onnx.ModelProto:
@@ -64,11 +64,11 @@ def _parsed(path: Path) -> onnx.ModelProto:
 
 
 def read(path: Path) -> ir.Model:
-    """Read a file with its external data, functions inlined and constants as initializers.
+    """Read a file with its external data; inline functions and turn constants into initializers.
 
     Raises:
-        ConfigError: it is no ONNX file, or its external data is not there, or not beside it.
-        Unsupported: it is quantised already, or of an opset that cannot be converted.
+        ConfigError: `path` is no ONNX file, or its external data is missing or outside of its folder.
+        Unsupported: the model is quantised already, or its opset is too old to be converted.
     """
     proto = _parsed(path)
     for name in external_files(path):
@@ -77,9 +77,9 @@ def read(path: Path) -> ir.Model:
     _refuse_quantised(proto, path)
     proto = external_data.load(path)
     version = opset(proto)
-    if version < OLDEST_OPSET:
+    if version < _OLDEST_OPSET:
         raise Unsupported(
-            f"{path}: opset {version}; {OLDEST_OPSET} or newer is needed, for every backend. "
+            f"{path}: opset {version}; {_OLDEST_OPSET} or newer is needed, for every backend. "
             f"Export the model again with opset 17 to {OPSET}: torch.onnx.export(..., opset_version=17)."
         )
     model = ir.from_proto(proto)
@@ -94,7 +94,7 @@ def read(path: Path) -> ir.Model:
 
 
 def opset(model: onnx.ModelProto) -> int:
-    """Give the version of the default domain."""
+    """Give the opset version of the default domain, or 0."""
     return max((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), default=0)
 
 
@@ -112,8 +112,8 @@ def _refuse_quantised(model: onnx.ModelProto, path: Path) -> None:
 
 
 def is_narrow(model: ir.Model) -> bool:
-    """Tell whether anything is computed in other floats than FP32."""
-    return any(value.dtype in NARROW for value in _values(model))
+    """Tell whether a value of the graph is FP16, BF16 or FP64."""
+    return any(value.dtype in _NARROW for value in _values(model))
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:
@@ -124,45 +124,45 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def widen(model: ir.Model) -> None:
-    """Write FP16, BF16 and FP64 weights and arithmetic in FP32, the weights' values kept."""
+    """Convert FP16, BF16 and FP64 weights and arithmetic to FP32, with the same values of the weights."""
     for value in _values(model):
-        if value.const_value is not None and value.const_value.dtype in NARROW:
+        if value.const_value is not None and value.const_value.dtype in _NARROW:
             value.const_value = external_data.tensor_of(value.const_value.numpy().astype(np.float32), str(value.name))
-        if value.dtype in NARROW:
+        if value.dtype in _NARROW:
             value.dtype = ir.DataType.FLOAT
     for node in model.graph:
         for name, attribute in tuple(node.attributes.items()):
-            if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in NARROW:
+            if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in _NARROW:
                 node.attributes[name] = ir.AttrTensor(name, ir.tensor(attribute.value.numpy().astype("float32")))
             is_type = name == "to" or name == "dtype"
-            if is_type and attribute.type == ir.AttributeType.INT and ir.DataType(attribute.value) in NARROW:
+            if is_type and attribute.type == ir.AttributeType.INT and ir.DataType(attribute.value) in _NARROW:
                 node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
     for output in model.graph.outputs:
-        if output.dtype in NARROW:
+        if output.dtype in _NARROW:
             output.dtype = ir.DataType.FLOAT
 
 
-def convert(model: ir.Model, name: str) -> ir.Model:
-    """Convert to the dialect's opset with onnx's converter; operators of other domains pass through it.
+def convert_opset(model: ir.Model, name: str) -> ir.Model:
+    """Convert to the dialect's opset with onnx's version converter, which leaves operators of other domains alone.
 
     Args:
         model: as `read` gives it.
         name: for messages.
 
     Raises:
-        Unsupported: the converter cannot.
+        Unsupported: the converter fails.
     """
     large = {
         key: value.const_value for key, value in model.graph.initializers.items()
         if value.const_value is not None and value.const_value.nbytes > _SMALL_BYTES
     }  # fmt: skip
-    for key, tensor in large.items():  # the converter copies weights: it sees them as inputs instead
+    for key, tensor in large.items():  # the converter copies weights, so they become inputs for it
         value = model.graph.initializers.pop(key)
         value.const_value, value.shape, value.dtype = None, ir.Shape(tensor.numpy().shape), tensor.dtype
         model.graph.inputs.append(value)
     model = ir.from_proto(_inferred(ir.to_proto(model)))  # some of the converter's adapters read shapes
     for node in model.graph:
-        if _stands_aside(node, model.graph.opset_imports.get("", OPSET)):
+        if _is_kept_from_converter(node, model.graph.opset_imports.get("", OPSET)):
             node.domain = CONTRIB
     version = model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx", 0))
     proto = ir.to_proto(model)
@@ -183,18 +183,18 @@ def convert(model: ir.Model, name: str) -> ir.Model:
         value.const_value = tensor
         converted.graph.register_initializer(value)
     for node in converted.graph:
-        if node.domain == CONTRIB and node.op_type in _RETURNING:
+        if node.domain == CONTRIB and node.op_type in _RETURNED_TO_STANDARD:
             node.domain = ""
     return converted
 
 
-_RETURNING = ("LayerNormalization",)
+_RETURNED_TO_STANDARD = ("LayerNormalization",)
 
 
-def _stands_aside(node: ir.Node, version: int) -> bool:
-    """Tell whether a node of the default domain is kept from the converter.
+def _is_kept_from_converter(node: ir.Node, version: int) -> bool:
+    """Tell whether a node of the default domain is no operator of its opset, and would make the converter fail.
 
-    ONNX Runtime writes operators into it that the standard has not, or not yet (LayerNormalization before opset 17).
+    ONNX Runtime writes such nodes, for one LayerNormalization before opset 17.
     """
     if node.domain not in ("", "ai.onnx"):
         return False
@@ -205,17 +205,17 @@ def _stands_aside(node: ir.Node, version: int) -> bool:
 
 
 def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Write the shapes anew that the standard's operators give."""
+    """Infer the shapes of standard operators again."""
     del proto.graph.value_info[:]
     return onnx.shape_inference.infer_shapes(proto, data_prop=True)
 
 
 def fold(model: ir.Model, name: str) -> ir.Model:
-    """Compute what depends on constants and known dimensions alone, with onnxscript.
+    """Fold values that depend on constants and known dimensions alone, with onnxscript.
 
     Raises:
         ToolMissing: onnxscript is not installed.
-        Unsupported: onnxscript fails on it.
+        Unsupported: onnxscript fails on the graph.
     """
     try:
         from onnxscript import optimizer
@@ -223,7 +223,7 @@ def fold(model: ir.Model, name: str) -> ir.Model:
         raise ToolMissing(f"an ONNX file needs onnxscript ({error}); install: pip install 'edgeq[onnx]'") from error
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     try:
-        # Not `optimize`: its rules take an epsilon of 1e-12 for nothing.
+        # Not `optimize`: its rules treat an epsilon of 1e-12 as zero.
         optimizer.fold_constants(
             model, onnx_shape_inference=True, input_size_limit=_LARGEST_FOLDED, output_size_limit=_LARGEST_FOLDED
         )

@@ -1,4 +1,4 @@
-"""Run an ONNX file as it was given, in ONNX Runtime: what the float model is compared with."""
+"""Run the user's ONNX file unchanged in ONNX Runtime, as the reference for the float model."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from numpy.typing import NDArray
 from edgeq.data.tokens import Feeds
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.frontend.onnx.interface import Inputs, Outputs
-from edgeq.frontend.onnx.pooling_heads import Head, embed, normalized
+from edgeq.frontend.onnx.pooling_heads import Head, apply_head, normalized
 from edgeq.graph.float_session import RUNTIME_ERRORS
 
 FloatArray = NDArray[np.float32]
 
 
 def _bare(message: str) -> str:
-    """Give what ONNX Runtime says without its own files and functions."""
+    """Remove the names of ONNX Runtime's own files and functions from its message."""
     said = re.sub(r"/onnxruntime_src/\S+ .*?\) ", "", message.rsplit("Status Message:", 1)[-1])
     return f"{' '.join(said.split()).rstrip('.')}."
 
 
 class GivenSession:
-    """Keep the given file loaded; call it with feeds to get float32[batch, dim]."""
+    """Keep the user's file loaded; calling it embeds a batch."""
 
     def __init__(self, path: Path, inputs: Inputs, outputs: Outputs, head: Head) -> None:
         """Load the file.
 
         Args:
             path: the file.
-            inputs: which input is what.
-            outputs: which output is what.
-            head: what numpy puts behind its token vectors, or behind its vectors.
+            inputs: the roles of its inputs.
+            outputs: its outputs with vectors and token vectors.
+            head: the modules that numpy applies to its token vectors, or the normalisation of its vectors.
 
         Raises:
             ConfigError: ONNX Runtime cannot load it.
@@ -48,11 +48,11 @@ class GivenSession:
         self._name, self._inputs, self._outputs, self._head = path.stem, inputs, outputs, head
 
     def __call__(self, feeds: Feeds) -> FloatArray:
-        """Give the vectors, float32[batch, dim].
+        """Embed a batch of texts, float32[batch, dim].
 
         Raises:
-            ConfigError: ONNX Runtime cannot run it on these tokens.
-            Unsupported: it gives no vector for each token.
+            ConfigError: ONNX Runtime cannot run the file on these tokens.
+            Unsupported: its token vectors are not one for each token.
         """
         wanted = self._outputs.embedding or self._outputs.hidden
         try:
@@ -71,5 +71,5 @@ class GivenSession:
                 "token, padding included, is needed. Let the model keep the length of its input."
             )
         if self._outputs.embedding is None:
-            return embed(self._head, found, feeds.attention_mask)
+            return apply_head(self._head, found, feeds.attention_mask)
         return normalized(found) if self._head.normalize else found

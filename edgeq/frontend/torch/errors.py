@@ -1,4 +1,4 @@
-"""Say in one sentence why torch could not export a model, where, and what to do; nobody gets torch's traceback."""
+"""Explain in one sentence why torch could not trace a model, at which line, and what to do, instead of a traceback."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from edgeq.graph.origins import user_line
 
 _LONGEST = 300
 _NODE = re.compile(r"translating node %(?P<name>\w+)")
-_FOREIGN = ("torch", "onnx", "onnxscript", "onnx_ir", "edgeq")
+_LIBRARIES = ("torch", "onnx", "onnxscript", "onnx_ir", "edgeq")
 
-# What torch's message has in it -> what to do.
+# Words in torch's message -> what to do.
 _WAYS_OUT = (
     (
         ("data-dependent", "Could not guard", "unbacked", "GuardOnDataDependent", "Dynamic control flow"),
@@ -39,11 +39,11 @@ _ANYWAY = "Export the ONNX file yourself, and give it to edgeq as the model."
 
 
 def explain(error: BaseException, lines: Callable[[str], str] | None = None) -> str:
-    """Give reason, line and way out of an exception that torch raised.
+    """Explain an exception that torch raised: the reason, the user's line and the way out.
 
     Args:
         error: the exception.
-        lines: gives the user's line of a node of the traced graph by its name, for messages that know no more.
+        lines: gives the user's line of a node of the traced graph by the node's name, for messages that name only that.
     """
     chain = _chain(error)
     whole = "\n".join(f"{type(item).__name__}: {item}" for item in chain)
@@ -54,7 +54,7 @@ def explain(error: BaseException, lines: Callable[[str], str] | None = None) -> 
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """List an exception and its causes, the first cause last."""
+    """List an exception and its causes, the innermost last."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -62,7 +62,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _reason(chain: list[BaseException]) -> str:
-    """Give the first line of the innermost exception that says anything."""
+    """Give the first line of text of the innermost exception that has one."""
     for item in reversed(chain):
         for line in str(item).splitlines():
             said = re.sub(r"\s+", " ", line).strip().rstrip(".")
@@ -72,18 +72,18 @@ def _reason(chain: list[BaseException]) -> str:
 
 
 def _bare(text: str) -> str:
-    """Take folders off the paths in a message."""
+    """Remove the folders from the paths in a message."""
     return re.sub(r"(?:/[\w.@+-]+)+/([\w.@+-]+)", r"\1", text)
 
 
 def _where(chain: list[BaseException], whole: str) -> str:
-    """Give the innermost line of the user's own code, out of torch's message or the tracebacks."""
+    """Find the innermost line of the user's own code in torch's message or the tracebacks."""
     if "from user code" in whole:
         found = user_line(whole.split("from user code", 1)[1])
         if found:
             return found
     for item in reversed(chain):
-        frames = [frame for frame in traceback.extract_tb(item.__traceback__) if not _is_foreign(frame.filename)]
+        frames = [frame for frame in traceback.extract_tb(item.__traceback__) if not _is_library(frame.filename)]
         if frames:
             last = frames[-1]
             code = f" `{last.line.strip()}`" if last.line else ""
@@ -91,6 +91,6 @@ def _where(chain: list[BaseException], whole: str) -> str:
     return user_line(whole)
 
 
-def _is_foreign(filename: str) -> bool:
+def _is_library(filename: str) -> bool:
     parts = PurePath(filename).parts
-    return filename.startswith("<") or any(name in parts for name in _FOREIGN)
+    return filename.startswith("<") or any(name in parts for name in _LIBRARIES)

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-def load(located: Located) -> SentenceTransformer:
+def load_model(located: Located) -> SentenceTransformer:
     """Load the model in FP32 on the CPU, in evaluation mode.
 
     Raises:
         ToolMissing: torch or sentence-transformers is not installed.
-        ConfigError: the loaders refuse the directory, or it has fewer dimensions than asked for.
-        Unsupported: one of its modules has no form in a graph.
+        ConfigError: sentence-transformers cannot load the directory, or the vectors have fewer dimensions than --dim.
+        Unsupported: a graph cannot hold one of its modules.
     """
     try:
         import torch
@@ -43,9 +43,9 @@ def load(located: Located) -> SentenceTransformer:
             if located.takes_images:
                 from edgeq.frontend.torch import vision
 
-                model = SentenceTransformer(modules=vision.assembled(body, located.pooling), device="cpu")
+                model = SentenceTransformer(modules=vision.with_pooling(body, located.pooling), device="cpu")
             elif located.tower is not None and body.module_output_name == "sentence_embedding":
-                model = SentenceTransformer(modules=text_towers.unfolded(body, located.name), device="cpu")
+                model = SentenceTransformer(modules=text_towers.split_tower(body, located.name), device="cpu")
             else:
                 pooling = modules.Pooling(
                     body.get_embedding_dimension(), pooling_mode=(located.pooling or "").split("+")
@@ -53,15 +53,15 @@ def load(located: Located) -> SentenceTransformer:
                 model = SentenceTransformer(modules=[body, pooling], device="cpu")
     except EdgeqError:
         raise
-    except Exception as error:  # the boundary to foreign loaders, which may raise anything
+    except Exception as error:  # the boundary to sentence-transformers, which may raise anything
         raise ConfigError(f"{where}: sentence-transformers cannot load this model: {_first_line(error)}") from error
     if not located.takes_images:
-        sentence_transformers.prepare(model, located.directory, located.name, located.dim)
+        sentence_transformers.make_traceable(model, located.directory, located.name, located.dim)
     return model.eval()
 
 
-def describe(located: Located, model: SentenceTransformer) -> Source:
-    """Say what a loaded model is made of.
+def source_of(located: Located, model: SentenceTransformer) -> Source:
+    """Describe a loaded model of texts as a source record.
 
     Raises:
         Unsupported: it states neither its dimension nor its longest sequence.
@@ -84,7 +84,11 @@ def describe(located: Located, model: SentenceTransformer) -> Source:
 
 
 def pooling_width(module: object) -> int:
-    """Give the width of the token vectors that a Pooling module reads."""
+    """Give the width of the token vectors that a Pooling module reads.
+
+    Raises:
+        Unsupported: it states none.
+    """
     for name in ("embedding_dimension", "word_embedding_dimension"):
         width = getattr(module, name, None)
         if isinstance(width, int):

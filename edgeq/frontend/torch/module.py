@@ -1,4 +1,4 @@
-"""Export a torch module that the caller holds to an ONNX file, proved against it: from there it is an ONNX source."""
+"""Write a torch module that the caller holds as an ONNX file, proved against it; the file is then an ONNX source."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from edgeq.data.batches import PIXELS
 from edgeq.errors import ConfigError, EdgeqError, Unsupported
 from edgeq.frontend.onnx.interface import EMBEDDING, HIDDEN, IDS, MASK, SEGMENTS
 from edgeq.frontend.torch.errors import explain
-from edgeq.frontend.torch.export import to_onnx
+from edgeq.frontend.torch.trace import trace
 from edgeq.graph import external_data
 
 if TYPE_CHECKING:
     import torch
 
 TOLERANCE = 1e-5  # float rounding between torch and ONNX Runtime, of the largest value
-HALF_TOLERANCE = 2e-2  # the same where the module computes in half precision
-_KEYS = (EMBEDDING, HIDDEN, "token_embeddings")  # of outputs that are mappings, the likeliest first
+_HALF_TOLERANCE = 2e-2  # the same where the module computes in half precision
+_KEYS = (EMBEDDING, HIDDEN, "token_embeddings")  # of outputs that are mappings, in the order of trying
 
 
 def write_onnx(
@@ -31,16 +31,16 @@ def write_onnx(
     """Write FOLDER/CLASS.onnx and give its path.
 
     Args:
-        module: takes token ids and mask, each int64[batch, sequence], and gives `sentence_embedding` or token vectors.
-        example_inputs: tensors in the order of `forward`, or by name; None makes ids and a mask, as far as `forward`
-            has parameters of those names.
-        folder: exists.
+        module: from token ids and mask, each int64[batch, sequence], to sentence embeddings or token vectors.
+        example_inputs: tensors in the order of `forward`, or by name; None makes ids, mask and token types, as far as
+            `forward` has parameters of those names.
+        folder: an existing one.
         max_sequence: the longest sequence in tokens.
 
     Raises:
         ConfigError: the example inputs do not fit `forward`.
-        Unsupported: torch cannot run or export the module; the message names the line.
-        EdgeqError: the graph does not give the module's output.
+        Unsupported: torch cannot run or trace the module; the message names the line.
+        EdgeqError: the graph's output differs from the module's.
     """
     import torch
 
@@ -48,14 +48,14 @@ def write_onnx(
     tensors = _tensors(module, example_inputs)
 
     class Graph(torch.nn.Module):
-        """Call the module by parameter names, and pick the output."""
+        """Call the module by parameter names, and select its vectors."""
 
         def __init__(self) -> None:
             super().__init__()
             self.module = module
 
         def forward(self, *values: torch.Tensor) -> torch.Tensor:
-            return _picked(self.module(**dict(zip(tensors, values, strict=True))), name)
+            return _selected(self.module(**dict(zip(tensors, values, strict=True))), name)
 
     with _evaluating(module):
         try:
@@ -73,7 +73,7 @@ def write_onnx(
         output = EMBEDDING if expected.ndim == 2 else HIDDEN
         path = folder / f"{name}.onnx"
         with external_data.outside(folder / "weights"):
-            external_data.save(to_onnx(Graph().eval(), tensors, (output,), name, max_sequence), path)
+            external_data.save(trace(Graph().eval(), tensors, (output,), name, max_sequence), path)
     _prove(path, tensors, expected, name)
     return path
 
@@ -115,8 +115,8 @@ def _tensors(
     return named
 
 
-def _picked(output: Any, name: str) -> torch.Tensor:
-    """Give the vectors or token vectors out of what a module gives."""
+def _selected(output: Any, name: str) -> torch.Tensor:
+    """Select the vectors or token vectors from a module's output: a tensor, a mapping or a tuple."""
     import torch
 
     if isinstance(output, Mapping):
@@ -131,7 +131,7 @@ def _picked(output: Any, name: str) -> torch.Tensor:
 
 @contextmanager
 def _evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off, and back on afterwards."""
+    """Put a module in evaluation mode (no dropout), and restore its mode afterwards."""
     was_training = module.training
     module.eval()
     try:
@@ -141,7 +141,11 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _prove(path: Path, tensors: Mapping[str, torch.Tensor], expected: torch.Tensor, name: str) -> None:
-    """Compare what ONNX Runtime gives for the example inputs with what torch gave."""
+    """Compare the output of ONNX Runtime on the example inputs with torch's.
+
+    Raises:
+        EdgeqError: they differ by more than float rounding.
+    """
     import onnxruntime as ort
     import torch
 
@@ -152,7 +156,7 @@ def _prove(path: Path, tensors: Mapping[str, torch.Tensor], expected: torch.Tens
     (found,) = session.run(None, {key: value.numpy() for key, value in tensors.items() if key in kept})
     wanted = expected.to(torch.float32).numpy()
     error = float(np.abs(found.astype(np.float32) - wanted).max() / max(1.0, float(np.abs(wanted).max())))
-    allowed = TOLERANCE if expected.dtype == torch.float32 else HALF_TOLERANCE
+    allowed = TOLERANCE if expected.dtype == torch.float32 else _HALF_TOLERANCE
     if not error <= allowed:
         raise EdgeqError(
             f"{name}: the exported graph differs from the module by {error:.2e}; at most {allowed:.0e} is allowed. "

@@ -1,27 +1,26 @@
-"""Run a source in torch: the vectors that every other runtime's are meant to be.
+"""Run a source in torch, whose vectors are the reference of every runtime.
 
-torch lives in a child process, `python -m edgeq.frontend.torch.session`, so that its memory is given back, its
-threads leave the cores, and a crash inside it is a message.
+torch runs in a child process, `python -m edgeq.frontend.torch.session`: its end frees memory and threads, and a crash
+inside it becomes a message.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings
 from edgeq.data.tokens import Feeds, token_feeds
 from edgeq.errors import ConfigError, EdgeqError
-from edgeq.frontend.locate import Located, locate
+from edgeq.frontend.locate import Located, from_json, locate, to_json
 from edgeq.frontend.torch.sentence_transformers import truncated_to
 from edgeq.records import Source
-from edgeq.system.worker import Worker, pack, unpack
+from edgeq.system.child_server import Actions, pack, serve_standard_streams, unpack
+from edgeq.system.worker import Worker, unpack_reply
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 _POOLING = "Pooling:"
 
@@ -30,11 +29,11 @@ def reopen(source: Source, model: str | None = None) -> Located:
     """Find the source of a bundle again.
 
     Args:
-        source: as the manifest describes it.
-        model: where it lies now; None looks for it under the name that the manifest has.
+        source: the record in the bundle's manifest.
+        model: its path or name now; None uses the name in the record.
 
     Raises:
-        ConfigError: it is not there, or is another model.
+        ConfigError: nothing is found there, or another model.
     """
     if source.kind in ("onnx", "module"):
         raise ConfigError(f"{source.name}: was given as {source.kind}; there is no directory to load into torch")
@@ -53,7 +52,7 @@ def reopen(source: Source, model: str | None = None) -> Located:
 
 
 class TorchSession:
-    """Keep a child with the loaded model; call it with feeds to get float32[batch, dim]."""
+    """Keep a child process with the loaded model; calling it embeds a batch."""
 
     def __init__(self, located: Located) -> None:
         """Load the model.
@@ -62,45 +61,49 @@ class TorchSession:
             LoweringFailed: torch is not installed, or cannot load the model.
         """
         self._worker = Worker([sys.executable, "-m", "edgeq.frontend.torch.session"], "torch")
-        self._worker.call(do="load", located={**asdict(located), "directory": str(located.directory)})
+        self._worker.call(do="load", located=to_json(located))
 
     def __call__(self, feeds: AnyFeeds) -> Embeddings:
-        """Give the sentence embeddings, float32[batch, dim]."""
+        """Embed a batch of texts, float32[batch, dim].
+
+        Raises:
+            ConfigError: the feeds are images.
+            LoweringFailed: the model fails, or its process dies.
+        """
         tokens = token_feeds(feeds)
         reply = self._worker.call(do="embed", ids=pack(tokens.input_ids), mask=pack(tokens.attention_mask))
-        embeddings: Embeddings = unpack(reply["embeddings"])
+        embeddings: Embeddings = unpack_reply(reply["embeddings"])
         return embeddings
 
 
-def _load(request: dict[str, Any]) -> Callable[[Feeds], Embeddings]:
-    """Load the model in this process."""
-    from edgeq.frontend.torch import export
-    from edgeq.frontend.torch.load import load
+class _Child:
+    """Answer requests with one model loaded in torch."""
 
-    fields = request["located"]
-    model = load(Located(**{**fields, "directory": Path(fields["directory"])}))
-    return lambda feeds: export.torch_embeddings(model, (feeds,))[0]
+    def __init__(self) -> None:
+        """Load nothing yet."""
+        self._model: SentenceTransformer | None = None
 
+    def actions(self) -> Actions:
+        """Give the function for each value of "do"."""
+        return {"load": self._load, "embed": self._embed}
 
-def main() -> int:
-    """Answer requests on standard input until it ends; what a library prints goes to stderr."""
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    embed: Callable[[Feeds], Embeddings] | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
+    def _load(self, located: dict[str, Any]) -> dict[str, Any]:
+        from edgeq.frontend.torch.load import load_model
+
         try:
-            reply: dict[str, Any] = {}
-            if request["do"] == "load":
-                embed = _load(request)
-            elif embed is not None:
-                reply = {"embeddings": pack(embed(Feeds(unpack(request["ids"]), unpack(request["mask"]))))}
-        except EdgeqError as error:
-            reply = {"error": str(error)}
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
-    return 0
+            self._model = load_model(from_json(located))
+        except EdgeqError as error:  # its message says all; the server would put the error's name before it
+            return {"error": str(error)}
+        return {}
+
+    def _embed(self, ids: dict[str, Any], mask: dict[str, Any]) -> dict[str, Any]:
+        from edgeq.frontend.torch.convert import torch_embeddings
+
+        if self._model is None:
+            raise ValueError("no model is loaded; a load is needed first")
+        (embeddings,) = torch_embeddings(self._model, (Feeds(unpack(ids), unpack(mask)),))
+        return {"embeddings": pack(embeddings)}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    serve_standard_streams(lambda announce: _Child().actions())

@@ -1,7 +1,7 @@
-"""Write a text tower that pools by itself as token vectors, a pooling and a Dense, as an encoder of texts alone has.
+"""Split the text tower of a model of texts and images into token vectors, Pooling and Dense.
 
-Towers of texts, as those beside towers of images, give one vector for each text: a token's vector times a matrix. Which
-token, which matrix, and whether padding counts as text are found by running the tower, not by its name.
+Such a tower gives one vector for each text: the last token's vector times a projection matrix. The matrix, and whether
+padding counts as text, are found by running the tower, not by the name of its architecture.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from edgeq.errors import Unsupported
 if TYPE_CHECKING:
     import torch
 
-TOKENS, SENTENCE = "token_embeddings", "sentence_embedding"
-TOWER = "Transformer:text tower"  # begins the name of such an encoder among a source's modules
+TOKENS, _SENTENCE = "token_embeddings", "sentence_embedding"
+TOWER = "Transformer:text tower"  # the beginning of such an encoder's name in a source record
 _PADDED = ", padded to "
-_SAME = 1e-4  # of the largest value: float rounding, and the other order of summing in a padded batch
-_COUNTS = (1, 2, 5, 200)  # words of a text; the last is cut
+_SAME = 1e-4  # of the largest value: float rounding, with another order of summation in a padded batch
+_COUNTS = (1, 2, 5, 200)  # words of the texts; the last text is cut
 
 
-def unfolded(body: Any, name: str) -> list[torch.nn.Module]:
-    """Give the modules of a tower: tokens to vectors, the last token's, and the matrix behind it.
+def split_tower(body: Any, name: str) -> list[torch.nn.Module]:
+    """Give the modules of a tower: the encoder, last-token Pooling, and the projection as a Dense.
 
     Args:
-        body: sentence-transformers' Transformer of a model of several towers; changed where it is taken apart.
+        body: sentence-transformers' Transformer of a model of several towers; it is changed where it is split.
         name: for messages.
 
     Returns:
-        The body alone where it gives token vectors, or where its pooling is none that is known.
+        The body alone where it gives token vectors, or where its vectors are no product of the last token's.
 
     Raises:
-        Unsupported: padding moves its vectors, and its tokenizer gives a mask that would say so.
+        Unsupported: padding changes its vectors although its tokenizer gives an attention mask.
     """
     from sentence_transformers.sentence_transformer import modules
 
     method = body.modality_config.get("text", {}).get("method")
-    if body.module_output_name != SENTENCE or method is None:
+    if body.module_output_name != _SENTENCE or method is None:
         return [body]
     limit = min(longest(body.model) or body.max_seq_length, body.max_seq_length)
     pads = _padding_counts(body, method, name)
@@ -57,32 +57,32 @@ def unfolded(body: Any, name: str) -> list[torch.nn.Module]:
 
 
 def longest(encoder: Any) -> int | None:
-    """Give how many positions of texts a model of several towers has, or None."""
+    """Give the number of text positions of a model of several towers, or None for any other model."""
     config = encoder.config.get_text_config()
     found = getattr(config, "max_position_embeddings", None) if config is not encoder.config else None
     return int(found) if found is not None else None
 
 
 def named(body: Any) -> str | None:
-    """Name a tower among a source's modules; None where the encoder is none that was taken apart."""
+    """Name a split tower as a source record does; give None for any other encoder."""
     length = getattr(body, "padded_to", None)
     return None if length is None else f"{TOWER}{_PADDED}{length}" if length else TOWER
 
 
 def padded_to(modules: tuple[str, ...]) -> int:
-    """Give how long a source's modules want texts to be, made so with tokens that pad; 0 where padding is no text."""
+    """Give the length to which a source's texts are padded because padding counts as text; 0 where it does not."""
     return int(modules[0].rpartition(_PADDED)[2]) if _PADDED in modules[0] else 0
 
 
-def save(body: Any, folder: Path) -> None:
-    """Leave of a saved model of several towers its tokenizer, and of any other model everything.
+def trim_saved(body: Any, folder: Path) -> None:
+    """Delete all saved files of a model of several towers but the tokenizer's; keep those of any other model.
 
-    sentence-transformers would ask for the other tower's files. Where padding counts as text,
-    `tokenizer_config.json` says so.
+    sentence-transformers would ask for the other tower's files. Where padding counts as text, write that into
+    `tokenizer_config.json`.
     """
     if longest(body.model) is None:
         return
-    for path in sorted(folder.rglob("*"), reverse=True):  # what a folder holds before the folder
+    for path in sorted(folder.rglob("*"), reverse=True):  # a folder's content before the folder
         if path.is_dir():
             path.rmdir()
         elif not path.name.startswith("tokenizer"):
@@ -102,10 +102,10 @@ def _identity() -> torch.nn.Module:
 
 
 def _padding_counts(body: Any, method: str, name: str) -> bool:
-    """Tell whether a padded text has another vector than the text alone, though a mask says what is padding.
+    """Tell whether padding changes a text's vector although the attention mask excludes it.
 
     Raises:
-        Unsupported: it has, and the model's own tokenizer gives a mask.
+        Unsupported: it does, and the model's own tokenizer gives a mask.
     """
     import torch
 
@@ -125,7 +125,7 @@ def _padding_counts(body: Any, method: str, name: str) -> bool:
 
 
 def _matrix(body: Any, method: str, limit: int, pads: bool) -> torch.nn.Linear | None:
-    """Find the Linear that makes the tower's vectors of the last token's, on texts of the tokenizer's own words."""
+    """Find the Linear from the last token's vector to the tower's vector, by running texts of the tokenizer's words."""
     import torch
 
     tokenizer = body.tokenizer
@@ -150,7 +150,7 @@ def _matrix(body: Any, method: str, limit: int, pads: bool) -> torch.nn.Linear |
 
 
 def _run(body: Any, method: str, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give token vectors and the vector that the tower makes of them."""
+    """Run the tower; give the token vectors and the pooled vector."""
     import torch
 
     with torch.no_grad():

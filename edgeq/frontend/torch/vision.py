@@ -1,4 +1,4 @@
-"""Run the part of exporting an image model that needs torch; `edgeq.frontend.torch.export` does it for texts."""
+"""Prepare, run and pool image models in torch, for `edgeq.frontend.torch.convert`."""
 
 from __future__ import annotations
 
@@ -23,18 +23,23 @@ if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
 
-# Pillow and the processor's own arithmetic may round a pixel another way.
-PIXEL_TOLERANCE = 1.01
+# In steps of a pixel's 8 bits: Pillow and the processor's own arithmetic may round differently.
+_PIXEL_TOLERANCE = 1.01
 
 
-def describe(located: Located, model: SentenceTransformer) -> Source:
-    """Say what a loaded image model is made of."""
+def source_of_images(located: Located, model: SentenceTransformer) -> Source:
+    """Describe a loaded model of images as a source record.
+
+    Raises:
+        ConfigError: it has no image processor.
+        Unsupported: its preprocessing is not supported.
+    """
     names = [type(module).__name__ for module in model]
     names = [
         f"{name}:{'+'.join(sentence_transformers.modes(module))}" if name == "Pooling" else name
         for name, module in zip(names, model, strict=True)
     ]
-    (vector,) = embeddings(model, probes(prepared_as(model, located.name), (1,)))
+    (vector,) = embeddings(model, probes(preprocessing_of(model, located.name), (1,)))
     return Source(
         name=located.name if not Path(located.name).exists() else located.directory.name,
         kind="sentence-transformers" if located.is_sentence_transformers else "transformers",
@@ -52,7 +57,7 @@ def processor(model: SentenceTransformer, name: str) -> Any:
     """Give the image processor of a loaded model.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: the model has none.
     """
     whole = getattr(model[0], "processor", None)
     found = getattr(whole, "image_processor", whole)
@@ -61,22 +66,23 @@ def processor(model: SentenceTransformer, name: str) -> Any:
     return found
 
 
-def prepared_as(model: SentenceTransformer, name: str, folder: Path | None = None) -> Preprocessing:
-    """Give the preprocessing of a loaded model, and write it to a folder.
+def preprocessing_of(model: SentenceTransformer, name: str, folder: Path | None = None) -> Preprocessing:
+    """Give the preprocessing of a loaded model, and write its configuration to a folder.
 
     Raises:
-        Unsupported: it does more than edgeq does, or its pixels differ from edgeq's by more than their rounding.
+        ConfigError: the model has no image processor.
+        Unsupported: the processor has steps that edgeq lacks, or its pixels differ from edgeq's by more than rounding.
     """
     own = processor(model, name)
     with tempfile.TemporaryDirectory() as scratch:
-        place = folder or Path(scratch)
-        own.save_pretrained(place)
-        how = image_preprocessing.read(place / image_preprocessing.CONFIG, f"{name}/{image_preprocessing.CONFIG}")
+        to = folder or Path(scratch)
+        own.save_pretrained(to)
+        how = image_preprocessing.read(to / image_preprocessing.CONFIG, f"{name}/{image_preprocessing.CONFIG}")
     card = image_preprocessing.test_card()
-    found = how.pixel_values(how.codes(card)[None])
+    found = how.pixel_values(how.pixels(card)[None])
     expected = np.asarray(own(images=[card], return_tensors="np")[PIXELS], np.float32)
     step = how.rescale_factor / np.array(how.std, np.float32)[:, None, None]
-    if expected.shape != found.shape or not float(np.abs((found - expected) / step).max()) <= PIXEL_TOLERANCE:
+    if expected.shape != found.shape or not float(np.abs((found - expected) / step).max()) <= _PIXEL_TOLERANCE:
         raise Unsupported(
             f"{name}: its image processor {type(own).__name__} gives other pixels than edgeq's preprocessing, which "
             "resizes, crops, rescales and normalises with Pillow. Report the model."
@@ -85,22 +91,22 @@ def prepared_as(model: SentenceTransformer, name: str, folder: Path | None = Non
 
 
 def probes(how: Preprocessing, counts: tuple[int, ...] = (1, 3, 2)) -> tuple[PixelFeeds, ...]:
-    """Make batches of images that tell graphs apart, in the range that the preprocessing gives."""
+    """Make batches of random images on which different graphs give different vectors, preprocessed."""
     rng = np.random.default_rng(0)
     sizes = [(count, 3, how.height, how.width) for count in counts]
     return tuple(PixelFeeds(how.pixel_values(rng.integers(0, 256, size).astype(np.uint8))) for size in sizes)
 
 
 def pooled(module: torch.nn.Module, features: dict[str, Any]) -> dict[str, Any]:
-    """Pool as a Pooling module does, without the mask of ones that it makes for images: they have no padding.
+    """Pool as a Pooling module does, without the attention mask of ones that it makes for images.
 
     Raises:
-        Unsupported: a mode that has no meaning for images.
+        Unsupported: the mode depends on the order of tokens, which patches do not have.
     """
     import torch
 
     tokens = features["token_embeddings"]
-    forms = {
+    poolings = {
         "cls": lambda: tokens[:, 0],
         "mean": lambda: tokens.mean(dim=1),
         "max": lambda: tokens.amax(dim=1),
@@ -108,17 +114,19 @@ def pooled(module: torch.nn.Module, features: dict[str, Any]) -> dict[str, Any]:
         "lasttoken": lambda: tokens[:, -1],
     }
     modes = sentence_transformers.modes(module)
-    unknown = [mode for mode in modes if mode not in forms]
+    unknown = [mode for mode in modes if mode not in poolings]
     if unknown:
-        raise Unsupported(f"pooling {unknown[0]}: an image's patches have no such order; choose {' or '.join(forms)}")
-    return {**features, "sentence_embedding": torch.cat([forms[mode]() for mode in modes], dim=1)}
+        raise Unsupported(
+            f"pooling {unknown[0]}: an image's patches have no such order; choose {' or '.join(poolings)}"
+        )
+    return {**features, "sentence_embedding": torch.cat([poolings[mode]() for mode in modes], dim=1)}
 
 
-def assembled(body: Any, pooling: str | None) -> list[Any]:
-    """Put the pooling behind the body of a plain directory; its width is found by running it.
+def with_pooling(body: Any, pooling: str | None) -> list[Any]:
+    """Append a Pooling to the body of a plain directory; running the body gives the width.
 
     Raises:
-        ValueError: the body gives patches or maps, and no pooling was asked for, or it pools by itself.
+        ValueError: the body does not pool and no mode is given, or it pools by itself and one is.
     """
     import torch
     from sentence_transformers.sentence_transformer import modules
@@ -139,11 +147,11 @@ def assembled(body: Any, pooling: str | None) -> list[Any]:
 
 
 def graph(model: SentenceTransformer, hidden_state: bool) -> torch.nn.Module:
-    """Give every module of the model as one that takes pixels."""
+    """Join all modules of the model to one whose input is pixels."""
     import torch
 
     class Graph(torch.nn.Module):
-        """Run every module of the model on bare pixels."""
+        """Run all modules of a model on pixels."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -162,7 +170,7 @@ def graph(model: SentenceTransformer, hidden_state: bool) -> torch.nn.Module:
 
 
 def embeddings(model: SentenceTransformer, feeds: tuple[PixelFeeds, ...]) -> list[NDArray[np.float32]]:
-    """Run a loaded model on each feed, and give its vectors, float32[batch, dim] each."""
+    """Run a loaded model on each batch of images; give the vectors, float32[batch, dim] each."""
     import torch
 
     made = []

@@ -15,7 +15,7 @@ from edgeq.data.batches import AnyFeeds
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph import roles
 from edgeq.graph.edit import constant, dims, readers
-from edgeq.graph.linear import bias_of
+from edgeq.graph.linear import Linear
 from edgeq.graph.operators import INTEGER_COPIED
 from edgeq.graph.roles import Role
 from edgeq.quantization import affine, weight_rounding
@@ -186,18 +186,17 @@ def _product(walk: IntegerWalk, node: ir.Node, weight: NDArray[np.float32]) -> N
     read = builder.read(source, bits, node)
     seen = builder.observed.get(str(source.name)) if source is not None else None
     values, scales = weight_rounding.rounded(weight, seen, read.params.scale, walk.scheme.weight_bits)
+    linear = Linear.of(node)  # as long as its weight is a constant
     node.replace_input_with(0, read.value)
     node.replace_input_with(1, builder.weight(node, values, scales))
     walk.products.append(str(node.name))
-    following = next(iter(readers(node.outputs[0])), None)  # the vector itself has no reader
-    bias = bias_of(following) if following is not None and following.op_type == "Add" else None
     end = node
-    if following is not None and bias is not None and len(node.outputs[0].uses()) == 1:
-        end, (position, array) = following, bias
+    if linear is not None and linear.add is not None:
+        end = linear.add
         walk.done.add(end)
-        total = array + weight_rounding.lost_mean(weight, values, scales, seen)
+        total = linear.bias + weight_rounding.lost_mean(weight, values, scales, seen)
         step = np.float64(read.params.scale) * scales
-        end.replace_input_with(position, int32_bias(end, str(node.name), f"{node.name}/bias", total, step))
+        end.replace_input_with(linear.bias_position, int32_bias(end, str(node.name), f"{node.name}/bias", total, step))
     builder.store(end, end.outputs[0], _product_params(walk, end.outputs[0], bits), bits)
 
 

@@ -1,4 +1,4 @@
-"""Write what turns codes into other codes, and the attention mask into codes."""
+"""Write QuantizeLinear: requantise a tensor to other parameters, or quantise what follows from the attention mask."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from numpy.typing import NDArray
 
 from edgeq.backends.tflite import pooling
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
-from edgeq.backends.tflite.sums import raw
-from edgeq.backends.tflite.writer import Codes, Tensor
+from edgeq.backends.tflite.int32_sums import raw
+from edgeq.backends.tflite.writer import QuantParams, Tensor
 from edgeq.errors import LoweringFailed
 from edgeq.graph import roles
 from edgeq.graph.dataflow import follows_from_sizes
 from edgeq.graph.edit import constant, made_by
 from edgeq.graph.roles import Role
 
-_EXACT_STEP, _WIDE_CODES = 128, 2**15
+_EXACT_STEP, _INT16_RANGE = 128, 2**15
 
 
 def quantize(emit: Emitter, node: ir.Node) -> None:
-    """Write what turns codes into other codes; what stands behind an operator was written with it."""
+    """Write a QuantizeLinear of a quantised tensor or of the mask; one behind an operator was written with it."""
     source = made_by(node.inputs[0], "DequantizeLinear")
     if source is not None:
         _requantize(emit, node)
     elif node.outputs[0] not in emit.tensors:
-        _mask_codes(emit, node)
+        _quantize_mask(emit, node)
 
 
 def _requantize(emit: Emitter, node: ir.Node) -> None:
     source = emit.read(node.inputs[0])
     result = emit.result(node, source.shape)
-    is_cast = (source.dtype, result.dtype) == ("int8", "int16") and source.codes == result.codes
+    is_cast = (source.dtype, result.dtype) == ("int8", "int16") and source.params == result.params
     if is_cast and emit.settings.upcast == "cast":
         emit.cast(source, result)
     else:
         emit.requantized(source, result)
 
 
-def _mask_codes(emit: Emitter, node: ir.Node) -> None:
-    """Write the attention mask, or each token's share of the mean, in codes."""
+def _quantize_mask(emit: Emitter, node: ir.Node) -> None:
+    """Write the quantised attention bias, pooling weights, padding cap or positions that follow from the mask."""
     value = node.inputs[0]
     maker = value.producer() if value is not None else None
     if maker is None:
@@ -61,23 +61,23 @@ def _mask_codes(emit: Emitter, node: ir.Node) -> None:
         return
     if maker.op_type != "Mul":
         raise LoweringFailed(f"{node.name}: {maker.op_type} is no form of the attention mask")
-    codes = emit.codes(node)
+    params = emit.params(node)
     name = str(node.outputs[0].name).removesuffix("/quantized")
     allowed = _allowed(maker)
     if allowed is not None:
-        _limited(emit, node, codes, pooling.of_inputs(allowed, np.ones((1, emit.length), np.int64)))
+        _limited(emit, node, params, pooling.of_inputs(allowed, np.ones((1, emit.length), np.int64)))
         return
-    if codes.zero_points[0] > 0 and emit.settings.upcast == "quantize":
-        _bias(emit, node, codes)
+    if params.zero_points[0] > 0 and emit.settings.upcast == "quantize":
+        _bias(emit, node, params)
         return
-    if codes.zero_points[0] > 0:  # code 0 is -size, and the zero point is 0
-        flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int8", codes)
-        one = emit.out.constant(f"int32_{codes.zero_points[0]}", np.array([codes.zero_points[0]], np.int32))
+    if params.zero_points[0] > 0:  # the value 0 means -size, and the zero point means 0
+        flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int8", params)
+        one = emit.out.constant(f"int32_{params.zero_points[0]}", np.array([params.zero_points[0]], np.int32))
         emit.cast(raw(emit, "MUL", emit.mask, one), flat)
         emit.tensors[node.outputs[0]] = emit.reshaped(flat, (1, 1, 1, emit.length), name)
         return
-    size = codes.scales[0] * 32767.0
-    flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int16", Codes.of(float(np.float32(size))))
+    size = params.scales[0] * 32767.0
+    flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int16", QuantParams.of(float(np.float32(size))))
     emit.cast(emit.mask, flat)
     shaped = emit.reshaped(flat, (1, 1, 1, emit.length), f"{name}/shaped")
     result = emit.result(node, (1, 1, 1, emit.length))
@@ -85,21 +85,21 @@ def _mask_codes(emit: Emitter, node: ir.Node) -> None:
 
 
 def _positions(emit: Emitter, node: ir.Node) -> None:
-    """Store what follows from positions alone, computed for this signature's length."""
-    codes = emit.codes(node)
+    """Store a quantised tensor that follows from sizes alone as a constant, computed for this signature's length."""
+    params = emit.params(node)
     zero_point = constant(node.inputs[2])
     if zero_point is None or node.inputs[0] is None:
         raise LoweringFailed(f"{node.name}: has no zero point, so no dtype")
     limits = np.iinfo(zero_point.dtype)
     values = pooling.of_inputs(node.inputs[0], np.ones((1, emit.length), np.int64))
-    stored = np.rint(values.astype(np.float64) / codes.scales[0]) + codes.zero_points[0]
+    stored = np.rint(values.astype(np.float64) / params.scales[0]) + params.zero_points[0]
     name = str(node.outputs[0].name).removesuffix("/quantized")
     array = np.clip(stored, limits.min, limits.max).astype(zero_point.dtype)
-    emit.tensors[node.outputs[0]] = emit.out.constant(name, array, codes)
+    emit.tensors[node.outputs[0]] = emit.out.constant(name, array, params)
 
 
 def _allowed(maker: ir.Node) -> ir.Value | None:
-    """Find where each position may look, in a mask of the form (mask * allowed - 1) * size or mask * allowed * size."""
+    """Find the causal or local pattern `allowed` in (mask * allowed - 1) * size or mask * allowed * size."""
     for value in maker.inputs:
         shifted = made_by(value, "Sub")
         product = made_by(shifted.inputs[0] if shifted is not None else value, "Mul")
@@ -108,45 +108,45 @@ def _allowed(maker: ir.Node) -> ir.Value | None:
     return None
 
 
-def _limited(emit: Emitter, node: ir.Node, codes: Codes, allowed: NDArray[np.float32]) -> None:
-    """Multiply the mask by where each position may look: [1, 1, sequence, sequence] codes."""
+def _limited(emit: Emitter, node: ir.Node, params: QuantParams, allowed: NDArray[np.float32]) -> None:
+    """Multiply the mask by a constant causal or local pattern: [1, 1, sequence, sequence], quantised."""
     name = str(node.outputs[0].name).removesuffix("/quantized")
-    size = codes.zero_points[0] if codes.zero_points[0] > 0 else 32767
-    dtype = "int8" if codes.zero_points[0] > 0 else "int16"
+    size = params.zero_points[0] if params.zero_points[0] > 0 else 32767
+    dtype = "int8" if params.zero_points[0] > 0 else "int16"
     stored = emit.out.constant(f"{name}/allowed", np.rint(allowed * size).astype(np.int32))
     product = raw(emit, "MUL", emit.mask, stored)
-    result = emit.out.tensor(name, product.shape, dtype, codes)
+    result = emit.out.tensor(name, product.shape, dtype, params)
     emit.cast(product, result)
     emit.tensors[node.outputs[0]] = result
 
 
-def _bias(emit: Emitter, node: ir.Node, codes: Codes) -> None:
-    """Lower the mask by one, and make it as large as codes hold: the mask is cast once for all that read it."""
+def _bias(emit: Emitter, node: ir.Node, params: QuantParams) -> None:
+    """Write (mask - 1) * size as int8 SUB and MUL; the mask is cast to int8 once for all readers."""
     name = str(node.outputs[0].name).removesuffix("/quantized")
-    one = emit.out.constant("attention_mask/one", np.array([1], np.int8), Codes.of(1.0))
+    one = emit.out.constant("attention_mask/one", np.array([1], np.int8), QuantParams.of(1.0))
     size = emit.out.constant(
-        "attention_mask/size", np.array([1], np.int8), Codes.of(codes.scales[0] * codes.zero_points[0])
+        "attention_mask/size", np.array([1], np.int8), QuantParams.of(params.scales[0] * params.zero_points[0])
     )
-    shifted = emit.out.tensor("attention_mask/shifted", (1, emit.length), "int8", Codes.of(1.0))
+    shifted = emit.out.tensor("attention_mask/shifted", (1, emit.length), "int8", QuantParams.of(1.0))
     table = schema.SubOptionsT()
     table.potScaleInt16 = False
     emit.out.operator(OPERATOR.SUB, 2, [_narrow_mask(emit), one], shifted, (OPTIONS.SubOptions, table))
-    flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int8", codes)
+    flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int8", params)
     emit.out.operator(OPERATOR.MUL, 2, [shifted, size], flat, (OPTIONS.MulOptions, schema.MulOptionsT()))
     emit.tensors[node.outputs[0]] = emit.reshaped(flat, (1, 1, 1, emit.length), name)
 
 
 def _narrow_mask(emit: Emitter) -> Tensor:
-    """Give the mask in 8 bits, cast once."""
+    """Give the mask as int8, cast once."""
     if emit.narrow_mask is None:
-        emit.narrow_mask = emit.out.tensor("attention_mask/narrow", (1, emit.length), "int8", Codes.of(1.0))
+        emit.narrow_mask = emit.out.tensor("attention_mask/narrow", (1, emit.length), "int8", QuantParams.of(1.0))
         emit.cast(emit.mask, emit.narrow_mask)
     return emit.narrow_mask
 
 
 def _wide_mask(emit: Emitter, name: str) -> Tensor:
-    """Give the mask in 16 bits."""
-    ones = emit.out.tensor(f"{name}/mask", (1, emit.length), "int16", Codes.of(1.0))
+    """Give the mask as int16."""
+    ones = emit.out.tensor(f"{name}/mask", (1, emit.length), "int16", QuantParams.of(1.0))
     if emit.settings.upcast == "quantize":
         emit.requantized(_narrow_mask(emit), ones)
     else:
@@ -155,27 +155,27 @@ def _wide_mask(emit: Emitter, name: str) -> Tensor:
 
 
 def _rooted_shares(emit: Emitter, node: ir.Node, shape: tuple[int, ...], power: float) -> None:
-    """Count the tokens, take one over the count or over its root without a table, and give each token that much."""
-    codes = emit.codes(node)
+    """Write pooling weights 1/n or 1/sqrt(n) for n tokens by RSQRT, without a lookup table."""
+    params = emit.params(node)
     name = str(node.outputs[0].name).removesuffix("/quantized")
     ones = _wide_mask(emit, name)
-    inverse = _inverse_root(emit, ones, name, codes)
+    inverse = _inverse_root(emit, ones, name, params)
     if power == 1.0:
-        root, inverse = inverse, emit.out.tensor(f"{name}/inverse", (1, 1), "int16", codes)
+        root, inverse = inverse, emit.out.tensor(f"{name}/inverse", (1, 1), "int16", params)
         emit.out.operator(OPERATOR.MUL, 2, [root, root], inverse, (OPTIONS.MulOptions, schema.MulOptionsT()))
-    flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int16", codes)
+    flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int16", params)
     emit.out.operator(OPERATOR.MUL, 2, [ones, inverse], flat, (OPTIONS.MulOptions, schema.MulOptionsT()))
     emit.tensors[node.outputs[0]] = emit.reshaped(flat, shape, name)
 
 
-def _inverse_root(emit: Emitter, mask: Tensor, name: str, codes: Codes) -> Tensor:
-    """Give one over the root of the number of tokens: the operator has an exact entry for every 128th code."""
-    step = 1.0 / _EXACT_STEP if emit.length <= _WIDE_CODES // _EXACT_STEP else emit.length / _WIDE_CODES
-    column = emit.out.constant(f"ones_to_add_{emit.length}", np.ones((1, emit.length), np.int8), Codes.of(1.0))
-    count = emit.out.tensor(f"{name}/count", (1, 1), "int16", Codes.of(float(np.float32(step))))
+def _inverse_root(emit: Emitter, mask: Tensor, name: str, params: QuantParams) -> Tensor:
+    """Write 1/sqrt(n) for n tokens: the count is scaled so that RSQRT reads every 128th value, where it is exact."""
+    step = 1.0 / _EXACT_STEP if emit.length <= _INT16_RANGE // _EXACT_STEP else emit.length / _INT16_RANGE
+    column = emit.out.constant(f"ones_to_add_{emit.length}", np.ones((1, emit.length), np.int8), QuantParams.of(1.0))
+    count = emit.out.tensor(f"{name}/count", (1, 1), "int16", QuantParams.of(float(np.float32(step))))
     options = schema.FullyConnectedOptionsT()
     options.keepNumDims = True
     table = (OPTIONS.FullyConnectedOptions, options)
     emit.out.operator(OPERATOR.FULLY_CONNECTED, 4, [mask, column], count, table)
-    root = emit.out.tensor(f"{name}/root", (1, 1), "int16", codes)
+    root = emit.out.tensor(f"{name}/root", (1, 1), "int16", params)
     return emit.out.operator(OPERATOR.RSQRT, 1, [count], root)

@@ -1,4 +1,4 @@
-"""Find the operator that a compiler dies of: cut a .tflite file into files of one operator each, and try them."""
+"""Find the operator that crashes a compiler: cut a .tflite file into files of one operator, and compile each."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from edgeq.backends.tflite import kernels
 
 
 def find(data: bytes, dies: Callable[[bytes], bool]) -> str | None:
-    """Describe the first operator whose file alone is deadly, or give None.
+    """Describe the first operator whose file alone crashes the compiler; None where none does.
 
     Args:
         data: a .tflite file of one signature.
-        dies: tells it of a file.
+        dies: tells whether the compiler crashes on a file.
     """
     return next((description for description, one in singles(data) if dies(one)), None)
 
 
 def singles(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Give a description and a file for each kind of operator: name, version, dtypes and shapes tell kinds apart."""
+    """Give a description and a one-operator file for each distinct name, version, dtypes and shapes."""
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(data, 0))
     graph = model.subgraphs[0]
     seen = set()
@@ -38,13 +38,13 @@ def singles(data: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def _cut(model: schema.ModelT, operator: schema.OperatorT) -> bytes:
-    """Give a file that holds one operator, with its stored operands."""
+    """Give a .tflite file of one operator and its constant operands; other operands become inputs."""
     graph = model.subgraphs[0]
     used = sorted({int(index) for index in [*operator.inputs, *operator.outputs] if index >= 0})
-    place = {index: number for number, index in enumerate(used)}
+    position = {index: number for number, index in enumerate(used)}
     alone = schema.OperatorT()
-    alone.inputs = np.array([place.get(int(index), -1) for index in operator.inputs], np.int32)
-    alone.outputs = np.array([place[int(index)] for index in operator.outputs], np.int32)
+    alone.inputs = np.array([position.get(int(index), -1) for index in operator.inputs], np.int32)
+    alone.outputs = np.array([position[int(index)] for index in operator.outputs], np.int32)
     alone.builtinOptionsType, alone.builtinOptions = operator.builtinOptionsType, operator.builtinOptions
     alone.opcodeIndex = 0
     cut = schema.ModelT()
@@ -64,7 +64,7 @@ def _cut(model: schema.ModelT, operator: schema.OperatorT) -> bytes:
             cut.buffers.append(model.buffers[before.buffer])
             tensor.buffer = len(cut.buffers) - 1
         elif index in operator.inputs:
-            fed.append(place[index])
+            fed.append(position[index])
         part.tensors.append(tensor)
     part.inputs, part.outputs = np.array(fed, np.int32), alone.outputs
     cut.subgraphs = [part]

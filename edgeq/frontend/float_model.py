@@ -1,4 +1,4 @@
-"""Export a source to a float model: FP32 ONNX with pooling and normalisation inside, proved against its source."""
+"""Convert a source to a float model: FP32 ONNX with pooling and L2 normalisation inside, proved against the source."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,9 @@ from numpy.typing import NDArray
 from edgeq import errors
 from edgeq.data.batches import AnyFeeds
 from edgeq.errors import EdgeqError, Unsupported
-from edgeq.frontend.locate import Located
-from edgeq.frontend.onnx.export import Raw, prepare
-from edgeq.frontend.torch import export as torch_export
+from edgeq.frontend.locate import Located, to_json
+from edgeq.frontend.onnx.convert import Raw, convert
+from edgeq.frontend.torch import convert as torch_convert
 from edgeq.graph import dialect, external_data, origins
 from edgeq.graph.float_session import FloatSession
 from edgeq.passes import float_passes
@@ -27,11 +26,11 @@ from edgeq.records import FloatModel, Source
 from edgeq.system.files import file_ref
 
 TOLERANCE = 1e-5
-MODEL, CONFIG = "model.onnx", torch_export.CONFIG
+MODEL, CONFIG = "model.onnx", torch_convert.CONFIG
 _LOG_LINES = 15
 
 
-def export(
+def write_float_model(
     located: Located, out_dir: Path, hidden_state: bool = True, float_ops: Sequence[str] = ()
 ) -> tuple[Source, FloatModel]:
     """Write `model.onnx` and the folder `config/` below `out_dir`.
@@ -40,7 +39,7 @@ def export(
         located: the model.
         out_dir: an existing empty folder.
         hidden_state: also give `last_hidden_state`, float32[batch, sequence, hidden], for tools that pool themselves.
-        float_ops: operators outside the dialect that may stay, for targets that keep floats.
+        float_ops: operators outside the dialect that may stay in the graph, for targets that keep floats.
 
     Returns:
         The records. Outputs: `sentence_embedding`, float32[batch, dim], and `last_hidden_state` if asked for.
@@ -48,19 +47,19 @@ def export(
     Raises:
         ToolMissing: torch, or for an ONNX file onnxscript, is not installed.
         ConfigError: the model cannot be loaded.
-        Unsupported: torch cannot export it, or the graph leaves the dialect.
-        EdgeqError: the graph does not reproduce torch, or the given file, to 1e-5.
+        Unsupported: torch cannot trace it, or the graph has operators outside the dialect.
+        EdgeqError: its vectors differ from those of torch, or of the ONNX file, by more than 1e-5.
     """
     with tempfile.TemporaryDirectory(dir=out_dir) as folder, external_data.outside(Path(folder) / "weights"):
         if located.onnx is not None:
-            raw = prepare(located, located.onnx, out_dir / CONFIG, hidden_state)
+            raw = convert(located, located.onnx, out_dir / CONFIG, hidden_state)
         else:
             raw = _from_torch(located, out_dir, Path(folder) / "raw", hidden_state)
         return raw.source, _float_model(located, raw, out_dir / MODEL, float_ops)
 
 
 def _float_model(located: Located, raw: Raw, path: Path, float_ops: Sequence[str]) -> FloatModel:
-    """Rewrite a graph, prove it against its source, and write it."""
+    """Apply the float passes to a graph, compare its vectors with the source's, and write it."""
     rewritten, reports = float_passes.rewritten(raw.model, raw.feeds)
     name = located.display_name if located.onnx is not None else located.name
     dialect.verify(rewritten, name, float_ops)
@@ -85,21 +84,21 @@ def _float_model(located: Located, raw: Raw, path: Path, float_ops: Sequence[str
 
 
 def _from_torch(located: Located, out_dir: Path, raw_dir: Path, hidden_state: bool) -> Raw:
-    """Export with torch, and read what its process wrote; the weights of a large model stay in `raw_dir`."""
+    """Trace the model in a process with torch, and read its files; the weights of a large model stay in `raw_dir`."""
     raw_dir.mkdir()
     _run_torch(located, raw_dir, hidden_state)
-    record = Source.model_validate_json((raw_dir / torch_export.SOURCE).read_bytes())
-    raw = external_data.load(raw_dir / torch_export.RAW)
-    feeds, expected = torch_export.load_probes(raw_dir / torch_export.PROBES)
+    record = Source.model_validate_json((raw_dir / torch_convert.SOURCE).read_bytes())
+    raw = external_data.load(raw_dir / torch_convert.RAW)
+    feeds, expected = torch_convert.load_probes(raw_dir / torch_convert.PROBES)
     (raw_dir / CONFIG).rename(out_dir / CONFIG)
     return Raw(record, raw, feeds, expected)
 
 
 def _run_torch(located: Located, out_dir: Path, hidden_state: bool) -> None:
-    """Run `edgeq.frontend.torch.export` in a child process and turn its failure into ours."""
-    request = json.dumps({**asdict(located), "out_dir": str(out_dir), "hidden_state": hidden_state}, default=str)
+    """Run `edgeq.frontend.torch.convert` in a child process, and raise its error here."""
+    request = json.dumps({"located": to_json(located), "out_dir": str(out_dir), "hidden_state": hidden_state})
     child = subprocess.run(
-        [sys.executable, "-m", "edgeq.frontend.torch.export", request],
+        [sys.executable, "-m", "edgeq.frontend.torch.convert", request],
         capture_output=True,
         text=True,
         errors="replace",

@@ -1,4 +1,4 @@
-"""Define what a model file is said to be made of, whatever its format."""
+"""Define the summary of a model file of any format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LARGEST = 10
 
 
 class Port(Record):
-    """Describe an input or output; a symbolic axis is there by its name, and only codes have a scale."""
+    """Describe an input or output; symbolic axes have names, and only quantised ports a scale."""
 
     name: str
     dtype: str
@@ -22,7 +22,7 @@ class Port(Record):
 
 
 class Signature(Record):
-    """Describe one entry point of a .tflite file: edgeq's files have one for each bucket."""
+    """Describe a signature of a .tflite file; edgeq writes one for each bucket."""
 
     name: str
     inputs: tuple[Port, ...]
@@ -31,7 +31,7 @@ class Signature(Record):
 
 
 class TensorGroup(Record):
-    """Sum up the stored tensors of one dtype."""
+    """Hold number, elements and bytes of the stored tensors of one dtype."""
 
     count: int
     elements: int
@@ -47,13 +47,13 @@ class StoredTensor(Record):
     size_bytes: int
 
 
-class Anatomy(Record):
-    """Say what a model file is made of.
+class ModelSummary(Record):
+    """Summarise a model file.
 
-    `operators` counts by operator and then by the dtypes it computes on. In an ONNX file they are seen through
-    DequantizeLinear: a MatMul of two dequantised tensors counts as `uint8 x int8`. Whether a runtime really runs it in
-    integers stands in a bundle's manifest, under `placement`. Of a .tflite file, `inputs`, `outputs` and `operators`
-    are those of subgraph 0, which plain `invoke` runs, and a tensor that several signatures share counts once.
+    `operators` counts by operator and then by the dtypes it computes on. In an ONNX file these are read through
+    DequantizeLinear: a MatMul of two dequantised tensors counts as `uint8 x int8`. Whether a runtime executes it in
+    integers is in a bundle's manifest, under `placement`. For a .tflite file, `inputs`, `outputs` and `operators` are
+    those of subgraph 0, which `invoke` runs, and a tensor shared by several signatures counts once.
     """
 
     file: str
@@ -71,7 +71,7 @@ class Anatomy(Record):
 
 
 def grouped(tensors: Iterable[StoredTensor]) -> dict[str, TensorGroup]:
-    """Sum up tensors by dtype, the largest group first."""
+    """Group tensors by dtype, the largest group first."""
     groups: dict[str, list[StoredTensor]] = {}
     for tensor in tensors:
         groups.setdefault(tensor.dtype, []).append(tensor)
@@ -87,7 +87,7 @@ def grouped(tensors: Iterable[StoredTensor]) -> dict[str, TensorGroup]:
 
 
 def largest(tensors: Iterable[StoredTensor]) -> tuple[StoredTensor, ...]:
-    """Give the tensors that take most of a file."""
+    """Give the ten largest tensors."""
     return tuple(sorted(tensors, key=lambda tensor: (-tensor.size_bytes, tensor.name))[:_LARGEST])
 
 

@@ -1,4 +1,4 @@
-"""Write sums that are exact in 32 bits: codes are cast up, multiplied and added as integers, and shifted once.
+"""Write Add, Sub and Mul exactly in int32: cast int8 or int16 up, multiply and add, shift right once.
 
 A 16-bit MUL, SUB or QUANTIZE multiplies each value by a real factor and takes 0.15 to 0.33 ms for [128, 384] in LiteRT
 2.3; a 32-bit MUL, ADD, MINIMUM or CAST takes 0.003 to 0.008 ms, and a shift 0.07 ms.
@@ -55,7 +55,7 @@ def outer_product(emit: Emitter, node: ir.Node) -> None:
     source = emit.read(node.inputs[0])
     if gain is None or stored is None or stored.dtype != np.int8 or stored.ndim != 1 or source.shape[-1] != 1:
         raise LoweringFailed(f"{node.name}: no gain in 8 bits multiplies rows of {source.shape[-1]} values")
-    weight = emit.out.constant(str(required(gain.inputs[0]).name), stored[:, None], emit.codes(gain))
+    weight = emit.out.constant(str(required(gain.inputs[0]).name), stored[:, None], emit.params(gain))
     options = schema.FullyConnectedOptionsT()
     options.keepNumDims = True
     table = (OPTIONS.FullyConnectedOptions, options)

@@ -1,4 +1,4 @@
-"""Read a compiled file: which operators are left to the host, and for which NPU its commands are.
+"""Read a file compiled by Vela: its host operators, and the NPU that its command stream configures.
 
 Source: ethos-u-vela 5.2.0, `ethosu/vela/driver_actions.py` (command stream), `tflite_writer.py` (custom operator).
 """
@@ -15,27 +15,27 @@ from ai_edge_litert import schema_py_generated as schema
 from edgeq.backends.tflite import kernels
 from edgeq.errors import LoweringFailed
 
-ON_NPU = "ethos-u"  # the custom operator that holds everything the NPU runs
+_ON_NPU = "ethos-u"  # Vela's custom operator, which holds the NPU's command stream
 _MAGIC, _CONFIGURE = b"COP1", 0x01
 _PRODUCTS = {0: "ethos-u55", 1: "ethos-u65", 2: "ethos-u85"}
 
 
 @dataclass(frozen=True)
 class Finished:
-    """Hold what a compiled file says of itself: the NPU, and name and output of each operator left to the host."""
+    """Hold the NPU of a compiled file, and the name and output of each operator left to the host."""
 
     accelerator: str
     on_host: tuple[tuple[str, str], ...]
-    on_npu: dict[str, int]  # operators of the source file that are in the NPU's commands
+    on_npu: dict[str, int]  # operators of the source file that the NPU runs, counted by name
 
 
 def read(data: bytes, source: bytes, name: str) -> Finished:
-    """Read a compiled file and hold its inputs and output against the file it was made from.
+    """Read a compiled file, and compare its inputs and output with its source file's.
 
     Args:
         data: the compiled file.
         source: the file that was compiled.
-        name: who messages speak of.
+        name: begins messages.
 
     Raises:
         LoweringFailed: nothing of it runs on the NPU, its commands cannot be read, or its inputs or output changed.
@@ -48,7 +48,7 @@ def read(data: bytes, source: bytes, name: str) -> Finished:
     accelerators, on_host = set(), []
     for operator in graph.operators:
         code = model.operatorCodes[operator.opcodeIndex]
-        if code.customCode == ON_NPU.encode():
+        if code.customCode == _ON_NPU.encode():
             stream = model.buffers[graph.tensors[operator.inputs[0]].buffer].data
             accelerators.add(_accelerator(bytes(np.asarray(stream, np.uint8)), name))
             continue
@@ -62,7 +62,7 @@ def read(data: bytes, source: bytes, name: str) -> Finished:
 
 
 def _accelerator(stream: bytes, name: str) -> str:
-    """Give the NPU that a command stream configures: product and multiplications in a cycle."""
+    """Read the NPU from a command stream: product, and multiply-accumulates per cycle."""
     if stream[:4] != _MAGIC or len(stream) < 12:
         raise LoweringFailed(f"{name}: the commands begin with {stream[:4]!r}; {_MAGIC!r} is needed. Pin ethos-u-vela.")
     action, configuration = struct.unpack_from("<II", stream, 4)
@@ -73,14 +73,14 @@ def _accelerator(stream: bytes, name: str) -> str:
 
 
 def _ports(model: schema.ModelT) -> list[tuple[object, ...]]:
-    """Give name, shape, dtype and codes of what the one signature takes and gives."""
+    """Give name, shape, dtype and quantisation parameters of the one signature's inputs and outputs."""
     (signature,) = model.signatureDefs
     graph = model.subgraphs[signature.subgraphIndex]
     found: list[tuple[object, ...]] = []
     for port in [*signature.inputs, *signature.outputs]:
         tensor = graph.tensors[port.tensorIndex]
-        codes = tensor.quantization
-        is_coded = codes is not None and codes.scale is not None
-        parameters = (codes.scale.tolist(), codes.zeroPoint.tolist()) if is_coded else None
-        found.append((port.name.decode(), np.atleast_1d(tensor.shape).tolist(), tensor.type, parameters))
+        stored = tensor.quantization
+        is_quantized = stored is not None and stored.scale is not None
+        params = (stored.scale.tolist(), stored.zeroPoint.tolist()) if is_quantized else None
+        found.append((port.name.decode(), np.atleast_1d(tensor.shape).tolist(), tensor.type, params))
     return sorted(found, key=lambda port: str(port[0]))

@@ -1,9 +1,8 @@
-"""Run an artifact on the validation texts and report its parity, under every setting that can run here."""
+"""Measure an artifact's parity with FP32 on the validation samples, with the target's settings and all others here."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 from edgeq.backends.contract import Backend, HasOtherSettings, obstacle
@@ -11,72 +10,73 @@ from edgeq.data.sessions import Embeddings, Session, embed_batches
 from edgeq.data.tokens import batches, token_limit
 from edgeq.errors import DeviceUnavailable
 from edgeq.evaluation import parity
-from edgeq.pipeline.stages import Validation
+from edgeq.pipeline.stage_results import Validation
 from edgeq.records import Artifact, ParityReport, SettingReport, Target
 from edgeq.system import host
+from edgeq.system.progress import StageProgress
 
 _log = logging.getLogger(__name__)
 
 
 def require_device(backend: Backend, target: Target) -> None:
-    """Refuse a target whose device is not here, unless its gate lets an artifact that was never run be exported.
+    """Refuse a target whose device this machine lacks, unless its gate allows exports that were not run.
 
     Raises:
-        DeviceUnavailable: it is not.
+        DeviceUnavailable: the device is missing.
     """
     missing = obstacle(backend, target)
-    if missing is not None and "not-run" not in target.gate.export_places:
+    if missing is not None and "not-run" not in target.gate.export_run_kinds:
         raise DeviceUnavailable(
-            f"{target.name}: {missing}; its gate asks for a run on {' or '.join(target.gate.export_places)}. "
+            f"{target.name}: {missing}; its gate asks for a run on {' or '.join(target.gate.export_run_kinds)}. "
             "Export on such a machine."
         )
 
 
-def compare(
+def measure_parity(
     backend: Backend,
     artifact: Artifact,
     folder: Path,
     target: Target,
     validation: Validation,
     max_sequence: int,
-    step: Callable[[int, int], None],
+    progress: StageProgress,
 ) -> tuple[ParityReport, Embeddings | None]:
-    """Measure the artifact against FP32 and judge it; where its device is not here, say so.
+    """Run an artifact, measure its vectors against FP32's, and judge them by the gate; report `not-run` without device.
 
     Args:
-        backend: that made the artifact.
-        artifact: what `lower` gave.
-        folder: that its paths are relative to.
-        target: its gate judges.
+        backend: of the artifact.
+        artifact: the result of `lower`.
+        folder: the artifact's paths are relative to it.
+        target: of the artifact, with the gate.
         validation: texts or images, and FP32's vectors of them.
         max_sequence: the longest sequence the model takes.
-        step: called as `step(done, total)`.
+        progress: called as `progress(done, total)`.
 
     Returns:
         The report, and the artifact's vectors, float32[texts, dim]; None when it was not run.
     """
     limit = token_limit(target.buckets_tokens, max_sequence)
     missing = obstacle(backend, target)
-    step(0, 2)
+    progress(0, 2)
     settings = _other_settings(backend, artifact, folder, target, validation, limit)
     if missing is not None:
-        step(2, 2)
+        progress(2, 2)
         _log.warning(
             "%s: was not run: %s. The bundle says so, and a release needs a report from a device.", target.name, missing
         )
         found = parity.not_run(target, artifact.placement, validation.record, missing, settings)
         return found, None
     embeddings, invariance = _measured(backend.load(artifact, folder, target), validation, target, limit)
-    step(2, 2)
+    progress(2, 2)
     found = parity.report(
-        target, host.place(target.runs_on), artifact.placement, validation.reference, embeddings,
+        target, host.run_kind(target.runs_on), artifact.placement, validation.reference, embeddings,
         validation.texts, validation.record, invariance, settings,
     )  # fmt: skip
     return found, embeddings
 
 
 def _measured(session: Session, validation: Validation, target: Target, limit: int) -> tuple[Embeddings, float]:
-    """Give the vectors, float32[texts, dim], and the invariance."""
+    """Run the validation samples; give their vectors, float32[samples, dim], and the invariance."""
     embeddings = embed_batches(session, batches(validation.samples), len(validation.texts))
     few = target.gate.parity_texts
     return embeddings, parity.invariance(session, validation.samples, limit, target.buckets_tokens, few)
@@ -85,7 +85,7 @@ def _measured(session: Session, validation: Validation, target: Target, limit: i
 def _other_settings(
     backend: Backend, artifact: Artifact, folder: Path, target: Target, validation: Validation, limit: int
 ) -> tuple[SettingReport, ...]:
-    """Measure the artifact under each other setting of its backend."""
+    """Measure the artifact with each other runtime setting of its backend."""
     if not isinstance(backend, HasOtherSettings):
         return ()
     reports: list[SettingReport] = []

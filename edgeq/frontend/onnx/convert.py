@@ -1,4 +1,4 @@
-"""Bring an ONNX file that someone else exported to a raw float model: what `torch_export` does for a torch model."""
+"""Convert an ONNX file that the user exported to a raw float model, as `frontend.torch.convert` does with a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.probes import probe_feeds
-from edgeq.data.tokens import Feeds, Tokenizer
+from edgeq.data.tokenizer import Tokenizer
+from edgeq.data.tokens import Feeds
 from edgeq.errors import ConfigError, EdgeqError, Unsupported
 from edgeq.frontend.locate import POOLING_MODES, Located
 from edgeq.frontend.onnx import configuration, read
@@ -46,7 +47,7 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Raw:
-    """Hold a graph with the interface of a float model, and the given file's vectors of the probe feeds."""
+    """Hold a graph with the inputs and outputs of a float model, probe batches, and the source's vectors of them."""
 
     source: Source
     model: onnx.ModelProto
@@ -54,19 +55,19 @@ class Raw:
     expected: list[FloatArray]
 
 
-def prepare(located: Located, file: OnnxFile, config_dir: Path, hidden_state: bool) -> Raw:
-    """Read, widen, convert, take apart, and put pooling behind; write the configuration.
+def convert(located: Located, file: OnnxFile, config_dir: Path, hidden_state: bool) -> Raw:
+    """Read a file, convert it to FP32 and the dialect's opset, expand fused operators, append pooling; write files.
 
     Args:
         located: the model.
-        file: its ONNX part.
-        config_dir: does not exist yet.
-        hidden_state: also give `last_hidden_state`, where sentence-transformers can use it.
+        file: its ONNX file.
+        config_dir: for tokenizer and configuration; does not exist yet.
+        hidden_state: also output `last_hidden_state`, where sentence-transformers can open the bundle.
 
     Raises:
         ConfigError: the file, its tokenizer or the options do not belong together.
         ToolMissing: onnxscript is not installed.
-        Unsupported: the graph cannot become a float model.
+        Unsupported: a float model cannot hold the graph.
     """
     name = file.name
     given = read.read(file.path)
@@ -75,7 +76,7 @@ def prepare(located: Located, file: OnnxFile, config_dir: Path, hidden_state: bo
     head = _head(located, file, found)
     feeds = probe_feeds(Tokenizer.from_file(file.tokenizer, file.max_sequence).vocabulary, file.max_sequence)
     expected = _expected(file, given, inputs, found, head, feeds)
-    model = read.convert(given, name)
+    model = read.convert_opset(given, name)
     expand_fused(model, name)
     take_tokens(model, inputs)
     width = _take_vectors(model, found, head, hidden_state and configuration.opens_in_sentence_transformers(file, head))
@@ -83,7 +84,7 @@ def prepare(located: Located, file: OnnxFile, config_dir: Path, hidden_state: bo
     drop_index_casts(model)
     proto = ir.to_proto(read.fold(model, name))
     proto.producer_name, proto.producer_version = "edgeq", ""
-    configuration.write(file, head, width, config_dir)
+    configuration.write_configuration(file, head, width, config_dir)
     dim = int(expected[0].shape[1])
     return Raw(_source(located, file, head, found, dim), proto, feeds, expected)
 
@@ -99,7 +100,11 @@ def _source(located: Located, file: OnnxFile, head: Head, found: Outputs, dim: i
 
 
 def _head(located: Located, file: OnnxFile, found: Outputs) -> Head:
-    """Decide what follows the given output."""
+    """Decide which modules follow the file's output: those of modules.json, or those of the options.
+
+    Raises:
+        ConfigError: the options contradict modules.json, or the pooling is missing.
+    """
     given = Head((), (), False)
     if located.is_sentence_transformers and file.config_dir is not None:
         given = read_head(file.config_dir)
@@ -120,9 +125,9 @@ def _head(located: Located, file: OnnxFile, found: Outputs) -> Head:
 def _expected(
     file: OnnxFile, given: ir.Model, inputs: Inputs, found: Outputs, head: Head, feeds: tuple[Feeds, ...]
 ) -> list[FloatArray]:
-    """Run the given file on the probe feeds; one with narrower floats also with its weights in FP32, and compare.
+    """Run the file on the probe batches; of an FP16, BF16 or FP64 file run the FP32 form, and compare the two.
 
-    `given` is in FP32 afterwards.
+    `given` is converted to FP32.
     """
     head = head if found.embedding is None else replace(head, modes=(), dense=())
     if not read.is_narrow(given):
@@ -151,7 +156,12 @@ def _expected(
 
 
 def _check_range(session: GivenSession, file: OnnxFile, inputs: Inputs) -> None:
-    """Run the longest text, and see whether padding changes a vector."""
+    """Run the longest text, and refuse a file in which padding changes a vector.
+
+    Raises:
+        ConfigError: ONNX Runtime cannot run it.
+        Unsupported: a padded text has another vector than the text alone.
+    """
     length = min(file.max_sequence, _LONGEST_PROBE)
     ids = np.ones((1, length), np.int64)
     session(Feeds(ids, ids))
@@ -169,7 +179,7 @@ def _check_range(session: GivenSession, file: OnnxFile, inputs: Inputs) -> None:
 
 
 def _take_vectors(model: ir.Model, found: Outputs, head: Head, has_hidden: bool) -> int:
-    """Make `sentence_embedding`, and `last_hidden_state` where wanted, the outputs; give the token vectors' width."""
+    """Make `sentence_embedding`, and `last_hidden_state` if wanted, the outputs; return the width of token vectors."""
     graph = model.graph
     named = {str(value.name): value for value in graph.outputs}
     mask = next(value for value in graph.inputs if value.name == MASK)
@@ -197,7 +207,7 @@ def _take_vectors(model: ir.Model, found: Outputs, head: Head, has_hidden: bool)
 
 
 def _with_shapes(model: ir.Model) -> ir.Model:
-    """Write shapes anew: those of the file speak of its own names of axes."""
+    """Infer all shapes again: those of the file use its own names of axes."""
     for node in model.graph:
         for value in node.outputs:
             value.shape = None

@@ -1,4 +1,4 @@
-"""Write functions of one tensor: as an operator, or as a table of its codes."""
+"""Write GELU, ReLU, Clip, Sigmoid, Tanh and 1/sqrt: as a TFLite operator, or as an int16 lookup table."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
-from edgeq.backends.tflite.emitter import INT16_CODES, OPERATOR, OPTIONS, Emitter
+from edgeq.backends.tflite.emitter import INT16_VALUES, OPERATOR, OPTIONS, Emitter
 from edgeq.graph.edit import made_by, readers
 
-_STEP_OF_ONE = 1.0 / 2**15  # of what the 16-bit operators of tanh and sigmoid give
+_UNIT_SCALE = 1.0 / 2**15  # the output scale of TFLite's int16 TANH and LOGISTIC
 
 
 def gelu(emit: Emitter, node: ir.Node) -> None:
-    """Write GELU: the operator, or a table where the runtime has no 16-bit one."""
+    """Write Gelu as GELU, or as an int16 table where the target's `lookup` is "all"."""
     source = emit.read(node.inputs[0])
     if source.dtype == "int16" and emit.settings.lookup == "all":
-        entries = _gelu_of(INT16_CODES.astype(np.float64) * emit.step(source)) / emit.result_step(node.outputs[0])
+        entries = _gelu_of(INT16_VALUES.astype(np.float64) * emit.step(source)) / emit.result_step(node.outputs[0])
         emit.looked_up(node.outputs[0], source, entries)
         return
     options = schema.GeluOptionsT()
@@ -29,13 +29,13 @@ def gelu(emit: Emitter, node: ir.Node) -> None:
 
 
 def relu(emit: Emitter, node: ir.Node) -> None:
-    """Write ReLU."""
+    """Write Relu as RELU."""
     source = emit.read(node.inputs[0])
     emit.write(node.outputs[0], source.shape, OPERATOR.RELU, 2, [source])
 
 
 def clip(emit: Emitter, node: ir.Node) -> None:
-    """Write what keeps values within limits: codes that saturate there; that of the mask is written elsewhere."""
+    """Write Clip as QUANTIZE to parameters whose range ends at the limits; a Clip of the mask is written elsewhere."""
     if made_by(node.inputs[0], "DequantizeLinear") is None:
         return
     source = emit.read(node.inputs[0])
@@ -43,39 +43,38 @@ def clip(emit: Emitter, node: ir.Node) -> None:
 
 
 def sigmoid(emit: Emitter, node: ir.Node) -> None:
-    """Write the logistic function of 16 bits."""
+    """Write Sigmoid as int16 LOGISTIC."""
     source = emit.read(node.inputs[0])
     emit.write(node.outputs[0], source.shape, OPERATOR.LOGISTIC, 3, [source])
 
 
 def tanh(emit: Emitter, node: ir.Node) -> None:
-    """Write tanh of 16 bits: as a table, or the operator where there are none."""
+    """Write int16 Tanh as a table, or as TANH where the target's `lookup` is "none"."""
     source = emit.read(node.inputs[0])
-    if emit.settings.lookup == "none" and emit.result_step(node.outputs[0]) == _STEP_OF_ONE:
+    if emit.settings.lookup == "none" and emit.result_step(node.outputs[0]) == _UNIT_SCALE:
         emit.write(node.outputs[0], source.shape, OPERATOR.TANH, 3, [source])
         return
-    reals = INT16_CODES.astype(np.float64) * emit.step(source)
+    reals = INT16_VALUES.astype(np.float64) * emit.step(source)
     emit.looked_up(node.outputs[0], source, np.tanh(reals) / emit.result_step(node.outputs[0]))
 
 
 def inverse_root(emit: Emitter, node: ir.Node) -> None:
-    """Write one over the square root, which Sqrt and Reciprocal are together."""
+    """Write Sqrt and the Reciprocal behind it as one int16 RSQRT, or as a table."""
     if made_by(node.inputs[0], "DequantizeLinear") is None:
-        return  # of the mask
+        return  # part of the mask
     source = emit.read(node.inputs[0])
     inverse = readers(node.outputs[0])[0]
     if emit.settings.lookup == "none":
         emit.write(inverse.outputs[0], source.shape, OPERATOR.RSQRT, 1, [source])
         return
-    # The operator interpolates a table of every 128th code: it is off where codes are small.
+    # RSQRT interpolates a table of every 128th value, which is inexact for small values.
     factor = 1.0 / (math.sqrt(emit.step(source)) * emit.result_step(inverse.outputs[0]))
-    exact = 2.0 ** round(math.log2(factor / INT16_CODES[-1])) * float(INT16_CODES[-1])
-    if math.isclose(factor, exact, rel_tol=1e-6):  # but for the rounding of scales to float32
+    exact = 2.0 ** round(math.log2(factor / INT16_VALUES[-1])) * float(INT16_VALUES[-1])
+    if math.isclose(factor, exact, rel_tol=1e-6):  # scales are rounded to float32
         factor = exact
-    codes = np.maximum(
-        INT16_CODES[len(INT16_CODES) // 2 :], 0.5
-    )  # no sum of squares is negative; 0 is half a step at most
-    emit.looked_up(inverse.outputs[0], source, factor / np.sqrt(codes))
+    # A sum of squares is never negative; a stored 0 stands for at most half a step.
+    values = np.maximum(INT16_VALUES[len(INT16_VALUES) // 2 :], 0.5)
+    emit.looked_up(inverse.outputs[0], source, factor / np.sqrt(values))
 
 
 def _gelu_of(reals: NDArray[np.float64]) -> NDArray[np.float64]:

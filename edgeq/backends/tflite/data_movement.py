@@ -1,4 +1,4 @@
-"""Write what looks up or moves values without changing them."""
+"""Write Gather, Slice, Reshape, Squeeze and Transpose: TFLite operators that move values without changing them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgeq.graph.edit import constant, made_by, readers
 
 
 def gather(emit: Emitter, node: ir.Node) -> None:
-    """Write the lookup of tokens in their table, or what takes places of an axis in another order."""
+    """Write a Gather of embedding rows by token id, or of one axis's positions in a constant order."""
     if made_by(node.inputs[0], "DequantizeLinear") is not None:
         _reordered(emit, node)
         return
@@ -20,19 +20,19 @@ def gather(emit: Emitter, node: ir.Node) -> None:
     dequantizer = next((use for use in readers(node.outputs[0]) if use.op_type == "DequantizeLinear"), None)
     if table is None or table.dtype == np.int64 or dequantizer is None or emit.ids is None:
         return  # sizes
-    codes = emit.codes(dequantizer)
-    stored = emit.out.constant(str(node.inputs[0].name), table, codes)  # type: ignore[union-attr]
-    result = emit.out.tensor(str(node.outputs[0].name), (1, emit.length, table.shape[1]), str(table.dtype), codes)
+    params = emit.params(dequantizer)
+    stored = emit.out.constant(str(node.inputs[0].name), table, params)  # type: ignore[union-attr]
+    result = emit.out.tensor(str(node.outputs[0].name), (1, emit.length, table.shape[1]), str(table.dtype), params)
     options = schema.GatherOptionsT()
     emit.out.operator(OPERATOR.GATHER, 2, [stored, emit.ids], result, (OPTIONS.GatherOptions, options))
     emit.tensors[node.outputs[0]] = result
 
 
 def _reordered(emit: Emitter, node: ir.Node) -> None:
-    """Take the places of one axis in a stored order."""
+    """Write a Gather of one axis's positions in a constant order."""
     order = constant(node.inputs[1])
     if order is None:
-        raise LoweringFailed(f"{node.name}: the order of its places is no constant")
+        raise LoweringFailed(f"{node.name}: the order of its positions is no constant")
     source = emit.read(node.inputs[0])
     axis = node.attributes["axis"].as_int() % len(source.shape) if "axis" in node.attributes else 0
     index = emit.out.constant(str(node.inputs[1].name), order.astype(np.int32))  # type: ignore[union-attr]
@@ -43,7 +43,10 @@ def _reordered(emit: Emitter, node: ir.Node) -> None:
 
 
 def slice_(emit: Emitter, node: ir.Node) -> None:
-    """Positions are the first rows of their table: the longest signature's rows, gathered in shorter ones."""
+    """Write a Slice: position embeddings, or the first token or channels of a tensor.
+
+    The longest signature stores the rows of its positions as a constant; shorter ones gather their first rows from it.
+    """
     table = constant(node.inputs[0])
     dequantizer = next((use for use in readers(node.outputs[0]) if use.op_type == "DequantizeLinear"), None)
     if made_by(node.inputs[0], "DequantizeLinear") is not None:
@@ -51,19 +54,19 @@ def slice_(emit: Emitter, node: ir.Node) -> None:
         return
     if table is None or dequantizer is None or table.ndim != 3:
         raise LoweringFailed(f"{node.name}: slices something else than a table of positions")
-    name, codes = str(node.outputs[0].name), emit.codes(dequantizer)
+    name, params = str(node.outputs[0].name), emit.params(dequantizer)
     if emit.length == emit.longest:
-        emit.tensors[node.outputs[0]] = emit.out.constant(name, table[:, : emit.length], codes)
+        emit.tensors[node.outputs[0]] = emit.out.constant(name, table[:, : emit.length], params)
         return
-    rows = emit.out.constant(f"{name}/table", table[0, : emit.longest], codes)
+    rows = emit.out.constant(f"{name}/table", table[0, : emit.longest], params)
     numbers = emit.out.constant("positions", np.arange(emit.length, dtype=np.int32)[None])
-    result = emit.out.tensor(name, (1, emit.length, table.shape[2]), str(table.dtype), codes)
+    result = emit.out.tensor(name, (1, emit.length, table.shape[2]), str(table.dtype), params)
     gather = (OPTIONS.GatherOptions, schema.GatherOptionsT())
     emit.tensors[node.outputs[0]] = emit.out.operator(OPERATOR.GATHER, 2, [rows, numbers], result, gather)
 
 
 def _first_row(emit: Emitter, node: ir.Node) -> None:
-    """Take the first token, or the first channels, without a lookup where there are none."""
+    """Take the first token, or the first channels: as GATHER, or as SLICE where the target's `lookup` is "none"."""
     bounds = [constant(value) for value in node.inputs[1:4]]
     source = emit.read(node.inputs[0])
     numbers = [int(bound.reshape(-1)[0]) if bound is not None and bound.size == 1 else -1 for bound in bounds]
@@ -71,7 +74,7 @@ def _first_row(emit: Emitter, node: ir.Node) -> None:
     is_first = numbers[0] == 0 and 1 <= axis < rank and 1 <= count <= source.shape[axis]
     if not is_first or (rank == 3 and numbers[1:] != [1, 1]):
         raise LoweringFailed(f"{node.name}: slices something else than the first token or the first channels")
-    shape = tuple(count if place == axis else size for place, size in enumerate(source.shape))
+    shape = tuple(count if position == axis else size for position, size in enumerate(source.shape))
     if emit.settings.lookup == "none":
         label = "_".join(map(str, shape))
         begin, size = (
@@ -89,9 +92,9 @@ def _first_row(emit: Emitter, node: ir.Node) -> None:
 
 
 def reshape(emit: Emitter, node: ir.Node) -> None:
-    """Write Reshape and Squeeze with the signature's sizes."""
+    """Write Reshape and Squeeze as RESHAPE with the signature's sizes."""
     if made_by(node.inputs[0], "DequantizeLinear") is None:
-        return  # of the mask
+        return  # part of the mask
     source = emit.read(node.inputs[0])
     if node.op_type == "Squeeze":
         axes = constant(node.inputs[1])
@@ -114,9 +117,9 @@ def _target(node: ir.Node, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def transpose(emit: Emitter, node: ir.Node) -> None:
-    """Move axes; the right operand of a product is written as the kernel reads it, last two axes exchanged."""
+    """Write Transpose; the right operand of a MatMul gets its last two axes exchanged, for BATCH_MATMUL's adjY."""
     if made_by(node.inputs[0], "DequantizeLinear") is None:
-        return  # of the mask
+        return  # part of the mask
     source = emit.read(node.inputs[0])
     perm = list(node.attributes["perm"].as_ints())
     quantizer = emit.quantizer(node.outputs[0])

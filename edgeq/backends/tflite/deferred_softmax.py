@@ -1,4 +1,7 @@
-"""Write attention whose weights are not normalised: their sums, and one over them for the products of each level.
+"""Write deferred softmax (int8): EXP of each score, row sums in int32, and the inverse sums by a table.
+
+The product with the values is scaled by the inverse sums afterwards; `edgeq.quantization.integer.deferred_softmax`
+writes these nodes.
 
 LiteRT 2.3's 8-bit SOFTMAX takes 0.39 ms for [12, 128, 128]; REDUCE_MAX, SUB and EXP take 0.09 ms together, a product
 with the values 0.04 ms and its product with one factor for each row 0.01 ms.
@@ -13,8 +16,8 @@ import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
-from edgeq.backends.tflite.sums import raw
-from edgeq.backends.tflite.writer import Codes
+from edgeq.backends.tflite.int32_sums import raw
+from edgeq.backends.tflite.writer import QuantParams
 from edgeq.errors import LoweringFailed
 from edgeq.graph import roles
 from edgeq.graph.edit import constant, made_by, readers
@@ -50,21 +53,21 @@ def _row_sums(emit: Emitter, node: ir.Node) -> None:
     LiteRT 2.3 leaves the zero point out of a product with a 32-bit result; tflite-runtime 2.14 does not.
     """
     source = emit.read(node.inputs[0])
-    if source.codes is None:
+    if source.params is None:
         raise LoweringFailed(f"{node.name}: adds up what has no codes")
-    plain = emit.out.unnamed(source.shape, "int8", Codes.of(1.0))
+    plain = emit.out.unnamed(source.shape, "int8", QuantParams.of(1.0))
     emit.copied(source, plain)
     width = source.shape[-1]
-    ones = emit.out.constant(f"ones_1_1_1_{width}", np.ones((1, 1, 1, width), np.int8), Codes.of(1.0))
+    ones = emit.out.constant(f"ones_1_1_1_{width}", np.ones((1, 1, 1, width), np.int8), QuantParams.of(1.0))
     options = schema.BatchMatMulOptionsT()
     options.adjY = True
-    total = emit.out.unnamed((*source.shape[:-1], 1), "int32", Codes.of(1.0))
+    total = emit.out.unnamed((*source.shape[:-1], 1), "int32", QuantParams.of(1.0))
     emit.out.operator(OPERATOR.BATCH_MATMUL, 2, [plain, ones], total, (OPTIONS.BatchMatMulOptions, options))
     codes = _behind(node, "Mul", "Round", "Cast").outputs[0]
     divisors = [constant(use.inputs[1]) for use in readers(codes)]
     if all(largest_index(width, int(divisor)) > LAST_INDEX for divisor in divisors if divisor is not None):
         raise LoweringFailed(f"{node.name}: no level holds sums of {width} weights; use shorter buckets")
-    missing = -width * source.codes.zero_points[0]
+    missing = -width * source.params.zero_points[0]
     lacking = emit.out.constant(f"int32_{missing}", np.array([missing], np.int32))
     emit.tensors[codes] = raw(emit, "ADD", total, lacking)
 
@@ -84,9 +87,9 @@ def _inverse_sums(emit: Emitter, node: ir.Node) -> None:
     if largest_index(emit.length, int(divisor)) >= len(table):
         last = emit.out.constant(f"int32_{len(table) - 1}", np.array([len(table) - 1], np.int32))
         sums = raw(emit, "MINIMUM", sums, last)
-    codes = emit.codes(dequantizer)
-    stored = emit.out.constant(f"{node.inputs[0].name}/{bits}", table, codes)  # type: ignore[union-attr]
-    result = emit.out.unnamed(sums.shape, "int8", codes)
+    params = emit.params(dequantizer)
+    stored = emit.out.constant(f"{node.inputs[0].name}/{bits}", table, params)  # type: ignore[union-attr]
+    result = emit.out.unnamed(sums.shape, "int8", params)
     emit.tensors[node.outputs[0]] = emit.out.operator(
         OPERATOR.GATHER, 2, [stored, sums], result, (OPTIONS.GatherOptions, schema.GatherOptionsT())
     )

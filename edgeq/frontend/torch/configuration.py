@@ -1,0 +1,73 @@
+"""Write what a bundle carries beside the graph of a torch model: its tokenizer, and files for sentence-transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeq.frontend import tokenizer_config
+from edgeq.frontend.torch import sentence_transformers, text_towers
+from edgeq.frontend.torch.load import pooling_width
+from edgeq.frontend.torch.trace import quiet
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+_FLAGS = {  # mode -> the end of its flag's name
+    "cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken",
+    "mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "weightedmean": "weightedmean_tokens",
+}  # fmt: skip
+# The order in which sentence-transformers concatenates the modes of several flags.
+_FLAG_ORDER = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+
+
+def write_configuration(model: SentenceTransformer, folder: Path) -> None:
+    """Write tokenizer, config and module files, without the transformer's weights (a Dense module keeps its own).
+
+    Module files have the format that sentence-transformers 5 and 6 both read: 5 knows neither 6's class paths nor its
+    shorter pooling configuration. For a StaticEmbedding the tokenizer alone is written, because sentence-transformers
+    would load the table of embeddings with torch.
+
+    Args:
+        model: as `load_model` gives it.
+        folder: does not exist yet.
+    """
+    folder.mkdir()
+    if sentence_transformers.is_static(model):
+        text_tokenizer = model.tokenizer.backend_tokenizer
+        _write_json(folder / "tokenizer.json", json.loads(text_tokenizer.to_str()) | {"post_processor": None})
+        return
+    with quiet():
+        model.save(str(folder), create_model_card=False)
+    for pattern in ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    for entry, module in zip(modules, model, strict=True):
+        kind = type(module).__name__
+        entry["type"] = f"sentence_transformers.models.{'Dense' if kind == 'Truncate' else kind}"
+        if kind == "Pooling":
+            _write_json(folder / entry["path"] / "config.json", pooling_config(module))
+    _write_json(folder / "modules.json", modules)
+    tokenizer_config.mend(folder / tokenizer_config.FILE)
+    if model.tokenizer.truncation_side == "left":  # tokenizer.json does not say so by itself
+        text_tokenizer = model.tokenizer.backend_tokenizer
+        text_tokenizer.enable_truncation(model.max_seq_length, direction="left")
+        _write_json(folder / "tokenizer.json", json.loads(text_tokenizer.to_str()))
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": model.max_seq_length, "do_lower_case": False})
+    text_towers.trim_saved(model[0], folder)
+
+
+def pooling_config(module: torch.nn.Module) -> dict[str, object]:
+    """Give a Pooling module's configuration: a flag for each mode, and the modes' order where flags would lose it."""
+    modes = sentence_transformers.modes(module)
+    flags: dict[str, object] = {f"pooling_mode_{key}": name in modes for name, key in _FLAGS.items()}
+    order = {} if list(modes) == [name for name in _FLAG_ORDER if name in modes] else {"pooling_mode": list(modes)}
+    rest = {"include_prompt": getattr(module, "include_prompt", True), **order}
+    return {"word_embedding_dimension": pooling_width(module), **flags, **rest}
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
