@@ -13,7 +13,7 @@ from edgeq.data.tokens import Feeds, Tokens
 
 _LENGTHS = (3, 5, 9, 14, 16)  # of random texts, in tokens
 
-_MOST_TOKENS = 64
+_MOST_TOKENS = 24
 
 
 def probe_feeds(vocabulary: int, longest: int, seed: int = 0) -> tuple[Feeds, ...]:
@@ -42,7 +42,7 @@ def text_probes(ids: Sequence[Sequence[int]]) -> tuple[Feeds, ...]:
         ids: token ids of each text, special tokens included.
 
     Returns:
-        Batches of at most 64 tokens a text, if there are such texts; none without texts.
+        Batches of at most 24 tokens a text, if there are such texts; none without texts.
     """
     by_length = sorted(filter(None, ids), key=len)
     chosen = [text for text in by_length if len(text) <= _MOST_TOKENS] or by_length[:1]

@@ -249,8 +249,12 @@ def _pool(rewriting: _Rewriting, node: ir.Node) -> None:
         return
     name = str(node.outputs[0].name)
     turn = {"perm": [0, 2, 1]}
-    known = next((use for use in readers(share) if use.op_type == "Transpose"), None)  # of another choice of the token
-    column = known.outputs[0] if known is not None else add_node(node, "Transpose", [share], f"{name}/share", turn)
+    # The weights of another choice of the token are the same.
+    known = next((use for use in readers(share) if roles.has(use, Role.POOLING_WEIGHTS)), None)
+    if known is None:
+        column = add_node(node, "Transpose", [share], f"{name}/share", turn, role=Role.POOLING_WEIGHTS)
+    else:
+        column = known.outputs[0]
     each = rewriting.add(node, "Mul", [hidden, column], f"{name}/each", hidden)
     turned = add_node(node, "Transpose", [each], f"{name}/turned", turn)
     last = rewriting.graph.initializers.get("last_axis")
