@@ -57,6 +57,8 @@ class Server:
         if self._process is not None:
             self._process.communicate()
             self._process = None
+        if self._log is not None:
+            self._log.close()
 
 
 def forked(server: Server, below: Path, run: Callable[..., Any] = subprocess.run) -> Callable[..., Any]:
