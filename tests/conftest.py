@@ -59,7 +59,7 @@ def real_model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _exports_share_one_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def exporting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[export_server.Server]:
     """Let the models that tests write be exported by forks of one process that has torch imported.
 
     The real model, and whatever a test starts as a command, is exported as it is for users: by a new process.
@@ -67,7 +67,7 @@ def _exports_share_one_start(tmp_path_factory: pytest.TempPathFactory) -> Iterat
     server = export_server.Server()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "run", export_server.forked(server, tmp_path_factory.getbasetemp()))
-        yield
+        yield server
     server.close()
 
 

@@ -34,23 +34,19 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_fork_writes_the_bytes_of_a_new_process(tmp_path: Path) -> None:
+def test_a_fork_writes_the_bytes_of_a_new_process(exporting: export_server.Server, tmp_path: Path) -> None:
     model = tiny_source.sentence_transformer(tmp_path / "model", dense=True)
     broken = tmp_path / "broken"
     tiny_source.sentence_transformer(broken)
-    server = export_server.Server()
-    try:
-        run = export_server.forked(server, tmp_path, lambda *_, **__: pytest.fail("this is the server's"))
-        for place, code in ((model, 0), (broken, None)):
-            with REAL_RUN(command(place, tmp_path / f"{place.name}-new"), stdout=-1, stderr=-1, text=True) as new:
-                said, _ = new.communicate()
-            for name in ("first", "second"):  # a fork leaves nothing behind for the next one
-                done = run(command(place, tmp_path / f"{place.name}-{name}"), capture_output=True, text=True)
-                assert (done.returncode, done.stdout) == (new.returncode, said)
-                assert contents(tmp_path / f"{place.name}-{name}") == contents(tmp_path / f"{place.name}-new")
-            assert (new.returncode == 0) == (code == 0)
-    finally:
-        server.close()
+    run = export_server.forked(exporting, tmp_path, lambda *_, **__: pytest.fail("this is the server's"))
+    for place, code in ((model, 0), (broken, None)):
+        with REAL_RUN(command(place, tmp_path / f"{place.name}-new"), stdout=-1, stderr=-1, text=True) as new:
+            said, _ = new.communicate()
+        for name in ("first", "second"):  # a fork leaves nothing behind for the next one
+            done = run(command(place, tmp_path / f"{place.name}-{name}"), capture_output=True, text=True)
+            assert (done.returncode, done.stdout) == (new.returncode, said)
+            assert contents(tmp_path / f"{place.name}-{name}") == contents(tmp_path / f"{place.name}-new")
+        assert (new.returncode == 0) == (code == 0)
     assert convert.RAW in contents(tmp_path / "model-new")
 
 
