@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 pytestmark = [pytest.mark.export, pytest.mark.tflite]
@@ -48,7 +46,7 @@ def checked(made: measured.Exported) -> dict[str, Checked]:
 
 
 def refusals(made: measured.Exported, target: Target) -> list[str]:
-    """List what quantising and lowering say on a real calibration, each in its own sentence, what depends on ranges left out."""
+    """List what quantising and lowering refuse on a real calibration, but for what depends on ranges."""
     scheme, backend = schemes.find(target.scheme, target.name), find(target.backend, target.name)
     collected: list[Refusal] = []
     quantized = quantize(made.observed.model, made.observed.statistics, scheme, collected)

@@ -96,17 +96,17 @@ class RandomImages:
         return self.batches(most, most)
 
 
-def random_texts(vocabulary: int, longest: int, seed: int = 0) -> Samples:
+def random_texts(ids: Sequence[int], longest: int, seed: int = 0) -> Samples:
     """Make a few texts of random tokens.
 
     Args:
-        vocabulary: token ids are drawn from 0..vocabulary-1.
+        ids: the token ids to draw from.
         longest: the model's limit in tokens.
         seed: of the draw.
     """
     rng = np.random.default_rng(seed)
     lengths = [min(length, longest) for length in _LENGTHS]
-    return Tokens(tuple(tuple(map(int, rng.integers(0, vocabulary, length))) for length in lengths), 0, 0)
+    return Tokens(tuple(tuple(map(int, rng.choice(ids, length))) for length in lengths), 0, 0)
 
 
 def random_images(sizes: Sequence[int], seed: int = 0) -> Samples:

@@ -151,7 +151,7 @@ def _split(model: onnx.ModelProto, samples: Samples, batches: Sequence[Batch], s
     maps = map_tensors(graph)
     first_names = list(dict.fromkeys([*wanted, *hidden, *smooth_scales.score_tensors(graph), *maps]))
     first = observe(model, first_names, batches, lambda done, total: progress("observe", done, total))
-    sweep = equal_length_batches(samples.swept(vocabulary(graph), seed), samples.longest)
+    sweep = equal_length_batches(samples.swept(_vocabulary(graph), seed), samples.longest)
     swept = observe(
         model, list(dict.fromkeys([*wanted, *hidden])), sweep, lambda done, total: progress("sweep", done, total)
     )
@@ -183,7 +183,7 @@ def _observe_all(equalized: _Equalized, batches: Sequence[Batch], progress: Prog
     )  # fmt: skip
 
 
-def vocabulary(graph: ir.Graph) -> int:
+def _vocabulary(graph: ir.Graph) -> int:
     """Count the rows of the embedding table; 0 where there is none."""
     return max(
         (

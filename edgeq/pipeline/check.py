@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -26,7 +27,7 @@ from edgeq.graph import dialect, external_data
 from edgeq.graph.edit import constant, dims
 from edgeq.graph.read import read_onnx
 from edgeq.pipeline import stages
-from edgeq.pipeline.calibrate import calibrate_on_probes, vocabulary
+from edgeq.pipeline.calibrate import calibrate_on_probes
 from edgeq.quantization import schemes
 from edgeq.quantization.qdq import Quantized
 from edgeq.quantization.quantize import QUANTIZERS, quantize
@@ -157,8 +158,19 @@ def _outside(item: dialect.Violation) -> Refusal:
 def _samples(graph: ir.Graph, limit: int) -> Samples:
     images = next((item for item in graph.inputs if item.name == PIXELS), None)
     if images is None:
-        return random_texts(vocabulary(graph), limit)
+        return random_texts(_token_ids(graph), limit)
     return random_images([size for size in dims(images) or () if isinstance(size, int)])
+
+
+def _token_ids(graph: ir.Graph) -> list[int]:
+    """List the tokens whose embedding is not zero, as that of the padding token is."""
+    tables = [
+        table
+        for node in graph
+        if node.op_type == "Gather" and (table := constant(node.inputs[0])) is not None
+        and node.inputs[1] is not None and node.inputs[1].name == "input_ids"
+    ]  # fmt: skip
+    return np.flatnonzero(np.abs(tables[0]).max(axis=tuple(range(1, tables[0].ndim)))).tolist() if tables else [0]
 
 
 def _positions(graph: ir.Graph) -> int:
