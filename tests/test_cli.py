@@ -393,7 +393,7 @@ def test_inspect_shows_a_bundle_s_artifact(path: Path, capsys: pytest.CaptureFix
 def test_doctor_installs_what_lives_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[str] = []
     monkeypatch.setattr(doctor.environments, "interpreter", lambda found: asked.append(found.name))
-    monkeypatch.setattr(doctor.environments, "made", lambda found: Path("python") if asked else None)
+    monkeypatch.setattr(doctor.environments, "find_interpreter", lambda found: Path("python") if asked else None)
     assert cli.run(["doctor", "--json"]) == 0
     listed = {item["name"]: item for item in json.loads(capsys.readouterr().out)["toolchains"]}
     assert listed["rknn-toolkit2"]["install"] == "edgeq doctor --install rknn-toolkit2"

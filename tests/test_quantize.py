@@ -71,8 +71,9 @@ def test_massive_neurons_leave_the_integer_product_where_there_are_any(observed:
     assert all(str(node.name).startswith("layer.0.") for node in side)
     hidden = {s.name[:7]: s.weights()[0].shape for s in sites(graph) if "gelu" in s.name}
     assert hidden == {
-        "layer.0": (encoder.HIDDEN - outlier_neurons.BRANCH_WIDTH, encoder.DIM), "layer.1": (encoder.HIDDEN, encoder.DIM),
-    }  # fmt: skip
+        "layer.0": (encoder.HIDDEN - outlier_neurons.BRANCH_WIDTH, encoder.DIM),
+        "layer.1": (encoder.HIDDEN, encoder.DIM),
+    }
 
 
 def test_observing_in_parts_finds_the_same(

@@ -90,9 +90,9 @@ def test_unused_nodes_are_dropped_and_counted() -> None:
 
 
 def test_probes_are_whole_texts_with_padding_behind() -> None:
-    alone, together = text_probes([[5, 6], [7] * 80, [1, 2, 3], [], [9] * 64])
-    assert alone.input_ids.shape == (1, 64) and alone.attention_mask.all()
-    assert together.attention_mask.sum(axis=1).tolist() == [2, 3, 64]
+    alone, together = text_probes([[5, 6], [7] * 80, [1, 2, 3], [], [9] * 24])
+    assert alone.input_ids.shape == (1, 24) and alone.attention_mask.all()
+    assert together.attention_mask.sum(axis=1).tolist() == [2, 3, 24]
     assert together.input_ids[0, :3].tolist() == [5, 6, 0]
     assert text_probes([]) == ()
     assert [feeds.input_ids.shape for feeds in text_probes([[7] * 80, [8] * 90])] == [(1, 80), (1, 80)]

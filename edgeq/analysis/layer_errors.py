@@ -1,8 +1,8 @@
-"""Measure where a QDQ model leaves its float model: the error of every tensor that both have.
+"""Measure the error of each tensor of a QDQ model against the tensor with the same name in its float model.
 
-The two run in ONNX Runtime on the same tokens with the same tensors observed. A scheme that rewrites the float model
-before it puts codes on tensors (see `edgeq.quantization.rewrites.integer`) is compared with the rewritten one: what
-stands under one name is then the same quantity on both sides, and the error is that of codes alone.
+Both run in ONNX Runtime on the same tokens. Where a scheme rewrites the float model before it quantises (see
+`edgeq.quantization.rewrites`), the rewritten float model is the reference: equal names then stand for equal quantities,
+and the error is that of quantisation alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FloatArray = NDArray[np.float32]
 
 
 class TensorError(Record):
-    """Say how far one tensor of the QDQ model is from the float model's, over all tokens of all texts."""
+    """Hold the error of one tensor of the QDQ model against the float model's, over all tokens of all texts."""
 
     name: str
     after: str  # the last weight product or table before it in the graph
@@ -41,12 +41,12 @@ class TensorError(Record):
 
     @property
     def weight(self) -> str:
-        """Name the weight before the tensor: most exporters number sums, and name weights."""
+        """Give the name of the weight before the tensor: exporters name weights, and only number sums."""
         return self.name if self.name == OUTPUT else self.after.removesuffix(SIDE)
 
     @property
     def label(self) -> str:
-        """Name the tensor so that it is found in the model."""
+        """Give a name for tables and plots: the weight before the tensor, and the tensor's own name."""
         return self.name if self.name == OUTPUT else f"{self.weight} ({self.name})"
 
 
@@ -64,10 +64,10 @@ class LayerErrors(Record):
 
     @property
     def entry(self) -> TensorError | None:
-        """Give the sum of the residual stream at which most error enters; None without a stream.
+        """Give the residual stream's sum with the largest drop of the mean cosine; None without a stream.
 
-        The angle counts, not the length: whatever reads the stream normalises it first. The vectors are no such sum:
-        a mean over tokens is nearer, or farther, than the tokens are.
+        Cosines count, not lengths, because LayerNorm normalises the stream before it is used. The output vectors are no
+        such sum: the cosine of a mean over tokens differs from the tokens' cosines.
         """
         sums = [tensor for tensor in self.stream if tensor.name != OUTPUT]
         before = [1.0, *(tensor.cosine_mean for tensor in sums)]
@@ -76,7 +76,7 @@ class LayerErrors(Record):
 
 
 def counterpart(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> onnx.ModelProto:
-    """Give the float model whose tensors the scheme puts codes on.
+    """Give the float model, rewritten as the scheme rewrites it before it quantises.
 
     Args:
         model: equalised FP32 ONNX; not changed.
@@ -87,7 +87,7 @@ def counterpart(model: onnx.ModelProto, observed: Mapping[str, Statistics], sche
 
 
 def residual_stream(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Name the tensors that LayerNormalization reads, in the order of the graph, and the vectors.
+    """List the inputs of LayerNormalization, in the order of the graph, and the output vectors.
 
     Every rewrite of a scheme keeps these names and what they stand for.
 
@@ -100,9 +100,9 @@ def residual_stream(model: onnx.ModelProto) -> tuple[str, ...]:
 def measure(
     float_model: onnx.ModelProto, qdq_model: onnx.ModelProto, tokens: Tokens, stream: Sequence[str]
 ) -> tuple[TensorError, ...]:
-    """Run both models and compare every tensor of tokens by channels that has one name in both.
+    """Run both models, and measure the error of every [tokens, channels] tensor with the same name in both.
 
-    A tensor of the QDQ model is taken as its readers see it: behind its codes, where all of them read codes.
+    A tensor that all readers read quantised is measured behind its DequantizeLinear.
 
     Args:
         float_model: what `counterpart` gave.
@@ -131,7 +131,7 @@ def measure(
 
 
 class _Common(Record):
-    """Name a tensor in both models."""
+    """Hold a tensor's names in both models."""
 
     name: str
     seen_as: str  # in the QDQ model
@@ -140,14 +140,14 @@ class _Common(Record):
 
 
 class _Sums:
-    """Add up errors over batches; no tensor is kept."""
+    """Accumulate errors over batches, without keeping tensors."""
 
     def __init__(self) -> None:
         self._difference = self._length = self._cosines = 0.0
         self._smallest, self._rows = 1.0, 0
 
     def add(self, name: str, expected: FloatArray, found: FloatArray) -> None:
-        """Take float32[..., channels] of both models."""
+        """Add the errors of one batch: float32[..., channels] of both models."""
         rows, others = (array.reshape(-1, array.shape[-1]).astype(np.float64) for array in (expected, found))
         difference, length = np.sum((others - rows) ** 2), np.sum(rows**2)
         if not (np.isfinite(difference) and np.isfinite(length)):
@@ -161,7 +161,7 @@ class _Sums:
         self._rows += len(rows)
 
     def of(self, tensor: _Common) -> TensorError:
-        """Give the means."""
+        """Give the tensor's error, averaged over all batches."""
         return TensorError(
             name=tensor.name,
             after=tensor.after,
@@ -173,7 +173,7 @@ class _Sums:
 
 
 def _common(reference: ir.Graph, quantized: ir.Graph, stream: frozenset[str]) -> list[_Common]:
-    """List what both graphs compute under one name: tensors of tokens by channels, and the vectors themselves."""
+    """List the tensors that both graphs compute under one name: [tokens, channels], and the output vectors."""
     theirs = {str(value.name): value for node in quantized for value in node.outputs}
     found: list[_Common] = []
     after = ""
@@ -190,7 +190,7 @@ def _common(reference: ir.Graph, quantized: ir.Graph, stream: frozenset[str]) ->
 
 
 def _weight_name(node: ir.Node) -> str | None:
-    """Name a weight product after its node and a lookup after its table; None for any other node."""
+    """Give a weight product's name, or the table's name of an embedding Gather; None for any other node."""
     position = {"Gemm": 1, "MatMul": 1, "Gather": 0}.get(node.op_type)
     if position is None or constant(node.inputs[position]) is None:
         return None
@@ -198,7 +198,7 @@ def _weight_name(node: ir.Node) -> str | None:
 
 
 def _as_read(value: ir.Value) -> str:
-    """Give the name under which all readers see a value: that of its dequantised codes, if they read nothing else.
+    """Give the name of the tensor that a value's readers read: the dequantised one, if all read that.
 
     A lookup in a table of codes is codes itself.
     """

@@ -1,4 +1,4 @@
-"""Say where a target loses quality, what mending it costs, and find the cheapest scheme with which the gate holds."""
+"""Rank weight products by the quality that promoting them gains, measure its cost, and search the cheapest scheme."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TIMED_TOKENS = 128
 
 @dataclass(frozen=True)
 class AnalysisRequest:
-    """Hold what `edgeq analyze` was asked for."""
+    """Hold the options of `edgeq analyze`."""
 
     export: ExportRequest  # for one target; `out` is not used
     is_costed: bool
@@ -42,7 +42,7 @@ class AnalysisRequest:
 
 
 class Cost(Record):
-    """Say what promoting one product of a shape costs, from artifacts that differ in all products of that shape."""
+    """Hold the cost of promoting one product of a shape, measured on an artifact with all products of it promoted."""
 
     channels: int
     outputs: int
@@ -53,7 +53,7 @@ class Cost(Record):
 
 
 class Trial(Record):
-    """Say how the real artifact did with some products promoted."""
+    """Hold the parity and size of an artifact with some products promoted."""
 
     promoted: tuple[str, ...]
     status: Status
@@ -62,21 +62,21 @@ class Trial(Record):
 
 
 class Analysis(Record):
-    """Hold what was found for one target."""
+    """Hold the analysis for one target."""
 
     target: str
     change: str  # what promoting does in this scheme
     sensitivity: Sensitivity
     costs: tuple[Cost, ...]
     trials: tuple[Trial, ...]
-    found: Scheme | None  # the cheapest scheme that was found to hold the gate; None when none was looked for
+    found: Scheme | None  # the cheapest scheme found that meets the gate; None without --auto
 
 
 def analyze(request: AnalysisRequest, progress: Progress) -> Analysis:
-    """Measure each product, price the shapes, and look for the cheapest scheme that holds, as far as asked for.
+    """Measure the sensitivity of each product and, if requested, the costs and the cheapest scheme that passes.
 
     Args:
-        request: what is wanted.
+        request: the options.
         progress: called as `progress(stage, done, total)`.
 
     Raises:
@@ -136,7 +136,7 @@ def _sensitivity(request: ExportRequest, target: Target, progress: Progress) -> 
 
 
 class _Trials:
-    """Export the target with products promoted, each set once, and keep what came out."""
+    """Export the target with sets of products promoted, each set once, and keep the results."""
 
     def __init__(self, request: ExportRequest, folder: Path, progress: Progress) -> None:
         self._request = request
@@ -153,7 +153,7 @@ class _Trials:
         return schemes.promote(schemes.find(target.scheme, target.name), names)
 
     def run(self, names: Sequence[str]) -> tuple[Trial, Path]:
-        """Give the trial, and its bundle."""
+        """Give the trial for a set of products, and its bundle; export them the first time."""
         scheme = self.scheme(names)
         if scheme.promoted not in self._known:
             number = len(self._known)
@@ -169,7 +169,7 @@ class _Trials:
         return self._known[scheme.promoted]
 
     def milliseconds(self, bundle: Path) -> tuple[float | None, str | None]:
-        """Give the median time of one text, or None and why."""
+        """Give the median latency of one text, or None and the reason."""
         from edgeq.bundle.manifest import load_manifest
 
         manifest = load_manifest(bundle)
@@ -204,7 +204,7 @@ def _costs(products: Sequence[Product], trials: _Trials) -> tuple[Cost, ...]:
 
 
 def _cheapest(products: Sequence[Product], costs: Sequence[Cost], trials: _Trials) -> Scheme:
-    """Promote what gains most for its cost first, and find the fewest products with which the gate holds."""
+    """Order products by gain over cost, and find by bisection the fewest of them whose promotion meets the gate."""
     ordered = [item.name for item in by_value(products, costs)]
     if trials.run(())[0].status == "passed":
         return trials.scheme(())
@@ -225,7 +225,7 @@ def _cheapest(products: Sequence[Product], costs: Sequence[Cost], trials: _Trial
 
 
 def by_value(products: Sequence[Product], costs: Sequence[Cost]) -> list[Product]:
-    """Order products by gain over cost: milliseconds where they were measured, else bytes; what costs nothing first.
+    """Order products by gain over cost: in milliseconds where they were measured, else in bytes.
 
     Times differ by noise: none counts as less than a thousandth of the largest.
     """

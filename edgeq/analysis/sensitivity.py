@@ -30,7 +30,7 @@ _CODERS = ("QuantizeLinear", "DequantizeLinear")
 
 
 class Quality(Record):
-    """Hold how near vectors are to FP32's."""
+    """Hold cosines of vectors with FP32's."""
 
     cosine_mean: float
     cosine_tail: float  # mean over the worst tenth of the texts
@@ -38,12 +38,12 @@ class Quality(Record):
 
     @property
     def score(self) -> float:
-        """Give one number to rank by: the mean over all texts and over the worst tenth, with the same weight."""
+        """Give the score for ranking: the average of the mean over all texts and the mean over the worst tenth."""
         return (self.cosine_mean + self.cosine_tail) / 2.0
 
 
 class Product(Record):
-    """Say what one weight product costs, measured with that product alone promoted."""
+    """Hold the quality with one weight product alone promoted."""
 
     name: str
     channels: int  # of its input
@@ -53,7 +53,7 @@ class Product(Record):
 
 
 class Step(Record):
-    """Say what promoting the best products together gives."""
+    """Hold the quality with the best products promoted together."""
 
     promoted: int
     added: tuple[str, ...]
@@ -120,7 +120,7 @@ def measure(
 def promoted(
     model: onnx.ModelProto, names: Sequence[str], weights: dict[str, NDArray[np.float32]] | None
 ) -> onnx.ModelProto:
-    """Give the QDQ model with some products reading and giving values without codes.
+    """Give the QDQ model without QuantizeLinear and DequantizeLinear around some products.
 
     Args:
         model: not changed.
@@ -149,14 +149,14 @@ def promoted(
 
 
 def _uncoded(made: dict[str, onnx.NodeProto], name: str) -> str:
-    """Give the tensor that codes were made from, through one pair of QuantizeLinear and DequantizeLinear or more."""
+    """Give the tensor before one or more pairs of QuantizeLinear and DequantizeLinear."""
     while name in made and made[name].op_type in _CODERS and made[name].input[0] in made:
         name = made[name].input[0]
     return name
 
 
 def _uncode_result(graph: onnx.GraphProto, product: onnx.NodeProto) -> None:
-    """Let who reads the codes behind a product, and behind its bias, read the value itself."""
+    """Connect the readers of a product's (and its bias's) dequantised result to the float result."""
     value = product.output[0]
     reading = [node for node in graph.node if value in node.input]
     if len(reading) == 1 and reading[0].op_type == "Add":

@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import onnx
+import onnx_ir as ir
 
 from edgeq.data.batches import PIXELS, AnyFeeds
 from edgeq.data.sessions import Session
 from edgeq.graph import external_data
-from edgeq.records import Artifact, QdqModel, RunKind, Scheme, SchemeKind, Target
+from edgeq.records import Artifact, QdqModel, RunKind, SchemeKind, Target
 from edgeq.system.environments import Environment
-
-Verdict = Literal["supported", "on-host", "refused", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -32,22 +30,45 @@ class Rejection:
 
 
 @dataclass(frozen=True)
-class OperatorVerdict:
-    """Hold whether a backend takes one operator of a float model, judged before any conversion."""
+class HostStay:
+    """Name a runtime's operator that an accelerator's rules leave to the host.
 
-    node: str
+    Attributes:
+        operator: of the runtime, e.g. "GATHER".
+        output: the tensor that it gives.
+        why: the rule's sentence.
+    """
+
     operator: str
-    verdict: Verdict
+    output: str
     why: str
-    host_operators: tuple[str, ...]  # the runtime's operators that stay on the host
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say what lowering would write, before any compiler runs.
+
+    Attributes:
+        on_host: the operators that stay on the host.
+        problems: one sentence for each reason not to lower that follows from the model's structure.
+        possible: the same for reasons that follow from the ranges of a calibration.
+    """
+
+    on_host: tuple[HostStay, ...] = ()
+    problems: tuple[str, ...] = ()
+    possible: tuple[str, ...] = ()
 
 
 @runtime_checkable
-class JudgesOperators(Protocol):
-    """A backend that judges each operator of a float model before any conversion."""
+class PlansOperators(Protocol):
+    """A backend that can say what lowering a QDQ model would write, without a compiler."""
 
-    def operator_verdicts(self, model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
-        """Give one verdict for each node, in graph order; runs no SDK."""
+    def planned(self, model: ir.Model, bucket: int, target: Target) -> Plan:
+        """Write a QDQ model for one sequence length in memory, and hold what was written against the rules.
+
+        Raises:
+            ToolMissing: what writes the format is not installed.
+        """
         ...
 
 

@@ -1,14 +1,19 @@
-"""Make the token batches on which a graph is compared before and after a rewrite."""
+"""Make random texts and images: to compare a graph before and after a rewrite, and to check a model by."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edgeq.data.tokens import Feeds
+from edgeq.data.batches import Batch, PixelFeeds, Samples
+from edgeq.data.tokens import Feeds, Tokens
 
-_MOST_TOKENS = 64
+_LENGTHS = (3, 5, 9, 14, 16)  # of random texts, in tokens
+
+_MOST_TOKENS = 24
 
 
 def probe_feeds(vocabulary: int, longest: int, seed: int = 0) -> tuple[Feeds, ...]:
@@ -37,7 +42,7 @@ def text_probes(ids: Sequence[Sequence[int]]) -> tuple[Feeds, ...]:
         ids: token ids of each text, special tokens included.
 
     Returns:
-        Batches of at most 64 tokens a text, if there are such texts; none without texts.
+        Batches of at most 24 tokens a text, if there are such texts; none without texts.
     """
     by_length = sorted(filter(None, ids), key=len)
     chosen = [text for text in by_length if len(text) <= _MOST_TOKENS] or by_length[:1]
@@ -51,3 +56,65 @@ def _padded(texts: Sequence[Sequence[int]]) -> Feeds:
     rows = np.array([[*text, *[0] * (width - len(text))] for text in texts], np.int64)
     mask = np.array([[1] * len(text) + [0] * (width - len(text)) for text in texts], np.int64)
     return Feeds(rows, mask)
+
+
+@dataclass(frozen=True)
+class RandomImages:
+    """Hold random images; see `Samples`.
+
+    Attributes:
+        pixel_values: float32[images, ...], normally distributed, as images are once they are normalised.
+    """
+
+    pixel_values: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self.pixel_values)
+
+    @property
+    def longest(self) -> int:
+        """Give the size of one image, as feeds count: 1."""
+        return 1
+
+    def chosen(self, rows: Sequence[int]) -> RandomImages:
+        """Give the images at these positions."""
+        return RandomImages(self.pixel_values[list(rows)])
+
+    def swept(self, vocabulary: int, seed: int) -> RandomImages:
+        """Give the same images with opposite signs."""
+        return RandomImages(-self.pixel_values)
+
+    def batches(self, batch_size: int, most: int) -> list[Batch]:
+        """Batch the images in their order."""
+        starts = range(0, len(self), batch_size)
+        rows = [tuple(range(start, min(start + batch_size, len(self)))) for start in starts]
+        return [Batch(each, PixelFeeds(self.pixel_values[list(each)])) for each in rows]
+
+    def unpadded(self, most: int) -> list[Batch]:
+        """Batch the images in their order, `most` at a time."""
+        return self.batches(most, most)
+
+
+def random_texts(ids: Sequence[int], longest: int, seed: int = 0) -> Samples:
+    """Make a few texts of random tokens.
+
+    Args:
+        ids: the token ids to draw from.
+        longest: the model's limit in tokens.
+        seed: of the draw.
+    """
+    rng = np.random.default_rng(seed)
+    lengths = [min(length, longest) for length in _LENGTHS]
+    return Tokens(tuple(tuple(map(int, rng.choice(ids, length))) for length in lengths), 0, 0)
+
+
+def random_images(sizes: Sequence[int], seed: int = 0) -> Samples:
+    """Make a few random images.
+
+    Args:
+        sizes: of one image, as the model's input has them behind the batch.
+        seed: of the draw.
+    """
+    shape = (len(_LENGTHS), *sizes)
+    return RandomImages(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))

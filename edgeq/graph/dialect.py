@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -38,13 +39,31 @@ def verify(model: onnx.ModelProto, name: str, float_ops: Sequence[str] = ()) -> 
     Raises:
         OutsideDialect: with every violation, not only the first.
     """
-    unknown = _unknown_nodes(model, float_ops)
-    others = [*_opset_problems(model), *_constant_problems(model), *_interface_problems(model)]
-    problems = [*map(_operator_problem, unknown), *others]
-    if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems)
-        standard = sorted({node.op_type for node in unknown if node.domain in ("", "ai.onnx")})
+    found = violations(model, float_ops)
+    if found:
+        listed = "\n".join(f"  - {item.sentence}" for item in found)
+        standard = sorted({item.node.op_type for item in found if item.node and item.node.domain in ("", "ai.onnx")})
         raise OutsideDialect(f"{name}: the graph leaves the dialect of float models:\n{listed}", standard)
+
+
+@dataclass(frozen=True)
+class Violation:
+    """Say where a model leaves the dialect; `node` is None where no single operator does."""
+
+    sentence: str
+    node: onnx.NodeProto | None = None
+
+
+def violations(model: onnx.ModelProto, float_ops: Sequence[str] = ()) -> list[Violation]:
+    """List what leaves the dialect: operators, opset, dtypes, constants, names and symbolic axes.
+
+    Args:
+        model: an ONNX model.
+        float_ops: operators outside the dialect that may stay.
+    """
+    unknown = [Violation(_operator_problem(node), node) for node in _unknown_nodes(model, float_ops)]
+    others = [*_opset_problems(model), *_constant_problems(model), *_interface_problems(model)]
+    return [*unknown, *map(Violation, others)]
 
 
 def _unknown_nodes(model: onnx.ModelProto, float_ops: Sequence[str]) -> list[onnx.NodeProto]:

@@ -5,7 +5,7 @@ How much of a tensor's scale moves into weights (SmoothQuant's alpha) is searche
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -32,7 +32,7 @@ from edgeq.quantization.rewrites.decompose import DECOMPOSE, has_derived_statist
 from edgeq.quantization.rewrites.observe_row_maxima import observe_row_maxima
 from edgeq.quantization.schemes import SCHEMES
 from edgeq.records import Smoothing
-from edgeq.system.progress import Progress
+from edgeq.system.progress import Progress, silent
 
 SamplesT = TypeVar("SamplesT", bound=Samples)
 
@@ -76,38 +76,111 @@ def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Pro
             f"{len(samples)} calibration texts; at least {FEWEST_CALIBRATION} are needed: give more with --texts"
         )
     seen, held = _hold_back(samples, seed)
-    longest = samples.longest
-    batches = equal_length_batches(seen, longest)
-    graph = ir.from_proto(model)
-    wanted = [site.name for site in sites(graph.graph)]
-    hidden = [str(block.hidden.name) for block in feed_forwards(graph.graph)]
-    maps = map_tensors(graph.graph)
-    first_names = list(dict.fromkeys([*wanted, *hidden, *smooth_scales.score_tensors(graph.graph), *maps]))
+    batches = equal_length_batches(seen, samples.longest)
+    split = _split(model, samples, batches, seed, progress)
+    smoothing = _search(model, split, held, samples.longest, progress)
+    equalized = _equalize(split, smoothing.alphas)
+    del split  # it holds the weights once more
+    kept = _observe_all(equalized, batches, progress)
+    error = _largest_error(model, equalized.model, held, samples.longest)
+    return Observed(equalized.model, kept, smoothing, error)
+
+
+def calibrate_on_probes(model: onnx.ModelProto, samples: Samples) -> tuple[onnx.ModelProto, dict[str, Statistics]]:
+    """Equalise and observe a float model on a few random samples, to see which rewrites and operators it meets.
+
+    The ranges mean nothing: alpha is not searched for, and no sample is held back.
+
+    Args:
+        model: FP32 ONNX in the dialect; not changed.
+        samples: see `random_texts` and `random_images`.
+
+    Returns:
+        The equalised model and the statistics of its tensors.
+
+    Raises:
+        EdgeqError: FP32 gives NaN or infinity.
+    """
+    batches = equal_length_batches(samples, samples.longest)
+    split = _split(model, samples, batches, 0, silent)
+    equalized = _equalize(split, {kind: choices[0] for kind, choices in ALPHAS.items()})
+    return equalized.model, _observe_all(equalized, batches, silent)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Hold a model whose outlier neurons stand in branches of their own, with the statistics of what is smoothed.
+
+    Attributes:
+        model: FP32 ONNX.
+        statistics: of the tensors that weight products read, on the samples.
+        swept: of the same tensors, on a sweep through the vocabulary.
+        maps: the tensors that convolutions read and give.
+    """
+
+    model: onnx.ModelProto
+    statistics: Mapping[str, Statistics]
+    swept: Mapping[str, Statistics]
+    maps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Equalized:
+    """Hold an equalised model, the same with its norms decomposed, and the tensors to observe in that.
+
+    Attributes:
+        model: FP32 ONNX.
+        expanded: the same function, norms decomposed.
+        read: the tensors that weight products read, which need histograms and second moments.
+        others: the other tensors that quantisers need statistics of.
+        maps: the tensors that convolutions read and give.
+    """
+
+    model: onnx.ModelProto
+    expanded: onnx.ModelProto
+    read: tuple[str, ...]
+    others: tuple[str, ...]
+    maps: tuple[str, ...]
+
+
+def _split(model: onnx.ModelProto, samples: Samples, batches: Sequence[Batch], seed: int, progress: Progress) -> _Split:
+    """Observe what is smoothed, give outlier neurons their branches, and the mask its size."""
+    graph = ir.from_proto(model).graph
+    wanted = [site.name for site in sites(graph)]
+    hidden = [str(block.hidden.name) for block in feed_forwards(graph)]
+    maps = map_tensors(graph)
+    first_names = list(dict.fromkeys([*wanted, *hidden, *smooth_scales.score_tensors(graph), *maps]))
     first = observe(model, first_names, batches, lambda done, total: progress("observe", done, total))
-    split = ir.from_proto(model)
-    sweep = equal_length_batches(samples.swept(_vocabulary(graph.graph), seed), longest)
+    sweep = equal_length_batches(samples.swept(_vocabulary(graph), seed), samples.longest)
     swept = observe(
         model, list(dict.fromkeys([*wanted, *hidden])), sweep, lambda done, total: progress("sweep", done, total)
     )
+    split = ir.from_proto(model)
     statistics = outlier_neurons.split_neurons(split.graph, first, swept)
     smooth_scales.size_mask(split.graph, first)
-    parted = ir.to_proto(split)
-    del graph, split  # each holds the weights once more
-    smoothing = _search(model, parted, statistics, swept, held, longest, progress)
-    equalized = ir.from_proto(parted)
-    smooth_scales.smooth(equalized.graph, statistics, swept, smoothing.alphas)
+    return _Split(ir.to_proto(split), statistics, swept, tuple(maps))
+
+
+def _equalize(split: _Split, alphas: Mapping[str, float]) -> _Equalized:
+    """Smooth a model (SmoothQuant) with these alphas, and decompose its norms in a copy."""
+    equalized = ir.from_proto(split.model)
+    smooth_scales.smooth(equalized.graph, split.statistics, split.swept, alphas)
     proto = ir.to_proto(equalized)
     read = [site.name for site in sites(equalized.graph)]
     for rewrite in (*DECOMPOSE, observe_row_maxima):
         rewrite(equalized)
-    tensors = list(dict.fromkeys([*_float_tensors(equalized.graph, read), *maps]))
-    expanded = ir.to_proto(equalized)
-    del parted, equalized
-    kept = observe(
-        expanded, tensors, batches, lambda done, total: progress("calibrate", done, total),
-        histograms=[*read, *maps], moments=read, means=_read_by_attention(expanded),
+    others = _float_tensors(equalized.graph, read)
+    return _Equalized(proto, ir.to_proto(equalized), tuple(read), tuple(others), split.maps)
+
+
+def _observe_all(equalized: _Equalized, batches: Sequence[Batch], progress: Progress) -> dict[str, Statistics]:
+    """Observe every tensor that a quantiser needs statistics of."""
+    return observe(
+        equalized.expanded, list(dict.fromkeys([*equalized.others, *equalized.maps])), batches,
+        lambda done, total: progress("calibrate", done, total),
+        histograms=[*equalized.read, *equalized.maps], moments=equalized.read,
+        means=_read_by_attention(equalized.expanded),
     )  # fmt: skip
-    return Observed(proto, kept, smoothing, _largest_error(model, proto, held, longest))
 
 
 def _vocabulary(graph: ir.Graph) -> int:
@@ -180,15 +253,7 @@ def _hold_back(samples: SamplesT, seed: int) -> tuple[SamplesT, SamplesT]:
     return samples.chosen(parts[0]), samples.chosen(parts[1])
 
 
-def _search(
-    model: onnx.ModelProto,
-    split: onnx.ModelProto,
-    statistics: Mapping[str, Statistics],
-    swept: Mapping[str, Statistics],
-    held: Samples,
-    longest: int,
-    progress: Progress,
-) -> Smoothing:
+def _search(model: onnx.ModelProto, split: _Split, held: Samples, longest: int, progress: Progress) -> Smoothing:
     """Search SmoothQuant's alpha for each maker of tensors in turn, on the embeddings of texts that were not observed.
 
     The rounding error of the tensors themselves would overfit: a tensor whose channels all fill the range clips on
@@ -198,14 +263,14 @@ def _search(
     batches = equal_length_batches(held, longest)
     reference = embed_batches(FloatSession.of(model), batches, len(held))
     best = {maker: choices[0] for maker, choices in ALPHAS.items()}
-    makers = {site.maker for site in sites(ir.from_proto(split).graph)}
+    makers = {site.maker for site in sites(ir.from_proto(split.model).graph)}
     plan = [(maker, alpha) for maker in ALPHAS if maker in makers for alpha in ALPHAS[maker][1:]]
     with external_data.passing():
-        best_score, best_mean = _score(split, statistics, swept, best, batches, reference)
+        best_score, best_mean = _score(split, best, batches, reference)
     for done, (maker, alpha) in enumerate(plan, start=1):
         candidate = {**best, maker: alpha}
         with external_data.passing():
-            score, mean = _score(split, statistics, swept, candidate, batches, reference)
+            score, mean = _score(split, candidate, batches, reference)
         if score > best_score:
             best, best_score, best_mean = candidate, score, mean
         progress("equalize", done, len(plan))
@@ -213,16 +278,12 @@ def _search(
 
 
 def _score(
-    split: onnx.ModelProto,
-    statistics: Mapping[str, Statistics],
-    swept: Mapping[str, Statistics],
-    alphas: Mapping[str, float],
-    batches: list[Batch],
-    reference: Embeddings,
+    split: _Split, alphas: Mapping[str, float], batches: list[Batch], reference: Embeddings
 ) -> tuple[float, float]:
-    graph = ir.from_proto(split)
-    moved = smooth_scales.smooth(graph.graph, statistics, swept, alphas)
-    candidate = quantize_mixed(ir.to_proto(graph), {**statistics, **moved}, SCHEMES[SEARCH_SCHEME], compensate=False)[0]
+    graph = ir.from_proto(split.model)
+    moved = smooth_scales.smooth(graph.graph, split.statistics, split.swept, alphas)
+    observed, scheme = {**split.statistics, **moved}, SCHEMES[SEARCH_SCHEME]
+    candidate = quantize_mixed(ir.to_proto(graph), observed, scheme, compensate=False)[0]
     cosines = np.sort(_cosines(reference, embed_batches(FloatSession.of(candidate), batches, len(reference))))
     if not np.isfinite(cosines).all():
         return -1.0, -1.0

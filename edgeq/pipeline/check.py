@@ -1,45 +1,91 @@
-"""Judge a float model against targets, by the rules and operator by operator, before any calibration or conversion."""
+"""Check a float model for targets: run the real rewrites and quantiser on a few random texts, and collect refusals.
+
+Nothing is calibrated, compiled or written. What follows from the model's structure is certain; what follows from the
+ranges that random texts have is said to be possible, because the user's own texts have others.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 
-from edgeq.backends.contract import JudgesOperators, OperatorVerdict
+from edgeq.backends.contract import Plan, PlansOperators
 from edgeq.backends.registry import find
-from edgeq.errors import Unsupported
+from edgeq.calibration.statistics import Observed
+from edgeq.data.batches import PIXELS, Samples
+from edgeq.data.probes import random_images, random_texts
+from edgeq.data.tokens import bucket_lengths
+from edgeq.errors import ToolMissing, Unsupported
 from edgeq.frontend import locate
-from edgeq.graph import external_data
+from edgeq.graph import dialect, external_data
+from edgeq.graph.edit import constant, dims
 from edgeq.graph.read import read_onnx
 from edgeq.pipeline import stages
+from edgeq.pipeline.calibrate import calibrate_on_probes
 from edgeq.quantization import schemes
+from edgeq.quantization.qdq import Quantized
+from edgeq.quantization.quantize import QUANTIZERS, quantize
+from edgeq.quantization.walk import Refusal
 from edgeq.records import FileRef, QdqModel, Record, Scheme, Target
 from edgeq.system.cache import Cache
 from edgeq.system.files import file_ref
 
+Verdict = Literal["supported", "on-host", "refused", "possible", "unknown"]
+
 _NAMED = 3  # nodes that a sentence names
+_NO_LIMIT = 1 << 20  # tokens
 
 
 class CheckedOperator(Record):
-    """Hold the verdict on the nodes of one operator that share it, with the reason."""
+    """Say what becomes of the nodes of one operator that share a verdict.
+
+    `operator` is one of the float model's, or one that a rewrite writes; with "on-host", one of the runtime's.
+    """
 
     operator: str
     count: int
-    verdict: Literal["supported", "on-host", "refused", "unknown"]
+    verdict: Verdict
     why: str
     nodes: tuple[str, ...]
 
 
 class Checked(Record):
-    """Hold the verdicts on a model for one target, and one sentence for each reason that prevents its conversion."""
+    """Hold a model's check for one target.
+
+    `problems` has one sentence for each reason not to convert that follows from structure; `possible_problems` those
+    that random texts gave rise to, and that the user's own need not.
+    """
 
     target: str
     operators: tuple[CheckedOperator, ...]
     host_operators: tuple[str, ...]
     problems: tuple[str, ...]
+    possible_problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """Hold a float model and what quantising it takes.
+
+    Attributes:
+        model: FP32 ONNX.
+        file: that it was read from.
+        max_sequence: its limit in tokens.
+        equalized: the equalised model with statistics of random texts; None where the model leaves the dialect.
+        outside: what leaves the dialect.
+    """
+
+    model: onnx.ModelProto
+    file: FileRef
+    max_sequence: int
+    equalized: tuple[onnx.ModelProto, Observed] | None
+    outside: tuple[Refusal, ...]
 
 
 def check(
@@ -48,7 +94,7 @@ def check(
     """Check a model for each target.
 
     Args:
-        model: as `edgeq export` takes it, or the path of an ONNX file.
+        model: as `edgeq export` takes it, or the path of a float model's ONNX file.
         targets: to check the model for.
         pooling: of a plain Hugging Face directory.
         cache: for the exported float model.
@@ -61,11 +107,25 @@ def check(
     """
     path = Path(model)
     if path.suffix == ".onnx":
-        graph, file = read_onnx(path), file_ref(path)
-    else:
-        floats = stages.float_model(locate.locate(model, pooling, tower=tower), True, cache)
-        graph, file = external_data.load(Path(floats.model.file.path)), floats.model.file
-    return tuple(_check(graph, file, target) for target in targets)
+        return check_float_model(read_onnx(path), file_ref(path), None, targets)
+    floats = stages.float_model(locate.locate(model, pooling, tower=tower), True, cache)
+    loaded = external_data.load(Path(floats.model.file.path))
+    return check_float_model(loaded, floats.model.file, floats.model.max_sequence, targets)
+
+
+def check_float_model(
+    model: onnx.ModelProto, file: FileRef, max_sequence: int | None, targets: Sequence[Target]
+) -> tuple[Checked, ...]:
+    """Check a float model that is loaded already, for each target.
+
+    Args:
+        model: FP32 ONNX.
+        file: that it was read from.
+        max_sequence: its limit in tokens; None takes that of its table of positions.
+        targets: to check the model for.
+    """
+    subject = _subject(model, file, max_sequence)
+    return tuple(_check(subject, target) for target in targets)
 
 
 def require(checks: Iterable[Checked]) -> None:
@@ -79,31 +139,79 @@ def require(checks: Iterable[Checked]) -> None:
         raise Unsupported("the model cannot be converted as the targets ask:\n" + "\n".join(problems))
 
 
-def _check(model: onnx.ModelProto, file: FileRef, target: Target) -> Checked:
+def _subject(model: onnx.ModelProto, file: FileRef, max_sequence: int | None) -> _Subject:
+    """Verify the dialect, equalise, and observe a few random texts or images."""
+    outside = tuple(_outside(item) for item in dialect.violations(model))
+    graph = ir.from_proto(model).graph
+    limit = max_sequence or _positions(graph)
+    return _Subject(
+        model, file, limit, None if outside else calibrate_on_probes(model, _samples(graph, limit)), outside
+    )
+
+
+def _outside(item: dialect.Violation) -> Refusal:
+    node = item.node
+    sentence = f"the graph leaves the dialect of float models: {item.sentence}"
+    return Refusal(node.name or node.output[0] if node else "", node.op_type if node else "", sentence, True)
+
+
+def _samples(graph: ir.Graph, limit: int) -> Samples:
+    images = next((item for item in graph.inputs if item.name == PIXELS), None)
+    if images is None:
+        return random_texts(_token_ids(graph), limit)
+    return random_images([size for size in dims(images) or () if isinstance(size, int)])
+
+
+def _token_ids(graph: ir.Graph) -> list[int]:
+    """List the tokens whose embedding is not zero, as that of the padding token is."""
+    tables = [
+        table
+        for node in graph
+        if node.op_type == "Gather" and (table := constant(node.inputs[0])) is not None
+        and node.inputs[1] is not None and node.inputs[1].name == "input_ids"
+    ]  # fmt: skip
+    return np.flatnonzero(np.abs(tables[0]).max(axis=tuple(range(1, tables[0].ndim)))).tolist() if tables else [0]
+
+
+def _positions(graph: ir.Graph) -> int:
+    """Give how many rows the shortest table of positions has: the limit of a file that states none."""
+    tables = [constant(node.inputs[0]) for node in graph if node.op_type == "Slice"]
+    rows = [table.shape[-2] for table in tables if table is not None and table.ndim > 1]
+    return min(rows, default=_NO_LIMIT)
+
+
+def _check(subject: _Subject, target: Target) -> Checked:
     backend, scheme = find(target.backend, target.name), schemes.find(target.scheme, target.name)
-    if isinstance(backend, JudgesOperators):
-        verdicts = backend.operator_verdicts(model, scheme, target)
-    else:
-        why = f"{target.backend} has no rules for single operators; lowering decides"
-        verdicts = tuple(
-            OperatorVerdict(node.name or node.output[0], node.op_type, "unknown", why, ()) for node in model.graph.node
-        )
-    stored = {tensor.name for tensor in model.graph.initializer}
-    inputs = tuple(item.name for item in model.graph.input if item.name not in stored)
-    rejected = backend.rejections(unquantised(file, inputs, scheme), target)
+    stored = {tensor.name for tensor in subject.model.graph.initializer}
+    inputs = tuple(item.name for item in subject.model.graph.input if item.name not in stored)
+    rejected = backend.rejections(unquantised(subject.file, inputs, scheme), target)
     problems = [f"{item.rule} Found: {item.detail}" for item in rejected]
-    problems += [f"{item.operator} ({item.node}): {item.why}." for item in verdicts if item.verdict == "refused"]
-    on_host = [f"{name} ({item.node})" for item in verdicts for name in item.host_operators]
-    if len(on_host) > target.gate.host_operators_max:
+    rows: list[CheckedOperator] = []
+    plan, refusals = Plan(), list(subject.outside)
+    quantized: Quantized | None = None
+    if subject.equalized is not None and not rejected:
+        quantized = quantize(*subject.equalized, scheme, refusals)
+        if not refusals and isinstance(backend, PlansOperators):
+            bucket = max(bucket_lengths(target.buckets_tokens, subject.max_sequence))
+            try:
+                plan = backend.planned(ir.from_proto(quantized.model), bucket, target)
+            except ToolMissing as error:
+                rows.append(CheckedOperator(operator="-", count=0, verdict="unknown", why=str(error), nodes=()))
+    problems += [*(item.sentence for item in refusals if item.is_certain), *plan.problems]
+    possible = [item.sentence for item in refusals if not item.is_certain]
+    if len(plan.on_host) > target.gate.host_operators_max:
+        named = ", ".join(f"{item.operator} ({item.output})" for item in plan.on_host)
         problems.append(
-            f"{len(on_host)} operators stay on the host ({', '.join(on_host)}); "
-            f"at most {target.gate.host_operators_max} may."
+            f"{len(plan.on_host)} operators stay on the host ({named}); at most {target.gate.host_operators_max} may."
         )
+    rows += _of_model(subject.model, quantized, scheme, refusals)
+    rows += _grouped((item.operator, item.output, "on-host", item.why) for item in plan.on_host)
     return Checked(
         target=target.name,
-        operators=_grouped(verdicts),
-        host_operators=tuple(on_host),
-        problems=tuple(problems),
+        operators=tuple(rows),
+        host_operators=tuple(f"{item.operator} ({item.output})" for item in plan.on_host),
+        problems=tuple(dict.fromkeys(problems)),
+        possible_problems=tuple(dict.fromkeys([*possible, *plan.possible])),
     )
 
 
@@ -116,14 +224,48 @@ def unquantised(file: FileRef, inputs: tuple[str, ...], scheme: Scheme) -> QdqMo
     )  # fmt: skip
 
 
-def _grouped(verdicts: Iterable[OperatorVerdict]) -> tuple[CheckedOperator, ...]:
-    groups: dict[tuple[str, str, str], list[OperatorVerdict]] = {}
-    for item in verdicts:
-        groups.setdefault((item.operator, item.verdict, item.why), []).append(item)
-    return tuple(
-        CheckedOperator(
-            operator=operator, count=len(items), verdict=items[0].verdict, why=why,
-            nodes=tuple(item.node for item in items[:_NAMED]),
+def _of_model(
+    model: onnx.ModelProto, quantized: Quantized | None, scheme: Scheme, refusals: Sequence[Refusal]
+) -> tuple[CheckedOperator, ...]:
+    """Give the rows of the float model's own operators, and of the refused ones that a rewrite wrote."""
+    refused = {item.node: item for item in refusals}
+    names = {node.name or node.output[0] for node in model.graph.node}
+    found: list[tuple[str, str, Verdict, str]] = []
+    for node in model.graph.node:
+        name = node.name or node.output[0]
+        if name in refused:
+            found.append(_refused(refused[name]))
+        elif quantized is None or refusals:
+            found.append((node.op_type, name, "unknown", "nothing was quantised; see the problems"))
+        else:
+            found.append((node.op_type, name, "supported", _becomes(node, quantized, scheme)))
+    found += [_refused(item) for item in refusals if item.node not in names]
+    return _grouped(found)
+
+
+def _refused(item: Refusal) -> tuple[str, str, Verdict, str]:
+    return item.operator or "-", item.node, "refused" if item.is_certain else "possible", item.sentence
+
+
+def _becomes(node: onnx.NodeProto, quantized: Quantized, scheme: Scheme) -> str:
+    """Say whether an operator computes with integers or stays float."""
+    kind = QUANTIZERS[scheme.kind]
+    if not kind.keeps_float:
+        return "integer"
+    is_product = node.name in quantized.integer_products
+    if not kind.writes_integers:
+        return (
+            "an integer product, if the vendor's compiler keeps it" if is_product else "the vendor's compiler decides"
         )
-        for (operator, _, why), items in sorted(groups.items())
-    )  # fmt: skip
+    return "an integer product" if is_product else "stays float"
+
+
+def _grouped(found: Iterable[tuple[str, str, Verdict, str]]) -> tuple[CheckedOperator, ...]:
+    """Put nodes of one operator, verdict and reason together, by operator."""
+    groups: dict[tuple[str, Verdict, str], list[str]] = {}
+    for operator, node, verdict, why in found:
+        groups.setdefault((operator, verdict, why), []).append(node)
+    return tuple(
+        CheckedOperator(operator=operator, count=len(nodes), verdict=verdict, why=why, nodes=tuple(nodes[:_NAMED]))
+        for (operator, verdict, why), nodes in sorted(groups.items())
+    )

@@ -15,6 +15,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph.edit import add_constant, add_node, add_node_after, checked, readers
+from edgeq.graph.roles import Role
 from edgeq.quantization import affine
 from edgeq.quantization.affine import Affine
 
@@ -193,18 +194,22 @@ class QdqBuilder:
         place = next(node for node in readers(value) if node.outputs[0] is quantized)
         return add_node_after(place, "DequantizeLinear", [quantized, *parameters], f"{name}/dequantized")
 
-    def quantize(self, before: ir.Node, value: ir.Value, params: Affine, bits: int, name: str) -> QuantizedValue:
-        """Insert QuantizeLinear and DequantizeLinear in front of a node."""
+    def quantize(
+        self, before: ir.Node, value: ir.Value, params: Affine, bits: int, name: str, role: Role | None = None
+    ) -> QuantizedValue:
+        """Insert QuantizeLinear, with a role where it has one, and DequantizeLinear in front of a node."""
         parameters = self.parameters(name, params, bits)
-        quantized = add_node(before, "QuantizeLinear", [value, *parameters], f"{name}/quantized")
+        quantized = add_node(before, "QuantizeLinear", [value, *parameters], f"{name}/quantized", role=role)
         real = add_node(before, "DequantizeLinear", [quantized, *parameters], f"{name}/dequantized")
         return QuantizedValue(real, params, bits)
 
-    def quantize_once(self, value: ir.Value, params: Affine, bits: int, node: ir.Node) -> QuantizedValue:
+    def quantize_once(
+        self, value: ir.Value, params: Affine, bits: int, node: ir.Node, role: Role | None = None
+    ) -> QuantizedValue:
         """Quantise what follows from mask or sizes alone in front of its first reader, once for all readers."""
         key = (value, bits)
         if key not in self.converted:
-            self.converted[key] = self.quantize(node, value, params, bits, f"{value.name}/{bits}bit")
+            self.converted[key] = self.quantize(node, value, params, bits, f"{value.name}/{bits}bit", role)
         return self.converted[key]
 
     # constants -------------------------------------------------------------------------------------------------------

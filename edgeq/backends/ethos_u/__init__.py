@@ -9,25 +9,25 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import onnx
 import onnx_ir as ir
 
 from edgeq.backends import tflite
-from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, has_buckets, reads_tokens, rejected
+from edgeq.backends.contract import HostStay, Plan, Rejection, Rule, has_buckets, reads_tokens, rejected
 from edgeq.backends.ethos_u import rules
 from edgeq.data.sessions import Session
 from edgeq.data.tokens import bucket_lengths
 from edgeq.errors import LoweringFailed, ToolMissing
-from edgeq.records import Artifact, Estimate, HostOperator, IntegerSpec, Placement, QdqModel, Scheme, Target
+from edgeq.records import Artifact, Estimate, HostOperator, IntegerSpec, Placement, QdqModel, Target
 from edgeq.system.files import file_ref, storage_errors, write_bytes
 
 if TYPE_CHECKING:
     from edgeq.backends.ethos_u.compiler import Compiled, Settings
+    from edgeq.backends.tflite import emitter
 
 COMPILED = "ethos_u/model_seq_{}_vela.tflite"
 _INTEGER_MODEL = "ethos_u/model.tflite"  # the source of the compiled files, one signature for each
@@ -92,17 +92,24 @@ def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
     return rejected(RULES, model, target)
 
 
-def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
-    """Judge each operator of a float model: refused, lowered for the NPU, or left to the host."""
-    from edgeq.backends.tflite import forms
-
-    if not isinstance(scheme.spec, IntegerSpec):
-        return ()
+def planned(model: ir.Model, bucket: int, target: Target) -> Plan:
+    """Write the integer file of one sequence length in memory, and say which of its operators stay on the host."""
+    operators, plan = tflite.plan_of(model, bucket, _settings_of(target), _RUNTIME)
     product = rules.product_of(str(target.runtime["accelerator"]))
-    return forms.verdicts(
-        ir.from_proto(model), scheme.spec, lambda name, dtype: rules.on_host(name, dtype, product),
-        lambda name, dtype: None,
-    )  # fmt: skip
+    whys = [(item, rules.on_host(item.name, item.dtypes[-1], product)) for item in operators]
+    return replace(plan, on_host=tuple(HostStay(item.name, item.output, why) for item, why in whys if why is not None))
+
+
+def _settings_of(target: Target) -> emitter.Settings:
+    """Give how the integer file is written: as Vela takes it.
+
+    Raises:
+        ToolMissing: ai-edge-litert is not installed.
+    """
+    tflite.tools()
+    from edgeq.backends.tflite import emitter
+
+    return emitter.Settings(32, "quantize", "none", str(target.runtime["rows"]))
 
 
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
@@ -126,9 +133,8 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     """
     tools()
     from edgeq.backends.ethos_u.compiler import Settings
-    from edgeq.backends.tflite import emitter
 
-    written = emitter.Settings(32, "quantize", "none", str(target.runtime["rows"]))
+    written = _settings_of(target)
     chosen = Settings(
         str(target.runtime["accelerator"]), str(target.runtime["system_config"]), str(target.runtime["memory_mode"]),
         int(target.runtime["arena_kib"]),

@@ -13,16 +13,15 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, Verdict, rejected
+from edgeq.backends.contract import Rejection, Rule, rejected
 from edgeq.backends.onnxruntime.joined_heads import JOINT, joined_heads
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, Session
 from edgeq.errors import ConfigError, LoweringFailed
 from edgeq.graph import roles
 from edgeq.graph.edit import checked
-from edgeq.graph.operators import DIALECT
 from edgeq.passes.matmul_to_gemm import matmul_to_gemm
-from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
+from edgeq.records import Artifact, Placement, QdqModel, Target
 from edgeq.system.files import file_ref, storage_errors, write_bytes
 from edgeq.system.host import meets
 from edgeq.system.untrusted import require_confined
@@ -81,19 +80,6 @@ def tools() -> Mapping[str, str]:
 def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
     """List every rule that the model or the target does not meet."""
     return rejected(RULES, model, target)
-
-
-def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
-    """Judge each operator of a float model: ONNX Runtime takes every operator of the dialect."""
-    stored = {tensor.name for tensor in model.graph.initializer}
-    found = []
-    for node in model.graph.node:
-        is_known = node.domain in ("", "ai.onnx") and node.op_type in DIALECT
-        is_product = node.op_type in ("Conv", "MatMul") and node.input[1] in stored
-        why = ("an integer product" if is_product else "stays float") if is_known else "is not in the dialect"
-        verdict: Verdict = "supported" if is_known else "refused"
-        found.append(OperatorVerdict(node.name or node.output[0], node.op_type, verdict, why, ()))
-    return tuple(found)
 
 
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, has_buckets, reads_tokens, rejected, takes_kinds
+from edgeq.backends.contract import Rejection, Rule, has_buckets, reads_tokens, rejected, takes_kinds
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, embed_by_bucket
 from edgeq.data.tokens import bucket_lengths
 from edgeq.errors import BundleCorrupt, LoweringFailed, ToolMissing
-from edgeq.records import Artifact, Placement, QdqModel, Scheme, Target
+from edgeq.records import Artifact, Placement, QdqModel, Target
 from edgeq.system.child_server import pack
 from edgeq.system.files import file_ref, replacing_dir
 from edgeq.system.untrusted import require_confined
@@ -90,13 +89,6 @@ def tools() -> Mapping[str, str]:
 def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
     """List every rule that the model or the target does not meet."""
     return rejected(RULES, model, target)
-
-
-def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
-    """Judge each operator of a float model: whether HTP's quantiser takes it; nothing may stay on the host."""
-    from edgeq.backends.qnn.verdicts import verdicts
-
-    return verdicts(ir.from_proto(model)) if scheme.kind == "htp" else ()
 
 
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import OperatorVerdict, Rejection, Rule, has_buckets, reads_tokens, rejected, takes_kinds
+from edgeq.backends.contract import Plan, Rejection, Rule, has_buckets, reads_tokens, rejected, takes_kinds
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, embed_by_bucket
 from edgeq.data.tokens import bucket_lengths, fitted, rows_by_bucket, token_feeds
-from edgeq.errors import LoweringFailed, ToolMissing
-from edgeq.records import Artifact, IntegerSpec, Placement, QdqModel, Scheme, Target
+from edgeq.errors import LoweringFailed, ToolMissing, UnsupportedRange
+from edgeq.records import Artifact, Placement, QdqModel, Target
 from edgeq.system.child_server import pack
 from edgeq.system.environments import Environment, interpreter
 from edgeq.system.files import file_ref, storage_errors, write_bytes
@@ -27,7 +26,7 @@ from edgeq.system.worker import Worker, child_command, unpack_reply
 
 if TYPE_CHECKING:
     from edgeq.backends.tflite.emitter import Settings
-    from edgeq.backends.tflite.kernels import Contents
+    from edgeq.backends.tflite.kernels import Contents, Operator
 
 MODEL = "tflite/model.tflite"
 SIGNATURE = "seq_{}"
@@ -85,24 +84,47 @@ def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
     return rejected(RULES, model, target)
 
 
-def operator_verdicts(model: onnx.ModelProto, scheme: Scheme, target: Target) -> tuple[OperatorVerdict, ...]:
-    """Judge each operator of a float model: which TFLite operators it becomes, or why it is refused.
+def planned(model: ir.Model, bucket: int, target: Target) -> Plan:
+    """Write a QDQ model for one sequence length in memory, and hold its operators against the list of kernels."""
+    _, plan = plan_of(model, bucket, settings_of(target), str(target.runtime["interpreter"]))
+    return plan
+
+
+def plan_of(
+    model: ir.Model, bucket: int, settings: Settings, interpreter_name: str
+) -> tuple[tuple[Operator, ...], Plan]:
+    """Write one signature in memory; give its operators, and the reasons not to lower.
+
+    Args:
+        model: an integer-only QDQ model.
+        bucket: the sequence length, in tokens.
+        settings: how to write what runtimes differ in.
+        interpreter_name: "litert" or "tflite-runtime", whose table of kernels counts.
+    """
+    from edgeq.backends.tflite import kernels
+    from edgeq.backends.tflite.lowering import lower_model
+
+    try:
+        data = lower_model(model, (bucket,), settings)
+    except UnsupportedRange as error:
+        return (), Plan(possible=(str(error),))
+    except LoweringFailed as error:
+        return (), Plan(problems=(str(error),))
+    contents = kernels.read(data)
+    return contents.operators, Plan(problems=tuple(kernels.violations(contents, interpreter_name)))
+
+
+def settings_of(target: Target) -> Settings:
+    """Give how a target's file is written.
 
     Raises:
-        ToolMissing: ai-edge-litert, whose schema names the operators, is not installed.
+        ToolMissing: ai-edge-litert is not installed.
     """
     tools()
-    from edgeq.backends.tflite import forms, kernels
+    from edgeq.backends.tflite.emitter import Settings
 
-    table = kernels.KERNELS[str(target.runtime["interpreter"])]
-
-    def refusal(name: str, dtype: str) -> str | None:
-        known = any(dtypes[-1] == dtype for kinds in table.get(name, {}).values() for dtypes in kinds)
-        return None if known else f"{name} of {dtype} is not known to be right in {target.runtime['interpreter']}"
-
-    if not isinstance(scheme.spec, IntegerSpec):
-        return ()
-    return forms.verdicts(ir.from_proto(model), scheme.spec, lambda name, dtype: None, refusal)
+    runtime = target.runtime
+    return Settings(int(runtime["bias_bits"]), str(runtime["upcast"]), str(runtime["lookup"]))
 
 
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
@@ -121,13 +143,9 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
         LoweringFailed: an ONNX operator cannot be written, or the file needs a kernel that is not in `kernels`.
         StorageFailed: the file cannot be written.
     """
-    tools()
-    from edgeq.backends.tflite.emitter import Settings
-
-    runtime = target.runtime
-    settings = Settings(int(runtime["bias_bits"]), str(runtime["upcast"]), str(runtime["lookup"]))
+    settings = settings_of(target)
     buckets = bucket_lengths(target.buckets_tokens, model.max_sequence)
-    data, contents = integer_file(model, target.name, buckets, settings, str(runtime["interpreter"]))
+    data, contents = integer_file(model, target.name, buckets, settings, str(target.runtime["interpreter"]))
     path = out_dir / MODEL
     with storage_errors(f"writing {MODEL}"):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,10 @@ from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
 from edgeq.backends.tflite.int32_sums import raw
 from edgeq.backends.tflite.writer import QuantParams, Tensor
 from edgeq.errors import LoweringFailed
+from edgeq.graph import roles
 from edgeq.graph.dataflow import follows_from_sizes
 from edgeq.graph.edit import constant, made_by
+from edgeq.graph.roles import Role
 
 _EXACT_STEP, _INT16_RANGE = 128, 2**15
 
@@ -43,7 +45,7 @@ def _quantize_mask(emit: Emitter, node: ir.Node) -> None:
     maker = value.producer() if value is not None else None
     if maker is None:
         raise LoweringFailed(f"{node.name}: quantises an input")
-    if pooling.is_share(node):
+    if roles.has(node, Role.POOLING_WEIGHTS):
         shape = (1, emit.length, 1) if maker.op_type == "Transpose" else (1, 1, emit.length)
         power = pooling.share_power(value, emit.length) if emit.settings.lookup == "none" else None
         if power is not None:
@@ -51,7 +53,7 @@ def _quantize_mask(emit: Emitter, node: ir.Node) -> None:
         else:
             pooling.shares(emit, node, shape)
         return
-    if pooling.is_cap(node):
+    if roles.has(node, Role.PADDING_CAP):
         pooling.cap(emit, node)
         return
     if follows_from_sizes(value):

@@ -9,6 +9,8 @@ with the values 0.04 ms and its product with one factor for each row 0.01 ms.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
@@ -17,30 +19,15 @@ from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
 from edgeq.backends.tflite.int32_sums import raw
 from edgeq.backends.tflite.writer import QuantParams
 from edgeq.errors import LoweringFailed
+from edgeq.graph import roles
 from edgeq.graph.edit import constant, made_by, readers
+from edgeq.graph.roles import Role
 from edgeq.quantization.integer.deferred_softmax import LAST_INDEX
 
 
-def takes(node: ir.Node) -> bool:
-    """Tell whether a node finds the largest score of a row, adds up a row, or looks up one over its sum."""
-    if node.op_type == "ReduceMax":
-        axes = constant(node.inputs[1])
-        return axes is not None and axes.tolist() == [-1]
-    if node.op_type == "ReduceSum":
-        return any(use.op_type == "Round" for scaled in readers(node.outputs[0]) for use in readers(scaled.outputs[0]))
-    if node.op_type == "Min":
-        return made_by(node.inputs[0], "Div") is not None
-    return node.op_type == "Gather" and made_by(node.inputs[1], "Min") is not None
-
-
-def write(emit: Emitter, node: ir.Node) -> None:
-    """Write such a node; an index is written with its lookup."""
-    if node.op_type == "ReduceMax":
-        _row_maximum(emit, node)
-    elif node.op_type == "ReduceSum":
-        _row_sums(emit, node)
-    elif node.op_type == "Gather":
-        _inverse_sums(emit, node)
+def writer_of(node: ir.Node) -> Callable[[Emitter, ir.Node], None] | None:
+    """Give what writes a node of a deferred softmax by its role, or None; an index is written with its lookup."""
+    return next((WRITERS[role] for role in roles.of(node) if role in WRITERS), None)
 
 
 def _row_maximum(emit: Emitter, node: ir.Node) -> None:
@@ -117,7 +104,7 @@ def left_out(graph: ir.Graph, length: int) -> set[ir.Node]:
     """Find the products of levels that no row of this length reaches: their inverses are 0 for all of its sums."""
     found: set[ir.Node] = set()
     for node in graph:
-        index = made_by(node.inputs[1], "Min") if node.op_type == "Gather" else None
+        index = made_by(node.inputs[1], "Min") if roles.has(node, Role.SOFTMAX_INVERSE) else None
         divided = made_by(index.inputs[0], "Div") if index is not None else None
         divisor = constant(divided.inputs[1]) if divided is not None else None
         table = constant(node.inputs[0])
@@ -157,3 +144,15 @@ def _behind(node: ir.Node, *op_types: str) -> ir.Node:
             raise LoweringFailed(f"{node.name}: no {op_type} reads it")
         node = following[0]
     return node
+
+
+def _with_its_lookup(emit: Emitter, node: ir.Node) -> None:
+    """Write nothing."""
+
+
+WRITERS: Mapping[Role, Callable[[Emitter, ir.Node], None]] = {
+    Role.SOFTMAX_INDEX: _with_its_lookup,
+    Role.SOFTMAX_INVERSE: _inverse_sums,
+    Role.SOFTMAX_MAXIMUM: _row_maximum,
+    Role.SOFTMAX_SUM: _row_sums,
+}

@@ -16,18 +16,9 @@ from ai_edge_litert import schema_py_generated as schema
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
 from edgeq.backends.tflite.writer import Tensor
 from edgeq.errors import LoweringFailed
-from edgeq.graph.edit import constant, made_by, readers
+from edgeq.graph.edit import constant, made_by, readers, required
 
 _LIMITS = {"int8": (-128, 127), "int16": (-32768, 32767)}
-
-
-def is_exact_sum(node: ir.Node) -> bool:
-    """Tell whether an Add or Mul is computed in 32 bits: it reads a result that has no codes, or two of one step."""
-    if node.op_type == "Add":
-        return any(made_by(value, "Mul", "Add") is not None for value in node.inputs)
-    if node.op_type == "Sub":
-        return _same_step(node)
-    return node.op_type == "Mul" and (_is_term(node) or _is_product_of_rows(node))
 
 
 def exact_sum(emit: Emitter, node: ir.Node) -> None:
@@ -53,22 +44,23 @@ def exact_sum(emit: Emitter, node: ir.Node) -> None:
     _store(emit, node, _shifted(emit, node, total, step))
 
 
-def outer_product(emit: Emitter, node: ir.Node) -> bool:
-    """Write one factor for each row times a constant for each channel, as a product with one input channel."""
+def outer_product(emit: Emitter, node: ir.Node) -> None:
+    """Write one factor for each row times a constant for each channel, as FULLY_CONNECTED with one input channel.
+
+    Raises:
+        LoweringFailed: the rows have more values, or the gain is no int8 constant of one value a channel.
+    """
     gain = made_by(node.inputs[1], "DequantizeLinear")
     stored = constant(gain.inputs[0]) if gain is not None else None
-    if gain is None or stored is None or stored.dtype != np.int8 or stored.ndim != 1:
-        return False
     source = emit.read(node.inputs[0])
-    if source.shape[-1] != 1:
-        raise LoweringFailed(f"{node.name}: a gain in 8 bits multiplies rows of {source.shape[-1]} values")
-    weight = emit.out.constant(str(gain.inputs[0].name), stored[:, None], emit.params(gain))  # type: ignore[union-attr]
+    if gain is None or stored is None or stored.dtype != np.int8 or stored.ndim != 1 or source.shape[-1] != 1:
+        raise LoweringFailed(f"{node.name}: no gain in 8 bits multiplies rows of {source.shape[-1]} values")
+    weight = emit.out.constant(str(required(gain.inputs[0]).name), stored[:, None], emit.params(gain))
     options = schema.FullyConnectedOptionsT()
     options.keepNumDims = True
     table = (OPTIONS.FullyConnectedOptions, options)
     shape = (*source.shape[:-1], len(stored))
     emit.write(node.outputs[0], shape, OPERATOR.FULLY_CONNECTED, 4, [source, weight], table)
-    return True
 
 
 def wide(emit: Emitter, tensor: Tensor) -> Tensor:
@@ -143,40 +135,3 @@ def _filled(emit: Emitter, number: int, shape: Sequence[int]) -> Tensor:
         options = (OPTIONS.FillOptions, schema.FillOptionsT())
         emit.filled[key] = emit.out.operator(OPERATOR.FILL, 1, [sizes, value], made, options)
     return emit.filled[key]
-
-
-def _is_term(node: ir.Node) -> bool:
-    """Tell whether a product of codes has none itself: the sum that reads it has."""
-    is_of_codes = all(made_by(value, "DequantizeLinear") is not None for value in node.inputs)
-    return is_of_codes and all(use.op_type == "Add" for use in readers(node.outputs[0]))
-
-
-def _is_product_of_rows(node: ir.Node) -> bool:
-    """Tell whether both factors are tensors of codes with one value for each channel."""
-    dequantizers = [made_by(value, "DequantizeLinear") for value in node.inputs]
-    if None in dequantizers:
-        return False
-    makers = [made_by(item.inputs[0], "QuantizeLinear") for item in dequantizers if item is not None]
-    last = makers[-1]
-    factor = made_by(last.inputs[0], "Mul") if last is not None else None
-    gain = made_by(factor.inputs[1], "DequantizeLinear") if factor is not None else None
-    stored = constant(gain.inputs[0]) if gain is not None else None
-    return stored is not None and stored.dtype == np.int8
-
-
-def _same_step(node: ir.Node) -> bool:
-    scales = []
-    for value in node.inputs:
-        dequantizer = made_by(value, "DequantizeLinear")
-        scale = constant(dequantizer.inputs[1]) if dequantizer is not None else None
-        zero_point = constant(dequantizer.inputs[2]) if dequantizer is not None else None
-        if scale is None or scale.size != 1 or zero_point is None or zero_point.dtype != np.int16:
-            return False  # 8 bits have zero points, and a kernel that is fast
-        scales.append(float(scale))
-    return scales[0] == scales[1] == _scale_behind(node)
-
-
-def _scale_behind(node: ir.Node) -> float | None:
-    quantizer = next((use for use in readers(node.outputs[0]) if use.op_type == "QuantizeLinear"), None)
-    scale = constant(quantizer.inputs[1]) if quantizer is not None else None
-    return float(scale) if scale is not None and scale.size == 1 else None

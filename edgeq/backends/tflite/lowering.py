@@ -72,8 +72,8 @@ def _lower_graph(graph: ir.Graph, emit: Emitter) -> None:
             continue  # stored where it is read
         if node in left_out:
             deferred_softmax.unchanged(emit, node)
-        elif deferred_softmax.takes(node):
-            deferred_softmax.write(emit, node)
+        elif (writer := deferred_softmax.writer_of(node)) is not None:
+            writer(emit, node)
         elif node.op_type in WRITERS:
             WRITERS[node.op_type](emit, node)
         elif node.op_type not in _NOTHING_TO_WRITE:

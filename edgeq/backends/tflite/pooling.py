@@ -12,14 +12,8 @@ from numpy.typing import NDArray
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
 from edgeq.backends.tflite.writer import QuantParams, Tensor
 from edgeq.errors import LoweringFailed
-from edgeq.graph.edit import constant, made_by, readers
+from edgeq.graph.edit import constant
 from edgeq.graph.evaluate import computed
-
-
-def is_share(quantizer: ir.Node) -> bool:
-    """Tell whether a QuantizeLinear of the mask gives each token's share of what pooling sums up."""
-    by_elements = _is_read_by(quantizer, "Mul") and made_by(quantizer.inputs[0], "Transpose") is not None
-    return _is_read_by(quantizer, "MatMul") or by_elements
 
 
 def share_power(value: ir.Value | None, length: int) -> float | None:
@@ -31,16 +25,6 @@ def share_power(value: ir.Value | None, length: int) -> float | None:
         if np.allclose(found, wanted, rtol=1e-5, atol=0.0):
             return power
     return None
-
-
-def is_cap(quantizer: ir.Node) -> bool:
-    """Tell whether a QuantizeLinear of the mask gives what max pooling holds padding down with."""
-    return _is_read_by(quantizer, "Min")
-
-
-def _is_read_by(quantizer: ir.Node, op_type: str) -> bool:
-    following = [use for dequantizer in readers(quantizer.outputs[0]) for use in readers(dequantizer.outputs[0])]
-    return bool(following) and all(node.op_type == op_type for node in following)
 
 
 def shares(emit: Emitter, node: ir.Node, shape: tuple[int, ...]) -> None:

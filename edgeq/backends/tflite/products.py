@@ -11,10 +11,12 @@ from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
-from edgeq.backends.tflite.int32_sums import exact_sum, is_exact_sum, outer_product
+from edgeq.backends.tflite.int32_sums import exact_sum, outer_product
 from edgeq.backends.tflite.writer import QuantParams, Tensor
-from edgeq.errors import LoweringFailed
+from edgeq.errors import LoweringFailed, UnsupportedRange
+from edgeq.graph import roles
 from edgeq.graph.edit import constant, is_read_once, made_by, readers
+from edgeq.graph.roles import Role
 
 _WEIGHT = 127  # magnitude of each int8 weight; a channel's factor is in its scale
 _ADD_LIMIT = 2.0**14  # int16 ADD and SUB abort where an input's scale is so many times the output's
@@ -34,10 +36,11 @@ def _product_of(add: ir.Node) -> ir.Node | None:
 
 def elementwise(emit: Emitter, node: ir.Node) -> None:
     """Write Add, Sub or Mul of two quantised tensors: in int32 where it is exact there, else as the operator."""
-    if is_exact_sum(node):
+    if roles.has(node, Role.INT32_SUM):
         exact_sum(emit, node)
         return
-    if node.op_type == "Mul" and outer_product(emit, node):
+    if roles.has(node, Role.ROW_FACTOR):
+        outer_product(emit, node)
         return
     if not readers(node.outputs[0]) or any(made_by(value, "DequantizeLinear") is None for value in node.inputs):
         return  # part of the mask
@@ -59,7 +62,7 @@ def elementwise(emit: Emitter, node: ir.Node) -> None:
     if node.op_type != "Mul" and result.dtype == "int16":
         largest = max(left.params.scales[0], right.params.scales[0])  # type: ignore[union-attr]
         if largest >= _ADD_LIMIT * result.params.scales[0]:  # type: ignore[union-attr]
-            raise LoweringFailed(f"{node.name}: its operand's scale {largest:g} is too large for its result's")
+            raise UnsupportedRange(f"{node.name}: its operand's scale {largest:g} is too large for its result's")
 
 
 def _stored_row(emit: Emitter, node: ir.Node) -> NDArray[np.float64] | None:

@@ -21,6 +21,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.graph.edit import add_constant, add_node, replace_uses
+from edgeq.graph.roles import Role
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.qdq import QdqBuilder, QuantizedValue, symmetric
 
@@ -64,13 +65,13 @@ class DeferredSoftmax:
         name = str(output.name)
         scores = self._builder.read(softmax.inputs[0], 8, softmax)
         axis = add_constant(self._builder.graph, f"{name}/axis", np.array([-1], np.int64))
-        largest = add_node(softmax, "ReduceMax", [scores.value, axis], f"{name}{LARGEST}")
+        largest = add_node(softmax, "ReduceMax", [scores.value, axis], f"{name}{LARGEST}", role=Role.SOFTMAX_MAXIMUM)
         subtracted = self._store(largest, scores.params)
         difference = add_node(softmax, "Sub", [scores.value, subtracted.value], f"{name}{DIFFERENCE}")
         below = self._store(difference, Affine(scores.params.scale, DIFFERENCES_ZERO, -128, 127))
         exponential = self._store(add_node(softmax, "Exp", [below.value], f"{name}{WEIGHT}"), EXPONENTIALS)
         self._builder.quantized[output] = exponential
-        total = add_node(softmax, "ReduceSum", [exponential.value, axis], f"{name}{SUM}")
+        total = add_node(softmax, "ReduceSum", [exponential.value, axis], f"{name}{SUM}", role=Role.SOFTMAX_SUM)
         unit = add_constant(self._builder.graph, f"{name}{SUM}/unit", np.array(_UNIT, np.float32))
         scaled = add_node(softmax, "Mul", [total, unit], f"{name}{SUM}/scaled")
         rounded = add_node(softmax, "Round", [scaled], f"{name}{SUM}/rounded")
@@ -108,10 +109,10 @@ class DeferredSoftmax:
         divisor = add_constant(graph, f"{stem}/divisor", np.array(RATIO**level, np.int32))
         end = add_constant(graph, f"{stem}/end", np.array(LAST_INDEX + 1, np.int32))
         divided = add_node(before, "Div", [sums, divisor], f"{stem}/divided")
-        index = add_node(before, "Min", [divided, end], f"{stem}/index")
+        index = add_node(before, "Min", [divided, end], f"{stem}/index", role=Role.SOFTMAX_INDEX)
         known = graph.initializers.get(f"inverses_{min(level, 1)}")
         table = known or add_constant(graph, f"inverses_{min(level, 1)}", table_of_inverses(level))
-        found = add_node(before, "Gather", [table, index], f"{stem}/inverse")
+        found = add_node(before, "Gather", [table, index], f"{stem}/inverse", role=Role.SOFTMAX_INVERSE)
         found.dtype = ir.DataType.INT8
         params = Affine(float(np.float32(1.0 / (255 * RATIO**level))), -128, -128, 127)
         parameters = self._builder.parameters(stem, params, 8)

@@ -6,7 +6,9 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeq.errors import Unsupported
+from edgeq.graph import roles
 from edgeq.graph.edit import constant, readers
+from edgeq.graph.roles import Role
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.integer.walk import POOLING_WEIGHT, IntegerWalk
 from edgeq.quantization.qdq import symmetric
@@ -25,7 +27,8 @@ def arithmetic(walk: IntegerWalk, node: ir.Node) -> None:
     operands = 1 if node.op_type.startswith("Reduce") or node.op_type == "Clip" else len(node.inputs)
     for position, value in enumerate(node.inputs[:operands]):
         if value is not None and value in walk.of_mask:
-            node.replace_input_with(position, builder.quantize_once(value, POOLING_WEIGHT, 16, node).value)
+            role = Role.POOLING_WEIGHTS if roles.has(value.producer(), Role.POOLING_WEIGHTS) else None
+            node.replace_input_with(position, builder.quantize_once(value, POOLING_WEIGHT, 16, node, role).value)
         elif value is not None and value in walk.of_sizes:  # lowering computes it for each length, and stores integers
             params = symmetric(builder.largest(value), 16)
             node.replace_input_with(position, builder.quantize_once(value, params, 16, node).value)
@@ -92,5 +95,6 @@ def minimum(walk: IntegerWalk, node: ir.Node) -> None:
     if hidden is None or cap is None or hidden not in walk.builder.quantized or cap not in walk.of_mask:
         raise Unsupported(walk.builder.refusal(node, "a minimum that is no max pooling has no integer form"))
     source = walk.builder.quantized[hidden]
-    node.replace_input_with(1, walk.builder.quantize_once(cap, source.params, source.bits, node).value)
+    capped = walk.builder.quantize_once(cap, source.params, source.bits, node, Role.PADDING_CAP)
+    node.replace_input_with(1, capped.value)
     move(walk, node)

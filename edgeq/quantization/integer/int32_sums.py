@@ -96,6 +96,7 @@ class Int32Sums:
         node.replace_input_with(0, source.value)
         if node.op_type == "Sub":
             node.replace_input_with(1, self._builder.read(node.inputs[1], 16, node).value)
+            roles.give(node, Role.INT32_SUM)
         self._builder.store(node, node.outputs[0], source.params, 16)
 
     # sums and products ----------------------------------------------------------------------------------------------
@@ -116,14 +117,17 @@ class Int32Sums:
                 source = self._builder.read(product.inputs[0], self._bits(product.inputs[0]), product)
                 product.replace_input_with(0, source.value)
                 product.replace_input_with(1, self._multiplier(product, constant(product.inputs[1]), source, step))
+                roles.give(product, Role.INT32_SUM)
             else:
                 source = self._builder.read(value, self._bits(value), reader)
                 factor = self._multiplier(reader, np.ones(1, np.float32), source, step)
-                term = add_node(reader, "Mul", [source.value, factor], f"{value.name}/term")
+                term = add_node(reader, "Mul", [source.value, factor], f"{value.name}/term", role=Role.INT32_SUM)
                 reader.replace_input_with(position, term)
         self._builder.store(node, output, result, 16)
 
     def _terms(self, node: ir.Node) -> list[tuple[ir.Node, int, ir.Value]]:
+        """List what the Adds of a sum add: the Add, the place of the operand, the operand."""
+        roles.give(node, Role.INT32_SUM)
         found = []
         for position, value in enumerate(node.inputs):
             if value is None:
@@ -188,6 +192,7 @@ class Int32Sums:
         written = self._builder.store(factor, factor.outputs[0], params, 16)
         node.replace_input_with(0, centred.value)
         node.replace_input_with(1, written.value)
+        roles.give(node, Role.INT32_SUM)
 
     def _rows(self, lookup: ir.Node, step: float) -> ir.Value:
         """Look up an int8 row and its own int16 multiplier, so that no row decides over the scale of the others."""
@@ -213,7 +218,7 @@ class Int32Sums:
             operands.append(
                 add_node(before, "DequantizeLinear", [looked_up, *parameters], f"{looked_up.name}/dequantized")
             )
-        return add_node(before, "Mul", operands, stem)
+        return add_node(before, "Mul", operands, stem, role=Role.INT32_SUM)
 
     def _largest_factor(self, product: ir.Node) -> float:
         factor = made_by(product.inputs[1], "Mul")

@@ -156,7 +156,7 @@ def _matmul(walk: IntegerWalk, node: ir.Node) -> None:
     elif weight is not None:
         _product(walk, node, weight)
     elif left is not None and left in walk.of_mask:
-        node.replace_input_with(0, builder.quantize_once(left, POOLING_WEIGHT, 16, node).value)
+        node.replace_input_with(0, builder.quantize_once(left, POOLING_WEIGHT, 16, node, Role.POOLING_WEIGHTS).value)
         node.replace_input_with(1, builder.read(right, 16, node).value)
         builder.store(node, node.outputs[0], builder.range(node.outputs[0], 16), 16)
     elif walk.softmaxes is not None and walk.softmaxes.takes(left):

@@ -31,6 +31,7 @@ Fixed = dict[str, Affine]
 _CODES = 2**15 - 1
 _SQUARES_ERROR = 1e-3  # of the smallest sum of squares: what rounding each square may cost
 _LARGE_CHANNELS = 16  # one channel in so many may have its square in two parts
+_SMALLEST_RATIO = 2.0**-40  # of the smallest sum of squares to the largest
 _EXACT_CODE = 512  # an interpolated root is within 0.6 % from here up
 _TABLE_STEP = 128  # integers between two entries of an interpolated table
 _SLOPE, _CUBIC = 2 * np.sqrt(2 / np.pi), 0.044715 * 2 * np.sqrt(2 / np.pi)  # of GELU's tanh spec: within 0.0005
@@ -143,7 +144,8 @@ def _sum_squares(rewriting: _Rewriting, node: ir.Node, has_tables: bool) -> None
     total = _total(rewriting, node, parts, name, "")
     rewriting.observed[str(total.name)] = sums
     rewriting.take_place(node, total)
-    least = float(sums.minimum.min()) / ROOT_HEADROOM
+    # A sum of squares of 0, of a tensor that a token leaves empty, has no root to invert: a floor far below any step.
+    least = max(float(sums.minimum.min()) / ROOT_HEADROOM, _SMALLEST_RATIO * float(sums.maximum.max()))
     step = symmetric(float(sums.maximum.max()) * HEADROOM, 16).scale
     if not has_tables and least / step < _EXACT_CODE:
         middle = max(1.0, float(np.rint(np.sqrt(least / step * _CODES) / _TABLE_STEP))) * _TABLE_STEP * step
@@ -249,8 +251,12 @@ def _pool(rewriting: _Rewriting, node: ir.Node) -> None:
         return
     name = str(node.outputs[0].name)
     turn = {"perm": [0, 2, 1]}
-    known = next((use for use in readers(share) if use.op_type == "Transpose"), None)  # of another choice of the token
-    column = known.outputs[0] if known is not None else add_node(node, "Transpose", [share], f"{name}/share", turn)
+    # The weights of another choice of the token are the same.
+    known = next((use for use in readers(share) if roles.has(use, Role.POOLING_WEIGHTS)), None)
+    if known is None:
+        column = add_node(node, "Transpose", [share], f"{name}/share", turn, role=Role.POOLING_WEIGHTS)
+    else:
+        column = known.outputs[0]
     each = rewriting.add(node, "Mul", [hidden, column], f"{name}/each", hidden)
     turned = add_node(node, "Transpose", [each], f"{name}/turned", turn)
     last = rewriting.graph.initializers.get("last_axis")
