@@ -7,15 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgeq.data.images import ImageFile, read_folder
-from edgeq.data.splits import (
-    deduplicate,
-    evenly_spaced,
-    refuse_overlap,
-    sample,
-    sha256_text,
-    shared_items,
-    split,
-)
+from edgeq.data.splits import deduplicate, evenly_spaced, refuse_overlap, sample, sha256_text, shared_items, split
 from edgeq.data.text_files import default_texts, read_texts
 from edgeq.errors import ConfigError
 
