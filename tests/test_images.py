@@ -24,7 +24,7 @@ from edgeq.bundle.golden_images import read_golden_images  # noqa: E402
 from edgeq.bundle.manifest import load_manifest  # noqa: E402
 from edgeq.bundle.verify import verify  # noqa: E402
 from edgeq.data import image_preprocessing, images  # noqa: E402
-from edgeq.data.plans import plan_images  # noqa: E402
+from edgeq.data.image_plans import plan_images  # noqa: E402
 from edgeq.data.sessions import (  # noqa: E402
     embed_batches,  # noqa: E402
     unit,  # noqa: E402
