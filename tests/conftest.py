@@ -13,6 +13,12 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 
+# Threads that wait for work sleep. OpenBLAS and OpenMP let them spin, which takes the core from the test beside: it took
+# half the time of tests that compute with numpy. How many threads share a sum, and so every bit, stays as it is.
+# The libraries read this when they are loaded, which is after this file.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # 2**4 clock ticks, the least
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # These compute with numpy, onnx and ONNX Runtime, which are compiled code: what differs between interpreters is whether
 # edgeq's modules can be imported, and collecting these files imports them. The runs of the base package on every Python
 # collect them all, and leave running them to the main environment.
