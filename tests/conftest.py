@@ -39,7 +39,7 @@ LONGEST_FIRST = (
 
 # A file's tests go to one worker, which makes the fixtures of the module once. In these files the costly fixture has
 # parameters and shares nothing between them, so each parameter may go to another worker.
-BY_PARAMETER = ("test_architectures", "test_long_texts")
+BY_PARAMETER = ("test_architectures", "test_check_architectures", "test_long_texts")
 
 
 def pytest_configure() -> None:

@@ -24,13 +24,15 @@ from edgeq.graph import dialect
 from edgeq.graph.float_session import FloatSession
 from edgeq.passes import float_passes
 from edgeq.pipeline import calibrate
+from edgeq.pipeline.check import check_float_model
 from edgeq.quantization import quantize, schemes
 from edgeq.quantization.quantize import QUANTIZERS
-from edgeq.records import QdqModel, Source
+from edgeq.records import FileRef, QdqModel, Source, Target
 from edgeq.system.files import file_ref
 
 CALIBRATION, VALIDATION = 96, 128  # texts
 LENGTHS = (16, 32, 64)  # of static artifacts, in tokens
+NOWHERE = FileRef(path="model.onnx", sha256="0" * 64, size_bytes=0)
 CENTRED_MIN, OVERLAP_MIN, NEIGHBOURS = 0.98, 0.9, 10
 
 # Column of the table -> the target whose backend and scheme stand for it.
@@ -97,12 +99,28 @@ def centred(reference: Embeddings, vectors: Embeddings) -> tuple[float, float]:
 
 
 def lowered(made: Exported, column: str, folder: Path) -> dict[str, Any]:
-    """Quantise and lower for a column of the table; run it where this machine can, and say why not where it refuses."""
-    name = TARGETS[column]
-    target = targets.load_target(name)
+    """Quantise and lower for a column of the table; run it where this machine can, and say why not where it refuses.
+
+    Where `edgeq check` says another thing of the model than happened, "check_differs" says which.
+    """
+    target = targets.load_target(TARGETS[column])
     if target.buckets_tokens:
         target = target.model_copy(update={"buckets_tokens": LENGTHS if column == "LiteRT" else LENGTHS[:1]})
     target = target.model_copy(update={"scheme": SCHEMES.get(column, target.scheme)})
+    found = _lowered(made, column, target, folder)
+    (said,) = check_float_model(made.model, NOWHERE, made.record.max_sequence, [target])
+    refusals = [problem for problem in said.problems if "stay on the host" not in problem]  # a limit of the gate
+    if bool(refusals) is not (found["form"] == "refused"):
+        found["check_differs"] = f"check says {refusals or 'that it is taken'}; lowering: {found.get('reason', 'done')}"
+    elif found.get("on_host", 0) != len(said.host_operators):
+        found["check_differs"] = (
+            f"check says {len(said.host_operators)} operators stay on the host: {said.host_operators}"
+        )
+    return found
+
+
+def _lowered(made: Exported, column: str, target: Target, folder: Path) -> dict[str, Any]:
+    name = target.name
     scheme, backend = schemes.find(target.scheme, name), find(target.backend, name)
     out = folder / f"{made.name}-{name}"
     out.mkdir()

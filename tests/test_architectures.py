@@ -73,6 +73,7 @@ def test_litert_runs_it_in_integers_or_says_why_not(made: tuple[measured.Exporte
 
 
 def _require_close(name: str, found: dict[str, object]) -> None:
+    assert "check_differs" not in found, found
     assert found["form"] != "refused", found
     assert found["centred"] >= measured.CENTRED_MIN, found
     assert found["overlap"] >= measured.OVERLAP_MIN or name in DECODERS, found

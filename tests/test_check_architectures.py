@@ -22,14 +22,13 @@ from edgeq.pipeline.check import Checked, check_float_model  # noqa: E402
 from edgeq.quantization import schemes  # noqa: E402
 from edgeq.quantization.quantize import quantize  # noqa: E402
 from edgeq.quantization.walk import Refusal  # noqa: E402
-from edgeq.records import FileRef, Target  # noqa: E402
+from edgeq.records import Target  # noqa: E402
 
 # One for each backend and scheme.
 TARGETS = (
     "x86-64-onnxruntime", "intel-openvino-cpu", "android-litert", "raspberry-pi-tflite-runtime", "integer-only-w8a16",
     "ethos-u55-256", "ethos-u85-256", "snapdragon-8-gen-3", "snapdragon-8-gen-3-w8a8", "rk3588", "rk3588-float16",
 )  # fmt: skip
-NOWHERE = FileRef(path="model.onnx", sha256="0" * 64, size_bytes=0)
 
 
 @pytest.fixture(scope="module", params=architectures.ARCHITECTURES)
@@ -40,7 +39,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def checked(made: measured.Exported) -> dict[str, Checked]:
     found = check_float_model(
-        made.model, NOWHERE, made.record.max_sequence, [targets.load_target(name) for name in TARGETS]
+        made.model, measured.NOWHERE, made.record.max_sequence, [targets.load_target(name) for name in TARGETS]
     )
     return {item.target: item for item in found}
 
@@ -105,5 +104,7 @@ def test_another_operator_is_named(made: measured.Exported) -> None:
         pytest.skip(f"{made.name} has no activation of one operator")
     node.op_type = "HardSigmoid"
     del node.attribute[:]
-    (found,) = check_float_model(changed, NOWHERE, made.record.max_sequence, [targets.load_target("android-litert")])
+    (found,) = check_float_model(
+        changed, measured.NOWHERE, made.record.max_sequence, [targets.load_target("android-litert")]
+    )
     assert any("HardSigmoid" in problem for problem in found.problems)

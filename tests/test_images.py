@@ -24,8 +24,11 @@ from edgeq.bundle.golden_images import read_golden_images  # noqa: E402
 from edgeq.bundle.manifest import load_manifest  # noqa: E402
 from edgeq.bundle.verify import verify  # noqa: E402
 from edgeq.data import image_preprocessing, images  # noqa: E402
-from edgeq.data.plans import plan_images  # noqa: E402
-from edgeq.data.sessions import embed_batches  # noqa: E402
+from edgeq.data.image_plans import plan_images  # noqa: E402
+from edgeq.data.sessions import (  # noqa: E402
+    embed_batches,  # noqa: E402
+    unit,  # noqa: E402
+)
 from edgeq.data.tokens import batches  # noqa: E402
 from edgeq.errors import BundleCorrupt, ConfigError, Unsupported  # noqa: E402
 from edgeq.evaluation import parity  # noqa: E402
@@ -54,8 +57,8 @@ def pictures(count: int) -> list[Image.Image]:
 
 
 def centred(vectors: np.ndarray) -> np.ndarray:
-    rows = parity.unit(vectors)
-    return parity.unit((rows - rows.mean(axis=0)).astype(np.float32))
+    rows = unit(vectors)
+    return unit((rows - rows.mean(axis=0)).astype(np.float32))
 
 
 def silent(*_: object) -> None:
@@ -194,7 +197,7 @@ def test_a_bundle_of_an_image_model_verifies_and_embeds(made) -> None:  # type: 
         assert np.array_equal(model.encode(opened), as_paths)
         assert np.allclose(model.encode([np.asarray(image) for image in opened], batch_size=2), as_paths, atol=1e-6)
         vectors.append(as_paths)
-    assert np.sum(parity.unit(vectors[0]) * parity.unit(vectors[1]), axis=1).min() > 0.999
+    assert np.sum(unit(vectors[0]) * unit(vectors[1]), axis=1).min() > 0.999
     with pytest.raises(ConfigError, match=r"images\[1\]"):
         model.encode([paths[0], photos / "missing.png"])
     with pytest.raises(ConfigError, match="list of images"):

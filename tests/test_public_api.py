@@ -37,6 +37,13 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
     assert loaded == []
 
 
+@pytest.mark.parametrize("module", ["edgeq.pipeline.export", "edgeq.pipeline.check", "edgeq.bundle.load"])
+def test_texts_need_neither_pillow_nor_torch(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted({{'PIL', 'torch', 'transformers'}} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert loaded == []
+
+
 def test_the_support_table_is_true() -> None:
     command = [sys.executable, REPOSITORY / "tools" / "support_table", "--check"]
     assert subprocess.run(command, check=False).returncode == 0, "run tools/support_table"

@@ -235,3 +235,9 @@ def test_compensated_rounding_beats_nearest_on_correlated_inputs() -> None:
 def test_the_mask_follows_the_scores(model: onnx.ModelProto, observed: Observed) -> None:
     size = next(t for t in observed.model.graph.initializer if t.name == "attention_mask_size")
     assert 30.0 < float(onnx.numpy_helper.to_array(size)) < 1000.0
+
+
+def test_weights_of_a_tensor_that_is_zero_are_rounded_to_nearest() -> None:
+    weight = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
+    values, scales = weight_rounding.compensated(weight, np.zeros((16, 16), np.float32), 1e-160, 8)
+    assert np.abs(values * scales - weight).max() <= scales.max() / 2 * 1.001

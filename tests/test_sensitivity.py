@@ -9,16 +9,16 @@ import numpy as np
 import onnx
 import pytest
 
-from edgeq.analysis import layer_errors, scheme_search, sensitivity
-from edgeq.analysis.sensitivity import Product, Quality
+from edgeq.analysis import layer_errors, scheme_search
 from edgeq.calibration.observe import equal_length_batches
 from edgeq.data.sessions import embed_batches
 from edgeq.data.tokens import Tokens
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline import calibrate
-from edgeq.quantization import quantize, schemes
+from edgeq.quantization import quantize, schemes, sensitivity
 from edgeq.quantization.schemes import SCHEMES
+from edgeq.quantization.sensitivity import Product, Quality
 
 TOKENS = Tokens(encoder.tokens(3, 12), 0, 0)
 

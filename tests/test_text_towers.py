@@ -22,11 +22,13 @@ from transformers import AutoModel, AutoTokenizer  # noqa: E402
 import edgeq  # noqa: E402
 from edgeq.bundle.manifest import load_manifest  # noqa: E402
 from edgeq.bundle.verify import verify  # noqa: E402
-from edgeq.data.sessions import embed_batches  # noqa: E402
+from edgeq.data.sessions import (  # noqa: E402
+    embed_batches,  # noqa: E402
+    unit,  # noqa: E402
+)
 from edgeq.data.tokenizer import Tokenizer  # noqa: E402
 from edgeq.data.tokens import batches  # noqa: E402
 from edgeq.errors import ConfigError, Unsupported  # noqa: E402
-from edgeq.evaluation import parity  # noqa: E402
 from edgeq.frontend import float_model, locate  # noqa: E402
 from edgeq.frontend.torch.convert import convert  # noqa: E402
 from edgeq.frontend.torch.load import load_model  # noqa: E402
@@ -73,7 +75,7 @@ def as_trained(directory: Path) -> np.ndarray:
 
 
 def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    return np.sum(parity.unit(first) * parity.unit(second), axis=1)
+    return np.sum(unit(first) * unit(second), axis=1)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import tokenizers
 
 from edgeq.calibration.observe import equal_length_batches
 from edgeq.data import splits, text_files, tokens
-from edgeq.data.plans import TextPlan, limit_validation, plan_texts
+from edgeq.data.plans import TextPlan, plan_texts
+from edgeq.data.prepare import limit_validation
 from edgeq.data.tokenizer import Tokenizer
 from edgeq.errors import ConfigError
 

@@ -14,7 +14,6 @@ import tiny_integer
 
 from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.errors import Unsupported, UnsupportedRange
-from edgeq.quantization.placeholders import placeholders
 from edgeq.quantization.quantize import QUANTIZERS, quantize
 from edgeq.quantization.schemes import SCHEMES
 from edgeq.quantization.walk import Refusal
@@ -108,15 +107,6 @@ def test_all_refusals_are_collected_in_the_words_that_are_raised_one_after_anoth
     assert [(item.node, item.operator) for item in found] == list(unsupported().items())
     assert [item.sentence for item in found] == said and all(item.is_certain for item in found)
     assert refusals(with_operators({}), observed, scheme) == []
-
-
-@pytest.mark.parametrize("scheme", REFUSING)
-def test_made_up_statistics_give_the_refusals_of_real_ones(scheme: str) -> None:
-    model = with_operators(unsupported())
-    found = refusals(model, placeholders(model), scheme)
-    assert found and found == refusals(model, tiny_integer.calibrated().statistics, scheme)
-    sound = with_operators({})
-    assert refusals(sound, placeholders(sound), scheme) == []
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,20 @@ def edgeq(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("clean")
     call([sys.executable, "-m", "venv", place], place)
     constraints = REPOSITORY / "tools" / "constraints.txt"
-    call([place / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", constraints, wheel], place)
+    call(
+        [
+            place / "bin" / "python",
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-compile",
+            "--constraint",
+            constraints,
+            wheel,
+        ],
+        place,
+    )
     return place / "bin" / "edgeq"
 
 

@@ -23,8 +23,8 @@ from edgeq.bundle.checksums import check_sums
 from edgeq.bundle.golden import GoldenData, read_golden
 from edgeq.bundle.manifest import load_manifest
 from edgeq.cli.console import put_json, put_table
+from edgeq.data.sessions import unit
 from edgeq.errors import ConfigError, EdgeqError, LoweringFailed, ParityFailed, TimedOut, ToolMissing
-from edgeq.evaluation.parity import unit
 
 HERE = Path(__file__).resolve().parent
 BACKEND = "tflite"

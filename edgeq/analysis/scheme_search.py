@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgeq.analysis import layer_errors, sensitivity
-from edgeq.analysis.sensitivity import Product, Sensitivity
+from edgeq.analysis import layer_errors
 from edgeq.backends.registry import find
 from edgeq.bundle import benchmark
 from edgeq.calibration import file
@@ -22,8 +21,9 @@ from edgeq.graph import external_data
 from edgeq.pipeline import export as pipeline
 from edgeq.pipeline import stages
 from edgeq.pipeline.request import ExportRequest
-from edgeq.quantization import schemes
+from edgeq.quantization import schemes, sensitivity
 from edgeq.quantization.quantize import QUANTIZERS
+from edgeq.quantization.sensitivity import Product, Sensitivity
 from edgeq.records import Measures, Record, Scheme, Status, Target
 from edgeq.system import files
 from edgeq.system.progress import Progress

@@ -13,12 +13,11 @@ from edgeq.bundle.golden import VECTORS, GoldenData, read_golden
 from edgeq.bundle.golden_images import GoldenImages, read_golden_images
 from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle, load_manifest, load_report, require_cpu
 from edgeq.data.batches import PIXELS, Samples
-from edgeq.data.sessions import embed_batches
+from edgeq.data.sessions import embed_batches, unit
 from edgeq.data.tokenizer import Tokenizer
 from edgeq.data.tokens import Tokens, batches, token_limit
 from edgeq.errors import BundleCorrupt, DeviceUnavailable, ParityFailed
 from edgeq.evaluation.gate import judge, judge_placement, judge_settings
-from edgeq.evaluation.parity import unit
 from edgeq.quantization import schemes
 from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import FileRef, Manifest, ParityReport, Record, RunKind, Status

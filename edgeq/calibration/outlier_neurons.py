@@ -14,12 +14,11 @@ from edgeq.graph.edit import (
     add_node,
     constant,
     insert_after,
-    made_by,
     readers,
     replace_constant,
     required,
 )
-from edgeq.graph.linear import FeedForward, bias_of, feed_forwards
+from edgeq.graph.linear import FeedForward, Linear, feed_forwards
 from edgeq.graph.roles import Role
 
 SIDE = "/side"  # ends the names of what belongs to the outlier branch
@@ -144,9 +143,8 @@ def _copy_for(
 
 def _bias_of_first(block: FeedForward, node: ir.Node) -> ir.Node | None:
     """Give the first product whose bias a node adds."""
-    found = bias_of(node) if node.op_type == "Add" else None
-    product = made_by(node.inputs[1 - found[0]], "MatMul") if found is not None else None
-    return product if product in block.firsts else None
+    linear = Linear.making(node.outputs[0]) if node.op_type == "Add" else None
+    return linear.product if linear is not None and linear.product in block.firsts else None
 
 
 def _name_of_copy(block: FeedForward, node: ir.Node) -> str:

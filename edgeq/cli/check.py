@@ -37,4 +37,7 @@ def check(
         for item in found:
             rows = [[line.operator, str(line.count), line.verdict, line.why] for line in item.operators]
             console.put_table(("operator", "nodes", item.target, "why"), rows)
+    for item in found:
+        for problem in item.possible_problems:
+            console.note(f"{item.target}: may be refused for the ranges of your texts: {problem}")
     checking.require(found)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeq.data.batches import Samples
+from edgeq.data.plans import TextPlan
+from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokenizer import Tokenizer
 from edgeq.data.tokens import text_set
 from edgeq.records import ImageSet, TextSet
 
 if TYPE_CHECKING:
+    from edgeq.data.image_plans import ImagePlan
     from edgeq.data.images import ImageFile
-    from edgeq.data.plans import ImagePlan, TextPlan
 
     Plan = TextPlan | ImagePlan
     Items = Sequence[str] | Sequence[ImageFile]
@@ -55,3 +57,11 @@ def prepare(items: Items, origin: str, config: Path, limit: int) -> Prepared:
 def identities(items: Items) -> list[str]:
     """Give the identity of each item: a text itself, or the hash of an image's pixels."""
     return [item if isinstance(item, str) else item.sha256 for item in items]
+
+
+def limit_validation(plan: TextPlan | ImagePlan, most: int | None) -> TextPlan | ImagePlan:
+    """Keep at most `most` validation texts or images of a plan, evenly spaced in their order; None keeps all."""
+    rows = evenly_spaced(len(plan.validation), most)
+    if isinstance(plan, TextPlan):
+        return replace(plan, validation=tuple(plan.validation[row] for row in rows))
+    return replace(plan, validation=tuple(plan.validation[row] for row in rows))

@@ -74,3 +74,11 @@ def embed_by_bucket(
     if embeddings is None:
         raise ConfigError("no texts to embed: give at least one")
     return embeddings
+
+
+def unit(rows: Embeddings) -> NDArray[np.float64]:
+    """L2-normalise each row, float64[rows, dim]; a zero row stays zero."""
+    wide = rows.astype(np.float64)
+    norms = np.linalg.norm(wide, axis=1, keepdims=True)
+    scaled: NDArray[np.float64] = wide / np.where(norms == 0.0, 1.0, norms)
+    return scaled

@@ -20,14 +20,13 @@ from numpy.typing import NDArray
 from edgeq.bundle.golden import read_golden
 from edgeq.bundle.manifest import MANIFEST, load_manifest
 from edgeq.data.batches import AnyFeeds
-from edgeq.data.sessions import Embeddings, embed_batches, embed_by_bucket
+from edgeq.data.sessions import Embeddings, embed_batches, embed_by_bucket, unit
 from edgeq.data.tokens import Tokens, batches, bucket_lengths, token_limit
 from edgeq.devices.blobs import Blobs
 from edgeq.devices.contract import Job, Phone
 from edgeq.devices.report import Agreement, Conditions, DeviceMachine, DeviceReport, judged
 from edgeq.errors import BundleCorrupt, ParityFailed, Unsupported
 from edgeq.evaluation import parity
-from edgeq.evaluation.parity import unit
 from edgeq.records import Manifest, Measures, RunsOn
 from edgeq.system.files import sha256_file, work_dir
 

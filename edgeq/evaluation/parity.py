@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.data.batches import Samples
+from edgeq.data.sessions import unit
 from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokens import Feeds, Tokens, bucket_lengths
 from edgeq.errors import ConfigError, ParityFailed
@@ -181,14 +182,6 @@ def not_run(
         reason=reason,
         other_settings=other_settings,
     )
-
-
-def unit(rows: FloatArray) -> DoubleArray:
-    """L2-normalise each row, float64[rows, dim]; a zero row stays zero."""
-    wide = rows.astype(np.float64)
-    norms = np.linalg.norm(wide, axis=1, keepdims=True)
-    scaled: DoubleArray = wide / np.where(norms == 0.0, 1.0, norms)
-    return scaled
 
 
 def rank_correlation(first: DoubleArray, second: DoubleArray) -> float:

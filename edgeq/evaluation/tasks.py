@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq.data.sessions import unit
 from edgeq.errors import ConfigError
 from edgeq.evaluation.datasets import RetrievalSet, StsPairs, load_beir, load_sts
-from edgeq.evaluation.parity import overlap, rank_correlation, unit
+from edgeq.evaluation.parity import overlap, rank_correlation
 from edgeq.records import Record
 
 __all__ = [

@@ -76,10 +76,23 @@ def apply_to(
     copy.CopyFrom(model)
     with weights_outside(copy) as light:
         loaded = _loaded(light, outputs)
+        pairs = _pairs(loaded.graph, ir.from_proto(model).graph)
         reports = apply(loaded, feeds, passes, statistics, drops_unused)
-        if not external_data.is_large(model):
-            _take_in(loaded.graph)
+        for value in loaded.graph.initializers.values():
+            value.const_value = pairs.get(id(value.const_value), (None, value.const_value))[1]
         return loaded, reports
+
+
+Tensor = ir.TensorProtocol | None
+
+
+def _pairs(light: ir.Graph, given: ir.Graph) -> dict[int, tuple[Tensor, Tensor]]:
+    """Pair each tensor that lies in a file meanwhile with the given one, by the identity of the first, which is kept.
+
+    What no rewrite changed is written as it was given, to the byte.
+    """
+    found = ((value.const_value, given.initializers[name].const_value) for name, value in light.initializers.items())
+    return {id(outside): (outside, own) for outside, own in found}
 
 
 @contextmanager
@@ -139,13 +152,6 @@ def apply(
         )
     RemoveUnusedNodesPass()(model)
     return tuple(reports)
-
-
-def _take_in(graph: ir.Graph) -> None:
-    """Load what lies in files."""
-    for name, value in graph.initializers.items():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = ir.Tensor(np.array(value.const_value.numpy()), name=name)
 
 
 def _loaded(model: onnx.ModelProto, outputs: int | None) -> ir.Model:

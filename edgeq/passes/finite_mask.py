@@ -7,15 +7,7 @@ import onnx_ir as ir
 
 from edgeq.graph.attention_mask import MASK_SIZE
 from edgeq.graph.dataflow import follows_from_sizes
-from edgeq.graph.edit import (
-    Rewrites,
-    add_constant,
-    add_node,
-    constant,
-    made_by,
-    readers,
-    replace_uses,
-)
+from edgeq.graph.edit import Rewrites, add_constant, add_node, constant, made_by, readers, replace_uses
 from edgeq.graph.roles import Role
 from edgeq.passes.known_truths import truth
 

@@ -6,16 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeq.graph.dataflow import follows_from_sizes
-from edgeq.graph.edit import (
-    Rewrites,
-    add_constant,
-    constant,
-    is_read_once,
-    made_by,
-    readers,
-    replace_uses,
-    scalar,
-)
+from edgeq.graph.edit import Rewrites, add_constant, constant, is_read_once, made_by, readers, replace_uses, scalar
 from edgeq.graph.operators import LINEAR_IN_FIRST
 from edgeq.graph.rms_norm import root_mean_square
 

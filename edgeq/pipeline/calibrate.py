@@ -104,7 +104,7 @@ def calibrate_on_probes(model: onnx.ModelProto, samples: Samples) -> tuple[onnx.
     batches = equal_length_batches(samples, samples.longest)
     split = _split(model, samples, batches, 0, silent)
     equalized = _equalize(split, {kind: choices[0] for kind, choices in ALPHAS.items()})
-    return equalized.model, _observe_all(equalized, batches, silent)
+    return equalized.model, _observe_all(equalized, batches, silent, has_moments=False)
 
 
 @dataclass(frozen=True)
@@ -173,12 +173,14 @@ def _equalize(split: _Split, alphas: Mapping[str, float]) -> _Equalized:
     return _Equalized(proto, ir.to_proto(equalized), tuple(read), tuple(others), split.maps)
 
 
-def _observe_all(equalized: _Equalized, batches: Sequence[Batch], progress: Progress) -> dict[str, Statistics]:
-    """Observe every tensor that a quantiser needs statistics of."""
+def _observe_all(
+    equalized: _Equalized, batches: Sequence[Batch], progress: Progress, has_moments: bool = True
+) -> dict[str, Statistics]:
+    """Observe every tensor that a quantiser needs statistics of; second moments serve the rounding of weights alone."""
     return observe(
         equalized.expanded, list(dict.fromkeys([*equalized.others, *equalized.maps])), batches,
         lambda done, total: progress("calibrate", done, total),
-        histograms=[*equalized.read, *equalized.maps], moments=equalized.read,
+        histograms=[*equalized.read, *equalized.maps], moments=equalized.read if has_moments else (),
         means=_read_by_attention(equalized.expanded),
     )  # fmt: skip
 

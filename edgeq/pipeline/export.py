@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from edgeq.backends.contract import Backend
 from edgeq.backends.registry import find
 from edgeq.bundle.write import Lineage, require_replaceable, write
-from edgeq.data.plans import limit_validation, plan_texts
+from edgeq.data.plans import plan_texts
+from edgeq.data.prepare import limit_validation
 from edgeq.data.tokens import token_limit
 from edgeq.errors import ConfigError, ParityFailed, Unsupported
 from edgeq.frontend import locate
@@ -136,7 +137,7 @@ def _plan(request: ExportRequest, located: locate.Located) -> Plan:
         raise ConfigError(f"{request.model}: takes texts, and was given images ({request.images}); {way_out}")
     if request.texts is not None or request.column is not None or request.evaluation:
         raise ConfigError("--images stands alone: drop --texts, --column and --evaluation")
-    from edgeq.data.plans import plan_images  # here: texts need no Pillow
+    from edgeq.data.image_plans import plan_images  # here: texts need no Pillow
 
     return plan_images(request.images, request.validation, request.samples, request.seed)
 

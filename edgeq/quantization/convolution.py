@@ -8,13 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.graph.edit import (
-    constant,
-    is_read_once,
-    readers,
-    replace_uses,
-    scalar,
-)
+from edgeq.graph.edit import constant, is_read_once, readers, replace_uses, scalar
 from edgeq.quantization import affine, ranges, weight_rounding
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.qdq import QdqBuilder, int8_weight, int32_bias

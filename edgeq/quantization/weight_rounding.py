@@ -11,6 +11,7 @@ from edgeq.quantization import affine
 BLOCK = 128
 COLUMNS = 1 << 14
 DAMPING = 1e-4
+_SMALLEST_DAMPING = 1e-30  # of a tensor that is 0 on every sample, whose moment has no inverse
 
 
 def nearest(weight: NDArray[np.float32], bits: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -55,7 +56,8 @@ def compensated(
     limit = 2 ** (bits - 1) - 1
     hessian = moment.astype(np.float64)
     diagonal = np.diag(hessian).copy()
-    hessian[np.diag_indices_from(hessian)] += step * step / 12.0 + DAMPING * float(diagonal.mean())
+    damping = max(step * step / 12.0 + DAMPING * float(diagonal.mean()), _SMALLEST_DAMPING)
+    hessian[np.diag_indices_from(hessian)] += damping
     order = np.argsort(-diagonal, kind="stable")
     upper = np.linalg.cholesky(np.linalg.inv(hessian[np.ix_(order, order)])).T
     left = weight.astype(np.float64)[order]

@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.data.sessions import Embeddings
+from edgeq.data.sessions import Embeddings, unit
 from edgeq.data.tokens import Tokens
 from edgeq.evaluation import parity
 from edgeq.records import Measures
@@ -45,7 +45,7 @@ def measured(
 
 def cosines(first: Embeddings, second: Embeddings) -> DoubleArray:
     """Give the cosine of each text's two vectors, float64[texts]."""
-    found: DoubleArray = np.clip(np.sum(parity.unit(first) * parity.unit(second), axis=1), -1.0, 1.0)
+    found: DoubleArray = np.clip(np.sum(unit(first) * unit(second), axis=1), -1.0, 1.0)
     return found
 
 

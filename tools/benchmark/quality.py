@@ -15,7 +15,7 @@ from benchmark.making import MAX_SEQUENCE, Made, note
 from benchmark.processes import first_line
 from benchmark.runners import Runner
 from benchmark.samples import Sample
-from edgeq.data.sessions import Embeddings
+from edgeq.data.sessions import Embeddings, unit
 from edgeq.data.tokenizer import Tokenizer
 from edgeq.data.tokens import batches
 from edgeq.errors import EdgeqError
@@ -145,7 +145,7 @@ def pairwise(compared: Mapping[str, Compared], reference: str, schemes: Mapping[
     for first, second in combinations([name for name in schemes if name in compared and compared[name].vectors], 2):
         one, other = compared[first], compared[second]
         texts = [text for text in one.vectors if text in other.vectors]
-        rows = [parity.unit(stacked(item.vectors, texts)) for item in (compared[reference], one, other)]
+        rows = [unit(stacked(item.vectors, texts)) for item in (compared[reference], one, other)]
         pairs.append({
             "first": first, "second": second, "texts": len(texts),
             "is_shared": schemes[first] == schemes[second], "scheme": schemes[first],

@@ -31,15 +31,7 @@ from edgeq.quantization.qdq import HEADROOM, QdqBuilder, Quantized, finished, in
 from edgeq.quantization.ranges import GELU_FLOOR, MASKED_BELOW
 from edgeq.quantization.rewrites.integer import integer_form
 from edgeq.quantization.rewrites.npu_operators import npu_operators
-from edgeq.quantization.walk import (
-    Refusal,
-    mask_size,
-    move,
-    name_output,
-    pointwise,
-    quantize_nodes,
-    score_params,
-)
+from edgeq.quantization.walk import Refusal, mask_size, move, name_output, pointwise, quantize_nodes, score_params
 from edgeq.records import IntegerSpec, Scheme
 
 SOFTMAX = {8: Affine(1 / 256, -128, -128, 127), 16: Affine(1 / 32768, 0, -32768, 32767)}

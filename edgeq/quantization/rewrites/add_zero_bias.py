@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeq.graph import roles
-from edgeq.graph.edit import Rewrites, add_constant, add_node, constant, insert_after, is_read_once, readers
-from edgeq.graph.linear import bias_of
+from edgeq.graph.edit import Rewrites, add_constant, add_node, insert_after, readers
+from edgeq.graph.linear import Linear
 from edgeq.graph.roles import Role
 
 
@@ -27,16 +27,14 @@ def add_zero_bias(model: ir.Model) -> Rewrites:
     graph = model.graph
     count = 0
     for node in list(graph):
-        weight = constant(node.inputs[1]) if node.op_type == "MatMul" else None
-        output = node.outputs[0]
-        if weight is None or weight.ndim != 2 or roles.has(node, Role.OUTLIER_BRANCH) or output.is_graph_output():
+        linear, output = Linear.of(node), node.outputs[0]
+        if linear is None or linear.add is not None or linear.weight.ndim != 2:
             continue
-        following = readers(output)
-        if is_read_once(output) and following[0].op_type == "Add" and bias_of(following[0]) is not None:
+        if roles.has(node, Role.OUTLIER_BRANCH) or output.is_graph_output():
             continue
         name = str(output.name)
-        zeros = add_constant(graph, f"{node.name}/zeros", np.zeros(weight.shape[1], np.float32))
-        first = next(each for each in graph if each in set(following))
+        zeros = add_constant(graph, f"{node.name}/zeros", np.zeros(linear.weight.shape[1], np.float32))
+        first = next(each for each in graph if each in set(readers(output)))
         total = add_node(first, "Add", [output, zeros], f"{node.name}/biased", like=output)
         insert_after(output, total)
         output.name, total.name = f"{name}/product", name

@@ -6,8 +6,8 @@ import onnx_ir as ir
 
 from edgeq.calibration.statistics import Observed
 from edgeq.graph import roles
-from edgeq.graph.edit import Rewrites, add_node, constant, dims, readers, replace_uses, required
-from edgeq.graph.linear import bias_of
+from edgeq.graph.edit import Rewrites, add_node, dims, replace_uses, required
+from edgeq.graph.linear import Linear
 from edgeq.graph.roles import Role
 
 
@@ -25,15 +25,12 @@ def dense_to_gemm(model: ir.Model, statistics: Observed) -> Rewrites:
     graph = model.graph
     count = 0
     for node in list(graph):
-        shape = dims(node.inputs[0]) if node.op_type == "MatMul" else None
-        if shape is None or len(shape) != 2 or constant(node.inputs[1]) is None:
+        linear, shape = Linear.of(node), dims(node.inputs[0])
+        if linear is None or shape is None or len(shape) != 2:
             continue
-        following = readers(node.outputs[0])
-        add = following[0] if len(following) == 1 and following[0].op_type == "Add" else None
-        bias = bias_of(add) if add is not None else None
-        inputs, end = list(map(required, node.inputs)), node
-        if add is not None and bias is not None:
-            inputs, end = [*inputs, required(add.inputs[bias[0]])], add
+        inputs, end = list(map(required, node.inputs)), linear.end
+        if linear.add is not None:
+            inputs.append(required(linear.add.inputs[linear.bias_position]))
         result = add_node(node, "Gemm", inputs, str(node.name), like=end.outputs[0], role=Role.TEXT_PRODUCT)
         roles.hand_over(node, required(result.producer()))
         result.name = f"{end.outputs[0].name}/gemm"

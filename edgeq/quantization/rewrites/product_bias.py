@@ -6,16 +6,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.graph.edit import add_constant, constant, is_read_once, readers, required
-from edgeq.graph.linear import bias_of
+from edgeq.graph.edit import add_constant, constant, required
+from edgeq.graph.linear import Linear, bias_of
 
 
 def bias_add(product: ir.Node) -> ir.Node | None:
-    """Give the Add of a constant that alone reads a product."""
-    if not is_read_once(product.outputs[0]):
-        return None
-    add = readers(product.outputs[0])[0]
-    return add if add.op_type == "Add" and bias_of(add) is not None else None
+    """Give the Add of the bias that alone reads a product with a weight, or None."""
+    linear = Linear.of(product)
+    return linear.add if linear is not None else None
 
 
 def shift_input(graph: ir.Graph, product: ir.Node, shift: NDArray[np.floating]) -> bool:

@@ -6,16 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeq.graph.dataflow import follows_from_sizes
-from edgeq.graph.edit import (
-    Rewrites,
-    add_constant,
-    add_node,
-    constant,
-    dims,
-    made_by,
-    readers,
-    replace_uses,
-)
+from edgeq.graph.edit import Rewrites, add_constant, add_node, constant, dims, made_by, readers, replace_uses
 
 
 def rotate_half_by_gather(model: ir.Model) -> Rewrites:

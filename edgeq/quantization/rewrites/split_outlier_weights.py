@@ -8,7 +8,8 @@ import onnx_ir as ir
 from edgeq.calibration.outlier_neurons import SIDE
 from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.graph import roles
-from edgeq.graph.edit import Rewrites, add_constant, add_node, constant, insert_after, made_by, readers
+from edgeq.graph.edit import Rewrites, add_constant, add_node, insert_after, made_by, readers
+from edgeq.graph.linear import Linear
 from edgeq.graph.roles import Role
 from edgeq.quantization import weight_rounding
 
@@ -75,18 +76,15 @@ def _firsts(second: ir.Node) -> list[ir.Node]:
 
 
 def _split(graph: ir.Graph, product: ir.Node, statistics: Observed, bits: int) -> int:
-    weight, x = constant(product.inputs[1]), product.inputs[0]
+    linear, x = Linear.of(product), product.inputs[0]
     seen = statistics.get(str(x.name)) if x is not None else None
-    if weight is None or x is None or seen is None:
+    if linear is None or x is None or seen is None:
         return 0
+    weight, end = linear.weight, linear.output
     rounded, scales = weight_rounding.nearest(weight, bits)
     coarse = (rounded * scales.astype(np.float64)).astype(np.float32)
     rest = (weight.astype(np.float64) - coarse).astype(np.float32)
-    stem, output = str(product.name).removesuffix(SIDE), product.outputs[0]
-    following = readers(output)
-    biased = following[0] if len(following) == 1 and following[0].op_type == "Add" else None
-    has_bias = biased is not None and any(constant(value) is not None for value in biased.inputs)
-    end = biased.outputs[0] if biased is not None and has_bias else output
+    stem = str(product.name).removesuffix(SIDE)
     product.replace_input_with(1, add_constant(graph, f"{stem}.weight/coarse{SIDE}", coarse))
     place = next(each for each in graph if each in set(readers(end)))
     inputs = [x, add_constant(graph, f"{stem}.weight{FINE}{SIDE}", rest)]

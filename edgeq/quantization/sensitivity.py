@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from edgeq.calibration.observe import equal_length_batches
-from edgeq.data.sessions import Embeddings, embed_batches
+from edgeq.data.sessions import Embeddings, embed_batches, unit
 from edgeq.data.tokens import Tokens
 from edgeq.errors import EdgeqError
-from edgeq.evaluation.parity import unit
 from edgeq.graph.float_session import FloatSession
 from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import Record, Scheme
