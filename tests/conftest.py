@@ -14,7 +14,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 
 # Threads that wait for work sleep. OpenBLAS and OpenMP would let them spin, which takes the core from the test beside:
-# that was half the time of tests that compute with numpy. How many threads share a sum, and so every bit, stays as it is.
+# that was half the time of tests that compute with numpy. How many threads share a sum, and so every bit, stays.
 # The libraries read this when they are loaded, which is after this file.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # 2**4 clock ticks, the least
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
