@@ -101,7 +101,7 @@ def test_a_scheme_with_promoted_products_makes_a_bundle_that_verifies(request_: 
     assert promoted in manifest["artifact"]["placement"]["float_by_scheme"]
     assert verify(Path(made.path)).status == "passed"
     path.write_text(schemes.promote(own, ["no.such.product"]).model_dump_json(), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"raises no\.such\.product, which this model does not have"):
+    with pytest.raises(ConfigError, match=r"promotes no\.such\.product, which this model does not have"):
         export.export(wanted, silent)
     path.write_text(schemes.promote(schemes.find("w8a8-int", ""), []).model_dump_json(), encoding="utf-8")
     with pytest.raises(ConfigError, match="is a form of w8a8-int"):
