@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ import export_server
 import pytest
 
 TESTS = Path(__file__).resolve().parent
+
+# Threads that wait for work sleep. OpenBLAS and OpenMP would let them spin, which takes the core from the test beside:
+# that was half the time of tests that compute with numpy. How many threads share a sum, and so every bit, stays.
+# The libraries read this when they are loaded, which is after this file.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # 2**4 clock ticks, the least
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # These compute with numpy, onnx and ONNX Runtime, which are compiled code: what differs between interpreters is whether
 # edgeq's modules can be imported, and collecting these files imports them. The runs of the base package on every Python
@@ -25,14 +32,14 @@ ONE_INTERPRETER = (
 
 # Files that take a minute or more, the longest first: a worker that meets one of them last works alone at the end.
 LONGEST_FIRST = (
-    "test_real_model", "test_pipeline", "test_architectures", "test_qnn", "test_sentence_modules", "test_export",
-    "test_long_texts", "test_faults", "test_images", "test_environments", "test_onnx_source", "test_export_server",
-    "test_docs", "test_same_bytes", "test_arm64", "test_wheel", "test_lab", "test_text_towers", "test_tensorflow",
-    "test_tflite_kernels",
+    "test_real_model", "test_pipeline", "test_architectures", "test_check_architectures", "test_qnn",
+    "test_sentence_modules", "test_export", "test_long_texts", "test_faults", "test_images", "test_environments",
+    "test_onnx_source", "test_export_server", "test_docs", "test_same_bytes", "test_arm64", "test_wheel", "test_lab",
+    "test_text_towers", "test_tensorflow", "test_tflite_kernels",
 )  # fmt: skip
 
 # A file's tests go to one worker, which makes the fixtures of the module once. In these files the costly fixture has
-# parameters and shares nothing between them, so each parameter may go to another worker.
+# parameters and shares nothing between them: a worker gets all tests of one parameter, of all these files.
 BY_PARAMETER = ("test_architectures", "test_check_architectures", "test_long_texts")
 
 
@@ -63,6 +70,18 @@ def real_model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "real-model-cache"
 
 
+@pytest.fixture(scope="session")
+def exported_architecture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """Give what `measured_architecture.export` makes of an architecture, once for the files that measure it."""
+    import measured_architecture
+
+    @functools.lru_cache(maxsize=1)  # a worker runs the tests of one architecture after the other
+    def export(name: str) -> measured_architecture.Exported:
+        return measured_architecture.export(name, tmp_path_factory.mktemp(name))
+
+    return export
+
+
 @pytest.fixture(scope="session", autouse=True)
 def exporting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[export_server.Server]:
     """Let the models that tests write be exported by forks of one process that has torch imported.
@@ -85,7 +104,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
         def _split_scope(self, nodeid: str) -> str:
             file, _, test = nodeid.partition("::")
             if Path(file).stem in BY_PARAMETER:
-                return f"{file}[{test.partition('[')[2].rstrip(']').partition('-')[0]}]"
+                return test.partition("[")[2].rstrip("]").partition("-")[0]
             return file
 
     config.option.loadscopereorder = False

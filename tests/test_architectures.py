@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,12 @@ DECODERS = frozenset({"qwen2", "qwen3", "llama", "mistral"})  # attend causally:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[measured.Exported, Path]:
-    folder = tmp_path_factory.mktemp(request.param)
-    return measured.export(request.param, folder), folder
+def made(
+    request: pytest.FixtureRequest,
+    exported_architecture: Callable[[str], measured.Exported],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[measured.Exported, Path]:
+    return exported_architecture(request.param), tmp_path_factory.mktemp(request.param)
 
 
 def test_the_float_model_gives_the_vectors_of_torch(made: tuple[measured.Exported, Path]) -> None:
