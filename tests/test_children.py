@@ -215,8 +215,8 @@ def interruptible() -> Iterator[None]:
 def test_ctrl_c_leaves_no_child_behind(worker: Worker) -> None:
     pid = worker.call(do="pid")["pid"]
     timer = threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
-    timer.start()
     with pytest.raises(KeyboardInterrupt):
+        timer.start()  # in here: on a busy machine half a second may pass before the call
         worker.call(do="hang")
     timer.join()
     assert not is_alive(pid)
