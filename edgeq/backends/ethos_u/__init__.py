@@ -127,6 +127,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     Raises:
         ToolMissing: ai-edge-litert or Vela is not installed.
         ConfigError: Vela knows no such system configuration or memory mode.
+        UnsupportedRange: the scales of a calibration leave what a kernel takes; other texts may not.
         LoweringFailed: an operator has no TFLite form, Vela fails, or a bucket does not fit into the memory.
         TimedOut: Vela does not end.
         StorageFailed: a file cannot be written.

@@ -143,6 +143,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
 
     Raises:
         ToolMissing: ai-edge-litert is not installed.
+        UnsupportedRange: the scales of this calibration leave what a kernel takes.
         LoweringFailed: an ONNX operator cannot be written, or the file needs a kernel that is not in `kernels`.
         StorageFailed: the file cannot be written.
     """
@@ -183,6 +184,7 @@ def integer_file(
         interpreter_name: "litert" or "tflite-runtime": whose table of kernels the file is checked against.
 
     Raises:
+        UnsupportedRange: the scales of this calibration leave what a kernel takes.
         LoweringFailed: an ONNX operator cannot be written, or the file needs a kernel that is not in `kernels`.
     """
     from edgeq.backends.tflite import kernels

@@ -56,7 +56,8 @@ def lower_model(graph_model: ir.Model, buckets: Sequence[int], settings: Setting
         settings: of the runtime.
 
     Raises:
-        LoweringFailed: an ONNX operator cannot be written, or its scales leave the kernel's range.
+        UnsupportedRange: the scales of this calibration leave what a kernel takes.
+        LoweringFailed: an ONNX operator cannot be written.
     """
     writer = ModelWriter("edgeq")
     for length in sorted(buckets, reverse=True):
