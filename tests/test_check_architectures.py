@@ -107,8 +107,12 @@ def test_check_gives_the_refusals_of_quantising_and_lowering(
     quantized: Callable[[str], tuple[Any, list[Refusal]]],
     name: str,
 ) -> None:
-    wanted = refusals(made, targets.load_target(name), quantized)
-    assert list(checked[name].problems) == list(dict.fromkeys(wanted))
+    wanted = dict.fromkeys(refusals(made, targets.load_target(name), quantized))
+    said = dict.fromkeys(checked[name].problems)
+    # Whether an outlier branch is there, and with it a copy of 8 bits in 16, depends on ranges: a kernel for it that a
+    # runtime lacks may be met by a calibration and not by random texts.
+    of_ranges = {problem for problem in wanted if "from int8 to int16 is not known to be right" in problem}
+    assert [problem for problem in wanted if problem not in of_ranges or problem in said] == list(said)
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -111,7 +111,10 @@ def plan_of(
     except LoweringFailed as error:
         return (), Plan(problems=(str(error),))
     contents = kernels.read(data)
-    return contents.operators, Plan(problems=tuple(kernels.violations(contents, interpreter_name)))
+    # One sentence for each kernel: how many tensors need it depends on the ranges, too.
+    unknown = (kernels.unknown_kernel(operator, interpreter_name) for operator in contents.operators)
+    floats = [f"{name}: a float tensor" for name in contents.float_tensors]
+    return contents.operators, Plan(problems=tuple(dict.fromkeys([*floats, *filter(None, unknown)])))
 
 
 def settings_of(target: Target) -> Settings:

@@ -134,13 +134,19 @@ def _described(model: schema.ModelT, graph: schema.SubGraphT, operator: schema.O
 
 def violations(contents: Contents, runtime: str) -> list[str]:
     """List the float tensors, and the operators outside the runtime's table of kernels; empty for a good file."""
-    table = KERNELS[runtime]
     found = [f"{name}: a float tensor" for name in contents.float_tensors]
     for operator in contents.operators:
-        if operator.dtypes not in table.get(operator.name, {}).get(operator.version, frozenset()):
-            kinds = " ".join(operator.dtypes[:-1])
-            found.append(
-                f"{operator.signature}: {operator.output}: {operator.name} version {operator.version} from {kinds} to "
-                f"{operator.dtypes[-1]} is not known to be right in {runtime}"
-            )
+        unknown = unknown_kernel(operator, runtime)
+        if unknown is not None:
+            found.append(f"{operator.signature}: {operator.output}: {unknown}")
     return found
+
+
+def unknown_kernel(operator: Operator, runtime: str) -> str | None:
+    """Say which kernel an operator needs that is not known to be right in the runtime, or None."""
+    if operator.dtypes in KERNELS[runtime].get(operator.name, {}).get(operator.version, frozenset()):
+        return None
+    return (
+        f"{operator.name} version {operator.version} from {' '.join(operator.dtypes[:-1])} to {operator.dtypes[-1]} is "
+        f"not known to be right in {runtime}"
+    )
