@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -93,6 +94,17 @@ def exporting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[export_serve
         patch.setattr(subprocess, "run", export_server.forked(server, tmp_path_factory.getbasetemp()))
         yield server
     server.close()
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    """Take back log levels and handlers that a command of the test set, such as `--quiet`: the next test reads logs."""
+    root, ours = logging.getLogger(), logging.getLogger("edgeq")
+    handlers, levels = root.handlers[:], (root.level, ours.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +30,9 @@ EXPORT = ["export", "some-model", "--target", TARGET, "--out", "out"]
 
 
 @pytest.fixture(autouse=True)
-def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EDGEQ_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setitem(BACKENDS, "tiny", TinyBackend())  # type: ignore[arg-type]
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
-    logging.getLogger("edgeq").setLevel(logging.NOTSET)
 
 
 @pytest.fixture
