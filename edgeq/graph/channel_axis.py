@@ -74,11 +74,16 @@ def rows(array: NDArray[np.float32], axis: int | None) -> NDArray[np.float32]:
 
 
 def _has(value: ir.Value, axis: int) -> bool:
-    """Tell whether a value has the axis, of a fixed size; what has no stated shape is taken to have it."""
+    """Tell whether a value has the axis, of a fixed size; what has no stated shape is taken to have it.
+
+    Heads of attention have none, and neither have scores, whose last two axes both grow with the text.
+    """
     shape = dims(value)
     if shape is None:
         return True
-    return len(shape) >= -axis and isinstance(shape[axis], int) and not (len(shape) == 4 and axis in _HEADS)
+    if len(shape) < -axis or not isinstance(shape[axis], int) or (len(shape) == 4 and axis in _HEADS):
+        return False
+    return len(shape) < 4 or any(isinstance(size, int) for size in shape[-2:])
 
 
 def _carried(
