@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -17,27 +14,13 @@ import platformdirs
 from filelock import FileLock
 
 from edgeq.system.files import replacing_dir, sha256_file, storage_errors
+from edgeq.system.progress import Progress, silent
+from edgeq.system.stage import RequestT, Stage, key, require_unchanged
 
 LOCATION_VARIABLE = "EDGEQ_CACHE_DIR"
 _INDEX = "SHA256SUMS"
 
 _log = logging.getLogger(__name__)
-
-
-def key(**inputs: object) -> str:
-    """Hash all inputs that decide an entry's content, and edgeq's own code, to the entry's name."""
-    text = json.dumps({"edgeq": _own_code(), **inputs}, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-@functools.cache
-def _own_code() -> str:
-    """Hash all code of the package: two states of a checkout may have one version, and must not share entries."""
-    package = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -78,14 +61,29 @@ class Cache:
         if self._temporary is not None:
             self._temporary.cleanup()
 
+    def result(self, stage: Stage[RequestT], request: RequestT, progress: Progress = silent) -> Path:
+        """Give the folder with a stage's result for a request; run the stage first if it is not there or damaged.
+
+        Raises:
+            ConfigError: a file that the request names changed while the stage read it.
+            StorageFailed: the cache cannot be written.
+            EdgeqError: whatever the stage raises.
+        """
+
+        def make(folder: Path) -> None:
+            stage.make(request, folder, progress)
+            require_unchanged(request)
+
+        return self.entry(stage.kind, key(request), make)
+
     def entry(self, kind: str, name: str, make: Callable[[Path], None]) -> Path:
         """Give the folder of an entry; make the entry first if it is not there or damaged.
 
-        Two processes that want the same entry at once wait for each other. A killed `make` leaves nothing behind.
+        Stages go through `result`, which knows their keys. Two processes that want the same entry at once wait for each other. A killed `make` leaves nothing behind.
 
         Args:
             kind: of the entry, e.g. "calibration".
-            name: of the entry, as `key` gives it.
+            name: of the entry: the key of all that decides its content.
             make: writes the entry's files into an empty folder.
 
         Raises:
