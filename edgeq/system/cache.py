@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import platformdirs
 from filelock import FileLock
 
-from edgeq.system.files import replacing_dir, sha256_file, storage_errors
+from edgeq.system.files import PREFIX, TemporaryFolder, replacing_dir, sha256_file, storage_errors
 from edgeq.system.progress import Progress, silent
 from edgeq.system.stage import RequestT, Stage, key, require_unchanged
 
@@ -40,14 +39,14 @@ class Cache:
         """Use the folder `root`; None uses the one that EDGEQ_CACHE_DIR names, or else the user's cache directory."""
         named = os.environ.get(LOCATION_VARIABLE)
         self.root = root or (Path(named) if named else platformdirs.user_cache_path("edgeq", appauthor=False))
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: TemporaryFolder | None = None
 
     @classmethod
     def temporary(cls) -> Cache:
         """Make a cache that is removed when it is closed or garbage-collected."""
         with storage_errors("making a temporary cache"):
-            folder = tempfile.TemporaryDirectory(prefix="edgeq-cache-")
-        cache = cls(Path(folder.name))
+            folder = TemporaryFolder(f"{PREFIX}cache-")
+        cache = cls(folder.path)
         cache._temporary = folder
         return cache
 
@@ -59,7 +58,7 @@ class Cache:
     def close(self) -> None:
         """Remove a temporary cache; keep any other."""
         if self._temporary is not None:
-            self._temporary.cleanup()
+            self._temporary.close()
 
     def result(self, stage: Stage[RequestT], request: RequestT, progress: Progress = silent) -> Path:
         """Give the folder with a stage's result for a request; run the stage first if it is not there or damaged.
@@ -79,7 +78,8 @@ class Cache:
     def entry(self, kind: str, name: str, make: Callable[[Path], None]) -> Path:
         """Give the folder of an entry; make the entry first if it is not there or damaged.
 
-        Stages go through `result`, which knows their keys. Two processes that want the same entry at once wait for each other. A killed `make` leaves nothing behind.
+        Stages go through `result`, which makes their keys. Two processes that want the same entry at once wait for each
+        other. A killed `make` leaves nothing behind.
 
         Args:
             kind: of the entry, e.g. "calibration".
