@@ -275,7 +275,10 @@ def test_another_tokenizer_or_limit_with_the_same_weights_is_another_entry(tmp_p
         calibrated = stages.calibrated(floats, plan(texts), 0, cache, lambda *_: None)
         model = stages.quantized(target, calibrated, cache)
         vectors = stages.validation(floats, plan(texts), cache, floats.model.max_sequence)
-        assert model.max_sequence == calibrated.equalized.max_sequence == floats.model.max_sequence
+        limit = floats.model.max_sequence
+        assert model.max_sequence == calibrated.equalized.max_sequence == limit
+        assert (calibrated.calibration.texts.truncated > 0) is (limit == 8)
+        assert vectors.samples.longest == min(limit, 18)
         made.append((calibrated.folder, Path(model.file.path).parent, vectors.reference.tobytes()))
 
     make(floats)
