@@ -13,6 +13,8 @@ from edgeq.bundle.golden import TEXTS, VECTORS, GoldenData, write_golden
 from edgeq.bundle.golden_images import GoldenImages, write_golden_images
 from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle
 from edgeq.bundle.model_card import render_card
+from edgeq.bundle.token_limit import state_limit
+from edgeq.data.tokens import token_limit
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.records import (
     Artifact,
@@ -149,6 +151,7 @@ def _fill(
             _copy(path, directory / path.relative_to(config_dir))
     _copy(device_script(), directory / SCRIPT)
     if isinstance(golden, GoldenData):
+        state_limit(directory, token_limit(lineage.target.buckets_tokens, lineage.source.max_sequence))
         write_golden(directory, golden)
     else:
         write_golden_images(directory, golden)
