@@ -24,9 +24,9 @@ from tiny_bundle import (
 
 from edgeq.backends.registry import BACKENDS
 from edgeq.bundle.checksums import write_sums
+from edgeq.bundle.client_files import state_limit
 from edgeq.bundle.golden import GoldenData, read_golden, write_golden
 from edgeq.bundle.manifest import load_manifest, load_report
-from edgeq.bundle.token_limit import state_limit
 from edgeq.bundle.verify import judge_golden, verify
 from edgeq.bundle.write import write
 from edgeq.data.tokens import token_limit
