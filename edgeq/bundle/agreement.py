@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from edgeq.bundle.client_files import MODULE_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from edgeq.data.batches import PIXELS
+from edgeq.data.tokens import token_limit
 from edgeq.quantization import schemes
 from edgeq.records import Manifest, TextSet
 from edgeq.system.untrusted import oversize, parse_json
 
-# Files by which other libraries cut texts, with the key of the limit in tokens.
-LIMITS: Mapping[str, str] = {"sentence_bert_config.json": "max_seq_length"}
+# Files by which libraries cut texts, with the keys of the limit in tokens: what `edgeq.bundle.client_files` writes.
+LIMITS: Mapping[str, tuple[str, ...]] = {
+    MODULE_CONFIG: ("max_seq_length",),
+    TOKENIZER_CONFIG: ("model_max_length", "max_length"),
+    TOKENIZER: ("truncation.max_length",),
+}
 
-_MOST_BYTES = 1 << 20
+_MOST_BYTES = 1 << 30
 
 
 def disagreements(manifest: Manifest) -> list[str]:
@@ -57,27 +63,51 @@ def _of_calibration(manifest: Manifest) -> list[str]:
     return []
 
 
-def disagreeing_limits(folder: Path, max_sequence: int) -> list[str]:
-    """Say which files of a bundle state another longest text than its records, each with both values.
+def disagreeing_limits(folder: Path, manifest: Manifest, reads_tokenizer: bool) -> list[str]:
+    """Say which files of a bundle state another longest text than the one that was validated, each with both values.
 
     Args:
         folder: of the bundle.
-        max_sequence: of its source record, in tokens.
+        manifest: of the bundle.
+        reads_tokenizer: read tokenizer.json, too, which may have many megabytes.
     """
+    if manifest.source.inputs == (PIXELS,):
+        return []
+    limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
     found = []
-    for name, key in LIMITS.items():
-        path = folder / name
-        if not path.is_file():
+    for name, keys in LIMITS.items():
+        if name == TOKENIZER and not reads_tokenizer:
             continue
-        reason = oversize(path, _MOST_BYTES)
-        try:
-            content = {} if reason is not None else parse_json(path.read_bytes())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            reason = f"not valid JSON ({error})"
-        if reason is None and not isinstance(content, dict):
-            reason = f"a JSON {type(content).__name__} where an object is needed"
-        if reason is not None:
-            found.append(f"{name}: {reason}")
-        elif content.get(key, max_sequence) != max_sequence:
-            found.append(f"{name}: {key} is {content[key]!r}, but source.max_sequence is {max_sequence}")
+        content = _object(folder / name)
+        if isinstance(content, str):
+            found.append(f"{name}: {content}")
+            continue
+        for key, value in _stated(content, keys):
+            if value != limit:
+                found.append(
+                    f"{name}: {key} is {value!r}, but source.max_sequence with the target's buckets is {limit}"
+                )
     return found
+
+
+def _stated(content: Mapping[str, object], keys: Sequence[str]) -> Iterator[tuple[str, object]]:
+    """Give the limits that a file states; a fixed length that a model without a mask is padded to is none."""
+    for key in keys:
+        value: object = content
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        is_padding = key == "max_length" and content.get("padding") == "max_length"
+        if value is not None and not is_padding:
+            yield key, value
+
+
+def _object(path: Path) -> Mapping[str, object] | str:
+    """Read a JSON object, empty where there is no file; or say why it cannot be read."""
+    reason = oversize(path, _MOST_BYTES)
+    if reason is not None:
+        return reason
+    try:
+        content = parse_json(path.read_bytes()) if path.is_file() else {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return f"not valid JSON ({error})"
+    return content if isinstance(content, dict) else f"a JSON {type(content).__name__} where an object is needed"

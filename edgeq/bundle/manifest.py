@@ -51,7 +51,7 @@ def load_manifest(path: Path) -> Manifest:
                 f"{path / MANIFEST}: {ref.path[:100]} is not in the bundle but a file {reason}. "
                 "Fetch or export the bundle again."
             )
-    broken = disagreements(manifest) + disagreeing_limits(path, manifest.source.max_sequence)
+    broken = disagreements(manifest) + disagreeing_limits(path, manifest, reads_tokenizer=False)
     if broken:
         raise BundleCorrupt(f"{path / MANIFEST}: the chain is broken: {'; '.join(broken)}. Export the bundle again.")
     return manifest

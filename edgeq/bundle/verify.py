@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.backends.registry import find
+from edgeq.bundle.agreement import disagreeing_limits
 from edgeq.bundle.checksums import bundle_files, check_sums
 from edgeq.bundle.golden import VECTORS, GoldenData, read_golden
 from edgeq.bundle.golden_images import GoldenImages, read_golden_images
@@ -120,6 +121,7 @@ def _walk(path: Path, manifest: Manifest, report: ParityReport) -> None:
     broken = [f"{name} is {found}, but {other} is {needed}" for name, found, other, needed in links if found != needed]
     for ref in (*manifest.artifact.files, manifest.parity, manifest.golden.vectors, manifest.golden.texts):
         broken += _broken_file(path, ref)
+    broken += disagreeing_limits(path, manifest, reads_tokenizer=True)
     broken += _broken_vendor(manifest)
     broken += _broken_verdict(manifest, report)
     if broken:
