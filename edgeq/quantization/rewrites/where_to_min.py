@@ -43,14 +43,15 @@ def where_to_min(model: ir.Model) -> Rewrites:
 
 
 def _axis_of_tokens(where: ir.Node) -> int | None:
-    """Give the axis, 1 or 2, that all maxima of a tensor with three axes are over."""
+    """Give the axis, 1 or 2, that all maxima of a tensor with three axes, as far as is known, are over."""
     shape, found = dims(where.outputs[0]), set[int]()
     for node in readers(where.outputs[0]):
         axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
         if axes is None or axes.size != 1:
             return None
         found.add(int(axes.reshape(-1)[0]) % 3)
-    return found.pop() if shape is not None and len(shape) == 3 and len(found) == 1 and 0 not in found else None
+    has_three_axes = shape is None or len(shape) == 3
+    return found.pop() if has_three_axes and len(found) == 1 and 0 not in found else None
 
 
 def _write_minimum(graph: ir.Graph, where: ir.Node, mask: ir.Value, hidden: ir.Value, fill: float, tokens: int) -> None:
