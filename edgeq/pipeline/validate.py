@@ -15,6 +15,7 @@ from edgeq.data.prepare import Prepared, prepare
 from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.splits import deduplicate, evenly_spaced
 from edgeq.data.text_files import default_texts, read_texts
+from edgeq.data.text_input import Method
 from edgeq.data.tokenizer import Tokenizer
 from edgeq.data.tokens import batches, token_limit
 from edgeq.errors import ConfigError
@@ -114,9 +115,12 @@ def embedders(bundle: Path, float_model: Path) -> tuple[Embed, Embed]:
 
 
 def embed_with(embedder: Embedder) -> Embed:
-    """Wrap an embedder as a function of texts and a prompt's name."""
+    """Wrap an embedder as a function of texts and the name of its method."""
 
-    def embed(texts: Sequence[str], prompt: str | None) -> Embeddings:
-        return embedder.encode(texts, prompt_name=prompt)
+    def embed(texts: Sequence[str], method: Method) -> Embeddings:
+        methods = {
+            "encode": embedder.encode, "encode_query": embedder.encode_query, "encode_document": embedder.encode_document,
+        }  # fmt: skip
+        return methods[method](texts)
 
     return embed
