@@ -18,6 +18,16 @@ from edgeq.records import Manifest
 _log = logging.getLogger(__name__)
 
 
+def require_batch_size(batch_size: object) -> None:
+    """Refuse a batch size that is no positive integer.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"encode: batch_size is {batch_size!r}; an integer of at least 1 is needed.")
+
+
 class Embedder:
     """Embed texts with a loaded artifact and its tokenizer; `edgeq.load` makes one."""
 
@@ -54,8 +64,8 @@ class Embedder:
             float32[texts, dim], in the order of the texts.
 
         Raises:
-            ConfigError: `texts` is a single string or holds other objects than strings, the batch size is not
-                positive, the model has no prompt of this name, or both prompts are given.
+            ConfigError: `texts` is a single string, no ordered collection, or holds other objects than strings, the
+                batch size is no positive integer, the model has no prompt of this name, or both prompts are given.
         """
         return self._embed(self.inputs.tokens(texts, "encode", prompt_name, prompt), "encode", batch_size)
 
@@ -82,8 +92,7 @@ class Embedder:
 
     def _embed(self, tokens: Tokens, method: Method, batch_size: int) -> NDArray[np.float32]:
         """Run tokens through the artifact, and warn of texts that were cut."""
-        if batch_size < 1:
-            raise ConfigError(f"encode: batch_size is {batch_size}; at least 1 is needed.")
+        require_batch_size(batch_size)
         if not len(tokens):
             return np.empty((0, self.dim), np.float32)
         if tokens.truncated:

@@ -7,18 +7,22 @@ cache and in every bundle, so that any copy of the tokenizer can be compared wit
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from edgeq.data.text_input import METHODS, Method, TextInput
+from edgeq.data.text_input import Method, TextInput
 from edgeq.data.tokenizer import Tokenizer
-from edgeq.errors import ConfigError
+from edgeq.errors import ConfigError, ParityFailed
 from edgeq.records import EndToEnd, Record, Source
 from edgeq.system.untrusted import oversize
 
 FILE = "end_to_end.json"
+ERROR_MAX = 1e-3  # of a vector's length: docs/decisions/export.md has the figures
 _MOST_BYTES = 32 << 20
 _SHOWN_FAILURES, _SHOWN_CHARS = 3, 40
 _WORDS = "the bank of the river runs past house number".split()
@@ -73,6 +77,7 @@ class OwnPath(Record):
     vectors: int = 0
     cosine_min: float | None = None
     error_max: float | None = None
+    farthest: str | None = None  # the method and text of the largest distance
 
     def expected(self, method: Method, row: int) -> tuple[int, ...]:
         """Give the ids of a text by a method."""
@@ -125,6 +130,52 @@ def read(folder: Path) -> OwnPath:
         raise ConfigError(f"{path}: {error.errors()[0]['msg']}. Fetch or export the bundle again.") from error
 
 
+def write(own: OwnPath, folder: Path) -> None:
+    """Write the ids of the source's own path beside a tokenizer."""
+    (folder / FILE).write_text(own.model_dump_json() + "\n", encoding="utf-8", newline="\n")
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Hold how far FP32's vector of a text is from the source's own.
+
+    Attributes:
+        method: that made both.
+        row: position of the text.
+        cosine: of the two.
+        error: length of their difference, relative to the source's vector.
+    """
+
+    method: Method
+    row: int
+    cosine: float
+    error: float
+
+
+def distance(method: Method, row: int, found: NDArray[np.float32], expected: NDArray[np.float32]) -> Distance:
+    """Measure two vectors, float32[dim] each; two zero vectors, of a text without a token, are the same."""
+    mine, own = found.astype(np.float64), expected.astype(np.float64)
+    lengths = float(np.linalg.norm(mine)), float(np.linalg.norm(own))
+    error = float(np.linalg.norm(mine - own))
+    if lengths == (0.0, 0.0):
+        return Distance(method, row, 1.0, 0.0)
+    if not min(lengths) > 0.0 or not np.isfinite(error):
+        return Distance(method, row, 0.0, 1.0)
+    return Distance(method, row, min(1.0, float(mine @ own) / (lengths[0] * lengths[1])), error / lengths[1])
+
+
+def with_distances(own: OwnPath, distances: Sequence[Distance]) -> OwnPath:
+    """Note the figures of FP32's vectors."""
+    worst = max(distances, key=lambda item: item.error)
+    figures = {
+        "vectors": len(distances),
+        "cosine_min": min(item.cosine for item in distances),
+        "error_max": worst.error,
+        "farthest": f"{worst.method}({_shown(own.texts[worst.row])})",
+    }
+    return own.model_copy(update=figures)
+
+
 def compare(folder: Path, source: Source, limit: int) -> EndToEnd:
     """Compare the ids of the tokenizer in a folder with those of the source's own path.
 
@@ -154,6 +205,11 @@ def compare(folder: Path, source: Source, limit: int) -> EndToEnd:
                 failures.append(_difference(own, method, row, ids, expected))
     if len(failures) > _SHOWN_FAILURES:
         failures = [*failures[:_SHOWN_FAILURES], f"{len(failures) - _SHOWN_FAILURES} more differ."]
+    if own.error_max is not None and not own.error_max <= ERROR_MAX:
+        failures.append(
+            f"{own.farthest}: FP32's vector is {own.error_max:.1e} of its length away from {own.against}'s own (cosine "
+            f"{own.cosine_min:.6f}); at most {ERROR_MAX:g} is allowed."
+        )
     return EndToEnd(
         status="failed" if failures else "passed" if compared else "not compared",
         against=own.against,
@@ -172,18 +228,31 @@ def _difference(own: OwnPath, method: str, row: int, found: tuple[int, ...], exp
         (place for place, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]),
         min(len(found), len(expected)),
     )
-    text = own.texts[row]
-    shown = repr(text[:_SHOWN_CHARS]) + ("..." if len(text) > _SHOWN_CHARS else "")
     here, there = (str(ids[at]) if at < len(ids) else "no id" for ids in (found, expected))
     return (
-        f"{method}({shown}): tokenizer.json gives {len(found)} token ids and {own.against} {len(expected)}; from "
-        f"position {at} on they differ, {here} and {there}."
+        f"{method}({_shown(own.texts[row])}): tokenizer.json gives {len(found)} token ids and {own.against} "
+        f"{len(expected)}; from position {at} on they differ, {here} and {there}."
     )
+
+
+def require_same(found: EndToEnd, name: str) -> None:
+    """Refuse tokens or vectors that differ from the source's own.
+
+    Raises:
+        ParityFailed: they do.
+    """
+    if found.status == "failed":
+        raise ParityFailed(
+            f"{name}: texts come out otherwise than from the model itself: {' '.join(found.failures)} "
+            "Make the tokenizer.json and the settings beside it agree; if they do, report the model."
+        )
+
+
+def _shown(text: str) -> str:
+    """Give the beginning of a text, in quotes."""
+    return repr(text[:_SHOWN_CHARS]) + ("..." if len(text) > _SHOWN_CHARS else "")
 
 
 def _words(count: int) -> str:
     """Give a text of this many words and numbers."""
     return " ".join(_WORDS[row % len(_WORDS)] if row % 10 else str(row) for row in range(max(1, count)))
-
-
-__all__ = ["FILE", "METHODS", "OwnPath", "compare", "compressed", "identity", "read", "texts", "without"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Literal, get_args
 
 from edgeq.data.tokenizer import Tokenizer
@@ -10,6 +11,7 @@ from edgeq.data.tokens import Tokens
 from edgeq.errors import ConfigError
 from edgeq.records import Source
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 Method = Literal["encode", "encode_query", "encode_document"]
 METHODS: tuple[Method, ...] = get_args(Method)
 # The prompts that each method looks for, in the order in which sentence-transformers does.
@@ -52,19 +54,25 @@ class TextInput:
             prompt: a string to put before each text instead; "" puts none.
 
         Raises:
-            ConfigError: `texts` is a single string or holds other objects than strings, the model has no prompt of this
-                name, both prompts are given, or the tokenizer fails.
+            ConfigError: `texts` is a single string, no ordered collection, or holds other objects than strings, the
+                model has no prompt of this name, both prompts are given, or the tokenizer fails.
         """
         if prompt is None:
             prompt = self._prompt(method, prompt_name)
         elif prompt_name is not None:
             raise ConfigError(f"encode: prompt is {prompt!r} and prompt_name {prompt_name!r}; give one of them.")
+        elif not isinstance(prompt, str):
+            raise ConfigError(f"encode: prompt is of type {type(prompt).__name__}; a string is needed.")
         if isinstance(texts, str):
             raise ConfigError(f'encode: texts is the string {texts[:40]!r}; a list is needed. Write encode(["..."]).')
+        if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping | Set):
+            raise ConfigError(f"encode: texts is of type {type(texts).__name__}; a list of strings is needed.")
         prompted: list[str] = []
         for position, text in enumerate(texts):
             if not isinstance(text, str):
                 raise ConfigError(f"encode: texts[{position}] is of type {type(text).__name__}; a string is needed.")
+            if not text.isascii() and (half := _LONE_SURROGATE.search(text)):
+                raise ConfigError(f"encode: texts[{position}] holds {half[0]!r}, half a character (a lone surrogate).")
             prompted.append(prompt + text)
         return self._tokenizers[method].encode(prompted)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,8 @@ def export(
     """
     if isinstance(targets, str):
         raise ConfigError(f'export: targets is the string {targets!r}; a list is needed. Write targets=["{targets}"].')
+    if not isinstance(targets, Iterable):
+        raise ConfigError(f"export: targets is of type {type(targets).__name__}; a list of names is needed.")
     with files.work_dir() as folder:
         options = OnnxOptions(_tokenizer(tokenizer, folder), max_sequence, normalize)
         if isinstance(model, str | Path):
@@ -134,6 +136,9 @@ def _texts(texts: Sequence[str] | str | Path | None, path: Path) -> Path | None:
     """Give the path of a file of texts; a list is written to `path` first."""
     if texts is None or isinstance(texts, str | Path):
         return Path(texts) if texts is not None else None
+    if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
+        raise ConfigError(f"export: texts is of type {type(texts).__name__}; a list of strings or a path is needed.")
+    texts = list(texts)  # an iterator can be read once
     for position, text in enumerate(texts):
         if not isinstance(text, str):
             raise ConfigError(f"export: texts[{position}] is of type {type(text).__name__}; a string is needed.")

@@ -15,6 +15,7 @@ import psutil
 
 from edgeq.calibration import observe
 from edgeq.calibration.file import load, save
+from edgeq.data import end_to_end
 from edgeq.data.prepare import identities, prepare
 from edgeq.data.probes import text_probes
 from edgeq.data.sessions import embed_batches
@@ -74,7 +75,11 @@ def float_model(located: Located, has_hidden_state: bool, cache: Cache, float_op
         write_record(folder / "model.json", model)
 
     name = key(
-        source=located.sha256, hidden_state=has_hidden_state, float_ops=list(float_ops), tools=versions(EXPORT_TOOLS)
+        source=located.sha256,
+        compared=end_to_end.identity(),
+        hidden_state=has_hidden_state,
+        float_ops=list(float_ops),
+        tools=versions(EXPORT_TOOLS),
     )
     folder = cache.entry("float-model", name, make)
     record = Source.model_validate_json((folder / "source.json").read_bytes()).model_copy(

@@ -6,6 +6,7 @@ The model runs as sentence-transformers loads it, before anything is rewritten: 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -16,24 +17,51 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.data import end_to_end
-from edgeq.data.end_to_end import METHODS, OwnPath
-from edgeq.data.text_input import Method
+from edgeq.data.end_to_end import OwnPath
+from edgeq.data.text_input import METHODS, Method
+from edgeq.frontend import settings
+from edgeq.frontend.locate import Located
+from edgeq.frontend.torch import sentence_transformers
 from edgeq.frontend.torch.errors import explain
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+IDS, VECTORS = "own_path.json", "own_path.npz"
 _LONGEST_VECTOR = 512  # tokens; of longer texts the ids are compared alone, which takes no time
 _LONG, _LONG_VECTORS = 128, 3  # of so many texts of more than so many tokens vectors are made
 _ALWAYS = 4  # texts whose vectors are made by each method, even where the ids are those of encode
 FloatArray = NDArray[np.float32]
+Arrays = dict[str, NDArray[Any]]
+Vectors = dict[Method, dict[int, FloatArray]]  # by the position of the text
 
 
 class _OnlyIds(Exception):
     """Stop a run whose token ids are enough."""
 
 
-def run(model: SentenceTransformer, limit: int | None, dim: int | None) -> tuple[OwnPath, dict[str, NDArray[Any]]]:
+def of_model(model: SentenceTransformer, located: Located) -> tuple[OwnPath, Arrays]:
+    """Run a model of texts as sentence-transformers loads it; its own limit is lowered where it states too much.
+
+    sentence-transformers fails on a text of more tokens than the model has positions. Where the model states more, or
+    no limit at all, texts are cut where a bundle cuts them.
+    """
+    if sentence_transformers.is_static(model):
+        truncation: Any = model.tokenizer.truncation
+        return _run(model, None if truncation is None else int(truncation["max_length"]), located.dim)
+    stated = settings.read(located.directory).max_length
+    limit = sentence_transformers.usable_tokens(model)
+    if model.max_seq_length is None or model.max_seq_length > limit:
+        model.max_seq_length = limit
+    return _run(model, limit if stated is None else min(stated, limit), located.dim)
+
+
+def of_tokenizer(model: SentenceTransformer) -> tuple[OwnPath, Arrays]:
+    """Run the tokenizer alone of a model that is no sentence-transformers directory."""
+    return _tokenizer_ids(model.tokenizer, int(model.max_seq_length or 0), getattr(model[0], "padded_to", 0)), {}
+
+
+def _run(model: SentenceTransformer, limit: int | None, dim: int | None) -> tuple[OwnPath, Arrays]:
     """Run the three methods on each text of the list, alone.
 
     Args:
@@ -78,7 +106,7 @@ def run(model: SentenceTransformer, limit: int | None, dim: int | None) -> tuple
     reason = f"{name} itself fails on {len(left_out)} of {len(given)} texts: {left_out[0]}" if left_out else None
     if 2 * len(texts) < len(given):
         return end_to_end.without(reason or ""), {}
-    arrays: dict[str, NDArray[Any]] = {}
+    arrays: Arrays = {}
     for method, made in vectors.items():
         arrays[f"{method}_rows"] = np.array(sorted(made), np.int64)
         arrays[f"{method}_vectors"] = np.array([made[row] for row in sorted(made)], np.float32)
@@ -88,7 +116,7 @@ def run(model: SentenceTransformer, limit: int | None, dim: int | None) -> tuple
     return own_path, arrays
 
 
-def tokenizer_ids(tokenizer: Any, limit: int, padded_to: int = 0) -> OwnPath:
+def _tokenizer_ids(tokenizer: Any, limit: int, padded_to: int = 0) -> OwnPath:
     """Note the ids of transformers' tokenizer alone, for a source that sentence-transformers does not open.
 
     Args:
@@ -103,14 +131,31 @@ def tokenizer_ids(tokenizer: Any, limit: int, padded_to: int = 0) -> OwnPath:
     return OwnPath(against=name, texts=texts, ids=end_to_end.compressed({"encode": ids}))
 
 
-def write(own: OwnPath, arrays: dict[str, NDArray[Any]], json_path: Path, npz_path: Path) -> None:
+def write(made: tuple[OwnPath, Arrays], folder: Path) -> None:
     """Write ids and vectors for the process that converts the graph."""
-    json_path.write_text(own.model_dump_json(), encoding="utf-8")
-    np.savez(npz_path, allow_pickle=False, **arrays)
+    own, arrays = made
+    (folder / IDS).write_text(own.model_dump_json(), encoding="utf-8")
+    np.savez(folder / VECTORS, allow_pickle=False, **arrays)
+
+
+def read(folder: Path) -> tuple[OwnPath, Vectors]:
+    """Read what `write` wrote: the ids, and by method and position of the text a vector, float32[dim]."""
+    own = OwnPath.model_validate_json((folder / IDS).read_bytes())
+    with np.load(folder / VECTORS, allow_pickle=False) as archive:
+        vectors: Vectors = {
+            method: dict(zip(archive[f"{method}_rows"].tolist(), archive[f"{method}_vectors"], strict=True))
+            for method in METHODS
+            if f"{method}_rows" in archive
+        }
+    return own, vectors
 
 
 def _run_one(
-    model: SentenceTransformer, method: Method, text: str, known: tuple[int, ...] | None, longest: int,
+    model: SentenceTransformer,
+    method: Method,
+    text: str,
+    known: tuple[int, ...] | None,
+    longest: int,
     options: dict[str, Any],
 ) -> tuple[tuple[int, ...], FloatArray | None]:
     """Run one method on one text; give its ids, and its vector unless the ids are `known` or more than `longest`."""
@@ -123,7 +168,9 @@ def _run_one(
 
 
 @contextmanager
-def _watched(model: SentenceTransformer, known: tuple[int, ...] | None, longest: int) -> Iterator[list[tuple[int, ...]]]:
+def _watched(
+    model: SentenceTransformer, known: tuple[int, ...] | None, longest: int
+) -> Iterator[list[tuple[int, ...]]]:
     """Note the token ids that reach the model's modules, and stop where they are `known` or more than `longest`."""
     seen: list[tuple[int, ...]] = []
     forward = model.forward
@@ -136,11 +183,24 @@ def _watched(model: SentenceTransformer, known: tuple[int, ...] | None, longest:
             raise _OnlyIds
         return forward(features, **kwargs)
 
-    model.forward = noted  # type: ignore[method-assign]
+    model.forward = noted  # type: ignore[method-assign,assignment]
     level = logging.getLogger("transformers").level
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         yield seen
     finally:
-        del model.forward  # type: ignore[method-assign]
+        del model.forward
         logging.getLogger("transformers").setLevel(level)
+
+
+def main() -> int:
+    """Print the ids of transformers' tokenizer of a folder, as JSON: `FOLDER LIMIT` are on the command line."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], local_files_only=True)
+    sys.stdout.write(_tokenizer_ids(tokenizer, int(sys.argv[2])).model_dump_json())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
