@@ -73,4 +73,4 @@ def _of_tokenizer(file: OnnxFile) -> OwnPath:
     if child.returncode != 0:
         last = (child.stderr.strip() or "no message").splitlines()[-1]
         return end_to_end.without(f"transformers' tokenizer cannot be loaded here ({last})")
-    return OwnPath.model_validate_json(child.stdout.strip().splitlines()[-1])
+    return OwnPath.model_validate_json(child.stdout.rstrip("\n").rpartition("\n")[2])

@@ -174,8 +174,11 @@ def stated_limit(tokenizer: Path) -> int | None:
     """
     folder = tokenizer.parent
     truncation = read_json(tokenizer).get("truncation") or {}
+    encoder = read_json(folder / "sentence_bert_config.json")
+    called = encoder.get("processing_kwargs") or {}
     found = (
-        read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
+        *((called.get(part) or {}).get("max_length") for part in ("common", "text")),
+        encoder.get("max_seq_length"),
         read_json(folder / "tokenizer_config.json").get("model_max_length"),
         truncation.get("max_length"),
         read_json(folder / CONFIG).get("max_position_embeddings"),

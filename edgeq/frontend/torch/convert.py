@@ -63,7 +63,7 @@ def convert(located: Located, out_dir: Path, hidden_state: bool) -> Source:
     for row, (ids, mask, vectors) in enumerate(arrays):
         named |= {f"{row}_0": ids, f"{row}_1": mask, f"{row}_2": vectors}
     np.savez(out_dir / PROBES, allow_pickle=False, **named)
-    write_configuration(model, out_dir / CONFIG)
+    write_configuration(model, out_dir / CONFIG, record)
     with external_data.outside(out_dir / _OUTSIDE):
         external_data.save(_to_onnx(model, hidden_state, located.name, record.max_sequence), out_dir / RAW)
     (out_dir / SOURCE).write_text(record.model_dump_json(), encoding="utf-8")
