@@ -41,3 +41,13 @@ class EndToEnd(Record):
     error_max: float | None = None  # the largest distance of two vectors, relative to the source's vector
     reason: str | None = None  # why it was not compared, or why only in part
     failures: tuple[str, ...] = ()
+
+    @property
+    def sentence(self) -> str:
+        """Say in one sentence what was compared, and what came of it."""
+        if self.status == "not compared":
+            return f"not compared with the source's own path: {self.reason}"
+        said = f"{self.status}: the token ids of {self.compared} texts"
+        if self.cosine_min is not None and self.error_max is not None:
+            said += f" and {self.vectors} FP32 vectors (cosine {self.cosine_min:.7f}, error {self.error_max:.1e})"
+        return f"{said} against {self.against}{f'; {self.reason}' if self.reason else ''}"
