@@ -340,7 +340,7 @@ def test_embed_gives_every_record_its_row(path: Path, tmp_path: Path, capsys: py
     np.testing.assert_array_equal(np.load(out), every[[0, 2]])
     assert listed.read_text(encoding="ascii") == "1\n"
     told = capsys.readouterr()
-    assert json.loads(told.out[told.out.rindex("{") :])["skipped"] == 1 and "1 blank records" in told.err
+    assert json.loads(told.out[told.out.rindex("{") :])["skipped"] == 1 and "1 blank record is left out" in told.err
     texts.write_text("text\n \n", encoding="utf-8")
     assert cli.run([*command, "--skip-blank"]) == 2
 

@@ -138,7 +138,8 @@ def _list_skipped(out: Path, rows: list[int]) -> Path:
     with replacing(path) as partial:
         partial.write_text("".join(f"{row}\n" for row in rows), encoding="ascii")
     if rows:
-        console.note(f"{len(rows)} blank records are left out; their numbers, from 0, stand in {path}.")
+        count = "1 blank record is" if len(rows) == 1 else f"{len(rows)} blank records are"
+        console.note(f"{count} left out; the numbers, from 0, stand in {path}.")
     return path
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from edgeq.errors import ConfigError, Unsupported
-from edgeq.frontend.known_settings import ENCODER, MODEL, MODULES, PROCESSING, TABLES, TOKENIZER_CONFIG
+from edgeq.frontend.known_settings import ENCODER as ENCODER
+from edgeq.frontend.known_settings import MODEL, MODULES, PROCESSING, TABLES, TOKENIZER_CONFIG
 
 UNKNOWN = " (unknown)"  # ends the name of an unknown setting among the unused
 # The names under which old releases saved the encoder's file, in the order in which sentence-transformers looks.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from edgeq.targets import load_target
 
 if TYPE_CHECKING:
     import torch
+
+_log = logging.getLogger(__name__)
 
 _MODULE_LIMIT = 512  # tokens, where neither the caller nor the tokenizer says more
 
@@ -174,6 +177,9 @@ def _module(
 
     if options.tokenizer is None:
         raise ConfigError(f"export: {type(model).__name__} is a module, and texts need its tokenizer; give tokenizer=")
-    limit = options.max_sequence or stated_limit(tokenizer_file(options.tokenizer)) or _MODULE_LIMIT
+    limit = options.max_sequence or stated_limit(tokenizer_file(options.tokenizer))
+    if limit is None:
+        limit = _MODULE_LIMIT
+        _log.warning("export: nothing says how long a text may be; %d tokens are taken. Give max_sequence=.", limit)
     path = module.write_onnx(model, example_inputs, folder, limit)
     return str(path), replace(options, kind="module")
