@@ -13,7 +13,7 @@ from edgeq.data import image_preprocessing
 from edgeq.data.batches import PIXELS, PixelFeeds
 from edgeq.data.image_preprocessing import Preprocessing
 from edgeq.errors import ConfigError, Unsupported
-from edgeq.frontend import locate
+from edgeq.frontend import locate, settings
 from edgeq.frontend.locate import Located
 from edgeq.frontend.torch import sentence_transformers
 from edgeq.records import Source
@@ -50,6 +50,7 @@ def source_of_images(located: Located, model: SentenceTransformer) -> Source:
         max_sequence=1,
         prompts={},
         default_prompt_name=None,
+        unused_settings=settings.read(located.directory, takes_images=True).unused,
     )
 
 
