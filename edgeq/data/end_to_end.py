@@ -6,7 +6,6 @@ cache and in every bundle, so that any copy of the tokenizer can be compared wit
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,11 +90,6 @@ def texts(limit: int | None) -> tuple[str, ...]:
         return (*_TEXTS, _words(40), _words(150))
     far = " ".join(f"\u516c\u56ed{row}, \u00dcber-{row} \U0001f44d" for row in range(limit // 4 + 8))
     return (*_TEXTS, _words(limit - 2), _words(limit + 8), f"  {_words(2 * limit)}\n", far)
-
-
-def identity() -> str:
-    """Give the sha256 of the texts: part of the key of what is stored with their ids."""
-    return hashlib.sha256("\0".join(texts(64)).encode()).hexdigest()
 
 
 def without(reason: str) -> OwnPath:
