@@ -57,8 +57,8 @@ def write_float_model(
     """
     with tempfile.TemporaryDirectory(dir=out_dir) as folder, external_data.outside(Path(folder) / "weights"):
         seen = _confined(located, Path(folder) / "source")
+        raw_dir = Path(folder) / "raw"
         with _told_as(located, seen):
-            raw_dir = Path(folder) / "raw"
             if seen.onnx is not None:
                 raw = convert(seen, seen.onnx, out_dir / CONFIG, hidden_state)
             else:

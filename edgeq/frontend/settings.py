@@ -18,7 +18,7 @@ from edgeq.frontend.known_settings import MODEL, MODULES, PROCESSING, TABLES, TO
 
 UNKNOWN = " (unknown)"  # ends the name of an unknown setting among the unused
 # The names under which old releases saved the encoder's file, in the order in which sentence-transformers looks.
-_ENCODERS = (ENCODER, *(f"sentence_{kind}_config.json" for kind in (
+ENCODER_FILES = (ENCODER, *(f"sentence_{kind}_config.json" for kind in (
     "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet",
 )))  # fmt: skip
 _TEXT = ("text", "common")
@@ -123,7 +123,7 @@ def _module_files(directory: Path) -> Iterator[tuple[Path, str, dict[str, Any]]]
         folder = directory / str(entry.get("path", ""))
         kind = str(entry.get("type", "")).rpartition(".")[2]
         if position == 0 and kind != "StaticEmbedding":
-            file = next((folder / name for name in _ENCODERS if (folder / name).is_file()), None)
+            file = next((folder / name for name in ENCODER_FILES if (folder / name).is_file()), None)
             if file is not None:
                 yield file, ENCODER, _object(file)
         elif f"{kind}/config.json" in TABLES and entry.get("path") and (folder / "config.json").is_file():

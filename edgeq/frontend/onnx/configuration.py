@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 from edgeq.frontend import tokenizer_config
-from edgeq.frontend.known_settings import ENCODER
 from edgeq.frontend.onnx.find import CARRIED, CONFIG, MODULES, PROMPTS, TOKENIZER, OnnxFile, read_json
 from edgeq.frontend.onnx.pooling_heads import FLAGS, Head
+from edgeq.frontend.settings import ENCODER
 
 
 def opens_in_sentence_transformers(file: OnnxFile, head: Head) -> bool:

@@ -23,7 +23,7 @@ CARRIED = (
     CONFIG, "added_tokens.json", "chat_template.jinja", PROMPTS, "merges.txt", "sentencepiece.bpe.model",
     "special_tokens_map.json", "spiece.model", "tokenizer.model", _TOKENIZER_CONFIG, "vocab.json", "vocab.txt",
 )  # fmt: skip
-CONFIGURATION = (*CARRIED, MODULES, settings.ENCODER)
+CONFIGURATION = (*CARRIED, MODULES, *settings.ENCODER_FILES)
 SUFFIX = ".onnx"
 
 _log = logging.getLogger(__name__)
