@@ -122,6 +122,8 @@ def export(request: ExportRequest, progress: Progress, run_targets: RunTargets =
         backend.tools()
         require_device(backend, target)
         require_replaceable(request.out / target.name)
+    if located.onnx is None:  # what cannot be honoured is told before anything is loaded
+        settings.read(located.directory, located.takes_images)
     if request.dry_run:
         return tuple(_not_run(target) for target in request.targets)
     progress("export", 0, 1)
