@@ -1,6 +1,6 @@
 // Run .tflite files in LiteRT.js (WebAssembly) in Node.js: `node litert_js_child.mjs PACKAGES`, where PACKAGES holds
 // @litertjs/core. It answers the lines of JSON of `edgeq.system.worker`: {"do": "load", "path"} and
-// {"do": "run", "signature", "inputs"}. LiteRT.js passes 32-bit integers and floats only, in and out.
+// {"do": "run" or "run_many", "signature", "inputs"}. LiteRT.js passes 32-bit integers and floats only, in and out.
 
 import fs from "node:fs";
 import { createRequire } from "node:module";
@@ -23,10 +23,9 @@ globalThis.importScripts = (file) => vm.runInThisContext(fs.readFileSync(file, "
 let litert, model;
 
 async function load({ path: file }) {
-  litert ??= await import(pathToFileURL(path.join(core, "dist", "index.js")));
-  if (!litert.isLoaded) {
+  if (!litert) {
+    litert = await import(pathToFileURL(path.join(core, "dist", "index.js")));
     await litert.loadLiteRt(`${globalThis.__dirname}/`, { threads: false });
-    litert = { ...litert, isLoaded: true };
   }
   model?.delete();
   model = undefined;
@@ -34,28 +33,56 @@ async function load({ path: file }) {
   return { signatures: Object.keys(model.signatures) };
 }
 
-async function run({ signature, inputs }) {
+function unpack({ dtype, shape, data }) {
+  if (dtype !== "<i4") throw new Error(`an input is ${dtype}; <i4 is needed`);
+  const bytes = Buffer.from(data, "base64");
+  return { shape, numbers: new Int32Array(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.length)) };
+}
+
+async function once(signature, arrays) {
   const given = {};
-  for (const [name, packed] of Object.entries(inputs)) {
-    if (packed.dtype !== "<i4") throw new Error(`input ${name} is ${packed.dtype}; <i4 is needed`);
-    const bytes = Buffer.from(packed.data, "base64");
-    const numbers = new Int32Array(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.length));
-    given[name] = new litert.Tensor(numbers, packed.shape);
-  }
-  const results = await model.run(signature, given);
-  const outputs = {};
-  for (const [name, tensor] of Object.entries(results)) {
+  for (const [name, { numbers, shape }] of Object.entries(arrays)) given[name] = new litert.Tensor(numbers, shape);
+  const found = {};
+  for (const [name, tensor] of Object.entries(await model.run(signature, given))) {
     const array = tensor.toTypedArray();
-    const data = Buffer.from(array.buffer, array.byteOffset, array.byteLength).toString("base64");
-    outputs[name] = { dtype: "<i4", shape: [...tensor.type.layout.dimensions], data };
     if (!(array instanceof Int32Array)) throw new Error(`output ${name} has no 32-bit integers`);
+    const bytes = array.buffer.slice(array.byteOffset, array.byteOffset + array.byteLength);
+    found[name] = { shape: [...tensor.type.layout.dimensions], bytes: Buffer.from(bytes) };
     tensor.delete();
   }
   for (const tensor of Object.values(given)) tensor.delete();
+  return found;
+}
+
+function packed(shape, bytes) {
+  return { dtype: "<i4", shape, data: bytes.toString("base64") };
+}
+
+async function run({ signature, inputs }) {
+  const arrays = Object.fromEntries(Object.entries(inputs).map(([name, item]) => [name, unpack(item)]));
+  const found = Object.entries(await once(signature, arrays));
+  return { outputs: Object.fromEntries(found.map(([name, { shape, bytes }]) => [name, packed(shape, bytes)])) };
+}
+
+async function runMany({ signature, inputs }) {
+  const arrays = Object.entries(inputs).map(([name, item]) => [name, unpack(item)]);
+  const count = arrays[0][1].shape[0];
+  const rows = [];
+  for (let row = 0; row < count; row++) {
+    const one = arrays.map(([name, { numbers, shape }]) => {
+      const size = numbers.length / count;
+      return [name, { numbers: numbers.slice(row * size, (row + 1) * size), shape: shape.slice(1) }];
+    });
+    rows.push(await once(signature, Object.fromEntries(one)));
+  }
+  const outputs = {};
+  for (const [name, { shape }] of Object.entries(rows[0])) {
+    outputs[name] = packed([count, ...shape], Buffer.concat(rows.map((found) => found[name].bytes)));
+  }
   return { outputs };
 }
 
-const actions = { load, run };
+const actions = { load, run, run_many: runMany };
 for await (const line of readline.createInterface({ input: process.stdin })) {
   const request = JSON.parse(line);
   put({ announce: `${request.do} of ${request.path ?? "the model"}` });
