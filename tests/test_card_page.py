@@ -14,7 +14,7 @@ from tiny_card import MissingBackend, write_bundle, write_float
 from edgeq import cli
 from edgeq.analysis.layer_errors import LayerErrors, TensorError
 from edgeq.backends.registry import BACKENDS
-from edgeq.bundle.benchmark import Latency
+from edgeq.bundle.turns import Latency
 from edgeq.errors import ConfigError, ToolMissing
 from edgeq.reports import plots
 from edgeq.reports.card import Request, make_card

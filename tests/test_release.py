@@ -17,7 +17,7 @@ from tiny_bundle import MEASURES, TinyBackend, make_bundle, make_report, make_ta
 
 from edgeq import cli
 from edgeq.backends.registry import BACKENDS
-from edgeq.bundle.benchmark import Latency
+from edgeq.bundle.turns import Latency
 from edgeq.devices.report import Agreement, Conditions, DeviceCell, DeviceMachine, DeviceReport, keep_report
 from edgeq.errors import BundleCorrupt, ConfigError, ReleaseRefused
 from edgeq.release import archives, make, sign

@@ -18,10 +18,17 @@ COLUMNS = (
     "Spearman",
     "top-10",
     "ms, 1 x 128",
-    "speed-up",
+    "speed-up, 95 %",
     "ran on",
     "result",
 )
+
+
+def shown(speedup: dict[str, Any]) -> str:
+    """Show a speed-up as `edgeq bench` measured it: the median with its interval, and what that tells."""
+    low, high = speedup["low"], speedup["high"]
+    interval = "" if low is None else f" [{low:.2f}, {high:.2f}]"
+    return f"{speedup['median']:.2f}x{interval} {speedup['verdict']}"
 
 
 def row(bundle: dict[str, Any], bench: dict[str, Any]) -> list[str]:
@@ -37,7 +44,7 @@ def row(bundle: dict[str, Any], bench: dict[str, Any]) -> list[str]:
         f"{bundle['size_bytes'] / 1e6:.1f}",
         *quality,
         "-" if latency is None else f"{latency['p50_ms']:.2f}",
-        "-" if speedup is None else f"{speedup:.2f}x",
+        "-" if speedup is None else shown(speedup),
         bundle["ran_on"],
         bundle["status"],
     ]

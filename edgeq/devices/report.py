@@ -14,9 +14,9 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from edgeq.bundle.benchmark import Latency
 from edgeq.bundle.checksums import SUMS
 from edgeq.bundle.manifest import MANIFEST, load_manifest
+from edgeq.bundle.turns import Latency
 from edgeq.errors import BundleCorrupt, ConfigError
 from edgeq.evaluation.gate import judge
 from edgeq.records import Manifest, Measures, Placement, Record, RunKind, Sha256
