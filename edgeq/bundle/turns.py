@@ -172,7 +172,7 @@ def ratio(times: Turns, other: Turns, against: str) -> Ratio:
     """
     found = paired_times.median_interval(paired_times.paired_ratios(times.rounds_ms, other.rounds_ms))
     return Ratio(
-        against=against, pairs=found.count, median=found.median, low=found.low, high=found.high, level=found.level,
+        against=against, pairs=found.size, median=found.median, low=found.low, high=found.high, level=found.level,
         verdict=paired_times.verdict(found),
     )  # fmt: skip
 

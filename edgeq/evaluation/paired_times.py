@@ -16,8 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 LEVEL = 0.95  # of intervals
 SMALLEST_DIFFERENCE = 1.03  # two processes of the same file, alone on a machine, differ by less
@@ -32,19 +31,17 @@ NOISY = "noisy: repeat on an idle machine"
 TOO_FEW = "too few rounds for an interval"
 
 
-@dataclass(frozen=True)
-class Interval:
-    """Hold a median of `count` values and its interval; low and high are None where the values are too few for one."""
+class Interval(NamedTuple):
+    """Hold a median of `size` values and its interval; low and high are None where the values are too few for one."""
 
-    count: int
+    size: int
     median: float
     low: float | None
     high: float | None
     level: float
 
 
-@dataclass(frozen=True)
-class Turns:
+class Turns(NamedTuple):
     """Hold one model's times in milliseconds: the median of each round that counted, and every run of these rounds."""
 
     rounds_ms: tuple[float, ...]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -121,5 +120,5 @@ def ratios(rounds: Mapping[str, Sequence[float] | Blank]) -> Figures:
             continue
         found = median_interval(paired_ratios(denominator, numerator))
         told = verdict(median_interval(paired_ratios(numerator, denominator)))
-        made[key] = asdict(found) | {"verdict": told}
+        made[key] = found._asdict() | {"verdict": told}
     return made
