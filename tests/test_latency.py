@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from edgeq.errors import ConfigError
 from edgeq.records import FileRef, Manifest
 from edgeq.system.files import sha256_file
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 SHAPES = Shapes(sequences=(4, 8), batches=(1, 2), threads=(1,), rounds=12, warmup_rounds=2)
 
 
@@ -275,3 +277,20 @@ def test_validation_and_evaluation_compare_with_float32(path: Path, tmp_path: Pa
     reference, artifact = validate.embedders(path, float_model)
     assert reference(["how do"], None).shape == (1, DIM)
     assert not np.allclose(reference(["how do"], None), artifact(["how do"], None))
+
+
+def test_the_demo_s_table_says_what_a_speed_up_tells(
+    path: Path, float_model: Path, jobs: list[Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("demo_table", REPOSITORY / "tools" / "demo_table.py")
+    assert spec is not None and spec.loader is not None
+    demo_table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo_table)
+    shapes = SHAPES.model_copy(update={"sequences": (8,), "batches": (1,)})
+    found = benchmark.measure(path, shapes, float_model, silent)
+    made = {"target": "tiny", "size_bytes": 5, "parity": None, "ran_on": "device", "status": "passed", "path": "p"}
+    (tmp_path / "export.json").write_text(json.dumps({"bundles": [made]}), encoding="utf-8")
+    (tmp_path / "tiny.bench.json").write_text(found.model_dump_json(), encoding="utf-8")
+    assert "3.00x [3.00, 3.00] faster" in demo_table.row(made, found.model_dump(mode="json"))
+    demo_table.main(tmp_path)
+    assert "3.00x" in capsys.readouterr().out
