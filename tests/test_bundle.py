@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from tiny_bundle import (
     DIM,
     MEASURES,
@@ -23,10 +24,12 @@ from tiny_bundle import (
 
 from edgeq.backends.registry import BACKENDS
 from edgeq.bundle.checksums import write_sums
+from edgeq.bundle.client_files import state_limit
 from edgeq.bundle.golden import GoldenData, read_golden, write_golden
 from edgeq.bundle.manifest import load_manifest, load_report
 from edgeq.bundle.verify import judge_golden, verify
 from edgeq.bundle.write import write
+from edgeq.data.tokens import token_limit
 from edgeq.errors import BundleCorrupt, ConfigError, EdgeqError, ParityFailed, Unsupported
 from edgeq.records import Manifest, RunsOn
 
@@ -40,7 +43,9 @@ FILES = {
     "modules.json",
     "onnx/model.onnx",
     "parity.json",
+    "sentence_bert_config.json",
     "tokenizer.json",
+    "tokenizer_config.json",
     "validate.py",
 }
 
@@ -60,12 +65,39 @@ def test_a_bundle_holds_what_it_must_and_verifies(tmp_path: Path) -> None:
     path, manifest = make_bundle(tmp_path / "out")
     assert set(contents(path)) == FILES
     found = verify(path)
-    assert (found.files, found.golden_texts, found.status, found.ran_on) == (10, 32, "passed", "device")
+    assert (found.files, found.golden_texts, found.status, found.ran_on) == (12, 32, "passed", "device")
     assert found.cosine_min > 0.999999
     assert found.max_abs_error < 1e-6
     assert 0.99 < found.float32_cosine_min < 0.99999
     assert load_manifest(path) == manifest
     assert load_report(path) == make_report(make_target())
+
+
+@pytest.mark.parametrize("buckets", [(), (4, 6), (64,)])
+def test_every_file_states_the_limit_that_was_validated(tmp_path: Path, buckets: tuple[int, ...]) -> None:
+    target = make_target().model_copy(update={"buckets_tokens": buckets})
+    path, manifest = make_bundle(tmp_path / "out", target=target)
+    limit = token_limit(buckets, manifest.source.max_sequence)
+    tokenizer = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert tokenizer["truncation"]["max_length"] == limit and tokenizer["padding"]["strategy"] == "BatchLongest"
+    assert config == {"model_max_length": limit, "max_length": limit, "truncation_side": "right"}
+    module = json.loads((path / "sentence_bert_config.json").read_text(encoding="utf-8"))
+    assert module["max_seq_length"] == limit
+    as_found = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))  # by a library that knows no other file
+    assert len(as_found.encode(" ".join(TEXTS) * 9).ids) == limit
+
+
+def test_what_a_model_without_a_mask_pads_to_is_kept(tmp_path: Path) -> None:
+    padding = {"strategy": {"Fixed": 8}, "pad_id": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"truncation": None, "padding": padding}), encoding="utf-8")
+    pads = {"padding": "max_length", "max_length": 8, "model_max_length": 64}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(pads), encoding="utf-8")
+    state_limit(tmp_path, 8)
+    assert json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["padding"] == padding
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8")) == pads | {
+        "model_max_length": 8
+    }
 
 
 def test_sha256sum_accepts_the_sums(tmp_path: Path) -> None:

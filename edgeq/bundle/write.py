@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from edgeq.backends.contract import HasClientSettings
+from edgeq.backends.registry import find
 from edgeq.bundle.checksums import SUMS, check_sums, write_sums
+from edgeq.bundle.client_files import state_client_settings, state_limit
 from edgeq.bundle.device_script import SCRIPT, device_script
 from edgeq.bundle.golden import TEXTS, VECTORS, GoldenData, write_golden
 from edgeq.bundle.golden_images import GoldenImages, write_golden_images
 from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle
-from edgeq.bundle.model_card import render_card
+from edgeq.bundle.model_card import SENTENCE_TRANSFORMERS_FILES, render_card
+from edgeq.data.tokens import token_limit
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.records import (
     Artifact,
@@ -149,6 +153,11 @@ def _fill(
             _copy(path, directory / path.relative_to(config_dir))
     _copy(device_script(), directory / SCRIPT)
     if isinstance(golden, GoldenData):
+        state_limit(directory, token_limit(lineage.target.buckets_tokens, lineage.source.max_sequence))
+        if lineage.artifact.files[0].path in SENTENCE_TRANSFORMERS_FILES:
+            backend = find(lineage.artifact.backend, lineage.target.name)
+            if isinstance(backend, HasClientSettings):
+                state_client_settings(directory, backend.client_settings(lineage.target))
         write_golden(directory, golden)
     else:
         write_golden_images(directory, golden)

@@ -138,6 +138,8 @@ def locate(
         )
     directory = file.config_dir or file.path.parent if file is not None else _directory(model)
     has_modules = (directory / "modules.json").is_file()
+    if file is not None and pooling is not None and options.tokenizer is not None:
+        has_modules = False  # the folder was named for its tokenizer, and the user says how this file is pooled
     if has_modules and pooling is not None:
         raise ConfigError(f"{directory}: modules.json says how to pool; drop --pooling {pooling}")
     if file is not None:

@@ -108,8 +108,11 @@ def _head(located: Located, file: OnnxFile, found: Outputs) -> Head:
     given = Head((), (), False)
     if located.is_sentence_transformers and file.config_dir is not None:
         given = read_head(file.config_dir)
-        if file.normalize is not None:
-            raise ConfigError(f"{file.config_dir}: modules.json says how vectors are made; drop --normalize")
+        if file.normalize is not None and found.embedding is None:
+            raise ConfigError(
+                f"{file.config_dir}: modules.json says how vectors are made; drop --normalize, or give --pooling with "
+                "--tokenizer, where the folder is the tokenizer's alone"
+            )
     elif located.pooling is not None:
         given = Head(tuple(located.pooling.split("+")), (), bool(file.normalize))
     if found.embedding is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +17,10 @@ from edgeq.system.files import sha256_file
 MODULES, TOKENIZER, CONFIG = "modules.json", "tokenizer.json", "config.json"
 SUFFIX = ".onnx"
 
+_log = logging.getLogger(__name__)
+
 _FOLDER, _USUAL = "onnx", "model.onnx"
-_LARGEST_LIMIT = 1_000_000  # tokenizers without a limit state 1e30
+_LARGEST_LIMIT = 1_000_000  # tokens
 
 
 @dataclass(frozen=True)
@@ -169,18 +172,31 @@ def read_json(path: Path) -> Any:
 def stated_limit(tokenizer: Path) -> int | None:
     """Read the longest text in tokens from the files of sentence-transformers, the tokenizer, or the model's config.
 
+    Where only the truncation of tokenizer.json states one, a warning says so: it is how texts were cut in some earlier
+    use, and need not be what the model takes (all-MiniLM-L6-v2's says 128, and it takes 256).
+
     Returns:
         The first of these that is stated, or None.
     """
     folder = tokenizer.parent
     truncation = read_json(tokenizer).get("truncation") or {}
-    found = (
-        read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
-        read_json(folder / "tokenizer_config.json").get("model_max_length"),
-        truncation.get("max_length"),
-        read_json(folder / CONFIG).get("max_position_embeddings"),
-    )
-    return next((int(value) for value in found if value is not None and 0 < value < _LARGEST_LIMIT), None)
+    cut = _limit(truncation.get("max_length"))
+    stated = _limit(read_json(folder / "sentence_bert_config.json").get("max_seq_length"))
+    stated = stated or _limit(read_json(folder / "tokenizer_config.json").get("model_max_length"))
+    if stated is None and cut is not None:
+        _log.warning(
+            "%s: texts are cut at %d tokens, the truncation that stands there; no file says what the model takes; "
+            "give --max-sequence (max_sequence=) if it takes more.",
+            tokenizer,
+            cut,
+        )
+    return stated or cut or _limit(read_json(folder / CONFIG).get("max_position_embeddings"))
+
+
+def _limit(value: Any) -> int | None:
+    """Give a limit in tokens, or None for what is none: tokenizers without one state 1e30."""
+    is_limit = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _LARGEST_LIMIT
+    return int(value) if is_limit else None
 
 
 def _identity(path: Path, tokenizer: Path, config_dir: Path | None, options: tuple[object, ...]) -> str:
