@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_bundle import DIM, MAX_SEQUENCE, WORDS, make_bundle, make_model
+from tiny_bundle import DIM, MAX_SEQUENCE, WORDS, TinyBackend, make_bundle, make_model
 
 from edgeq import errors
+from edgeq.backends.registry import BACKENDS
 from edgeq.bundle import benchmark, benchmark_child, turns
 from edgeq.bundle.benchmark import Shapes
 from edgeq.bundle.benchmark_child import Job
@@ -26,7 +27,7 @@ from edgeq.records import FileRef, Manifest
 from edgeq.system.files import sha256_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SHAPES = Shapes(sequences=(4, 8), batches=(1, 2), threads=(1,), rounds=12, warmup_rounds=2)
+SHAPES = Shapes(sequences=(4, 8), batches=(1, 2), threads=(1,), rounds=16, warmup_rounds=2)
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -34,8 +35,9 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give a bundle whose backend a child process knows, too."""
+    monkeypatch.setitem(BACKENDS, "tiny", TinyBackend())  # type: ignore[arg-type]
     where, manifest = make_bundle(tmp_path / "out")
     artifact = manifest.artifact.model_copy(update={"backend": "onnxruntime"})
     runtime: dict[str, str | int | bool] = {"intra_op_threads": 0, "graph_optimization": "all"}
@@ -82,7 +84,7 @@ def test_every_cell_runs_in_a_process_of_its_own_beside_float32(path: Path, floa
     assert artifact.latency is not None and reference.latency is not None
     assert 0 < artifact.latency.p50_ms <= artifact.latency.p90_ms <= artifact.latency.p99_ms
     assert artifact.speedup is not None and artifact.speedup.low is not None and artifact.speedup.high is not None
-    assert (artifact.speedup.against, artifact.speedup.pairs, artifact.speedup.level) == ("float32", 6, 0.95)
+    assert (artifact.speedup.against, artifact.speedup.pairs, artifact.speedup.level) == ("float32", 8, 0.99)
     assert 0 < artifact.speedup.low <= artifact.speedup.median <= artifact.speedup.high
     assert reference.speedup is None
     assert artifact.peak_memory_bytes > 10_000_000
@@ -95,7 +97,7 @@ def test_the_grid_is_every_shape_with_both_models(path: Path, float_model: Path,
     assert [(cell.batch, cell.sequence, cell.model) for cell in found.cells] == [
         (batch, sequence, model) for batch in (1, 2) for sequence in (4, 8) for model in ("artifact", "float32")
     ]
-    ratio = Ratio(against="float32", pairs=6, median=3.0, low=3.0, high=3.0, level=0.95, verdict="faster")
+    ratio = Ratio(against="float32", pairs=8, median=3.0, low=3.0, high=3.0, level=0.99, verdict="faster")
     assert [cell.speedup for cell in found.cells] == [ratio, None] * 4
     assert ratio.shown() == "3.00x [3.00, 3.00] faster"
     assert {job.vocabulary for job in jobs} == {len(set(WORDS)) + 2}

@@ -54,7 +54,7 @@ def main(out: Path) -> None:
         table.add_row(*row(bundle, bench))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
-    console.print("speed-up: FP32's time over the bundle's, by turns: the median of the pairs [its 95 % interval]")
+    console.print("speed-up: FP32's time over the bundle's, by turns: the median of the pairs [its 99 % interval]")
     for bundle in bundles:
         console.print(f"{bundle['target']}: {bundle['path']}", highlight=False, soft_wrap=True)
 

@@ -27,7 +27,7 @@ def bench(
     rounds: Annotated[
         int,
         typer.Option("--rounds", "--num-runs", "--num_runs", min=1, help="Rounds that count; each model has its turn."),
-    ] = 60,
+    ] = 80,
     warmup_rounds: Annotated[
         int, typer.Option("--warmup-rounds", "--warmup-runs", "--warmup_runs", min=0, help="Rounds before.")
     ] = 10,

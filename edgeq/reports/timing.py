@@ -13,7 +13,7 @@ from edgeq.bundle.turns import Timed
 from edgeq.reports.contents import RunTime
 from edgeq.system.progress import Progress
 
-ROUNDS, _WARMUP_ROUNDS = 60, 6
+ROUNDS, _WARMUP_ROUNDS = 80, 6
 _LENGTHS = (16, 32, 128, 256)
 
 

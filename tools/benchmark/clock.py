@@ -30,7 +30,7 @@ from edgeq.evaluation.paired_times import median_interval, paired_ratios, take_t
 
 SEQUENCES = (16, 32, 128, 256)
 BATCH, BATCH_SEQUENCE = 32, 64
-ROUNDS, _WARMUP_ROUNDS = 60, 6
+ROUNDS, _WARMUP_ROUNDS = 80, 6
 
 # Time of the first over time of the second, by pairs of rounds. Below 1 the first is faster.
 RATIOS = {

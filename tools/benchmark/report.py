@@ -22,7 +22,7 @@ _ESTIMATES = {
 }  # fmt: skip
 _MAKING = ("seconds", "peak_gb", "size_mb")
 _RATIO = (
-    "the median of the ratios of neighbouring rounds, in the interval that holds it in 95 % of cases, and what that "
+    "the median of the ratios of neighbouring rounds, in the interval that holds it in 99 % of cases, and what that "
     "tells of the first:"
 )
 

@@ -783,7 +783,7 @@ def latencies(golden, runner, manifest, runs, warmup, progress):
 
 # --- paired times: from edgeq/evaluation/paired_times.py by tools/device_script; change them there -------------------
 
-LEVEL = 0.95  # of intervals
+LEVEL = 0.99  # of intervals: a table has a dozen of them, and none should tell a difference by chance
 SMALLEST_DIFFERENCE = 1.03  # two processes of the same file, alone on a machine, differ by less
 WIDEST_INTERVAL = 1.25  # high over low; beyond it, the machine was too busy to tell how large a difference is
 
@@ -1301,8 +1301,10 @@ def arguments(words):
     parser = argparse.ArgumentParser(prog="validate.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="the bundle; else the folder of this script")
     parser.add_argument("--report", metavar="FILE", help=f"where the report goes; else {REPORT} beside the bundle")
-    parser.add_argument("--runs", type=at_least(1), default=50, help="timed runs of each length")
-    parser.add_argument("--warmup", type=at_least(0), default=5, help="runs before them")
+    parser.add_argument(
+        "--runs", type=at_least(1), default=80, help="timed runs of each length, and rounds of --beside"
+    )
+    parser.add_argument("--warmup", type=at_least(0), default=5, help="runs, and rounds, before them")
     parser.add_argument("--threads", type=at_least(0), default=0, help="0 leaves it to the target")
     parser.add_argument("--beside", metavar="OTHER", help="another bundle: time both by turns")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # what --beside starts
