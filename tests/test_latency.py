@@ -16,6 +16,7 @@ import pytest
 from tiny_bundle import DIM, MAX_SEQUENCE, WORDS, TinyBackend, make_bundle, make_model
 
 from edgeq import errors
+from edgeq.analysis import scheme_search
 from edgeq.backends.registry import BACKENDS
 from edgeq.bundle import benchmark, benchmark_child, turns
 from edgeq.bundle.benchmark import Shapes
@@ -296,3 +297,17 @@ def test_the_demo_s_table_says_what_a_speed_up_tells(
     assert "3.00x [3.00, 3.00] faster" in demo_table.row(made, found.model_dump(mode="json"))
     demo_table.main(tmp_path)
     assert "3.00x" in capsys.readouterr().out
+
+
+def test_what_promoting_a_product_costs_is_measured_by_turns(
+    path: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = scheme_search._Trials(None, path, silent)  # type: ignore[arg-type]
+    slower = path.parent / "slower.onnx"
+    slower.write_bytes(b"")
+    monkeypatch.setattr(trials, "run", lambda names: (None, slower if names else path))
+    found, reason = trials.extra_milliseconds(["a product"])
+    assert found is not None and reason is None and len(jobs) == 2
+    assert (found.low, found.median, found.high, found.size) == (4.0, 4.0, 4.0, scheme_search.TIMED_ROUNDS // 2)
+    monkeypatch.setattr(scheme_search, "run_kind", lambda runs_on: "host-kernels")
+    assert trials.extra_milliseconds(["a product"]) == (None, "it runs here on host-kernels, not on the device")
