@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from edgeq.frontend.onnx.session import GivenSession
 from edgeq.graph.dialect import OPSET
 from edgeq.graph.edit import dims, infer_shapes
 from edgeq.records import Source
+from edgeq.system.files import work_dir
 
 NARROW_TOLERANCE = 2e-2  # FP16 arithmetic against the same weights in FP32, of the largest value
 _PADDING_TOLERANCE = 1e-4
@@ -138,8 +138,8 @@ def _expected(
         _check_range(session, file, inputs)
         return [session(feed) for feed in feeds]
     read.widen(given)
-    with tempfile.TemporaryDirectory(prefix="edgeq-") as folder:
-        path = Path(folder) / file.path.name
+    with work_dir() as folder:
+        path = folder / file.path.name
         ir.save(given, path, external_data=f"{path.name}.data")
         widened = GivenSession(path, inputs, found, head)
     _check_range(widened, file, inputs)
