@@ -113,7 +113,11 @@ def _put(found: Analysis) -> None:
 def _price(price: Cost | None) -> list[str]:
     if price is None:
         return ["-", "-"]
-    return [f"{price.extra_bytes:+,}", "-" if price.extra_ms is None else f"{price.extra_ms:+.3f}"]
+    time = "-" if price.extra_ms is None else f"{price.extra_ms:+.3f}"
+    if price.extra_ms_interval is not None:
+        low, high = price.extra_ms_interval
+        time += f" [{low:+.3f}, {high:+.3f}]"
+    return [f"{price.extra_bytes:+,}", time]
 
 
 def _measured(measures: object) -> list[str]:
