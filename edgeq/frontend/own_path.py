@@ -80,6 +80,6 @@ def _run_tokenizer(folder: Path, limit: int) -> OwnPath:
         capture_output=True, text=True, errors="replace", check=False,
     )  # fmt: skip
     if child.returncode != 0:
-        last = (child.stderr.strip() or "no message").splitlines()[-1].replace(str(file.config_dir), "its folder")
+        last = (child.stderr.strip() or "no message").splitlines()[-1].replace(str(folder), "its folder")
         return end_to_end.without(f"transformers' tokenizer cannot be loaded here ({last})")
     return OwnPath.model_validate_json(child.stdout.rstrip("\n").rpartition("\n")[2])
