@@ -83,7 +83,7 @@ def rewritten(model: onnx.ModelProto, feeds: Sequence[AnyFeeds]) -> tuple[onnx.M
         The float model and one report for each rewrite.
 
     Raises:
-        EdgeqError: a rewrite wrote a graph that is invalid, or moved an output by more than 1e-5.
+        EdgeqError: a rewrite wrote a graph that is invalid, or moved an output by more than the model's noise allows.
     """
     with weights_outside(model) as light:
         loaded = ir.from_proto(light)

@@ -16,6 +16,7 @@ from edgeq.graph.evaluate import outputs_of
 from edgeq.graph.roles import Role
 from edgeq.passes.finite_mask import START_SIZE
 from edgeq.passes.mask_last import terms
+from edgeq.passes.open_copy import shuts_by_constants
 
 _MASK, _BIAS = "attention_mask", "attention_bias"
 SHUTS = -1e3  # what is added at least to a score that must not count
@@ -102,9 +103,9 @@ def shut_out(node: ir.Node) -> list[Shut]:
 
 
 def _is_bias_with_mask(value: ir.Value) -> bool:
-    """Tell whether a value is a finite mask, or the sum of one and what positions give: `mask_last` takes that apart."""
+    """Tell whether a value is a finite mask, or the sum of one and a bias by positions: `mask_last` takes it apart."""
     values, masks = terms(value)
-    return bool(masks) and not any(map(is_of_mask, values))
+    return bool(masks) and not any(is_of_mask(each) or shuts_by_constants(each) for each in values)
 
 
 def softmaxes_behind(value: ir.Value) -> list[ir.Node]:
