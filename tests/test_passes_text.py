@@ -10,9 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 from test_passes import Node, graph, operators, rewritten, run
 
 from edgeq.graph import roles
+from edgeq.graph.float_noise import distances
 from edgeq.graph.rms_norm import root_mean_square
 from edgeq.graph.roles import Role
-from edgeq.passes.proof import distances
 from edgeq.passes.drop_reshape import drop_reshape
 from edgeq.passes.finite_mask import finite_mask
 from edgeq.passes.fold_attention_scale import fold_attention_scale
