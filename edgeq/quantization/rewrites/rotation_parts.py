@@ -17,7 +17,7 @@ from edgeq.graph.edit import constant, dims
 from edgeq.graph.operators import LINEAR_IN_FIRST
 
 # What has no integer form among channels:
-MOVED = frozenset({"Concat", "Einsum", "MatMul", "Neg", "ScatterElements", "ScatterND", "Split", "Sub"})
+MOVED = frozenset({"Concat", "Einsum", "MatMul", "Neg", "Split", "Sub"})
 _LENGTH = 5  # positions of the probe
 WIDEST = 512  # lanes
 
@@ -59,13 +59,16 @@ def _operands(node: ir.Node) -> list[ir.Value]:
     if node.op_type in LINEAR_IN_FIRST | {"Split"}:
         return values[:1] if values and not _is_fixed(values[0]) and all(map(_is_fixed, values[1:])) else []
     free = [value for value in values if not _is_fixed(value)]
-    if node.op_type in ("Concat", "ScatterElements", "ScatterND", "Add", "Sub"):
-        # A bias is not linear, nor is anything put between the lanes.
-        indices = 1 if node.op_type.startswith("Scatter") else 0
-        return free if len(free) == len(values) - indices else []
+    if node.op_type in ("Concat", "Add", "Sub"):  # a bias is not linear, nor is anything put between the lanes
+        return free if all(value in free or _is_zero(value) for value in values) else []
     if node.op_type in ("Mul", "MatMul", "Einsum"):
         return free if len(free) == 1 and not (node.op_type == "MatMul" and not _moves(values[1])) else []
     return []
+
+
+def _is_zero(value: ir.Value) -> bool:
+    array = constant(value)
+    return array is not None and not np.any(array)
 
 
 def _is_fixed(value: ir.Value) -> bool:
