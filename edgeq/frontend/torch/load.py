@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from edgeq.errors import ConfigError, EdgeqError, ToolMissing, Unsupported
+from edgeq.frontend import settings
 from edgeq.frontend.locate import EXPORT_EXTRA, Located
 from edgeq.frontend.torch import sentence_transformers, text_towers
 from edgeq.records import Source
@@ -15,12 +16,40 @@ if TYPE_CHECKING:
 
 
 def load_model(located: Located) -> SentenceTransformer:
-    """Load the model in FP32 on the CPU, in evaluation mode.
+    """Load the model in FP32 on the CPU, in evaluation mode, in the form that one graph can hold.
 
     Raises:
         ToolMissing: torch or sentence-transformers is not installed.
         ConfigError: sentence-transformers cannot load the directory, or the vectors have fewer dimensions than --dim.
-        Unsupported: a graph cannot hold one of its modules.
+        Unsupported: a graph cannot hold one of its modules or settings.
+    """
+    model = open_model(located)
+    if not located.takes_images:
+        make_traceable(model, located)
+    return model
+
+
+def make_traceable(model: SentenceTransformer, located: Located) -> None:
+    """Rewrite a model of texts, as `open_model` gives it, in place.
+
+    Raises:
+        ConfigError: the vectors have fewer dimensions than --dim.
+        Unsupported: a graph cannot hold one of its modules or settings.
+    """
+    length = settings.read(located.directory).max_length
+    if length is not None:
+        model.max_seq_length = length
+    sentence_transformers.make_traceable(model, located.directory, located.name, located.dim)
+    model.eval()
+
+
+def open_model(located: Located) -> SentenceTransformer:
+    """Load the model in FP32 on the CPU, in evaluation mode, as sentence-transformers itself does.
+
+    Raises:
+        ToolMissing: torch or sentence-transformers is not installed.
+        ConfigError: sentence-transformers cannot load the directory.
+        Unsupported: its text tower depends on padding.
     """
     try:
         import torch
@@ -55,8 +84,6 @@ def load_model(located: Located) -> SentenceTransformer:
         raise
     except Exception as error:  # the boundary to sentence-transformers, which may raise anything
         raise ConfigError(f"{where}: sentence-transformers cannot load this model: {_first_line(error)}") from error
-    if not located.takes_images:
-        sentence_transformers.make_traceable(model, located.directory, located.name, located.dim)
     return model.eval()
 
 
@@ -70,6 +97,8 @@ def source_of(located: Located, model: SentenceTransformer) -> Source:
     limit = model.max_seq_length
     if dim is None or limit is None:
         raise Unsupported(f"{located.name}: the model states neither its dimension nor its longest sequence")
+    found = settings.read(located.directory)
+    found.require_within(int(limit), located.name)
     return Source(
         name=located.display_name,
         kind="sentence-transformers" if located.is_sentence_transformers else "transformers",
@@ -80,6 +109,9 @@ def source_of(located: Located, model: SentenceTransformer) -> Source:
         max_sequence=int(limit),
         prompts=dict(model.prompts) if any(model.prompts.values()) else {},
         default_prompt_name=model.default_prompt_name,
+        query_length=found.query_length,
+        document_length=found.document_length,
+        unused_settings=found.unused,
     )
 
 

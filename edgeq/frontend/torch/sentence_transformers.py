@@ -54,7 +54,7 @@ def make_traceable(model: SentenceTransformer, directory: Path, name: str, dim: 
     elif own is not None and own < _width(model):
         _insert_truncation(model, own, len(model), name)
     model.tokenizer.padding_side = "right"
-    model.max_seq_length = _usable_tokens(model)
+    model.max_seq_length = usable_tokens(model)
 
 
 def names(model: SentenceTransformer) -> tuple[str, ...]:
@@ -214,7 +214,7 @@ def _width(model: SentenceTransformer) -> int:
     return int(dim)
 
 
-def _usable_tokens(model: SentenceTransformer) -> int:
+def usable_tokens(model: SentenceTransformer) -> int:
     """Give the most tokens of a text: the model's limit, or its number of positions where that is smaller.
 
     A table of positions whose first rows belong to padding has fewer positions than rows.
