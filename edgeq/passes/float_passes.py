@@ -27,6 +27,7 @@ from edgeq.passes.fold_side_scales import fold_side_scales
 from edgeq.passes.fold_table_scale import fold_table_scale
 from edgeq.passes.known_truths import known_truths
 from edgeq.passes.mask_last import mask_last
+from edgeq.passes.masked_positions import masked_positions
 from edgeq.passes.measured_reshape import measured_reshape
 from edgeq.passes.name_weights import name_weights
 from edgeq.passes.part_products import part_products
@@ -54,6 +55,7 @@ _REWRITES = (
     known_truths,  # before masks, which are made of conditions
     finite_mask,  # before shapes: it removes most of the shape arithmetic by itself
     recover_padding_mask,  # what finite_mask left: other exporters' arithmetic, decided by computing it
+    masked_positions,  # what is left then: masks that are one with a bias by positions
     drop_nan_guard,  # needs the finite mask
     mask_last,  # needs it, too
     constant_segment,
@@ -87,7 +89,7 @@ def rewritten(model: onnx.ModelProto, feeds: Sequence[AnyFeeds]) -> tuple[onnx.M
         The float model and one report for each rewrite.
 
     Raises:
-        EdgeqError: a rewrite wrote a graph that is invalid, or moved an output by more than 1e-5.
+        EdgeqError: a rewrite wrote a graph that is invalid, or moved an output by more than the model's noise allows.
     """
     with weights_outside(model) as light:
         loaded = ir.from_proto(light)

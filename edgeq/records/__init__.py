@@ -27,7 +27,7 @@ class PassReport(Record):
 
     name: str
     rewrites: int
-    max_abs_error: float
+    max_abs_error: float  # of the largest value of each output
     near_misses: tuple[str, ...]
 
 
