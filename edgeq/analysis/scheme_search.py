@@ -16,7 +16,6 @@ from edgeq.data.plans import plan_texts
 from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokens import Tokens, text_tokens, token_limit
 from edgeq.errors import ConfigError, ParityFailed, Unsupported
-from edgeq.frontend import locate
 from edgeq.graph import external_data
 from edgeq.pipeline import export as pipeline
 from edgeq.pipeline import stages
@@ -108,7 +107,7 @@ def analyze(request: AnalysisRequest, progress: Progress) -> Analysis:
 
 
 def _sensitivity(request: ExportRequest, target: Target, progress: Progress) -> Sensitivity:
-    located = locate.locate(request.model, request.pooling, request.onnx, tower=request.tower)
+    located = pipeline.located_source(request)
     if located.takes_images:
         raise ConfigError(
             f"{request.model}: takes images, and products are ranked on texts. Export the model with --images, and "

