@@ -81,9 +81,15 @@ def test_an_onnx_file_in_such_a_directory_is_refused_by_every_verb_that_takes_it
         (["sentence_transformers.sparse_encoder.modules.Novel"], "Novel: the model gives each text a weight"),
         (["Transformer", "Pooling", "SparseAutoEncoder"], "SparseAutoEncoder"),
         (["SparseStaticEmbedding"], "SparseStaticEmbedding"),
-        (["Transformer", "Dense", "MultiVectorMask", "Normalize"], "MultiVectorMask: the model gives a vector for each"),
+        (
+            ["Transformer", "Dense", "MultiVectorMask", "Normalize"],
+            "MultiVectorMask: the model gives a vector for each",
+        ),
         (["Transformer", "pylate.models.Dense.Dense"], "pylate.models.Dense.Dense: the model gives a vector for each"),
-        (["Transformer", "sentence_transformers.cross_encoder.modules.LogitScore"], "LogitScore: the model gives scores"),
+        (
+            ["Transformer", "sentence_transformers.cross_encoder.modules.LogitScore"],
+            "LogitScore: the model gives scores",
+        ),
         (["Transformer", "some.package.Pooling"], "some.package.Pooling, a class of an installed package"),
     ],
 )
@@ -114,8 +120,10 @@ def test_modules_json_is_read_strictly(tmp_path: Path) -> None:
             ([pooling | {"path": "../other"}], "outside of the directory"),
         )
     ):
+        folder = written(tmp_path / str(row), None)
+        (folder / "modules.json").write_text(json.dumps(content), encoding="utf-8")
         with pytest.raises(ConfigError, match=said):
-            locate.locate(str(written(tmp_path / str(row), None, modules=content)))
+            locate.locate(str(folder))
     with pytest.raises(ConfigError, match="no JSON object"):
         locate.locate(str(written(tmp_path / "list", [], config_sentence_transformers=[])))
 

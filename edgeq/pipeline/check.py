@@ -24,6 +24,7 @@ from edgeq.data.tokens import bucket_lengths
 from edgeq.errors import ToolMissing, Unsupported
 from edgeq.frontend import locate
 from edgeq.frontend.model_kind import refuse_around
+from edgeq.frontend.onnx.foreign_inputs import refuse_bag
 from edgeq.graph import dialect, external_data
 from edgeq.graph.edit import constant, dims
 from edgeq.graph.read import read_onnx
@@ -115,7 +116,9 @@ def check(
     path = Path(model)
     if path.suffix == ".onnx":
         refuse_around(path)
-        return check_float_model(read_onnx(path), file_ref(path), None, targets)
+        given = read_onnx(path)
+        refuse_bag(ir.from_proto(given), path.name)
+        return check_float_model(given, file_ref(path), None, targets)
     located = locate.locate(model, pooling, tower=tower, trust_remote_code=trust_remote_code)
     floats = stages.float_model(located, True, cache)
     loaded = external_data.load(Path(floats.model.file.path))
