@@ -35,13 +35,6 @@ class FileRef(Record):
     size_bytes: int
 
 
-class CodeFile(Record):
-    """Name a file of a model's own Python code, which was trusted to run while the model was converted."""
-
-    name: str  # relative to the model's directory; of another repository of the hub: "owner/name--file.py"
-    sha256: Sha256
-
-
 class Source(Record):
     """Describe the source model: of sentence-transformers or transformers, an ONNX file, or a torch module."""
 
@@ -54,7 +47,7 @@ class Source(Record):
     max_sequence: Positive  # tokens, special tokens included; 1 for images
     prompts: dict[str, str]
     default_prompt_name: str | None
-    code: tuple[CodeFile, ...] = Field(default=(), exclude_if=lambda files: not files)  # trusted by --trust-remote-code
+    code: dict[str, Sha256] = Field(default={}, exclude_if=lambda it: not it)  # trusted files: "[OWNER/NAME--]FILE.py"
 
 
 class PassReport(Record):

@@ -13,7 +13,7 @@ from edgeq.frontend.locate import Located, from_json, to_json
 from edgeq.frontend.onnx.find import OnnxFile
 
 FILE = OnnxFile(Path("/m/model.onnx"), Path("/m/tokenizer.json"), Path("/m"), 64, True, "module", "cd")
-FULL = Located("name", Path("/models/name"), True, "mean", "ab", FILE, 16, "text")
+FULL = Located("name", Path("/models/name"), True, "mean", "ab", FILE, 16, "text", {"modeling.py": "0" * 64})
 
 
 def handed_over(located: Located) -> Located:

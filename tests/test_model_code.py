@@ -1,10 +1,12 @@
-"""A model's own code is named and refused; where it is trusted it runs in the child process, and the manifest says so."""
+"""A model's own code is named and refused; where it is trusted it runs in the child, and the manifest says so."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from sentence_transformers.sentence_transformer import modules as own  # noqa: E
 import edgeq  # noqa: E402
 from edgeq.bundle.manifest import load_manifest  # noqa: E402
 from edgeq.frontend.float_model import write_float_model  # noqa: E402
+from edgeq.frontend.torch import convert  # noqa: E402
 from edgeq.frontend.torch.session import reopen  # noqa: E402
 from edgeq.system.cache import Cache  # noqa: E402
 
@@ -71,7 +74,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give the file into which a model's code writes the process in which it ran."""
     monkeypatch.setenv("EDGEQ_TESTS_RAN", str(tmp_path / "ran"))
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     return tmp_path / "ran"
 
 
@@ -127,7 +129,7 @@ def test_trusted_code_runs_in_the_child_alone_and_the_bundle_says_so_without_hol
     assert made.parity is not None and made.parity.cosine_mean > 0.99
     bundle = Path(made.path)
     source = load_manifest(bundle).source
-    assert [file.name for file in source.code] == ["configuration_my.py", "modeling_my.py"]
+    assert list(source.code) == ["configuration_my.py", "modeling_my.py"]
     card = (bundle / "README.md").read_text(encoding="utf-8")
     assert "`modeling_my.py`) was trusted to run" in card and "backend=" not in card
     assert "--trust-remote-code" in load_manifest(bundle).command
@@ -151,13 +153,19 @@ def test_code_of_another_repository_comes_from_the_local_cache_and_decides_the_h
     (repository / "snapshots" / commit).mkdir(parents=True)
     write_code(repository / "snapshots" / commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))  # read by a process of its own alone: no fork of one
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = with_code(plain, tmp_path / "elsewhere", "acme/my-code--")
     found = locate.locate(str(folder), trust_remote_code=True)
-    assert [file.name for file in found.code] == ["acme/my-code--configuration_my.py", "acme/my-code--modeling_my.py"]
-    (tmp_path / "float").mkdir()
-    source, _ = write_float_model(found, tmp_path / "float")
-    assert source.code == found.code and ran.exists()
+    assert list(found.code) == ["acme/my-code--configuration_my.py", "acme/my-code--modeling_my.py"]
+    (tmp_path / "raw").mkdir()
+    request = {"located": locate.to_json(found), "out_dir": str(tmp_path / "raw"), "hidden_state": True}
+    command = [sys.executable, "-m", convert.__name__, json.dumps(request)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
+        said, _ = child.communicate()
+    assert child.returncode == 0, said
+    assert json.loads((tmp_path / "raw" / convert.SOURCE).read_bytes())["code"] == found.code
+    assert ran.exists()
     with (repository / "snapshots" / commit / "modeling_my.py").open("a", encoding="utf-8") as file:
         file.write("# another line\n")
     assert locate.locate(str(folder), trust_remote_code=True).sha256 != found.sha256
@@ -205,11 +213,8 @@ def test_a_module_comes_in_with_the_tokenizer_of_a_directory_of_code(plain: Path
 
     folder = with_code(plain, tmp_path / "local")
     module = transformers.AutoModel.from_pretrained(plain, attn_implementation="eager")
-    (made,) = edgeq.export(
-        module, ["x86-64-onnxruntime"], tmp_path / "out", tiny_source.texts(120), tokenizer=folder,
-        cache=Cache(tmp_path / "cache"), keep_failed=True,
-    )  # fmt: skip
-    assert made.parity is not None and made.parity.cosine_mean > 0.99 and not ran.exists()
+    edgeq.export(module, ["x86-64-onnxruntime"], tmp_path / "out", tokenizer=folder, dry_run=True)
+    assert not ran.exists()
 
 
 def test_a_reference_in_another_form_and_heads_of_tasks(plain: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -21,7 +21,6 @@ from edgeq.frontend.model_code import trusted_code
 from edgeq.frontend.model_kind import refuse_around, refuse_other_kinds
 from edgeq.frontend.onnx.find import OnnxFile, OnnxOptions, find_onnx
 from edgeq.frontend.weight_files import require_weights
-from edgeq.records import CodeFile
 from edgeq.system.files import sha256_file
 
 IMAGE = "image"
@@ -50,7 +49,7 @@ class Located:
         tower: "image" for a model of images; "text" for the other tower of one that embeds both; None for texts.
         onnx: the ONNX file, where the model is one.
         dim: the number of dimensions that are kept of the vectors; None keeps all.
-        code: the files of the model's own code that may run; none where it has none, or where it may not.
+        code: the files of the model's own code that may run, with the sha256 of each; empty where none may.
     """
 
     name: str
@@ -61,7 +60,7 @@ class Located:
     onnx: OnnxFile | None = None
     dim: int | None = None
     tower: str | None = None
-    code: tuple[CodeFile, ...] = ()
+    code: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def takes_images(self) -> bool:
@@ -255,16 +254,14 @@ def _holds(directory: Path, *names: str) -> bool:
     return any(next(directory.rglob(name), None) is not None for name in names)
 
 
-def _identity(
-    directory: Path, pooling: str | None, dim: int | None, tower: str | None, code: tuple[CodeFile, ...]
-) -> str:
+def _identity(directory: Path, pooling: str | None, dim: int | None, tower: str | None, code: Mapping[str, str]) -> str:
     digest = hashlib.sha256(f"pooling={pooling}\n".encode())
     if dim is not None:
         digest.update(f"dim={dim}\n".encode())
     if tower is not None:
         digest.update(f"tower={tower}\n".encode())
-    for file in code:
-        digest.update(f"code={file.name} {file.sha256}\n".encode())
+    for name, sha256 in code.items():
+        digest.update(f"code={name} {sha256}\n".encode())
     for path in sorted(directory.rglob("*")):
         is_hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
         is_foreign = path.relative_to(directory).parts[0] in ("onnx", "openvino")

@@ -12,7 +12,6 @@ from typing import Any
 
 from edgeq.errors import ConfigError, ToolMissing, Unsupported
 from edgeq.frontend.model_kind import CONFIG, MODULES, OWN_MODULES, listed_modules, read_object
-from edgeq.records import CodeFile
 from edgeq.system.files import sha256_file
 
 EXPORT_EXTRA = "pip install 'edgeq[export]'"
@@ -56,13 +55,16 @@ def references(directory: Path) -> tuple[Reference, ...]:
     return tuple({(item.repository, item.module, item.name): item for item in reversed(found)}.values())[::-1]
 
 
-def trusted_code(directory: Path, is_trusted: bool | None) -> tuple[CodeFile, ...]:
-    """List the files of code that will run, with their hashes; none where the model has none or it may not run.
+def trusted_code(directory: Path, is_trusted: bool | None) -> dict[str, str]:
+    """List the files of code that may run, and the sha256 of each; none where the model has none or it may not run.
 
     Args:
         directory: of the model.
         is_trusted: True lets the model's own code run; False takes transformers' classes in its place; None refuses a
             model that has some.
+
+    Returns:
+        Paths relative to the directory, or to another repository: "OWNER/NAME--FILE.py".
 
     Raises:
         Unsupported: the model has code and `is_trusted` is None, or no class of transformers can take its place.
@@ -71,11 +73,11 @@ def trusted_code(directory: Path, is_trusted: bool | None) -> tuple[CodeFile, ..
     """
     named = references(directory)
     if not named:
-        return ()
+        return {}
     if is_trusted is None or (is_trusted is False and any(item.file == MODULES for item in named)):
         raise Unsupported(_question(directory, named))
     if is_trusted is False:
-        return ()
+        return {}
     found: dict[str, Path] = {}
     for repository in dict.fromkeys(item.repository for item in named):
         folder = directory if repository is None else _snapshot(directory, repository, named)
@@ -85,7 +87,7 @@ def trusted_code(directory: Path, is_trusted: bool | None) -> tuple[CodeFile, ..
         start = "" if repository is None else f"{repository}{_ELSEWHERE}"
         for path in _files(folder, "*.py"):
             found[f"{start}{path.relative_to(folder).as_posix()}"] = path
-    return tuple(CodeFile(name=name, sha256=sha256_file(path)) for name, path in found.items())
+    return {name: sha256_file(path) for name, path in found.items()}
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:

@@ -19,11 +19,11 @@ from edgeq.errors import ConfigError, EdgeqError, Unsupported
 from edgeq.frontend.locate import POOLING_MODES, Located
 from edgeq.frontend.onnx import configuration, read
 from edgeq.frontend.onnx.find import OnnxFile
+from edgeq.frontend.onnx.foreign_inputs import MASK
 from edgeq.frontend.onnx.fused_operators import expand_fused
 from edgeq.frontend.onnx.interface import (
     EMBEDDING,
     HIDDEN,
-    MASK,
     Inputs,
     Outputs,
     drop_index_casts,

@@ -84,7 +84,7 @@ def _write_without_code(model: SentenceTransformer, folder: Path) -> None:
     config = getattr(getattr(model[0], "auto_model", None), "config", None)
     with quiet():
         for part in (model.tokenizer, config):
-            if hasattr(part, "save_pretrained"):
+            if part is not None:
                 part.save_pretrained(str(folder))
     for path in folder.rglob("*.py"):
         path.unlink()

@@ -96,7 +96,7 @@ def source_of(located: Located, model: SentenceTransformer) -> Source:
         max_sequence=int(limit),
         prompts=dict(model.prompts) if any(model.prompts.values()) else {},
         default_prompt_name=model.default_prompt_name,
-        code=located.code,
+        code=dict(located.code),
     )
 
 

@@ -51,7 +51,7 @@ def source_of_images(located: Located, model: SentenceTransformer) -> Source:
         max_sequence=1,
         prompts={},
         default_prompt_name=None,
-        code=located.code,
+        code=dict(located.code),
     )
 
 
