@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,8 +91,8 @@ def analyze(request: AnalysisRequest, progress: Progress) -> Analysis:
         )
     found = _sensitivity(request.export, target, progress)
     integer = not QUANTIZERS[own.kind].keeps_float
-    with tempfile.TemporaryDirectory() as folder:
-        trials = _Trials(request.export, Path(folder), progress)
+    with files.work_dir() as folder:
+        trials = _Trials(request.export, folder, progress)
         costs = _costs(found.products, trials) if request.is_costed or request.is_automatic else ()
         scheme = _cheapest(found.products, costs, trials) if request.is_automatic else None
     return Analysis(

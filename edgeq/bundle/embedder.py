@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +15,21 @@ from edgeq.data.tokens import batches, token_limit
 from edgeq.errors import ConfigError
 from edgeq.records import Manifest
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _log = logging.getLogger(__name__)
 
 # The prompts for queries and documents, in the order in which sentence-transformers looks for them.
 _QUERY, _DOCUMENT = ("query",), ("document", "passage", "corpus")
+
+
+def require_batch_size(batch_size: object) -> None:
+    """Refuse a batch size that is no positive integer.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"encode: batch_size is {batch_size!r}; an integer of at least 1 is needed.")
 
 
 class Embedder:
@@ -56,22 +68,27 @@ class Embedder:
             float32[texts, dim], in the order of the texts.
 
         Raises:
-            ConfigError: `texts` is a single string or holds other objects than strings, the batch size is not
-                positive, the model has no prompt of this name, or both prompts are given.
+            ConfigError: `texts` is a single string, no ordered collection, or holds other objects than strings, the
+                batch size is no positive integer, the model has no prompt of this name, or both prompts are given.
         """
         if prompt is None:
             prompt = self._prompt(prompt_name)
         elif prompt_name is not None:
             raise ConfigError(f"encode: prompt is {prompt!r} and prompt_name {prompt_name!r}; give one of them.")
+        elif not isinstance(prompt, str):
+            raise ConfigError(f"encode: prompt is of type {type(prompt).__name__}; a string is needed.")
         if isinstance(texts, str):
             raise ConfigError(f'encode: texts is the string {texts[:40]!r}; a list is needed. Write encode(["..."]).')
+        if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping | Set):
+            raise ConfigError(f"encode: texts is of type {type(texts).__name__}; a list of strings is needed.")
         prompted: list[str] = []
         for position, text in enumerate(texts):
             if not isinstance(text, str):
                 raise ConfigError(f"encode: texts[{position}] is of type {type(text).__name__}; a string is needed.")
+            if not text.isascii() and (half := _LONE_SURROGATE.search(text)):
+                raise ConfigError(f"encode: texts[{position}] holds {half[0]!r}, half a character (a lone surrogate).")
             prompted.append(prompt + text)
-        if batch_size < 1:
-            raise ConfigError(f"encode: batch_size is {batch_size}; at least 1 is needed.")
+        require_batch_size(batch_size)
         if not prompted:
             return np.empty((0, self.dim), np.float32)
         tokens = self._tokenizer.encode(prompted)

@@ -14,6 +14,7 @@ from edgeq.cli.targets import TargetsDir
 if TYPE_CHECKING:
     from edgeq.pipeline.export import Exported
     from edgeq.pipeline.request import ExportRequest
+    from edgeq.records import Measures
     from edgeq.system.progress import Progress
 
 
@@ -142,19 +143,33 @@ def _bundle(exported: Exported) -> dict[str, Any]:
         "ran_on": exported.ran_on,
         "parity": None if exported.parity is None else exported.parity.model_dump(mode="json"),
         "size_bytes": exported.size_bytes,
+        "other_settings": [setting.model_dump(mode="json") for setting in exported.other_settings],
     }
+
+
+def _quality(parity: Measures | None) -> list[str]:
+    """Format the measures of the table, or dashes where nothing was measured."""
+    if parity is None:
+        return ["-"] * 4
+    return [f"{value:.4f}" for value in (parity.cosine_mean, parity.cosine_min, parity.spearman, parity.top10_overlap)]
 
 
 def _put_bundles(bundles: tuple[Exported, ...]) -> None:
     """Print a table of bundles, and the path of each."""
     rows = []
     for bundle in bundles:
-        parity = bundle.parity
-        quality = ["-"] * 4
-        if parity is not None:
-            measures = (parity.cosine_mean, parity.cosine_min, parity.spearman, parity.top10_overlap)
-            quality = [f"{value:.4f}" for value in measures]
-        rows.append([bundle.target, bundle.status, bundle.ran_on, *quality, console.megabytes(bundle.size_bytes)])
+        rows.append(
+            [
+                bundle.target,
+                bundle.status,
+                bundle.ran_on,
+                *_quality(bundle.parity),
+                console.megabytes(bundle.size_bytes),
+            ]
+        )
+        for other in bundle.other_settings:
+            if other.measures is not None:
+                rows.append([f"  with {other.name}", "", other.ran_on, *_quality(other.measures), ""])
     columns = ("target", "status", "ran on", "cosine mean", "cosine min", "Spearman", "top-10 overlap", "size")
     console.put_table(columns, rows)
     for bundle in bundles:

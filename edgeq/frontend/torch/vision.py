@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from edgeq.frontend.locate import Located
 from edgeq.frontend.torch import sentence_transformers
 from edgeq.frontend.torch.supported_modules import kind_of
 from edgeq.records import Source
+from edgeq.system.files import work_dir
 
 if TYPE_CHECKING:
     import torch
@@ -76,8 +76,8 @@ def preprocessing_of(model: SentenceTransformer, name: str, folder: Path | None 
         Unsupported: the processor has steps that edgeq lacks, or its pixels differ from edgeq's by more than rounding.
     """
     own = processor(model, name)
-    with tempfile.TemporaryDirectory() as scratch:
-        to = folder or Path(scratch)
+    with work_dir() as scratch:
+        to = folder or scratch
         own.save_pretrained(to)
         how = image_preprocessing.read(to / image_preprocessing.CONFIG, f"{name}/{image_preprocessing.CONFIG}")
     card = image_preprocessing.test_card()
@@ -139,10 +139,10 @@ def with_pooling(body: Any, pooling: str | None) -> list[Any]:
         return [body]
     if pooling is None:
         raise ValueError(f"it does not pool by itself; give --pooling with one of {', '.join(locate.POOLING_MODES)}")
-    with tempfile.TemporaryDirectory() as scratch:
+    with work_dir() as scratch:
         body.processor.save_pretrained(scratch)
         where = f"{body.model.name_or_path}/{image_preprocessing.CONFIG}"
-        (feed,) = probes(image_preprocessing.read(Path(scratch) / image_preprocessing.CONFIG, where), (1,))
+        (feed,) = probes(image_preprocessing.read(scratch / image_preprocessing.CONFIG, where), (1,))
     with torch.no_grad():
         tokens = body({PIXELS: torch.from_numpy(feed.pixel_values), "modality": "image"})["token_embeddings"]
     return [body, modules.Pooling(tokens.shape[-1], pooling_mode=pooling)]
