@@ -114,7 +114,11 @@ def test_the_default_prompt_is_used(tmp_path: Path) -> None:
     session = BACKENDS["tiny"].load(manifest.artifact, path, manifest.target)
     source = manifest.source.model_copy(update={"default_prompt_name": "query"})
     plain = load(path)
-    default = embedder.Embedder(session, plain._tokenizer, manifest.model_copy(update={"source": source}))
+    default = embedder.Embedder(
+        session,
+        Tokenizer.from_file(path / "tokenizer.json", plain.max_sequence),
+        manifest.model_copy(update={"source": source}),
+    )
     np.testing.assert_array_equal(default.encode(["it"]), plain.encode(["please send it"]))
 
 

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.data.sessions import Session, embed_batches
+from edgeq.data.text_input import Method, TextInput
 from edgeq.data.tokenizer import Tokenizer
-from edgeq.data.tokens import batches, token_limit
+from edgeq.data.tokens import Tokens, batches, token_limit
 from edgeq.errors import ConfigError
 from edgeq.records import Manifest
 
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _log = logging.getLogger(__name__)
-
-# The prompts for queries and documents, in the order in which sentence-transformers looks for them.
-_QUERY, _DOCUMENT = ("query",), ("document", "passage", "corpus")
 
 
 def require_batch_size(batch_size: object) -> None:
@@ -44,7 +40,7 @@ class Embedder:
             manifest: the bundle's.
         """
         self._session = session
-        self._tokenizer = tokenizer
+        self.inputs = TextInput(tokenizer, manifest.source)
         self.manifest = manifest
         self.dim = manifest.source.dim
         self.max_sequence = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
@@ -71,64 +67,35 @@ class Embedder:
             ConfigError: `texts` is a single string, no ordered collection, or holds other objects than strings, the
                 batch size is no positive integer, the model has no prompt of this name, or both prompts are given.
         """
-        if prompt is None:
-            prompt = self._prompt(prompt_name)
-        elif prompt_name is not None:
-            raise ConfigError(f"encode: prompt is {prompt!r} and prompt_name {prompt_name!r}; give one of them.")
-        elif not isinstance(prompt, str):
-            raise ConfigError(f"encode: prompt is of type {type(prompt).__name__}; a string is needed.")
-        if isinstance(texts, str):
-            raise ConfigError(f'encode: texts is the string {texts[:40]!r}; a list is needed. Write encode(["..."]).')
-        if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping | Set):
-            raise ConfigError(f"encode: texts is of type {type(texts).__name__}; a list of strings is needed.")
-        prompted: list[str] = []
-        for position, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ConfigError(f"encode: texts[{position}] is of type {type(text).__name__}; a string is needed.")
-            if not text.isascii() and (half := _LONE_SURROGATE.search(text)):
-                raise ConfigError(f"encode: texts[{position}] holds {half[0]!r}, half a character (a lone surrogate).")
-            prompted.append(prompt + text)
-        require_batch_size(batch_size)
-        if not prompted:
-            return np.empty((0, self.dim), np.float32)
-        tokens = self._tokenizer.encode(prompted)
-        if tokens.truncated:
-            _log.warning("%d of %d texts are cut at %d tokens", tokens.truncated, len(prompted), self.max_sequence)
-        return embed_batches(self._session, batches(tokens, batch_size=batch_size), len(prompted))
+        return self._embed(self.inputs.tokens(texts, "encode", prompt_name, prompt), "encode", batch_size)
 
     def encode_query(
         self, texts: Sequence[str], batch_size: int = 32, prompt_name: str | None = None, prompt: str | None = None
     ) -> NDArray[np.float32]:
-        """Embed queries: the model's prompt "query" goes before each, if it has one.
+        """Embed queries: the model's prompt "query" goes before each, if it has one, and its length for queries cuts.
 
         Arguments, result and errors are those of `encode`.
         """
-        return self._encode_as(_QUERY, texts, batch_size, prompt_name, prompt)
+        return self._embed(self.inputs.tokens(texts, "encode_query", prompt_name, prompt), "encode_query", batch_size)
 
     def encode_document(
         self, texts: Sequence[str], batch_size: int = 32, prompt_name: str | None = None, prompt: str | None = None
     ) -> NDArray[np.float32]:
         """Embed documents: the model's prompt "document", else "passage", else "corpus" goes before each, if any.
 
+        The model's length for documents cuts, where it states one.
+
         Arguments, result and errors are those of `encode`.
         """
-        return self._encode_as(_DOCUMENT, texts, batch_size, prompt_name, prompt)
+        tokens = self.inputs.tokens(texts, "encode_document", prompt_name, prompt)
+        return self._embed(tokens, "encode_document", batch_size)
 
-    def _encode_as(
-        self, names: Sequence[str], texts: Sequence[str], batch_size: int, prompt_name: str | None, prompt: str | None
-    ) -> NDArray[np.float32]:
-        """Embed texts with the first of these prompts that the model has, unless a prompt is given."""
-        if prompt_name is None and prompt is None:
-            prompt_name = next((name for name in names if name in self.manifest.source.prompts), None)
-            prompt = "" if prompt_name is None else None  # without such a prompt the default is not used
-        return self.encode(texts, batch_size, prompt_name, prompt)
-
-    def _prompt(self, name: str | None) -> str:
-        """Give the prompt of this name; for None the model's default prompt or ""."""
-        prompts = self.manifest.source.prompts
-        if name is None:
-            default = self.manifest.source.default_prompt_name
-            return prompts.get(default, "") if default is not None else ""
-        if name not in prompts:
-            raise ConfigError(f"encode: prompt_name is {name!r}; the model has {', '.join(prompts) or 'no prompts'}.")
-        return prompts[name]
+    def _embed(self, tokens: Tokens, method: Method, batch_size: int) -> NDArray[np.float32]:
+        """Run tokens through the artifact, and warn of texts that were cut."""
+        require_batch_size(batch_size)
+        if not len(tokens):
+            return np.empty((0, self.dim), np.float32)
+        if tokens.truncated:
+            length = self.inputs.length(method)
+            _log.warning("%d of %d texts are cut at %d tokens", tokens.truncated, len(tokens), length)
+        return embed_batches(self._session, batches(tokens, batch_size=batch_size), len(tokens))

@@ -18,7 +18,7 @@ from edgeq.data.sessions import embed_batches, unit
 from edgeq.data.tokenizer import Tokenizer
 from edgeq.data.tokens import Tokens, batches, token_limit
 from edgeq.errors import BundleCorrupt, DeviceUnavailable, ParityFailed
-from edgeq.evaluation.gate import judge, judge_placement, judge_settings
+from edgeq.evaluation.gate import judge, judge_end_to_end, judge_placement, judge_settings
 from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import FileRef, Manifest, ParityReport, Record, RunKind, Status
 from edgeq.system.files import file_ref
@@ -155,7 +155,8 @@ def _broken_vendor(manifest: Manifest) -> list[str]:
 
 def _broken_verdict(manifest: Manifest, report: ParityReport) -> list[str]:
     """Judge the recorded measures again, and compare the result with the report's status."""
-    placement, others = manifest.artifact.placement, judge_settings(report.other_settings, report.gate)
+    placement = manifest.artifact.placement
+    others = judge_settings(report.other_settings, report.gate) + judge_end_to_end(report.end_to_end)
     if report.measures is None and report.status == "not-run":
         failures = judge_placement(placement, report.gate) + others
         is_told = report.reason is not None and report.ran_on == "not-run" and "not-run" in report.gate.export_run_kinds

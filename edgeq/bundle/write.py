@@ -17,6 +17,7 @@ from edgeq.bundle.golden import TEXTS, VECTORS, GoldenData, write_golden
 from edgeq.bundle.golden_images import GoldenImages, write_golden_images
 from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle
 from edgeq.bundle.model_card import SENTENCE_TRANSFORMERS_FILES, render_card
+from edgeq.data import end_to_end
 from edgeq.data.tokens import token_limit
 from edgeq.errors import BundleCorrupt, ConfigError, EdgeqError
 from edgeq.records import (
@@ -155,7 +156,10 @@ def _fill(
             _copy(path, directory / path.relative_to(config_dir))
     _copy(device_script(), directory / SCRIPT)
     if isinstance(golden, GoldenData):
-        state_limit(directory, token_limit(lineage.target.buckets_tokens, lineage.source.max_sequence))
+        limit = token_limit(lineage.target.buckets_tokens, lineage.source.max_sequence)
+        state_limit(directory, limit)
+        found = end_to_end.compare(directory, lineage.source, limit)  # of the very files that the bundle carries
+        end_to_end.require_same(found, str(directory))
         if lineage.artifact.files[0].path in SENTENCE_TRANSFORMERS_FILES:
             backend = find(lineage.artifact.backend, lineage.target.name)
             if isinstance(backend, HasClientSettings):

@@ -92,6 +92,8 @@ def _put_card(card: Card) -> None:
         entry = None if item.errors is None else item.errors.entry
         where = "" if entry is None else f"most error enters at {entry.label}: cosine {entry.cosine_mean:.5f}"
         console.put(f"{item.scheme}: {item.reason or where or 'no residual stream is found'}")
+    for sentence in card.end_to_end:
+        console.note(f"end to end: {sentence}")
     for note in card.notes:
         console.note(note)
 

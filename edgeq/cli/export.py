@@ -144,6 +144,7 @@ def _bundle(exported: Exported) -> dict[str, Any]:
         "parity": None if exported.parity is None else exported.parity.model_dump(mode="json"),
         "size_bytes": exported.size_bytes,
         "other_settings": [setting.model_dump(mode="json") for setting in exported.other_settings],
+        "end_to_end": None if exported.end_to_end is None else exported.end_to_end.model_dump(mode="json"),
     }
 
 
@@ -172,5 +173,7 @@ def _put_bundles(bundles: tuple[Exported, ...]) -> None:
                 rows.append([f"  with {other.name}", "", other.ran_on, *_quality(other.measures), ""])
     columns = ("target", "status", "ran on", "cosine mean", "cosine min", "Spearman", "top-10 overlap", "size")
     console.put_table(columns, rows)
+    for sentence in dict.fromkeys(item.end_to_end.sentence for item in bundles if item.end_to_end is not None):
+        console.put(f"end to end: {sentence}")
     for bundle in bundles:
         console.put(f"{bundle.target}: {bundle.path or 'no bundle was written'}")

@@ -124,6 +124,7 @@ def _put_report(report: ParityReport) -> None:
     kind = "texts" if isinstance(report.texts, TextSet) else "images"
     title = f"{report.target}: {report.status}, on {report.texts.count} {kind}, {place}"
     console.put_table(("measure", "value", "gate"), rows, title)
+    console.put(f"end to end: {report.end_to_end.sentence}")
     for other in report.other_settings:
         if other.measures is None:
             console.put(f"with {other.name}: not measured, because {other.reason}")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from edgeq import errors
 from edgeq.data.batches import AnyFeeds
 from edgeq.errors import EdgeqError, Unsupported
+from edgeq.frontend import own_path
 from edgeq.frontend.locate import Located, to_json
 from edgeq.frontend.onnx.convert import Raw, convert
 from edgeq.frontend.torch import convert as torch_convert
@@ -51,16 +52,20 @@ def write_float_model(
         ToolMissing: torch, or for an ONNX file onnxscript, is not installed.
         ConfigError: the model cannot be loaded.
         Unsupported: torch cannot trace it, or the graph has operators outside the dialect.
+        ParityFailed: its tokens or vectors differ from those of the source's own path.
         EdgeqError: its vectors differ from those of torch, or of the ONNX file, by more than 1e-5.
     """
     with tempfile.TemporaryDirectory(dir=out_dir) as folder, external_data.outside(Path(folder) / "weights"):
         seen = _confined(located, Path(folder) / "source")
+        raw_dir = Path(folder) / "raw"
         with _told_as(located, seen):
             if seen.onnx is not None:
                 raw = convert(seen, seen.onnx, out_dir / CONFIG, hidden_state)
             else:
-                raw = _from_torch(seen, out_dir, Path(folder) / "raw", hidden_state)
-            return raw.source, _float_model(seen, raw, out_dir / MODEL, float_ops)
+                raw = _from_torch(seen, out_dir, raw_dir, hidden_state)
+            model = _float_model(seen, raw, out_dir / MODEL, float_ops)
+            own_path.compare(own_path.of(seen, raw_dir), raw.source, out_dir / CONFIG, out_dir / MODEL)
+            return raw.source, model
 
 
 def _confined(located: Located, folder: Path) -> Located:

@@ -107,6 +107,7 @@ def make_card(request: Request, progress: Progress) -> Card:
         sts_pairs=None if sts is None else len(sts.scores),
         retrieval_queries=None if retrieval is None else len(retrieval.queries),
         notes=_notes(found, chosen, runs, limit, tokens.truncated),
+        end_to_end=tuple(dict.fromkeys(item.report.end_to_end.sentence for item in found)),
     )
     progress("layers", 1, 1)
     return card

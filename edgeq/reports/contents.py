@@ -107,6 +107,7 @@ class Card(Record):
     sts_pairs: int | None
     retrieval_queries: int | None
     notes: tuple[str, ...]
+    end_to_end: tuple[str, ...] = ()  # what the bundles' reports say of the source's own path, each sentence once
 
     def artifacts(self) -> tuple[Row, ...]:
         """Give the rows of bundles."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from edgeq.frontend import tokenizer_config
 from edgeq.frontend.onnx.find import CARRIED, CONFIG, MODULES, PROMPTS, TOKENIZER, OnnxFile, read_json
 from edgeq.frontend.onnx.pooling_heads import FLAGS, Head
+from edgeq.frontend.settings import ENCODER
 
 
 def opens_in_sentence_transformers(file: OnnxFile, head: Head) -> bool:
@@ -73,7 +74,9 @@ def write_configuration(file: OnnxFile, head: Head, width: int, folder: Path) ->
         elif name == "Dense":
             shutil.copytree(file.config_dir / dense.pop(0), folder / path)
     _write_json(folder / MODULES, entries)
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": file.max_sequence, "do_lower_case": False})
+    told = read_json(file.config_dir / ENCODER)
+    lengths = {key: told[key] for key in ("query_length", "document_length") if told.get(key) is not None}
+    _write_json(folder / ENCODER, {"max_seq_length": file.max_sequence, "do_lower_case": False} | lengths)
 
 
 def _write_json(path: Path, content: object) -> None:

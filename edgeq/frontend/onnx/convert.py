@@ -15,6 +15,7 @@ from edgeq.data.probes import probe_feeds
 from edgeq.data.tokenizer import Tokenizer
 from edgeq.data.tokens import Feeds
 from edgeq.errors import ConfigError, EdgeqError, Unsupported
+from edgeq.frontend import settings
 from edgeq.frontend.locate import POOLING_MODES, Located
 from edgeq.frontend.onnx import configuration, read
 from edgeq.frontend.onnx.find import OnnxFile
@@ -109,11 +110,14 @@ def _refuse_weights_of_words(given: ir.Model, found: Outputs, words: int, name: 
 
 def _source(located: Located, file: OnnxFile, head: Head, found: Outputs, dim: int) -> Source:
     prompts, default = configuration.prompts(file)
+    told = settings.read(file.config_dir, is_onnx=True) if file.config_dir is not None else settings.Settings()
+    told.require_within(file.max_sequence, file.name)
     modules = head.modules if found.embedding is None else (*(("Normalize",) if head.normalize else ()),)
     return Source(
         name=located.display_name, kind=file.kind, sha256=located.sha256, modules=("Onnx", *modules),
         inputs=("input_ids", "attention_mask"), dim=dim, max_sequence=file.max_sequence, prompts=prompts,
-        default_prompt_name=default if default in prompts else None,
+        default_prompt_name=default if default in prompts else None, query_length=told.query_length,
+        document_length=told.document_length, unused_settings=told.unused,
     )  # fmt: skip
 
 

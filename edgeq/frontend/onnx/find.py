@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgeq.errors import ConfigError
+from edgeq.frontend import settings
 from edgeq.frontend.onnx.read import external_files
 from edgeq.frontend.weight_files import has_weights
 from edgeq.system.stage import InputFile, input_file
@@ -22,7 +23,7 @@ CARRIED = (
     CONFIG, "added_tokens.json", "chat_template.jinja", PROMPTS, "merges.txt", "sentencepiece.bpe.model",
     "special_tokens_map.json", "spiece.model", "tokenizer.model", _TOKENIZER_CONFIG, "vocab.json", "vocab.txt",
 )  # fmt: skip
-CONFIGURATION = (*CARRIED, MODULES)
+CONFIGURATION = (*CARRIED, MODULES, *settings.ENCODER_FILES)
 SUFFIX = ".onnx"
 
 _log = logging.getLogger(__name__)
@@ -195,7 +196,8 @@ def stated_limit(tokenizer: Path) -> int | None:
     folder = tokenizer.parent
     truncation = read_json(tokenizer).get("truncation") or {}
     cut = _limit(truncation.get("max_length"))
-    stated = _limit(read_json(folder / "sentence_bert_config.json").get("max_seq_length"))
+    stated = settings.read(folder, is_onnx=True).max_length
+    stated = stated or _limit(read_json(folder / settings.ENCODER).get("max_seq_length"))
     stated = stated or _limit(read_json(folder / "tokenizer_config.json").get("model_max_length"))
     if stated is None and cut is not None:
         _log.warning(

@@ -12,6 +12,7 @@ from edgeq.frontend.torch import sentence_transformers, text_towers
 from edgeq.frontend.torch.load import pooling_width
 from edgeq.frontend.torch.supported_modules import kind_of
 from edgeq.frontend.torch.trace import quiet
+from edgeq.records import Source
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ _FLAGS = {  # mode -> the end of its flag's name
 _FLAG_ORDER = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
 
-def write_configuration(model: SentenceTransformer, folder: Path, has_code: bool = False) -> None:
+def write_configuration(model: SentenceTransformer, folder: Path, source: Source) -> None:
     """Write tokenizer, config and module files, without the transformer's weights (a Dense module keeps its own).
 
     Module files have the format that sentence-transformers 5 and 6 both read: 5 knows neither 6's class paths nor its
@@ -36,7 +37,7 @@ def write_configuration(model: SentenceTransformer, folder: Path, has_code: bool
     Args:
         model: as `load_model` gives it.
         folder: does not exist yet.
-        has_code: whether code of the model's own ran.
+        source: the record, with the lengths of queries and documents, and the model's own code.
 
     Raises:
         Unsupported: its tokenizer has no tokenizer.json.
@@ -46,7 +47,7 @@ def write_configuration(model: SentenceTransformer, folder: Path, has_code: bool
         text_tokenizer = model.tokenizer.backend_tokenizer
         _write_json(folder / "tokenizer.json", json.loads(text_tokenizer.to_str()) | {"post_processor": None})
         return
-    if has_code:
+    if source.code:
         _write_without_code(model, folder)
         return
     with quiet():
@@ -62,16 +63,19 @@ def write_configuration(model: SentenceTransformer, folder: Path, has_code: bool
             _write_json(folder / entry["path"] / "config.json", pooling_config(module))
     _write_json(folder / "modules.json", modules)
     _mend_tokenizer(model, folder)
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": model.max_seq_length, "do_lower_case": False})
+    lengths = {"query_length": source.query_length, "document_length": source.document_length}
+    told = {key: length for key, length in lengths.items() if length is not None}  # unknown to sentence-transformers 5
+    limit = {"max_seq_length": model.max_seq_length, "do_lower_case": False}
+    _write_json(folder / "sentence_bert_config.json", limit | told)
     text_towers.trim_saved(model[0], folder)
 
 
 def _mend_tokenizer(model: SentenceTransformer, folder: Path) -> None:
     """Correct what the saved tokenizer says of padding and truncation."""
     tokenizer_config.mend(folder / tokenizer_config.FILE)
-    if model.tokenizer.truncation_side == "left":  # tokenizer.json does not say so by itself
-        text_tokenizer = model.tokenizer.backend_tokenizer
-        text_tokenizer.enable_truncation(model.max_seq_length, direction="left")
+    text_tokenizer, side = model.tokenizer.backend_tokenizer, model.tokenizer.truncation_side
+    if side != (text_tokenizer.truncation or {}).get("direction", "right"):  # what tokenizer.json says by itself
+        text_tokenizer.enable_truncation(model.max_seq_length, direction=side)
         _write_json(folder / "tokenizer.json", json.loads(text_tokenizer.to_str()))
 
 

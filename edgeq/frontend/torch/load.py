@@ -6,10 +6,11 @@ import logging
 from typing import TYPE_CHECKING
 
 from edgeq.errors import ConfigError, EdgeqError, ToolMissing, Unsupported
+from edgeq.frontend import settings
 from edgeq.frontend.locate import Located
 from edgeq.frontend.model_code import EXPORT_EXTRA
 from edgeq.frontend.torch import sentence_transformers, text_towers
-from edgeq.frontend.torch.supported_modules import require_listed
+from edgeq.frontend.torch.supported_modules import refuse_decoder, require_listed, require_supported
 from edgeq.records import Source
 
 if TYPE_CHECKING:
@@ -17,14 +18,43 @@ if TYPE_CHECKING:
 
 
 def load_model(located: Located) -> SentenceTransformer:
-    """Load the model in FP32 on the CPU, in evaluation mode; nothing is downloaded.
-
-    The model's own code runs if `located.code` lists it, and else none does.
+    """Load the model in FP32 on the CPU, in evaluation mode, in the form that one graph can hold.
 
     Raises:
         ToolMissing: torch or sentence-transformers is not installed.
         ConfigError: sentence-transformers cannot load the directory, or the vectors have fewer dimensions than --dim.
-        Unsupported: a graph cannot hold one of its modules.
+        Unsupported: a graph cannot hold one of its modules or settings.
+    """
+    model = open_model(located)
+    if not located.takes_images:
+        make_traceable(model, located)
+    return model
+
+
+def make_traceable(model: SentenceTransformer, located: Located) -> None:
+    """Rewrite a model of texts, as `open_model` gives it, in place.
+
+    Raises:
+        ConfigError: the vectors have fewer dimensions than --dim.
+        Unsupported: a graph cannot hold one of its modules or settings.
+    """
+    length = settings.read(located.directory).max_length
+    if length is not None:
+        model.max_seq_length = length
+    sentence_transformers.make_traceable(model, located.name, located.dim)
+    model.eval()
+
+
+def open_model(located: Located) -> SentenceTransformer:
+    """Load the model in FP32 on the CPU, in evaluation mode, as sentence-transformers itself does.
+
+    The model's own code runs if `located.code` lists it, and else none does. Nothing is downloaded.
+
+    Raises:
+        ToolMissing: torch or sentence-transformers is not installed.
+        ConfigError: sentence-transformers cannot load the directory.
+        Unsupported: its modules are not those of modules.json, no graph can hold one of them, or its text tower depends
+            on padding.
     """
     try:
         import torch
@@ -72,7 +102,8 @@ def load_model(located: Located) -> SentenceTransformer:
     if located.is_sentence_transformers:
         require_listed(model, located.directory)
     if not located.takes_images:
-        sentence_transformers.make_traceable(model, located.directory, located.name, located.dim)
+        require_supported(model, located.directory, located.name)
+        refuse_decoder(model, located.name)
     return model.eval()
 
 
@@ -86,6 +117,8 @@ def source_of(located: Located, model: SentenceTransformer) -> Source:
     limit = model.max_seq_length
     if dim is None or limit is None:
         raise Unsupported(f"{located.name}: the model states neither its dimension nor its longest sequence")
+    found = settings.read(located.directory)
+    found.require_within(int(limit), located.name)
     return Source(
         name=located.display_name,
         kind="sentence-transformers" if located.is_sentence_transformers else "transformers",
@@ -97,6 +130,9 @@ def source_of(located: Located, model: SentenceTransformer) -> Source:
         prompts=dict(model.prompts) if any(model.prompts.values()) else {},
         default_prompt_name=model.default_prompt_name,
         code=dict(located.code),
+        query_length=found.query_length,
+        document_length=found.document_length,
+        unused_settings=found.unused,
     )
 
 

@@ -13,7 +13,7 @@ from edgeq.data import image_preprocessing
 from edgeq.data.batches import PIXELS, PixelFeeds
 from edgeq.data.image_preprocessing import Preprocessing
 from edgeq.errors import ConfigError, Unsupported
-from edgeq.frontend import locate
+from edgeq.frontend import locate, settings
 from edgeq.frontend.locate import Located
 from edgeq.frontend.torch import sentence_transformers
 from edgeq.frontend.torch.supported_modules import kind_of
@@ -52,6 +52,7 @@ def source_of_images(located: Located, model: SentenceTransformer) -> Source:
         prompts={},
         default_prompt_name=None,
         code=dict(located.code),
+        unused_settings=settings.read(located.directory, takes_images=True).unused,
     )
 
 
