@@ -20,7 +20,6 @@ from edgeq.data.tokens import Tokens, text_tokens, token_limit
 from edgeq.errors import ConfigError, ParityFailed, Unsupported
 from edgeq.evaluation import paired_times
 from edgeq.evaluation.paired_times import Interval
-from edgeq.frontend import locate
 from edgeq.graph import external_data
 from edgeq.pipeline import export as pipeline
 from edgeq.pipeline import stages
@@ -114,7 +113,7 @@ def analyze(request: AnalysisRequest, progress: Progress) -> Analysis:
 
 
 def _sensitivity(request: ExportRequest, target: Target, progress: Progress) -> Sensitivity:
-    located = locate.locate(request.model, request.pooling, request.onnx, tower=request.tower)
+    located = pipeline.located_source(request)
     if located.takes_images:
         raise ConfigError(
             f"{request.model}: takes images, and products are ranked on texts. Export the model with --images, and "

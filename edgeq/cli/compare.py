@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgeq.cli import console
-from edgeq.cli.arguments import Against
+from edgeq.cli.arguments import Against, TrustRemoteCode
 
 if TYPE_CHECKING:
     from edgeq.reports.contents import Card, Row
@@ -33,6 +33,7 @@ def compare(
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Where torch finds the source; else under its recorded name.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = None,
     as_json: console.AsJson = False,
     verbose: console.Verbose = 0,
     quiet: console.Quiet = False,
@@ -53,6 +54,7 @@ def compare(
         retrieval=retrieval,
         against=against,
         model=model,
+        trust_remote_code=trust_remote_code,
         latency=latency,
         threads=threads,
     )

@@ -21,8 +21,8 @@ Array = NDArray[Any]
 def outputs(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, NDArray[np.float64]]:
     """Run an FP32 model in FP64: weights are widened when an operator reads them, and dropped behind it.
 
-    What follows from the sizes of the inputs alone stays FP32: positions, and the buckets that their distances fall into,
-    are choices of the model, and a bucket's bound may lie on the other side in FP64.
+    What follows from the sizes of the inputs alone stays FP32: positions, and the buckets that their distances fall
+    into, are choices of the model, and a bucket's bound may lie on the other side in FP64.
 
     Args:
         model: FP32 ONNX.
@@ -70,7 +70,7 @@ def _results(node: onnx.NodeProto, operands: Mapping[str, Array], is_wide: bool)
             attribute.i = TensorProto.DOUBLE
     try:
         with np.errstate(all="ignore"):  # what is computed for both branches of a Where need not be a number
-            found: list[Array] = ReferenceEvaluator(single).run(None, dict(operands))
+            found = ReferenceEvaluator(single).run(None, dict(operands))
     except Exception as error:  # the boundary to onnx's evaluator, whose operators may raise anything
         raise Unsupported(f"{node.name}: {node.op_type} cannot be computed in FP64: {error}") from error
     return [np.asarray(each) for each in found]

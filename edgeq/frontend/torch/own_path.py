@@ -199,7 +199,7 @@ def main() -> int:
     """Print the ids of transformers' tokenizer of a folder, as JSON: `FOLDER LIMIT` are on the command line."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], local_files_only=True, trust_remote_code=False)
     sys.stdout.write(_tokenizer_ids(tokenizer, int(sys.argv[2])).model_dump_json())
     return 0
 
