@@ -62,7 +62,7 @@ def full() -> dict[str, Request]:
         texts=TextSet(origin="a", sha256=SHA, count=2, tokens=9, truncated=1),
         smoothing=Smoothing(alphas={"norm": 0.5}, cosine_mean=0.9, candidates=3),
     )  # fmt: skip
-    located = Located("name", Path("/m"), True, "mean", SHA, onnx_file, 16, "text", files)
+    located = Located("name", Path("/m"), True, "mean", SHA, onnx_file, 16, "text", files, {"modeling.py": SHA})
     samples = {"float_model": model, "config": files, "texts": ("a", "b"), "images": files, "limit": 64}
     scheme = schemes.promote(schemes.find("w8a8-int", ""), ["product"])
     return {
