@@ -21,8 +21,8 @@ Array = NDArray[Any]
 def outputs(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, NDArray[np.float64]]:
     """Run an FP32 model in FP64: weights are widened when an operator reads them, and dropped behind it.
 
-    What follows from the sizes of the inputs alone stays FP32: positions, and the buckets that their distances fall into,
-    are choices of the model, and a bucket's bound may lie on the other side in FP64.
+    What follows from the sizes of the inputs alone stays FP32: positions, and the buckets that their distances fall
+    into, are choices of the model, and a bucket's bound may lie on the other side in FP64.
 
     Args:
         model: FP32 ONNX.
@@ -44,7 +44,8 @@ def outputs(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, NDA
         varies = node.op_type not in ("Shape", "Size") and not varying.isdisjoint(names)
         operands = {name: values[name] if name in values else external_data.array(stored[name]) for name in names}
         if varies:
-            operands = {name: _wide(array) for name, array in operands.items()}
+            if node.op_type != "Gather":  # whose table is larger than the rows that are looked up
+                operands = {name: _wide(array) for name, array in operands.items()}
             varying.update(node.output)
         found = _results(node, operands, varies)
         values |= zip(node.output, map(_wide, found) if varies else found, strict=False)
