@@ -17,7 +17,7 @@ from tiny_bundle import MEASURES, TinyBackend, make_bundle, make_report, make_ta
 
 from edgeq import cli
 from edgeq.backends.registry import BACKENDS
-from edgeq.bundle.benchmark import Latency
+from edgeq.bundle.turns import Latency
 from edgeq.devices.report import Agreement, Conditions, DeviceCell, DeviceMachine, DeviceReport, keep_report
 from edgeq.errors import BundleCorrupt, ConfigError, ReleaseRefused
 from edgeq.release import archives, make, sign
@@ -95,7 +95,7 @@ def test_a_device_report_makes_a_bundle_fit_and_travels_with_it(tmp_path: Path) 
     keep_report(path, "board", device_report(path, cells=(slower,)))
     release([path], "1.1.0", tmp_path / "two", previous=tmp_path / "one")
     notes = (tmp_path / "two" / "RELEASE_NOTES.md").read_text(encoding="utf-8")
-    assert "| Cortex-A76, batch 1, 16 tokens: median, ms | 2.50 | 3.00 | +0.50 |" in notes
+    assert "| Cortex-A76, batch 1, 16 tokens: median, ms | 2.50 | 3.00 | - |" in notes
     keep_report(path, "board", device_report(path, cells=()))
     release([path], "1.2.0", tmp_path / "three", previous=tmp_path / "two")
     notes = (tmp_path / "three" / "RELEASE_NOTES.md").read_text(encoding="utf-8")

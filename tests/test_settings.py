@@ -9,7 +9,7 @@ import pytest
 
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.frontend import settings
-from edgeq.frontend.known_settings import ENCODER, MODEL, TABLES
+from edgeq.frontend.known_settings import ENCODER, IMAGES, MODEL, TABLES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "model-settings.md"
 
@@ -99,6 +99,14 @@ def test_settings_of_images_go_into_the_processors_file(tmp_path: Path) -> None:
     given = directory(tmp_path, {"processing_kwargs": {"image": {"do_resize": False}, "text": {"stride": 1}}})
     with pytest.raises(Unsupported, match="do_resize, which changes how images are prepared"):
         settings.read(given, takes_images=True)
+
+
+def test_an_image_processors_settings_are_read(tmp_path: Path) -> None:
+    given = {"do_resize": True, "size": {"height": 8, "width": 8}, "do_pad": False, "sharpen": 2}
+    unused = settings.read(directory(tmp_path, **{IMAGES: given}), takes_images=True).unused
+    assert unused == (f"{IMAGES}: sharpen{settings.UNKNOWN}",)
+    with pytest.raises(Unsupported, match="crop_pct is 0.9: it is a step that edgeq lacks"):
+        settings.read(directory(tmp_path, **{IMAGES: {"crop_pct": 0.9}}), takes_images=True)
 
 
 @pytest.mark.parametrize(

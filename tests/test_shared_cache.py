@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,8 @@ import tiny_source  # noqa: E402
 
 from edgeq.bundle.load import load  # noqa: E402
 from edgeq.errors import ConfigError  # noqa: E402
-from edgeq.frontend import float_model, locate  # noqa: E402
-from edgeq.frontend.onnx.find import OnnxOptions  # noqa: E402
+from edgeq.frontend import float_model, locate, own_path  # noqa: E402
+from edgeq.frontend.onnx.find import OnnxFile, OnnxOptions  # noqa: E402
 from edgeq.pipeline import export  # noqa: E402
 from edgeq.pipeline.request import ExportRequest  # noqa: E402
 from edgeq.pipeline.stage_requests import FloatModelRequest  # noqa: E402
@@ -156,6 +157,16 @@ def test_every_file_of_an_onnx_files_configuration_is_in_the_key(name: str, mode
     path.write_text(path.read_text(encoding="utf-8") + "\n" if path.is_file() else "{}", encoding="utf-8")
     after = request(str(tmp_path / "model.onnx"), None, options)
     assert key(after) != key(before) and after.located.sha256 != before.located.sha256
+
+
+def test_a_reason_names_no_folder_of_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is kept in the cache and travels in the bundle, where a temporary folder's name would differ each time."""
+    (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    failed = subprocess.CompletedProcess([], 1, "", f"OSError: no tokenizer in {tmp_path}/source")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    file = OnnxFile(tmp_path / "a.onnx", tmp_path / "tokenizer.json", tmp_path, 64, None, "onnx", "a" * 64)
+    reason = own_path.of(locate.Located("a", tmp_path, False, "mean", "a" * 64, file), tmp_path)[0].reason
+    assert reason is not None and "OSError: no tokenizer in its folder/source" in reason
 
 
 def test_where_a_model_lies_is_not_in_the_key(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

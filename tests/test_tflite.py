@@ -33,7 +33,7 @@ from edgeq.system.files import file_ref
 
 pytestmark = pytest.mark.tflite
 
-PLAIN, OLDER = Settings(32, "quantize", "none"), Settings(32, "cast", "all")
+PLAIN, OLDER = Settings(32, "quantize", "none"), Settings(32, "cast", "all", is_bias_stated=False)
 
 
 @pytest.fixture(scope="module", params=["w8a8-int", "w8a8-int-npu", "w8a16-int"])

@@ -83,6 +83,7 @@ def render_card(
             and preprocessing is None
             and "last_hidden_state" in manifest.qdq_model.outputs
             and manifest.source.modules[0] != TABLE
+            and not manifest.source.code  # the bundle holds none of it, and sentence-transformers would ask for it
             and not manifest.source.modules[0].startswith(text_towers.TOWER)
         ),
         truncation=truncated_to(manifest.source.modules),

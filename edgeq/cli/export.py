@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgeq.cli import console
+from edgeq.cli.arguments import TrustRemoteCode
 from edgeq.cli.targets import TargetsDir
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def export(
         int | None, typer.Option(metavar="N", help="Keep the first N dimensions, of unit length again if the model's.")
     ] = None,
     tower: Annotated[str | None, typer.Option(help="Which tower of a model of both: text or image.")] = None,
+    trust_remote_code: TrustRemoteCode = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="Of an ONNX file: its tokenizer.json, or the folder that holds it."),
@@ -102,6 +104,7 @@ def export(
         pooling=pooling,
         dim=dim,
         tower=tower,
+        trust_remote_code=trust_remote_code,
         onnx=OnnxOptions(tokenizer, max_sequence, normalize),
         samples=samples,
         seed=seed,

@@ -161,10 +161,10 @@ def distance(method: Method, row: int, found: NDArray[np.float32], expected: NDA
 def with_distances(own: OwnPath, distances: Sequence[Distance]) -> OwnPath:
     """Note the figures of FP32's vectors."""
     worst = max(distances, key=lambda item: item.error)
-    figures = {
+    figures = {  # rounded: the last digits are float noise, and equal inputs give equal bytes
         "vectors": len(distances),
-        "cosine_min": min(item.cosine for item in distances),
-        "error_max": worst.error,
+        "cosine_min": round(min(item.cosine for item in distances), 7),
+        "error_max": float(f"{worst.error:.1e}"),
         "farthest": f"{worst.method}({_shown(own.texts[worst.row])})",
     }
     return own.model_copy(update=figures)

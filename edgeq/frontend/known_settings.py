@@ -12,7 +12,7 @@ from typing import Literal
 Verdict = Literal["honoured", "unused", "refused"]
 ENCODER, MODEL, MODULES = "sentence_bert_config.json", "config_sentence_transformers.json", "modules.json"
 PROCESSING = f"{ENCODER}: processing_kwargs.text, .common"
-TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG, IMAGES = "tokenizer_config.json", "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,18 @@ TABLES: Mapping[str, Mapping[str, Setting]] = {
         **_all("unused", "for chats", "chat_template"),
         **_all("unused", "where the files came from", "name_or_path", "processor_class", "transformers_version",
                "return_token_type_ids", "_commit_hash", "revision", "language", "task"),
+    },
+    IMAGES: {
+        **_all("honoured", "images are resized, cropped, rescaled and normalised so", "do_resize", "size", "resample",
+               "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
+               "do_convert_rgb"),
+        **_all("honoured", "transformers chooses its processor by it, whose pixels edgeq's must equal",
+               "image_processor_type", "feature_extractor_type", "processor_class", "use_fast"),
+        **{name: Setting("refused", "is a step that edgeq lacks. Turn it off if the model does without", (None, False))
+           for name in ("do_pad", "crop_pct", "rescale_offset", "include_top")},
+        **_all("unused", "the form of the arrays, and how the processor computes them", "data_format",
+               "input_data_format", "return_tensors", "device", "disable_grouping", "default_to_square", "pad_size",
+               "image_seq_length"),
     },
     "special_tokens_map.json": _all("honoured", _TOKENIZER, "additional_special_tokens", "bos_token", "cls_token",
                                     "eos_token", "extra_special_tokens", "mask_token", "pad_token", "sep_token",

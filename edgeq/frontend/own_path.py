@@ -19,6 +19,8 @@ from edgeq.frontend.torch import own_path
 from edgeq.graph.float_session import FloatSession
 from edgeq.records import Source
 
+_known: dict[tuple[object, ...], OwnPath] = {}  # several graphs may share a tokenizer
+
 
 def of(located: Located, raw_dir: Path) -> tuple[OwnPath, own_path.Vectors]:
     """Give the ids and vectors of a source's own path, or the reason why there are none.
@@ -63,14 +65,21 @@ def compare(found: tuple[OwnPath, own_path.Vectors], source: Source, config_dir:
 
 
 def _of_tokenizer(file: OnnxFile) -> OwnPath:
-    """Run transformers' tokenizer of the folder beside an ONNX file, in a process of its own."""
+    """Run transformers' tokenizer of the folder beside an ONNX file, in a process of its own, once for equal files."""
     if file.config_dir is None or not (file.config_dir / tokenizer_config.FILE).is_file():
         return end_to_end.without(f"no {tokenizer_config.FILE} lies beside the ONNX file's tokenizer.json")
+    wanted = (file.max_sequence, *sorted((item.name, item.file.sha256) for item in file.files))
+    if wanted not in _known:
+        _known[wanted] = _run_tokenizer(file.config_dir, file.max_sequence)
+    return _known[wanted]
+
+
+def _run_tokenizer(folder: Path, limit: int) -> OwnPath:
     child = subprocess.run(
-        [sys.executable, "-m", "edgeq.frontend.torch.own_path", str(file.config_dir), str(file.max_sequence)],
+        [sys.executable, "-m", "edgeq.frontend.torch.own_path", str(folder), str(limit)],
         capture_output=True, text=True, errors="replace", check=False,
     )  # fmt: skip
     if child.returncode != 0:
-        last = (child.stderr.strip() or "no message").splitlines()[-1]
+        last = (child.stderr.strip() or "no message").splitlines()[-1].replace(str(folder), "its folder")
         return end_to_end.without(f"transformers' tokenizer cannot be loaded here ({last})")
     return OwnPath.model_validate_json(child.stdout.rstrip("\n").rpartition("\n")[2])

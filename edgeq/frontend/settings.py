@@ -14,7 +14,7 @@ from typing import Any
 
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.frontend.known_settings import ENCODER as ENCODER
-from edgeq.frontend.known_settings import MODEL, MODULES, PROCESSING, TABLES, TOKENIZER_CONFIG
+from edgeq.frontend.known_settings import IMAGES, MODEL, MODULES, PROCESSING, TABLES, TOKENIZER_CONFIG
 
 UNKNOWN = " (unknown)"  # ends the name of an unknown setting among the unused
 # The names under which old releases saved the encoder's file, in the order in which sentence-transformers looks.
@@ -35,7 +35,7 @@ _NOT_FOR_ONNX: Mapping[tuple[str, str], tuple[object, ...]] = {
     ("Normalize/config.json", "module_output_name"): (None, "sentence_embedding"),
 }
 # In these files unused settings lie so often that their names would tell nothing.
-_QUIET = {TOKENIZER_CONFIG, "special_tokens_map.json", "Dropout/config.json"}
+_QUIET = {TOKENIZER_CONFIG, IMAGES, "special_tokens_map.json", "Dropout/config.json"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def read(directory: Path, takes_images: bool = False, is_onnx: bool = False) -> 
     unused: list[str] = []
     found = Settings()
     needless = _NOT_FOR_ONNX if is_onnx else {}
-    for file, table, content in _files(directory):
+    for file, table, content in _files(directory, takes_images):
         where = file.relative_to(directory).as_posix()
         for key, value in content.items():
             if (table, key) in needless and value != {} and value not in needless[table, key]:
@@ -100,13 +100,13 @@ def read(directory: Path, takes_images: bool = False, is_onnx: bool = False) -> 
     return Settings(found.max_length, found.query_length, found.document_length, tuple(sorted(set(unused))))
 
 
-def _files(directory: Path) -> Iterator[tuple[Path, str, dict[str, Any]]]:
+def _files(directory: Path, takes_images: bool) -> Iterator[tuple[Path, str, dict[str, Any]]]:
     """Give each file with settings, the name of its table, and what it holds."""
     if (directory / MODULES).is_file():
         yield from _module_files(directory)
         if (directory / MODEL).is_file():
             yield directory / MODEL, MODEL, _object(directory / MODEL)
-    for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):
+    for name in (IMAGES,) if takes_images else (TOKENIZER_CONFIG, "special_tokens_map.json"):
         for folder in (directory, directory / "0_Transformer"):
             if (folder / name).is_file():
                 yield folder / name, name, _object(folder / name)

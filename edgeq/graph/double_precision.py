@@ -71,7 +71,7 @@ def _results(node: onnx.NodeProto, operands: Mapping[str, Array], is_wide: bool)
             attribute.i = TensorProto.DOUBLE
     try:
         with np.errstate(all="ignore"):  # what is computed for both branches of a Where need not be a number
-            found: list[Array] = ReferenceEvaluator(single).run(None, dict(operands))
+            found = ReferenceEvaluator(single).run(None, dict(operands))
     except Exception as error:  # the boundary to onnx's evaluator, whose operators may raise anything
         raise Unsupported(f"{node.name}: {node.op_type} cannot be computed in FP64: {error}") from error
     return [np.asarray(each) for each in found]

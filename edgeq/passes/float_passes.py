@@ -21,6 +21,7 @@ from edgeq.passes.drop_reshape import drop_reshape
 from edgeq.passes.finite_fill import finite_fill
 from edgeq.passes.finite_mask import finite_mask
 from edgeq.passes.fold_attention_scale import fold_attention_scale
+from edgeq.passes.fold_batch_normalization import fold_batch_normalization
 from edgeq.passes.fold_constants import fold_constants
 from edgeq.passes.fold_side_scales import fold_side_scales
 from edgeq.passes.fold_table_scale import fold_table_scale
@@ -31,17 +32,22 @@ from edgeq.passes.measured_reshape import measured_reshape
 from edgeq.passes.name_weights import name_weights
 from edgeq.passes.part_products import part_products
 from edgeq.passes.patch_product import patch_product
+from edgeq.passes.pointwise_product import pointwise_product
 from edgeq.passes.pool_by_matmul import pool_by_matmul
 from edgeq.passes.pool_maps import pool_maps
 from edgeq.passes.recover_gelu import recover_gelu
 from edgeq.passes.recover_layer_normalization import recover_layer_normalization
 from edgeq.passes.recover_padding_mask import recover_padding_mask
 from edgeq.passes.split_gemm import split_gemm
+from edgeq.passes.tokens_before_channels import tokens_before_channels
 from edgeq.passes.unflatten_softmax import unflatten_softmax
 from edgeq.records import PassReport
 
 _REWRITES = (
     fold_constants,  # first: what follows looks for constants
+    fold_batch_normalization,
+    pointwise_product,
+    tokens_before_channels,  # before what looks for channels on the last axis: layer normalisation, pooling, heads
     recover_layer_normalization,  # before all else: the later passes look for whole LayerNormalization and Gelu nodes
     recover_gelu,
     drop_reshape,

@@ -39,6 +39,7 @@ def export(
     pooling: str | None = None,
     dim: int | None = None,
     tower: str | None = None,
+    trust_remote_code: bool | None = None,
     normalize: bool | None = None,
     tokenizer: str | Path | Any | None = None,
     max_sequence: int | None = None,
@@ -69,6 +70,8 @@ def export(
         pooling: from token vectors to one vector, where the model's files do not name it.
         dim: keep the first so many dimensions, L2-normalised where the model normalises; not of ONNX files or modules.
         tower: "text" or "image", of a model that embeds both.
+        trust_remote_code: True runs the model's own code, in the child process that holds torch; False takes
+            transformers' classes in its place; None refuses a model that has some.
         normalize: of an ONNX file or a module: L2-normalise its vectors.
         tokenizer: of an ONNX file or a module: a tokenizer.json, the folder that holds it, or a tokenizer of
             `tokenizers` or `transformers`.
@@ -118,6 +121,7 @@ def export(
             pooling=pooling,
             dim=dim,
             tower=tower,
+            trust_remote_code=trust_remote_code,
             onnx=options,
             samples=samples,
             seed=seed,

@@ -113,7 +113,7 @@ def export(request: ExportRequest, progress: Progress, run_targets: RunTargets =
             f"{request.model}: is an ONNX file, which comes in for texts only, and --images {request.images} is given. "
             "Give the directory that it was exported from, with its preprocessor_config.json."
         )
-    located = locate.locate(request.model, request.pooling, request.onnx, request.dim, tower=request.tower)
+    located = located_source(request)
     plan = _plan(request, located)
     for target in request.targets:
         _refuse_islands(request, target)
@@ -122,6 +122,8 @@ def export(request: ExportRequest, progress: Progress, run_targets: RunTargets =
         backend.tools()
         require_device(backend, target)
         require_replaceable(request.out / target.name)
+    if located.onnx is None:  # what cannot be honoured is told before anything is loaded
+        settings.read(located.directory, located.takes_images)
     if request.dry_run:
         return tuple(_not_run(target) for target in request.targets)
     progress("export", 0, 1)
@@ -133,6 +135,18 @@ def export(request: ExportRequest, progress: Progress, run_targets: RunTargets =
         _refuse(find(target.backend, target.name), as_given, target)
     calibrated = stages.calibrated(floats, plan, request.seed, request.cache, progress)
     return run_targets(Shared(floats, calibrated, plan), request, progress)
+
+
+def located_source(request: ExportRequest) -> locate.Located:
+    """Find the model of a request.
+
+    Raises:
+        EdgeqError: as `edgeq.frontend.locate.locate` does.
+    """
+    return locate.locate(
+        request.model, request.pooling, request.onnx, request.dim,
+        tower=request.tower, trust_remote_code=request.trust_remote_code,
+    )  # fmt: skip
 
 
 def _warn_of_unknown(source: Source) -> None:

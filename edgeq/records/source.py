@@ -21,6 +21,7 @@ class Source(Record):
     max_sequence: Positive  # tokens, special tokens included; 1 for images
     prompts: dict[str, str]
     default_prompt_name: str | None
+    code: dict[str, Sha256] = Field(default={}, exclude_if=lambda it: not it)  # trusted files: "[OWNER/NAME--]FILE.py"
     query_length: Positive | None = Field(default=None, exclude_if=lambda value: value is None)  # of encode_query
     document_length: Positive | None = Field(default=None, exclude_if=lambda value: value is None)
     unused_settings: tuple[str, ...] = Field(default=(), exclude_if=lambda value: not value)  # "FILE: KEY", not read

@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Literal
 
 from edgeq.analysis.layer_errors import LayerErrors
-from edgeq.bundle.benchmark import Latency
+from edgeq.bundle.turns import Latency, Ratio
 from edgeq.records import Measures, Record, RunKind, Sha256, Status, TextSet
 
 
 class RunTime(Record):
-    """Hold the latency of one text at one length, over several rounds, each in a child process."""
+    """Hold the latency of one text at one length, in a child process that took turns with those of the other rows."""
 
     tokens: int
     threads: int
     num_runs: int
     latency: Latency
+    speedup: Ratio | None  # the reference's time over this one's; None for the reference: FP32, or else the first row
     peak_memory_bytes: int
 
 

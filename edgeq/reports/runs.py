@@ -82,13 +82,15 @@ class Run:
     figures_error: str | None
 
 
-def runners(found: Sequence[Found], float_model: Path | None, model: str | None) -> tuple[Runner, ...]:
+def runners(
+    found: Sequence[Found], float_model: Path | None, model: str | None, trust_remote_code: bool | None = None
+) -> tuple[Runner, ...]:
     """List the runtimes: FP32 in ONNX Runtime (where its file is found), torch, and every bundle's artifact."""
     manifest, tokenizer = found[0].manifest, found[0].path / "tokenizer.json"
 
     def open_torch() -> Session:
         try:
-            return TorchSession(reopen(manifest.source, model))
+            return TorchSession(reopen(manifest.source, model, trust_remote_code))
         except ConfigError as error:
             raise Unsupported(f"the source cannot be opened: {error}") from error
 

@@ -127,7 +127,10 @@ def settings_of(target: Target) -> Settings:
     from edgeq.backends.tflite.emitter import Settings
 
     runtime = target.runtime
-    return Settings(int(runtime["bias_bits"]), str(runtime["upcast"]), str(runtime["lookup"]))
+    is_bias_stated = runtime["interpreter"] != "tflite-runtime"
+    return Settings(
+        int(runtime["bias_bits"]), str(runtime["upcast"]), str(runtime["lookup"]), is_bias_stated=is_bias_stated
+    )
 
 
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:

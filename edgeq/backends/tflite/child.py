@@ -34,8 +34,11 @@ RUNTIMES = {
     "litert-builtin": ("ai_edge_litert", "ai_edge_litert.interpreter", "BUILTIN_WITHOUT_DEFAULT_DELEGATES"),
     "litert-reference": ("ai_edge_litert", "ai_edge_litert.interpreter", "BUILTIN_REF"),
     "tensorflow": ("tensorflow", "tensorflow.lite.python.interpreter", "AUTO"),
+    "tensorflow-builtin": ("tensorflow", "tensorflow.lite.python.interpreter", "BUILTIN_WITHOUT_DEFAULT_DELEGATES"),
     "tensorflow-reference": ("tensorflow", "tensorflow.lite.python.interpreter", "BUILTIN_REF"),
     "tflite-runtime": ("tflite_runtime", "tflite_runtime.interpreter", "AUTO"),
+    "tflite-runtime-builtin": ("tflite_runtime", "tflite_runtime.interpreter", "BUILTIN_WITHOUT_DEFAULT_DELEGATES"),
+    "tflite-runtime-reference": ("tflite_runtime", "tflite_runtime.interpreter", "BUILTIN_REF"),
 }
 
 Arrays = dict[str, Any]  # name -> numpy array; numpy 1 and 2 agree on no narrower type

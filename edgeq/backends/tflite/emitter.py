@@ -24,10 +24,11 @@ INT16_VALUES = np.arange(-(2**15), 2**15)
 class Settings:
     """Hold how operators are written where runtimes differ: the `[runtime]` table of a target."""
 
-    bias_bits: int  # of FULLY_CONNECTED with int16 inputs: 32 in LiteRT and tflite-runtime, 64 in reference kernels
+    bias_bits: int  # of FULLY_CONNECTED with int16 inputs: 32 is fast, 64 is what versions below 11 mean
     upcast: str  # "quantize" or "cast": the operator from int8 to int16; tflite-runtime 2.14 has no QUANTIZE for it
     lookup: str  # "none", "roots" or "all": whether int16 RSQRT and GELU are tables; tflite-runtime 2.14 has neither
     rows: str = "mul"  # "mul" or "depthwise": the operator that multiplies by a constant row; Ethos-U55 rereads MUL's
+    is_bias_stated: bool = True  # FULLY_CONNECTED 11 names its bias's dtype; tflite-runtime 2.14 has no such version
 
 
 class Emitter:

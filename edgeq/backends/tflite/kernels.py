@@ -1,17 +1,22 @@
 """List the TFLite kernels (operator, version, dtypes) that compute correctly in each runtime, and check files.
 
 A runtime refuses some dtypes, aborts on others, and is silently wrong on a few: FULLY_CONNECTED from int8 to int16,
-BATCH_MATMUL from int8 to int16, MUL from int16 to int8. A kernel outside the table was not tested, or failed. Three
+BATCH_MATMUL from int8 to int16, MUL from int16 to int8. A kernel outside the table was not tested, or failed. Two
 kernels of the table have limits that the lowering works around: int16 RSQRT interpolates a table of every 128th
-value, so roots of small values are wrong; int16 SOFTMAX counts every masked score as exp(-10); BATCH_MATMUL from int8
-to int32 ignores zero points in LiteRT and applies them in tflite-runtime, so it only gets zero points of 0.
+value, so roots of small values are wrong; int16 SOFTMAX counts every masked score as exp(-10).
 
-Source: one-operator models over the whole range of values, run in ai-edge-litert 2.3.0 and tflite-runtime 2.14.0
-(tests/test_tflite_kernels.py for what edgeq emits).
+Two more are read differently by different kernels unless the file leaves nothing open (`Operator.leaves_open`):
+FULLY_CONNECTED of int16 reads its bias in the dtype that its options state from version 11 on, and in one that the
+kernel chooses where they state none; BATCH_MATMUL of int8 has kernels that leave out the zero point of its right
+operand, or both of them where the result is int32.
+
+Source: one-operator models over the whole range of values, run in each kernel set of tests/kernel_sets.py by
+tests/test_tflite_kernels.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ai_edge_litert import schema_py_generated as schema
@@ -32,6 +37,7 @@ class Operator:
     dtypes: Dtypes
     operands: tuple[str, ...]  # names of the data inputs
     output: str
+    leaves_open: str | None = None  # what kernels of different runtimes may read differently
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ _I8, _I16 = ("int8", "int8"), ("int16", "int16")
 _BOTH = frozenset({_I8, _I16})
 _PAIRS = frozenset({("int8", "int8", "int8"), ("int16", "int16", "int16")})
 _WHOLE = frozenset({("int32", "int32", "int32")})
+_NARROW_BIAS, _WIDE_BIAS = ("int16", "int8", "int32", "int16"), ("int16", "int8", "int64", "int16")
 
 # operator -> version -> dtypes
 LITERT: dict[str, dict[int, frozenset[Dtypes]]] = {
@@ -60,10 +67,9 @@ LITERT: dict[str, dict[int, frozenset[Dtypes]]] = {
     "EXP": {2: frozenset({_I8})},
     "FILL": {1: _WHOLE},
     "FULLY_CONNECTED": {
-        4: frozenset({
-            ("int16", "int8", "int32", "int16"), ("int16", "int8", "int64", "int16"), ("int16", "int8", "int16"),
-        }),
+        4: frozenset({("int16", "int8", "int16")}),
         5: frozenset({("int8", "int8", "int32", "int8"), ("int8", "int8", "int8")}),
+        11: frozenset({_NARROW_BIAS, _WIDE_BIAS}),
     },
     "GATHER": {2: frozenset({("int8", "int32", "int8"), ("int16", "int32", "int16")})},
     "GELU": {2: _BOTH},
@@ -88,7 +94,7 @@ LITERT: dict[str, dict[int, frozenset[Dtypes]]] = {
 
 # Kernels that tflite-runtime 2.14 lacks or computes wrongly. Source: as above.
 _NOT_IN_TFLITE_RUNTIME: dict[str, frozenset[Dtypes]] = {
-    "FULLY_CONNECTED": frozenset({("int16", "int8", "int64", "int16")}),
+    "FULLY_CONNECTED": frozenset({_NARROW_BIAS, _WIDE_BIAS}),
     "GELU": frozenset({_I16}),
     "QUANTIZE": frozenset({("int8", "int16")}),
     "RSQRT": frozenset({_I16}),
@@ -97,8 +103,10 @@ TFLITE_RUNTIME = {
     name: {version: dtypes - _NOT_IN_TFLITE_RUNTIME.get(name, frozenset()) for version, dtypes in versions.items()}
     for name, versions in LITERT.items()
 }
+TFLITE_RUNTIME["FULLY_CONNECTED"][4] |= {_NARROW_BIAS}  # it has no version 11, and its version 4 reads 32 bits
 
 KERNELS = {"litert": LITERT, "tflite-runtime": TFLITE_RUNTIME}
+_BIAS_STATED = 11
 # Operators with inputs that are shapes or axes -> how many of their first inputs are data.
 _SHAPES = {"MEAN": 1, "REDUCE_MAX": 1, "RESHAPE": 1, "SLICE": 1, "SUM": 1, "TRANSPOSE": 1}
 
@@ -129,7 +137,21 @@ def _described(model: schema.ModelT, graph: schema.SubGraphT, operator: schema.O
     tensors = [graph.tensors[index] for index in [*operands, *operator.outputs]]
     dtypes = tuple(_DTYPES[tensor.type] for tensor in tensors)
     *names, output = (tensor.name.decode() for tensor in tensors)
-    return Operator(graph.name.decode(), name, code.version, dtypes, tuple(names), output)
+    left_open = _left_open(operator, name, code.version, tensors)
+    return Operator(graph.name.decode(), name, code.version, dtypes, tuple(names), output, left_open)
+
+
+def _left_open(operator: schema.OperatorT, name: str, version: int, tensors: Sequence[schema.TensorT]) -> str | None:
+    """Say what an operator leaves to the kernel, of which kernels are known to choose differently."""
+    dtypes = [_DTYPES[tensor.type] for tensor in tensors]
+    if name == "FULLY_CONNECTED" and version >= _BIAS_STATED and len(dtypes) == 4:
+        stated = operator.builtinOptions.quantizedBiasType
+        return None if stated == tensors[2].type else f"its bias is {dtypes[2]}, its options state {_DTYPES[stated]}"
+    if name == "BATCH_MATMUL" and dtypes[0] == "int8":
+        read = {"left": tensors[0], "right": tensors[1]} if dtypes[2] == "int32" else {"right": tensors[1]}
+        found = [side for side, tensor in read.items() if any(tensor.quantization.zeroPoint)]
+        return f"the zero point of its {found[0]} operand is not 0" if found else None
+    return None
 
 
 def violations(contents: Contents, runtime: str) -> list[str]:
@@ -145,7 +167,9 @@ def violations(contents: Contents, runtime: str) -> list[str]:
 def unknown_kernel(operator: Operator, runtime: str) -> str | None:
     """Say which kernel an operator needs that is not known to be right in the runtime, or None."""
     if operator.dtypes in KERNELS[runtime].get(operator.name, {}).get(operator.version, frozenset()):
-        return None
+        if operator.leaves_open is None:
+            return None
+        return f"{operator.name} of {operator.dtypes[0]}: {operator.leaves_open}, which not every kernel reads alike"
     return (
         f"{operator.name} version {operator.version} from {' '.join(operator.dtypes[:-1])} to {operator.dtypes[-1]} is "
         f"not known to be right in {runtime}"

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
 from edgeq.backends.tflite.int32_sums import exact_sum, outer_product
-from edgeq.backends.tflite.writer import QuantParams, Tensor
+from edgeq.backends.tflite.writer import DTYPES, QuantParams, Tensor
 from edgeq.errors import LoweringFailed, UnsupportedRange
 from edgeq.graph import roles
 from edgeq.graph.edit import constant, is_read_once, made_by, readers
 from edgeq.graph.roles import Role
 
 _WEIGHT = 127  # magnitude of each int8 weight; a channel's factor is in its scale
+_BIAS_STATED = 11  # the version of FULLY_CONNECTED from which its options name the dtype of the bias
 _ADD_LIMIT = 2.0**14  # int16 ADD and SUB abort where an input's scale is so many times the output's
 
 
@@ -136,6 +137,8 @@ def _fully_connected(emit: Emitter, node: ir.Node, weight: ir.Node, stored: NDAr
     options = schema.FullyConnectedOptionsT()
     options.keepNumDims = True
     version = 4 if source.dtype == "int16" else 5
+    if source.dtype == "int16" and len(inputs) == 3 and emit.settings.is_bias_stated:
+        version, options.quantizedBiasType = _BIAS_STATED, DTYPES[inputs[2].dtype]
     emit.write(
         end.outputs[0], (*source.shape[:-1], stored.shape[1]), OPERATOR.FULLY_CONNECTED, version, inputs,
         (OPTIONS.FullyConnectedOptions, options),

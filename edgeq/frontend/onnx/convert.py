@@ -19,11 +19,11 @@ from edgeq.frontend import settings
 from edgeq.frontend.locate import POOLING_MODES, Located
 from edgeq.frontend.onnx import configuration, read
 from edgeq.frontend.onnx.find import OnnxFile
+from edgeq.frontend.onnx.foreign_inputs import MASK
 from edgeq.frontend.onnx.fused_operators import expand_fused
 from edgeq.frontend.onnx.interface import (
     EMBEDDING,
     HIDDEN,
-    MASK,
     Inputs,
     Outputs,
     drop_index_casts,
@@ -75,7 +75,9 @@ def convert(located: Located, file: OnnxFile, config_dir: Path, hidden_state: bo
     inputs = roles(given, name)
     found = outputs(given, located.pooling, name)
     head = _head(located, file, found)
-    feeds = probe_feeds(Tokenizer.from_file(file.tokenizer, file.max_sequence).vocabulary, file.max_sequence)
+    words = Tokenizer.from_file(file.tokenizer, file.max_sequence).vocabulary
+    feeds = probe_feeds(words, file.max_sequence)
+    _refuse_weights_of_words(given, found, words, name)
     expected = _expected(file, given, inputs, found, head, feeds)
     model = read.convert_opset(given, name)
     expand_fused(model, name)
@@ -88,6 +90,22 @@ def convert(located: Located, file: OnnxFile, config_dir: Path, hidden_state: bo
     configuration.write_configuration(file, head, width, config_dir)
     dim = int(expected[0].shape[1])
     return Raw(_source(located, file, head, found, dim), proto, feeds, expected)
+
+
+def _refuse_weights_of_words(given: ir.Model, found: Outputs, words: int, name: str) -> None:
+    """Refuse an output with a number for each word of the vocabulary, as a masked-LM head and SPLADE give.
+
+    Raises:
+        Unsupported: the output is such.
+    """
+    wanted = found.embedding or found.hidden
+    width = next((dims(value) or [None])[-1] for value in given.graph.outputs if value.name == wanted)
+    if width == words:
+        raise Unsupported(
+            f"{name}: its output {wanted} has {width} numbers, as many as the tokenizer has words: those are weights "
+            "of words (a masked-LM head, a sparse encoder), and no dense vector of a text. Export the encoder without "
+            "its head."
+        )
 
 
 def _source(located: Located, file: OnnxFile, head: Head, found: Outputs, dim: int) -> Source:

@@ -7,6 +7,7 @@ graph is rewritten, and a crash inside torch becomes a message.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,6 +172,7 @@ def main() -> int:
     """Convert the model of the JSON request on the command line; print an error as JSON."""
     request = json.loads(sys.argv[1])
     located = from_json(request["located"])
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; a model's own code downloads nothing
     try:
         convert(located, Path(request["out_dir"]), request["hidden_state"])
     except EdgeqError as error:

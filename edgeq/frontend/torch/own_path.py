@@ -22,7 +22,6 @@ from edgeq.data.text_input import METHODS, Method
 from edgeq.frontend import settings
 from edgeq.frontend.locate import Located
 from edgeq.frontend.torch import sentence_transformers
-from edgeq.frontend.torch.errors import explain
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -84,6 +83,7 @@ def _run(model: SentenceTransformer, limit: int | None, dim: int | None) -> tupl
     long_vectors = 0
     given = end_to_end.texts(limit)
     threads = torch.get_num_threads()
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # each long text would be told
     torch.set_num_threads(1)  # single short texts: two threads would wait for each other longer than they compute
     for text in given:
         found: dict[Method, tuple[tuple[int, ...], FloatArray | None]] = {}
@@ -93,7 +93,7 @@ def _run(model: SentenceTransformer, limit: int | None, dim: int | None) -> tupl
                 longest = _LONGEST_VECTOR if long_vectors < _LONG_VECTORS else _LONG
                 found[method] = _run_one(model, method, text, known, longest, options)
         except Exception as error:  # the boundary to the model's own code, which may refuse a text
-            left_out.append(f"{text[:20]!r} ({explain(error)})")
+            left_out.append(f"{text[:20]!r} ({_told(error)})")
             continue
         for method, (own, vector) in found.items():
             ids[method].append(own)
@@ -167,6 +167,11 @@ def _run_one(
     return seen[0], np.asarray(vector, np.float32)
 
 
+def _told(error: Exception) -> str:
+    """Name an error by its class and the beginning of its first line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:100]}"
+
+
 @contextmanager
 def _watched(
     model: SentenceTransformer, known: tuple[int, ...] | None, longest: int
@@ -184,20 +189,17 @@ def _watched(
         return forward(features, **kwargs)
 
     model.forward = noted  # type: ignore[method-assign,assignment]
-    level = logging.getLogger("transformers").level
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         yield seen
     finally:
         del model.forward
-        logging.getLogger("transformers").setLevel(level)
 
 
 def main() -> int:
     """Print the ids of transformers' tokenizer of a folder, as JSON: `FOLDER LIMIT` are on the command line."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], local_files_only=True, trust_remote_code=False)
     sys.stdout.write(_tokenizer_ids(tokenizer, int(sys.argv[2])).model_dump_json())
     return 0
 

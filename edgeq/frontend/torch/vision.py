@@ -16,6 +16,7 @@ from edgeq.errors import ConfigError, Unsupported
 from edgeq.frontend import locate, settings
 from edgeq.frontend.locate import Located
 from edgeq.frontend.torch import sentence_transformers
+from edgeq.frontend.torch.supported_modules import kind_of
 from edgeq.records import Source
 from edgeq.system.files import work_dir
 
@@ -34,7 +35,7 @@ def source_of_images(located: Located, model: SentenceTransformer) -> Source:
         ConfigError: it has no image processor.
         Unsupported: its preprocessing is not supported.
     """
-    names = [type(module).__name__ for module in model]
+    names = [kind_of(module) for module in model]
     names = [
         f"{name}:{'+'.join(sentence_transformers.modes(module))}" if name == "Pooling" else name
         for name, module in zip(names, model, strict=True)
@@ -50,6 +51,7 @@ def source_of_images(located: Located, model: SentenceTransformer) -> Source:
         max_sequence=1,
         prompts={},
         default_prompt_name=None,
+        code=dict(located.code),
         unused_settings=settings.read(located.directory, takes_images=True).unused,
     )
 
@@ -161,7 +163,7 @@ def graph(model: SentenceTransformer, hidden_state: bool) -> torch.nn.Module:
         def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
             features: dict[str, Any] = {PIXELS: pixel_values, "modality": "image"}
             for module in self.model:
-                is_pooling = type(module).__name__ == "Pooling"
+                is_pooling = kind_of(module) == "Pooling"
                 features = pooled(module, features) if is_pooling else module(features)
             embedding: torch.Tensor = features["sentence_embedding"]
             hidden: torch.Tensor | None = features.get("token_embeddings")

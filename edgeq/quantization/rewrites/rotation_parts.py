@@ -194,5 +194,5 @@ def _computed(nodes: list[ir.Node], x: ir.Value, y: ir.Value, probe: NDArray[np.
     end = helper.make_tensor_value_info(str(y.name), onnx.TensorProto.FLOAT, None)
     graph = helper.make_graph(ordered, "rotation", [], [end], list(stored.values()))
     ids = np.ones((len(probe), _LENGTH), np.int64)
-    feeds = {"input_ids": ids, "attention_mask": ids, str(x.name): probe}
+    feeds: dict[str, double_precision.Array] = {"input_ids": ids, "attention_mask": ids, str(x.name): probe}
     return double_precision.outputs(helper.make_model(graph), feeds)[str(y.name)]
