@@ -44,7 +44,8 @@ def outputs(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, NDA
         varies = node.op_type not in ("Shape", "Size") and not varying.isdisjoint(names)
         operands = {name: values[name] if name in values else external_data.array(stored[name]) for name in names}
         if varies:
-            operands = {name: _wide(array) for name, array in operands.items()}
+            if node.op_type != "Gather":  # whose table is larger than the rows that are looked up
+                operands = {name: _wide(array) for name, array in operands.items()}
             varying.update(node.output)
         found = _results(node, operands, varies)
         values |= zip(node.output, map(_wide, found) if varies else found, strict=False)
