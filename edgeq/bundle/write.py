@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from edgeq.backends.contract import HasClientSettings
-from edgeq.backends.registry import find
 from edgeq.bundle.agreement import disagreeing_limits, disagreements
 from edgeq.bundle.checksums import SUMS, check_sums, write_sums
 from edgeq.bundle.client_files import state_client_settings, state_limit
@@ -64,6 +63,7 @@ def write(
     golden: GoldenData | GoldenImages,
     report: ParityReport,
     overwrite: bool = False,
+    client_settings: Mapping[str, object] | None = None,
 ) -> Manifest:
     """Write a bundle; equal inputs give equal bytes.
 
@@ -77,6 +77,8 @@ def write(
         golden: the golden texts.
         report: its status becomes the bundle's.
         overwrite: replace a bundle made from other inputs.
+        client_settings: with which sentence-transformers opens the artifact as it was validated, from a backend with
+            `HasClientSettings`.
 
     Raises:
         ConfigError: `bundle_dir` is no bundle, or one from other inputs and `overwrite` is not set.
@@ -89,7 +91,7 @@ def write(
     with storage_errors(f"writing the bundle {bundle_dir}"):
         bundle_dir.parent.mkdir(parents=True, exist_ok=True)
         with replacing_dir(bundle_dir) as partial:
-            manifest = _fill(partial, lineage, artifact_dir, config_dir, golden, report)
+            manifest = _fill(partial, lineage, artifact_dir, config_dir, golden, report, client_settings)
             if is_bundle(bundle_dir) and not overwrite:
                 _require_same(bundle_dir, partial)
     return manifest
@@ -142,6 +144,7 @@ def _fill(
     config_dir: Path,
     golden: GoldenData | GoldenImages,
     report: ParityReport,
+    client_settings: Mapping[str, object] | None,
 ) -> Manifest:
     """Write every file of a bundle, SHA256SUMS last."""
     needed = "tokenizer.json" if isinstance(golden, GoldenData) else "preprocessor_config.json"
@@ -160,10 +163,8 @@ def _fill(
         state_limit(directory, limit)
         found = end_to_end.compare(directory, lineage.source, limit)  # of the very files that the bundle carries
         end_to_end.require_same(found, str(directory))
-        if lineage.artifact.files[0].path in SENTENCE_TRANSFORMERS_FILES:
-            backend = find(lineage.artifact.backend, lineage.target.name)
-            if isinstance(backend, HasClientSettings):
-                state_client_settings(directory, backend.client_settings(lineage.target))
+        if client_settings is not None and lineage.artifact.files[0].path in SENTENCE_TRANSFORMERS_FILES:
+            state_client_settings(directory, client_settings)
         write_golden(directory, golden)
     else:
         write_golden_images(directory, golden)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeq.backends.contract import Backend
+from edgeq.backends.contract import Backend, HasClientSettings
 from edgeq.backends.registry import find
 from edgeq.bundle.write import Lineage, require_replaceable, write
 from edgeq.data import end_to_end
@@ -211,15 +211,9 @@ def bundled(target: Target, shared: Shared, request: ExportRequest, progress: Pr
         artifact = backend.lower(model, target, work)
         progress(f"{stage}lower", 1, 1)
         found, embeddings = measure_parity(
-            backend,
-            artifact,
-            work,
-            target,
-            validation,
-            model.max_sequence,
-            partial(progress, f"{stage}compare"),
+            backend, artifact, work, target, validation, model.max_sequence, partial(progress, f"{stage}compare"),
             compared,
-        )
+        )  # fmt: skip
         size = sum(ref.size_bytes for ref in artifact.files)
         path = request.out / target.name
         is_written = found.status != "failed" or request.keep_failed
@@ -231,7 +225,8 @@ def bundled(target: Target, shared: Shared, request: ExportRequest, progress: Pr
                 calibrated.calibration, model, artifact, stages.versions(stages.EXPORT_TOOLS) | dict(backend.tools()),
             )  # fmt: skip
             golden = golden_samples(floats, validation, embeddings)
-            write(path, lineage, work, floats.folder / CONFIG, golden, found, request.overwrite)
+            told = backend.client_settings(target) if isinstance(backend, HasClientSettings) else None
+            write(path, lineage, work, floats.folder / CONFIG, golden, found, request.overwrite, told)
     return Exported(
         target=target.name,
         path=str(path) if is_written else "",
