@@ -81,6 +81,7 @@ class QdqBuilder:
         self._has_placeholders = has_placeholders
         self.quantized: dict[ir.Value, QuantizedValue] = {}
         self.converted: dict[tuple[ir.Value, int], QuantizedValue] = {}
+        self._without_zero_point: dict[ir.Value, QuantizedValue] = {}
         self.fixed: dict[str, Affine] = {}
 
     # what was observed -----------------------------------------------------------------------------------------------
@@ -165,6 +166,24 @@ class QdqBuilder:
                 params = self.cover(float(seen.minimum.min()), float(seen.maximum.max()), bits)
             self.converted[key] = self.requantize(home, params, bits, f"{name}/{bits}bit")
         return self.converted[key]
+
+    def read_without_zero_point(self, value: ir.Value | None, bits: int, node: ir.Node) -> QuantizedValue:
+        """Give a tensor in the bits that an operator reads, without a zero point, converted once for all such readers.
+
+        Raises:
+            Unsupported: it was not quantised.
+        """
+        home = self.home(value, node)
+        if home.bits == bits and home.params.zero_point == 0:
+            return home
+        if home.bits != bits and bits == 16:
+            return self.read(value, bits, node)
+        if home.value not in self._without_zero_point:
+            name = self.name_of(home)
+            params = symmetric(self.statistics(name).largest, bits)
+            made = self.requantize(home, params, bits, f"{name}/{bits}bit/symmetric")
+            self._without_zero_point[home.value] = made
+        return self._without_zero_point[home.value]
 
     def requantize(self, home: QuantizedValue, params: Affine, bits: int, name: str) -> QuantizedValue:
         """Quantise a dequantised tensor again, with other parameters."""

@@ -83,7 +83,7 @@ class DeferredSoftmax:
         exponentials, context = product.inputs[0], product.outputs[0]
         if exponentials is None:
             raise ValueError(f"{product.name}: has no left operand")
-        values = self._builder.read(product.inputs[1], 8, product).value
+        values = self._builder.read_without_zero_point(product.inputs[1], 8, product).value
         left = self._builder.quantized[exponentials].value
         largest, name = self._builder.largest(context), str(context.name)
         result = symmetric(largest, 8)

@@ -155,8 +155,9 @@ def _matmul(walk: IntegerWalk, node: ir.Node) -> None:
         walk.softmaxes.replace_product(node)
     else:
         bits = attention_bits(walk, node)
-        for position, value in enumerate(node.inputs):
-            node.replace_input_with(position, builder.read(value, bits, node).value)
+        node.replace_input_with(0, builder.read(left, bits, node).value)
+        # XNNPACK of TensorFlow 2.21 leaves the zero point of an 8-bit right operand out.
+        node.replace_input_with(1, builder.read_without_zero_point(right, bits, node).value)
         output = node.outputs[0]
         followers = readers(output)
         is_score = len(followers) == 1 and _ends_scores(walk, followers[0])
