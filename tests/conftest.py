@@ -36,7 +36,7 @@ LONGEST_FIRST = (
     "test_real_model", "test_pipeline", "test_architectures", "test_check_architectures", "test_qnn",
     "test_sentence_modules", "test_export", "test_long_texts", "test_faults", "test_images", "test_environments",
     "test_onnx_source", "test_export_server", "test_docs", "test_same_bytes", "test_arm64", "test_wheel", "test_lab",
-    "test_text_towers", "test_tensorflow", "test_kernel_sets", "test_tflite_kernels",
+    "test_text_towers", "test_tensorflow", "test_kernel_sets", "test_tflite_kernels", "test_channels_first",
 )  # fmt: skip
 
 # A file's tests go to one worker, which makes the fixtures of the module once. In these files the costly fixture has

@@ -3,10 +3,13 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from tiny_bundle import (
     DIM,
     MEASURES,
@@ -23,10 +26,13 @@ from tiny_bundle import (
 
 from edgeq.backends.registry import BACKENDS
 from edgeq.bundle.checksums import write_sums
+from edgeq.bundle.client_files import state_limit
 from edgeq.bundle.golden import GoldenData, read_golden, write_golden
+from edgeq.bundle.load import load
 from edgeq.bundle.manifest import load_manifest, load_report
 from edgeq.bundle.verify import judge_golden, verify
 from edgeq.bundle.write import write
+from edgeq.data.tokens import token_limit
 from edgeq.errors import BundleCorrupt, ConfigError, EdgeqError, ParityFailed, Unsupported
 from edgeq.records import Manifest, RunsOn
 
@@ -40,7 +46,9 @@ FILES = {
     "modules.json",
     "onnx/model.onnx",
     "parity.json",
+    "sentence_bert_config.json",
     "tokenizer.json",
+    "tokenizer_config.json",
     "validate.py",
 }
 
@@ -60,12 +68,39 @@ def test_a_bundle_holds_what_it_must_and_verifies(tmp_path: Path) -> None:
     path, manifest = make_bundle(tmp_path / "out")
     assert set(contents(path)) == FILES
     found = verify(path)
-    assert (found.files, found.golden_texts, found.status, found.ran_on) == (10, 32, "passed", "device")
+    assert (found.files, found.golden_texts, found.status, found.ran_on) == (12, 32, "passed", "device")
     assert found.cosine_min > 0.999999
     assert found.max_abs_error < 1e-6
     assert 0.99 < found.float32_cosine_min < 0.99999
     assert load_manifest(path) == manifest
     assert load_report(path) == make_report(make_target())
+
+
+@pytest.mark.parametrize("buckets", [(), (4, 6), (64,)])
+def test_every_file_states_the_limit_that_was_validated(tmp_path: Path, buckets: tuple[int, ...]) -> None:
+    target = make_target().model_copy(update={"buckets_tokens": buckets})
+    path, manifest = make_bundle(tmp_path / "out", target=target)
+    limit = token_limit(buckets, manifest.source.max_sequence)
+    tokenizer = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert tokenizer["truncation"]["max_length"] == limit and tokenizer["padding"]["strategy"] == "BatchLongest"
+    assert config == {"model_max_length": limit, "max_length": limit, "truncation_side": "right"}
+    module = json.loads((path / "sentence_bert_config.json").read_text(encoding="utf-8"))
+    assert module["max_seq_length"] == limit
+    as_found = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))  # by a library that knows no other file
+    assert len(as_found.encode(" ".join(TEXTS) * 9).ids) == limit
+
+
+def test_what_a_model_without_a_mask_pads_to_is_kept(tmp_path: Path) -> None:
+    padding = {"strategy": {"Fixed": 8}, "pad_id": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"truncation": None, "padding": padding}), encoding="utf-8")
+    pads = {"padding": "max_length", "max_length": 8, "model_max_length": 64}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(pads), encoding="utf-8")
+    state_limit(tmp_path, 8)
+    assert json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["padding"] == padding
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8")) == pads | {
+        "model_max_length": 8
+    }
 
 
 def test_sha256sum_accepts_the_sums(tmp_path: Path) -> None:
@@ -172,6 +207,71 @@ def test_every_link_of_the_chain_is_walked(tmp_path: Path, record: str, key: str
     path, _ = make_bundle(tmp_path / "out")
     rewrite(path, lambda manifest: manifest[record].update({key: value}))
     with pytest.raises(BundleCorrupt, match="the chain is broken"):
+        verify(path)
+
+
+LIMITS = ("source", "float_model", "equalized_model", "qdq_model")
+
+
+@pytest.mark.parametrize(("record", "other"), [("source", "float_model"), *((name, "source") for name in LIMITS[1:])])
+def test_records_of_two_limits_are_refused_where_they_are_read(tmp_path: Path, record: str, other: str) -> None:
+    path, manifest = make_bundle(tmp_path / "out")
+    said = f"{other if record == 'source' else record}.max_sequence is .*, but source.max_sequence is"
+    rewrite(path, lambda content: content[record].update({"max_sequence": manifest.source.max_sequence // 2}))
+    for opened in (verify, load, load_manifest):
+        with pytest.raises(BundleCorrupt, match=said):
+            opened(path)
+
+
+@pytest.mark.parametrize("record", ["float_model", "equalized_model", "qdq_model"])
+@pytest.mark.parametrize(("key", "value"), [("max_sequence", 4), ("dim", DIM + 1), ("inputs", ("input_ids",))])
+def test_records_that_disagree_are_never_written(tmp_path: Path, record: str, key: str, value: object) -> None:
+    make_model(tmp_path / "artifact" / "onnx" / "model.onnx")
+    make_config(tmp_path / "config")
+    lineage = make_lineage(tmp_path / "artifact", make_target())
+    changed = replace(lineage, **{record: getattr(lineage, record).model_copy(update={key: value})})
+    golden = make_golden(tmp_path / "artifact", tmp_path / "config")
+    with pytest.raises(BundleCorrupt, match=f"{record}.{key} is .*, but source.{key} is"):
+        write(tmp_path / "out", changed, tmp_path / "artifact", tmp_path / "config", golden, make_report(make_target()))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says_limit"),
+    [
+        ("sentence_bert_config.json", lambda limit: {"max_seq_length": limit}, "max_seq_length is 2"),
+        ("tokenizer_config.json", lambda limit: {"model_max_length": limit}, "model_max_length is 2"),
+        ("tokenizer_config.json", lambda limit: {"max_length": limit}, "max_length is 2"),
+        ("tokenizer.json", lambda limit: {"truncation": {"max_length": limit}}, "truncation.max_length is 2"),
+    ],
+)
+def test_a_file_that_states_another_limit_is_refused(
+    tmp_path: Path, name: str, content: Callable[[int], dict[str, object]], says_limit: str
+) -> None:
+    path, manifest = make_bundle(tmp_path / "out")
+    held = json.loads((path / name).read_text(encoding="utf-8")) if (path / name).is_file() else {}
+    for limit in (manifest.source.max_sequence, 2):
+        stated = {key: (held.get(key) or {}) | value if isinstance(value, dict) else value
+                  for key, value in content(limit).items()}  # fmt: skip
+        (path / name).write_text(json.dumps(held | stated), encoding="utf-8")
+        write_sums(path)
+        if limit != 2:
+            verify(path)
+            continue
+        with pytest.raises(BundleCorrupt, match=f"{name}: {says_limit}, but source.max_sequence"):
+            verify(path)
+        if name != "tokenizer.json":  # large, and cutting texts does not ask it
+            with pytest.raises(BundleCorrupt, match=says_limit):
+                load(path)
+
+
+def test_more_calibration_tokens_than_the_limit_allows_are_refused(tmp_path: Path) -> None:
+    path, manifest = make_bundle(tmp_path / "out")
+    most = manifest.calibration.texts.count * manifest.source.max_sequence
+    rewrite(path, lambda content: content["calibration"]["texts"].update({"tokens": most}))
+    verify(path)
+    rewrite(path, lambda content: content["calibration"]["texts"].update({"tokens": most + 1}))
+    with pytest.raises(BundleCorrupt, match=f"calibration.texts has {most + 1} tokens"):
         verify(path)
 
 

@@ -15,10 +15,12 @@ from tiny_card import AlteringBackend, MissingBackend, write_bundle, write_float
 
 from edgeq import cli
 from edgeq.backends.registry import BACKENDS
-from edgeq.bundle import benchmark
-from edgeq.bundle.benchmark_child import Job, Sample
+from edgeq.bundle import turns
+from edgeq.bundle.benchmark_child import Job
+from edgeq.bundle.turns import Timed
 from edgeq.data.tokens import Tokens, sha256_texts
-from edgeq.errors import BundleCorrupt, ConfigError, LoweringFailed, ToolMissing
+from edgeq.errors import BundleCorrupt, ConfigError, EdgeqError, LoweringFailed, ToolMissing
+from edgeq.evaluation.paired_times import Turns
 from edgeq.records import RunsOn
 from edgeq.reports import figures, timing
 from edgeq.reports.bundles import collect
@@ -372,21 +374,30 @@ def test_latency_takes_turns_and_is_the_devices_own(
     elsewhere = RunsOn(machine="another", cpu_flags_all=(), cpu_flags_any=())
     write_bundle(tmp_path / "out", "here", "tiny", float_file)
     write_bundle(tmp_path / "out", "there", "tiny", float_file, runs_on=elsewhere)
-    jobs: list[Job] = []
+    asked: list[Job] = []
 
-    def in_process(job: Job) -> Sample:
-        jobs.append(job)
-        value = 2.0 if job.model.endswith(".onnx") else 1.0
-        return Sample(latencies_ms=(value,) * job.num_runs, peak_memory_bytes=len(jobs))
+    def timed_by_turns(
+        jobs: dict[str, Job], rounds: int, warmup_rounds: int, goes_on: bool
+    ) -> tuple[dict[str, Timed], dict[str, EdgeqError]]:
+        asked.extend(jobs.values())
+        milliseconds = [2.0 if job.model.endswith(".onnx") else 1.0 for job in jobs.values()]
+        assert goes_on
+        return {
+            name: Timed(Turns((value,) * rounds, (value,) * 7), 5)
+            for name, value in zip(jobs, milliseconds, strict=True)
+        }, {}
 
-    monkeypatch.setattr(benchmark, "in_process", in_process)
+    monkeypatch.setattr(turns, "timed_by_turns", timed_by_turns)
     found = compared(tmp_path / "out", cache=tmp_path / "cache", texts=texts, latency=True, threads=3)
-    models = [Path(job.model).name for job in jobs]
-    assert models == ["model.onnx", "here"] * timing.ROUNDS
-    assert {(job.batch, job.sequence, job.threads) for job in jobs} == {(1, MAX_SEQUENCE, 3)}
+    assert [Path(job.model).name for job in asked] == ["model.onnx", "here"]
+    assert {(job.batch, job.sequence, job.threads) for job in asked} == {(1, MAX_SEQUENCE, 3)}
     (timed,) = row(found, "here").latency
-    assert (timed.latency.p50_ms, timed.num_runs, timed.tokens) == (1.0, timing.ROUNDS * timing.RUNS, MAX_SEQUENCE)
+    assert (timed.latency.p50_ms, timed.num_runs, timed.tokens) == (1.0, 7, MAX_SEQUENCE)
+    assert timed.speedup is not None
+    assert (timed.speedup.against, timed.speedup.pairs) == ("FP32 ONNX", timing.ROUNDS // 2)
+    assert (timed.speedup.low, timed.speedup.median, timed.speedup.verdict) == (2.0, 2.0, "faster")
     assert row(found, "FP32 ONNX").latency[0].latency.p50_ms == 2.0
+    assert row(found, "FP32 ONNX").latency[0].speedup is None
     there = row(found, "there")
     assert (there.ran_on, there.latency) == ("host-kernels", ())
     assert there.latency_reason is not None and "host-kernels" in there.latency_reason
@@ -398,12 +409,14 @@ def test_a_runtime_that_cannot_be_timed_says_why(
 ) -> None:
     write_bundle(tmp_path / "out", "here", "tiny", float_file)
 
-    def in_process(job: Job) -> Sample:
+    whole = turns.TimedChild
+
+    def child(job: Job) -> turns.TimedChild:
         if job.model.endswith(".onnx"):
-            return Sample(latencies_ms=(1.0,), peak_memory_bytes=1)
+            return whole(job)
         raise LoweringFailed("it died")
 
-    monkeypatch.setattr(benchmark, "in_process", in_process)
+    monkeypatch.setattr(turns, "TimedChild", child)
     found = compared(tmp_path / "out", cache=tmp_path / "cache", texts=texts, latency=True)
     assert row(found, "here").latency_reason == "it died"
     assert row(found, "FP32 ONNX").latency != ()

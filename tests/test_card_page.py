@@ -14,7 +14,7 @@ from tiny_card import MissingBackend, write_bundle, write_float
 from edgeq import cli
 from edgeq.analysis.layer_errors import LayerErrors, TensorError
 from edgeq.backends.registry import BACKENDS
-from edgeq.bundle.benchmark import Latency
+from edgeq.bundle.turns import Latency, Ratio
 from edgeq.errors import ConfigError, ToolMissing
 from edgeq.reports import plots
 from edgeq.reports.card import Request, make_card
@@ -71,8 +71,9 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Card:
     made = make_card(request, lambda *_: None)
     errors = LayerErrors(scheme="w8a8-gemm", texts=7, tensors=tuple(tensor(f"sum{n}", n) for n in range(5)))
     timed = RunTime(
-        tokens=12, threads=2, num_runs=60, latency=Latency(p50_ms=1.5, p90_ms=2.0, p99_ms=3.0), peak_memory_bytes=1
-    )
+        tokens=12, threads=2, num_runs=60, latency=Latency(p50_ms=1.5, p90_ms=2.0, p99_ms=3.0), peak_memory_bytes=1,
+        speedup=Ratio(against="FP32 ONNX", pairs=30, median=2.0, low=1.9, high=2.1, level=0.95, verdict="faster"),
+    )  # fmt: skip
     rows = [
         row.model_copy(update={"latency": (timed,), "latency_reason": None})
         if row.name in ("FP32 ONNX", "exact", "half-first")

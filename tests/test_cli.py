@@ -183,7 +183,7 @@ def test_export_as_json_is_the_documented_document(
     assert cli.run([*EXPORT, "--json"]) == 0
     found = capsys.readouterr()
     first, second = json.loads(found.out)["bundles"]
-    assert list(first) == ["target", "path", "status", "ran_on", "parity", "size_bytes"]
+    assert list(first) == ["target", "path", "status", "ran_on", "parity", "size_bytes", "other_settings", "end_to_end"]
     assert first["parity"]["cosine_mean"] == MEASURES.cosine_mean
     assert (second["path"], second["parity"], second["status"]) == (None, None, "not-run")
     assert "observe" in found.err
@@ -322,10 +322,30 @@ def test_embed_reads_standard_input(path: Path, tmp_path: Path) -> None:
     out = tmp_path / "vectors.npy"
     found = _embed_stdin(path, out, ("\n\n".join(TEXTS) + "\n").encode())
     assert found.returncode == 0, found.stderr
-    np.testing.assert_allclose(np.load(out), read_golden(path).embeddings, atol=1e-6)
+    vectors = np.load(out)
+    assert len(vectors) == 2 * len(TEXTS) - 1  # a blank line has its vector
+    np.testing.assert_allclose(vectors[::2], read_golden(path).embeddings, atol=1e-6)
+    np.testing.assert_array_equal(vectors[1::2], np.broadcast_to(vectors[1], vectors[1::2].shape))
 
 
-@pytest.mark.parametrize("data", [b"", b"\n  \n", b"good\n\xff\n"])
+def test_embed_gives_every_record_its_row(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts, out, listed = tmp_path / "texts.csv", tmp_path / "vectors.npy", tmp_path / "vectors.skipped.txt"
+    texts.write_text(f"id,text\n1,{TEXTS[0]}\n2,\n3,{TEXTS[1]}\n", encoding="utf-8")
+    command = ["embed", str(path), "--texts", str(texts), "--out", str(out), "--json"]
+    assert cli.run(command) == 0
+    every = np.load(out)
+    assert every.shape[0] == 3 and not listed.exists()
+    np.testing.assert_allclose(every[[0, 2]], read_golden(path).embeddings[:2], atol=1e-6)
+    assert cli.run([*command, "--skip-blank"]) == 0
+    np.testing.assert_array_equal(np.load(out), every[[0, 2]])
+    assert listed.read_text(encoding="ascii") == "1\n"
+    told = capsys.readouterr()
+    assert json.loads(told.out[told.out.rindex("{") :])["skipped"] == 1 and "1 blank record is left out" in told.err
+    texts.write_text("text\n \n", encoding="utf-8")
+    assert cli.run([*command, "--skip-blank"]) == 2
+
+
+@pytest.mark.parametrize("data", [b"", b"good\n\xff\n"])
 def test_embed_refuses_bad_standard_input_and_writes_nothing(path: Path, tmp_path: Path, data: bytes) -> None:
     out = tmp_path / "vectors.npy"
     found = _embed_stdin(path, out, data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import signal
 import subprocess
 import sys
 import zipfile
@@ -282,3 +283,43 @@ def test_openvino_gives_edgeqs_vectors(tmp_path: Path) -> None:
     edit_manifest(path, lambda manifest: manifest["artifact"].update(files=files))
     assert run(path) == 0
     assert report(path)["host"]["max_abs_error"] < 1e-6
+
+
+def test_two_bundles_take_turns(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = ort_bundle(tmp_path / "other", name="other")
+    assert run(made, "--beside", str(other), "--runs", "16") == 0
+    found = parse_report((made.parent / "r.json").read_bytes(), "r", made)
+    assert found.beside is not None and found.beside.target == "other"
+    (cell,) = found.beside.cells
+    assert (cell.sequence, cell.pairs, cell.level) == (12, 8, 0.99)
+    assert cell.low is not None and cell.high is not None and 0 < cell.low <= cell.median <= cell.high
+    assert f"12 tokens, beside other: {cell.median:.2f}x [{cell.low:.2f}, {cell.high:.2f}] {cell.verdict}" in (
+        capsys.readouterr().out
+    )
+
+
+def test_another_bundle_that_cannot_be_timed_is_told(
+    made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = RunsOn(machine="another", cpu_flags_all=(), cpu_flags_any=())
+    stranger = ort_bundle(tmp_path / "stranger", runs_on=elsewhere)
+    assert run(made, "--beside", str(stranger)) == SCRIPT.UNSUPPORTED
+    assert "runs here on host-kernels, whose times mean nothing" in capfd.readouterr().err
+    assert run(stranger, "--beside", str(made)) == SCRIPT.UNSUPPORTED
+    other = ort_bundle(tmp_path / "damaged")
+    (other / "tokenizer.json").write_bytes(b"{}")
+    assert run(made, "--beside", str(other)) == SCRIPT.CORRUPT
+    assert "its process ended while it was timed (status 7)" in capfd.readouterr().err
+    assert run(made, "--beside", str(tmp_path)) == SCRIPT.CONFIG
+
+
+def test_a_bundle_that_hangs_is_ended(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = SCRIPT.Served(made, 1)
+    try:
+        assert len(served.turn(12, 3, 1)) == 3
+        monkeypatch.setattr(SCRIPT, "TURN_LIMIT_S", 0.2)
+        served._process.send_signal(signal.SIGSTOP)
+        with pytest.raises(SCRIPT.Stop, match="signal 9; memory may have run out, or 0.2 s"):
+            served.turn(12, 1, 0)
+    finally:
+        served.close()

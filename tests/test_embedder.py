@@ -76,8 +76,16 @@ def test_what_is_no_list_of_texts_is_refused(path: Path) -> None:
         loaded.encode("how do i")
     with pytest.raises(ConfigError, match=r"texts\[1\] is of type int"):
         loaded.encode(["how", 3])  # type: ignore[list-item]
-    with pytest.raises(ConfigError, match="batch_size is 0"):
-        loaded.encode(["how"], batch_size=0)
+    for texts, kind in ((None, "NoneType"), (3, "int"), (b"how", "bytes"), ({"how": 1}, "dict"), ({"how"}, "set")):
+        with pytest.raises(ConfigError, match=f"texts is of type {kind}; a list of strings is needed"):
+            loaded.encode(texts)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"texts\[1\] holds '.ud83d', half a character"):
+        loaded.encode(["how", "a \ud83d"])
+    for size in (0, True, 2.5, "8", None):
+        with pytest.raises(ConfigError, match=f"batch_size is {size!r}; an integer of at least 1"):
+            loaded.encode(["how"], batch_size=size)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="prompt is of type int"):
+        loaded.encode(["how"], prompt=3)  # type: ignore[arg-type]
 
 
 def test_a_cut_text_is_counted(path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -106,7 +114,11 @@ def test_the_default_prompt_is_used(tmp_path: Path) -> None:
     session = BACKENDS["tiny"].load(manifest.artifact, path, manifest.target)
     source = manifest.source.model_copy(update={"default_prompt_name": "query"})
     plain = load(path)
-    default = embedder.Embedder(session, plain._tokenizer, manifest.model_copy(update={"source": source}))
+    default = embedder.Embedder(
+        session,
+        Tokenizer.from_file(path / "tokenizer.json", plain.max_sequence),
+        manifest.model_copy(update={"source": source}),
+    )
     np.testing.assert_array_equal(default.encode(["it"]), plain.encode(["please send it"]))
 
 

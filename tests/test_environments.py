@@ -16,12 +16,14 @@ import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from test_children import make_inputs, sum_of, tflite_worker, write_adder
 
 from edgeq.errors import StorageFailed, ToolMissing
+from edgeq.system import environments
 from edgeq.system.cache import Cache
 from edgeq.system.environments import KIND, Environment, find_interpreter, interpreter, require_interpreter
 from edgeq.system.worker import Worker, unpack_reply
@@ -170,6 +172,17 @@ def test_other_pins_and_another_python_make_another_environment(index: Path, now
 
 @pytest.mark.pip
 @pytest.mark.one_interpreter
+@pytest.mark.parametrize("field", ["requirements", "forced"])
+def test_all_that_decides_an_environment_is_in_its_name(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {item.name for item in fields(Environment)} == {"name", "requirements", "python_versions", "forced"}
+    names = {environments._folder(item, "3.11").name for item in (TFLITE, replace(TFLITE, **{field: ("a==1",)}))}
+    names |= {environments._folder(TFLITE, "3.12").name}
+    for machine in ("x86_64", "aarch64"):
+        monkeypatch.setattr(environments, "machine", lambda machine=machine: machine)
+        names |= {environments._folder(TFLITE, "3.11").name}
+    assert len(names) == 4
+
+
 def test_an_environment_whose_python_is_gone_is_made_again(index: Path) -> None:
     python = interpreter(PROBE)
     (python.parent / "python").unlink()

@@ -161,7 +161,7 @@ def embed_words(texts, prompt_name=None):  # type: ignore[no-untyped-def]
 
 def test_an_artifact_equal_to_fp32_keeps_everything(tmp_path: Path) -> None:
     write_beir(tmp_path)
-    result = evaluate_retrieval(load_beir(tmp_path), {}, embed_words, embed_words)
+    result = evaluate_retrieval(load_beir(tmp_path), embed_words, embed_words)
     assert result.ndcg_at_10.retention_percent == 100.0
     assert result.top10_overlap == 1.0
     assert (result.documents, result.queries) == (3, 2)
@@ -188,17 +188,13 @@ def test_an_fp32_without_any_correlation_is_refused() -> None:
         evaluate_sts(pairs, lambda texts, _: np.ones((3, 4), np.float32), lambda texts, _: embed_words(texts))
 
 
-def test_queries_and_documents_get_their_own_prompts(tmp_path: Path) -> None:
+def test_queries_and_documents_are_embedded_by_their_own_methods(tmp_path: Path) -> None:
     write_beir(tmp_path)
-    asked: list[tuple[int, str | None]] = []
+    asked: list[tuple[int, str]] = []
 
-    def embed(texts, prompt_name):  # type: ignore[no-untyped-def]
-        asked.append((len(texts), prompt_name))
+    def embed(texts, method):  # type: ignore[no-untyped-def]
+        asked.append((len(texts), method))
         return embed_words(texts)
 
-    data = load_beir(tmp_path)
-    evaluate_retrieval(data, {"query": "q: ", "passage": "p: "}, embed, embed)
-    assert asked == [(2, "query"), (3, "passage")] * 2
-    asked.clear()
-    evaluate_retrieval(data, {}, embed, embed)
-    assert asked == [(2, None), (3, None)] * 2
+    evaluate_retrieval(load_beir(tmp_path), embed, embed)
+    assert asked == [(2, "encode_query"), (3, "encode_document")] * 2

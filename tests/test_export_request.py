@@ -47,11 +47,11 @@ def test_the_command_has_every_option_that_decides_the_bundle(tmp_path: Path) ->
         tmp_path, options, texts=tmp_path / "a.jsonl", column="body", validation=tmp_path / "b.txt", pooling="mean",
         dim=16, tower="text", samples=99, seed=3, scheme=tmp_path / "s.json", hidden_state=False,
         float_ops=("Erf", "Sin"), images=tmp_path / "pictures", evaluation=(tmp_path / "e",), keep_failed=True,
-        overwrite=True, dry_run=True,
+        overwrite=True, dry_run=True, trust_remote_code=True,
     )  # fmt: skip
     assert command(request, "m", TARGET)[5:] == (
         "--texts", "a.jsonl", "--column", "body", "--images", "pictures", "--tower", "text", "--validation", "b.txt",
         "--pooling", "mean", "--dim", "16", "--tokenizer", "tokenizer.json", "--max-sequence", "64",
         "--scheme", "s.json", "--samples", "99", "--seed", "3", "--float-op", "Erf", "--float-op", "Sin",
-        "--no-normalize", "--no-hidden-state",
+        "--no-normalize", "--no-hidden-state", "--trust-remote-code",
     )  # fmt: skip

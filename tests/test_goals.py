@@ -36,6 +36,12 @@ def test_each_goal_is_met_at_its_limit_and_missed_beyond(goal: goals.Goal) -> No
     assert not isinstance(judged, Blank) and judged[1] is False
 
 
+def test_a_ratio_is_judged_by_its_median() -> None:
+    goal = next(goal for goal in goals.GOALS if goal.path[1] == "ratios" and goal.at_most is not None)
+    assert goal.judge(results({"median": goal.at_most, "low": 0.0, "high": 9.0})) == (goal.at_most, True)
+    assert goal.judge(results({"median": 9.0, "low": 0.0, "high": 9.0})) == (9.0, False)
+
+
 def test_what_was_not_measured_is_not_met() -> None:
     assert {row[3] for row in goals.judged({"machine": "m"})} == {"not measured"}
 

@@ -11,9 +11,13 @@ import pytest
 from edgeq.errors import EdgeqError
 from edgeq.frontend.locate import Located, from_json, to_json
 from edgeq.frontend.onnx.find import OnnxFile
+from edgeq.records import FileRef
+from edgeq.system.stage import InputFile
 
-FILE = OnnxFile(Path("/m/model.onnx"), Path("/m/tokenizer.json"), Path("/m"), 64, True, "module", "cd")
-FULL = Located("name", Path("/models/name"), True, "mean", "ab", FILE, 16, "text")
+REF = FileRef(path="/m/config.json", sha256="0" * 64, size_bytes=2)
+FILES = (InputFile(name="config.json", file=REF),)
+FILE = OnnxFile(Path("/m/model.onnx"), Path("/m/tokenizer.json"), Path("/m"), 64, True, "module", "cd", FILES, FILES)
+FULL = Located("name", Path("/models/name"), True, "mean", "ab", FILE, 16, "text", FILES, {"modeling.py": "0" * 64})
 
 
 def handed_over(located: Located) -> Located:

@@ -176,6 +176,38 @@ def test_a_directory_without_torch_weights_is_found_and_carries_its_modules(
         locate.locate(str(folder), "cls")
 
 
+def test_a_folder_named_for_its_tokenizer_does_not_decide_the_pooling(given: Path, body: Path, tmp_path: Path) -> None:
+    folder = tiny_source.sentence_transformer(tmp_path / "whole", dense=True)
+    record, _ = exported(given, folder, tmp_path / "out", "cls", normalize=True)
+    assert record.modules == ("Onnx", "Pooling:cls", "Normalize")
+    kept = json.loads((tmp_path / "out" / CONFIG / "modules.json").read_text(encoding="utf-8"))
+    assert [item["type"].rsplit(".")[-1] for item in kept] == ["Transformer", "Pooling", "Normalize"]
+    assert exported(given, folder, tmp_path / "whose", None)[0].modules[1:] == ("Pooling:mean", "Dense", "Normalize")
+    with pytest.raises(ConfigError, match="drop --normalize, or give --pooling with --tokenizer"):
+        exported(given, folder, tmp_path / "both", None, normalize=True)
+    vectors = encoder_file(tmp_path / "vectors.onnx")  # modules.json says nothing of a file that pools by itself
+    assert exported(vectors, folder, tmp_path / "unit", None, normalize=True, max_sequence=48)[0].modules[1:] == (
+        "Normalize",
+    )
+
+
+def test_a_limit_that_only_the_truncation_states_is_told(
+    given: Path, body: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = json.loads((body / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 24, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    file = locate.locate(str(given), "mean", OnnxOptions(tmp_path)).onnx
+    assert file is not None and file.max_sequence == 24
+    assert "texts are cut at 24 tokens, the truncation that stands there" in caplog.text
+    caplog.clear()
+    file = locate.locate(str(given), "mean", OnnxOptions(tmp_path, max_sequence=40)).onnx
+    assert file is not None and file.max_sequence == 40
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 32}', encoding="utf-8")
+    file = locate.locate(str(given), "mean", OnnxOptions(tmp_path)).onnx
+    assert file is not None and file.max_sequence == 32 and caplog.text == ""
+
+
 def encoder_file(path: Path, **changes: object) -> Path:
     """Write the handmade encoder, which gives `sentence_embedding` by itself."""
     import encoder

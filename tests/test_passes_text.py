@@ -10,9 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 from test_passes import Node, graph, operators, rewritten, run
 
 from edgeq.graph import roles
+from edgeq.graph.float_noise import distances
 from edgeq.graph.rms_norm import root_mean_square
 from edgeq.graph.roles import Role
-from edgeq.passes.apply import _distance
 from edgeq.passes.drop_reshape import drop_reshape
 from edgeq.passes.finite_mask import finite_mask
 from edgeq.passes.fold_attention_scale import fold_attention_scale
@@ -265,6 +265,6 @@ def test_padding_rows_may_be_anything_and_others_may_not() -> None:
     before = {"last_hidden_state": array(1, 3, 4)}
     after = {"last_hidden_state": before["last_hidden_state"].copy()}
     after["last_hidden_state"][0, 2] = 9.0
-    assert _distance([before], [after], [Feeds(mask, mask)]) == 0.0
+    assert distances([before], [after], [Feeds(mask, mask)]) == {"last_hidden_state": 0.0}
     after["last_hidden_state"][0, 1] += 1.0
-    assert _distance([before], [after], [Feeds(mask, mask)]) > 0.1
+    assert distances([before], [after], [Feeds(mask, mask)])["last_hidden_state"] > 0.1

@@ -210,7 +210,10 @@ def test_an_openvino_bundle_is_measured_in_both_precisions_and_opens_without_edg
     (made,) = export.export(wanted, silent)
     assert (made.status, made.failures) == ("passed", ())
     assert verify(Path(made.path)).max_abs_error == 0.0
+    told = json.loads((Path(made.path) / "sentence_bert_config.json").read_text(encoding="utf-8"))
+    assert told["model_args"] == {"ov_config": {"INFERENCE_PRECISION_HINT": "f32"}}
     (setting,) = load_report(Path(made.path)).other_settings
+    assert made.other_settings == (setting,)
     assert setting.name == "inference_precision_hint=bf16"
     assert (setting.measures is None) == (setting.reason is not None)
     anew = validate(Path(made.path), request_.texts, None, float_model(made, request_.cache), silent)

@@ -111,8 +111,7 @@ def test_sentence_transformers_loads_it_and_gives_the_same_vectors(bundles: Path
 @pytest.mark.sentence_transformers
 @pytest.mark.skipif(not SENTENCE_TRANSFORMERS, reason="EDGEQ_SENTENCE_TRANSFORMERS_PYTHON names no environment")
 def test_sentence_transformers_opens_the_openvino_bundle(openvino_bundle: Path) -> None:
-    exact = "backend='openvino', model_kwargs={'ov_config': {'INFERENCE_PRECISION_HINT': 'f32'}}"
-    assert sentence_transformers_error(openvino_bundle, exact) < 1e-4
+    assert sentence_transformers_error(openvino_bundle, "backend='openvino'") < 1e-4  # bf16 would be 1e-2 away
 
 
 def sentence_transformers_error(bundle: Path, arguments: str) -> float:

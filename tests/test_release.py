@@ -17,7 +17,7 @@ from tiny_bundle import MEASURES, TinyBackend, make_bundle, make_report, make_ta
 
 from edgeq import cli
 from edgeq.backends.registry import BACKENDS
-from edgeq.bundle.benchmark import Latency
+from edgeq.bundle.turns import Latency
 from edgeq.devices.report import Agreement, Conditions, DeviceCell, DeviceMachine, DeviceReport, keep_report
 from edgeq.errors import BundleCorrupt, ConfigError, ReleaseRefused
 from edgeq.release import archives, make, sign
@@ -95,7 +95,7 @@ def test_a_device_report_makes_a_bundle_fit_and_travels_with_it(tmp_path: Path) 
     keep_report(path, "board", device_report(path, cells=(slower,)))
     release([path], "1.1.0", tmp_path / "two", previous=tmp_path / "one")
     notes = (tmp_path / "two" / "RELEASE_NOTES.md").read_text(encoding="utf-8")
-    assert "| Cortex-A76, batch 1, 16 tokens: median, ms | 2.50 | 3.00 | +0.50 |" in notes
+    assert "| Cortex-A76, batch 1, 16 tokens: median, ms | 2.50 | 3.00 | - |" in notes
     keep_report(path, "board", device_report(path, cells=()))
     release([path], "1.2.0", tmp_path / "three", previous=tmp_path / "two")
     notes = (tmp_path / "three" / "RELEASE_NOTES.md").read_text(encoding="utf-8")
@@ -188,7 +188,7 @@ def test_an_archive_verifies_and_a_changed_one_does_not(tmp_path: Path, form: st
     release([path], "1.0.0", tmp_path / "rel", archive_format=form, key=secret)
     archive = tmp_path / "rel" / f"tiny-1.0.0-tiny-target.{form}"
     found = verify_archive(archive, public)
-    assert (found.path, found.files, found.golden_texts) == (str(archive), 10, 32)
+    assert (found.path, found.files, found.golden_texts) == (str(archive), 12, 32)
     data = archive.read_bytes()
     for position in range(7, len(data), len(data) // 12):
         archive.write_bytes(data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :])
@@ -432,7 +432,7 @@ def test_the_verbs_release_and_verify(tmp_path: Path, capsys: pytest.CaptureFixt
     archive = rel / made["archives"][0]["path"]
     assert made["is_signed"]
     assert cli.run(["verify", str(archive), "--public-key", str(public)]) == 0
-    assert "signed, 10 files are whole" in capsys.readouterr().out
+    assert "signed, 12 files are whole" in capsys.readouterr().out
     assert cli.run(["verify", str(path), "--public-key", str(public)]) == 2
     assert "is no archive" in capsys.readouterr().err
     archive.write_bytes(archive.read_bytes()[:-1])

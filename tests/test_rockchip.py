@@ -22,7 +22,7 @@ from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import BundleCorrupt, LoweringFailed, ToolMissing
 from edgeq.graph.float_session import FloatSession
-from edgeq.pipeline import stages
+from edgeq.pipeline import stage_functions
 from edgeq.quantization import quantize
 from edgeq.quantization.schemes import SCHEMES
 from edgeq.records import Artifact, QdqModel, Target
@@ -48,7 +48,7 @@ def make_model(scheme_name: str, folder: Path) -> QdqModel:
     proto, integer, floats = quantize.quantize(observed.model, observed.statistics, scheme)
     path, feeds = folder / "qdq.onnx", folder / "feeds.json"
     onnx.save(proto, path)
-    feeds.write_text(json.dumps(stages.spaced_by_length(encoder.tokens(1, 64), 8)), encoding="utf-8")
+    feeds.write_text(json.dumps(stage_functions.spaced_by_length(encoder.tokens(1, 64), 8)), encoding="utf-8")
     return QdqModel(
         file=file_ref(path), float_model_sha256="0" * 64, calibration_sha256="0" * 64, scheme=scheme,
         inputs=("input_ids", "attention_mask"), outputs=("sentence_embedding",), dim=encoder.DIM,

@@ -148,7 +148,9 @@ def float_vectors(path: Path, work: Path, texts: list[str]) -> np.ndarray:
     )  # fmt: skip
     loaded = edgeq.load(path)
     return edgeq.bundle.embedder.Embedder(
-        edgeq.graph.float_session.FloatSession.of(entry), loaded._tokenizer, manifest
+        edgeq.graph.float_session.FloatSession.of(entry),
+        edgeq.data.tokenizer.Tokenizer.from_file(path / "tokenizer.json", loaded.max_sequence),
+        manifest,
     ).encode(texts)
 
 

@@ -48,6 +48,11 @@ def test_every_format_is_read(name: str, content: str, column: str | None, tmp_p
         ("a.txt", "x", "body", "has no columns"),
         ("a.jsonl", '{"text": "x"}\n{', None, "a.jsonl:2: not JSON"),
         ("a.jsonl", '{"body": "x"}', None, 'no text under "text"; found body'),
+        ("a.jsonl", '{"text": null}', None, '"text" is null; a string is needed. Write ""'),
+        ("a.jsonl", '{"text": 5}', None, '"text" is a number; a string is needed.$'),
+        ("a.jsonl", '"a text"', None, 'a.jsonl:1: the line is a string; an object is needed, such as {"text"'),
+        ("a.jsonl", '{"text": "\\ud83d"}', None, "half a character"),
+        ("a.csv", "id,text\n1,one, two\n", None, "a.csv:2: more values than the 2 columns"),
         ("a.csv", "id,body\n1,x\n", "boddy", 'no column "boddy"; found id, body'),
         ("a.pdf", "x", None, "rename or convert"),
     ],
@@ -57,6 +62,20 @@ def test_a_bad_file_is_one_message(
 ) -> None:
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         text_files.read_texts(write(tmp_path, name, content), column)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "one\u2028text\n\n \x0b\nlast\r\n"),
+        ("a.jsonl", '{"text": "one\\u2028text"}\n\n{"text": ""}\n{"text": " \\u000b"}\n{"text": "last"}'),
+        ("a.csv", 'id,text\n1,one\u2028text\n2,\n3," \x0b"\n4,last\n'),
+    ],
+)
+def test_records_stay_in_their_rows_blank_ones_too(name: str, content: str, tmp_path: Path) -> None:
+    path = write(tmp_path, name, content)
+    assert text_files.read_records(path) == ["one\u2028text", "", " \x0b", "last"]
+    assert text_files.read_texts(path) == ["one\u2028text", "last"]
 
 
 def test_a_missing_file_is_one_message(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from edgeq.data.sessions import embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import Unsupported
 from edgeq.graph.float_session import FloatSession
-from edgeq.pipeline import stages
+from edgeq.pipeline import stage_functions
 from edgeq.quantization import quantize
 from edgeq.quantization.schemes import SCHEMES, promote
 from edgeq.quantization.vendor import rewrite_for_vendor
@@ -103,8 +103,8 @@ def test_promoted_products_stay_float() -> None:
 
 def test_feeds_are_spread_over_the_lengths() -> None:
     tokens = [[1] * length for length in (3, 9, 5, 7, 1)]
-    assert [len(ids) for ids in stages.spaced_by_length(tokens, 3)] == [9, 5, 1]
-    assert [len(ids) for ids in stages.spaced_by_length(tokens, 99)] == [9, 7, 5, 3, 1]
+    assert [len(ids) for ids in stage_functions.spaced_by_length(tokens, 3)] == [9, 5, 1]
+    assert [len(ids) for ids in stage_functions.spaced_by_length(tokens, 99)] == [9, 7, 5, 3, 1]
 
 
 def test_a_scheme_of_a_vendor_is_read_back_as_it_was() -> None:

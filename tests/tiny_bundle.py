@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -111,6 +112,9 @@ def make_config(directory: Path) -> None:
     tokenizer.enable_truncation(4)
     (directory / "1_Pooling").mkdir(parents=True)
     tokenizer.save(str(directory / "tokenizer.json"))
+    limits = {"model_max_length": 20, "max_length": 4, "truncation_side": "right"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(limits), encoding="utf-8")
+    (directory / "sentence_bert_config.json").write_text('{"max_seq_length": 20}', encoding="utf-8")
     (directory / "modules.json").write_text("[]\n", encoding="utf-8")
     (directory / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}\n', encoding="utf-8")
 

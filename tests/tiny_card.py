@@ -84,9 +84,8 @@ def write_tflite_bundle(out: Path, name: str, buckets_tokens: tuple[int, ...], s
     artifact = lineage.artifact.model_copy(update={"files": (file,)})
     session = tflite.load(artifact, inputs / "reference", target)
     vectors = session(Feeds(golden.input_ids, golden.attention_mask))
-    sized = {
-        key: getattr(lineage, key).model_copy(update={"dim": DIM}) for key in ("source", "float_model", "qdq_model")
-    }
+    records = ("source", "float_model", "equalized_model", "qdq_model")
+    sized = {key: getattr(lineage, key).model_copy(update={"dim": DIM}) for key in records}
     lineage = replace(lineage, artifact=artifact, **sized)
     golden = replace(golden, embeddings=vectors, reference=vectors)
     return write(out / name, lineage, inputs / "artifact", inputs / "config", golden, make_report(target))

@@ -10,7 +10,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from edgeq.bundle.manifest import load_manifest
 from edgeq.cli.console import put_json, put_table
 from edgeq.data.sessions import unit
 from edgeq.errors import ConfigError, EdgeqError, LoweringFailed, ParityFailed, TimedOut, ToolMissing
+from edgeq.system.files import work_dir
 
 HERE = Path(__file__).resolve().parent
 BACKEND = "tflite"
@@ -98,8 +98,8 @@ def run_child(command: Sequence[str], model: Path, feeds: dict[str, NDArray[Any]
         LoweringFailed: the child refused the file or died.
         TimedOut: it took longer than an hour.
     """
-    with tempfile.TemporaryDirectory(prefix="edgeq-arm64-") as folder:
-        given, made = Path(folder) / "feeds.npz", Path(folder) / "codes.npz"
+    with work_dir("edgeq-arm64-") as folder:
+        given, made = folder / "feeds.npz", folder / "codes.npz"
         np.savez(given, **feeds)
         child = [*command, str(HERE / "arm64_child.py"), str(model), str(given), str(made)]
         try:

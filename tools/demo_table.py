@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from edgeq.bundle.turns import Ratio
+
 COLUMNS = (
     "target",
     "MB",
@@ -37,7 +39,7 @@ def row(bundle: dict[str, Any], bench: dict[str, Any]) -> list[str]:
         f"{bundle['size_bytes'] / 1e6:.1f}",
         *quality,
         "-" if latency is None else f"{latency['p50_ms']:.2f}",
-        "-" if speedup is None else f"{speedup:.2f}x",
+        "-" if speedup is None else Ratio.model_validate(speedup).shown(),
         bundle["ran_on"],
         bundle["status"],
     ]
@@ -52,6 +54,7 @@ def main(out: Path) -> None:
         table.add_row(*row(bundle, bench))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
+    console.print("speed-up: FP32's time over the bundle's, by turns: the median of the pairs [its 99 % interval]")
     for bundle in bundles:
         console.print(f"{bundle['target']}: {bundle['path']}", highlight=False, soft_wrap=True)
 

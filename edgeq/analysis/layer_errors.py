@@ -19,6 +19,7 @@ from edgeq.calibration.outlier_neurons import SIDE
 from edgeq.calibration.statistics import Statistics
 from edgeq.data.tokens import Tokens
 from edgeq.errors import EdgeqError
+from edgeq.graph import channel_axis
 from edgeq.graph.edit import constant, dims, readers
 from edgeq.graph.operators import LAYOUT
 from edgeq.quantization.quantize import QUANTIZERS
@@ -100,7 +101,7 @@ def residual_stream(model: onnx.ModelProto) -> tuple[str, ...]:
 def measure(
     float_model: onnx.ModelProto, qdq_model: onnx.ModelProto, tokens: Tokens, stream: Sequence[str]
 ) -> tuple[TensorError, ...]:
-    """Run both models, and measure the error of every [tokens, channels] tensor with the same name in both.
+    """Run both models, and measure the error of every tensor of tokens and channels with the same name in both.
 
     A tensor that all readers read quantised is measured behind its DequantizeLinear.
 
@@ -121,7 +122,7 @@ def measure(
         )
     names, seen_as = [tensor.name for tensor in chosen], [tensor.seen_as for tensor in chosen]
     reference, quantized = observing(float_model, names), observing(qdq_model, seen_as)
-    sums = [_Sums() for _ in chosen]
+    sums = [_Sums(tensor.axis) for tensor in chosen]
     longest = max(len(ids) for ids in tokens.ids)
     for batch in equal_length_batches(tokens, longest):
         pairs = zip(reference.run(names, batch.feeds), quantized.run(seen_as, batch.feeds), strict=True)
@@ -135,6 +136,7 @@ class _Common(Record):
 
     name: str
     seen_as: str  # in the QDQ model
+    axis: int  # of the channels, from the end
     after: str
     is_stream: bool
 
@@ -142,13 +144,14 @@ class _Common(Record):
 class _Sums:
     """Accumulate errors over batches, without keeping tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, axis: int) -> None:
+        self._axis = axis
         self._difference = self._length = self._cosines = 0.0
         self._smallest, self._rows = 1.0, 0
 
     def add(self, name: str, expected: FloatArray, found: FloatArray) -> None:
-        """Add the errors of one batch: float32[..., channels] of both models."""
-        rows, others = (array.reshape(-1, array.shape[-1]).astype(np.float64) for array in (expected, found))
+        """Add the errors of one batch, whose channels lie on one axis of both models' tensors."""
+        rows, others = (channel_axis.rows(array, self._axis).astype(np.float64) for array in (expected, found))
         difference, length = np.sum((others - rows) ** 2), np.sum(rows**2)
         if not (np.isfinite(difference) and np.isfinite(length)):
             raise EdgeqError(f"{name}: holds NaN or infinity in one of the models; export it again")
@@ -173,7 +176,8 @@ class _Sums:
 
 
 def _common(reference: ir.Graph, quantized: ir.Graph, stream: frozenset[str]) -> list[_Common]:
-    """List the tensors that both graphs compute under one name: [tokens, channels], and the output vectors."""
+    """List the tensors of tokens and channels that both graphs compute under one name, and the output vectors."""
+    axes = channel_axis.channel_axes(reference)
     theirs = {str(value.name): value for node in quantized for value in node.outputs}
     found: list[_Common] = []
     after = ""
@@ -181,11 +185,13 @@ def _common(reference: ir.Graph, quantized: ir.Graph, stream: frozenset[str]) ->
         value = node.outputs[0]
         after = _weight_name(node) or after
         name, shape = str(value.name), dims(value)
-        is_tokens = shape is not None and len(shape) == 3 and isinstance(shape[2], int) and shape[2] > 1
+        axis = axes.get(value, -1)
+        is_tokens = value in axes and shape is not None and len(shape) == 3 and shape[axis] != 1
         is_wanted = is_tokens or name in stream or name == OUTPUT  # the stream may be a flat list of tokens
         is_compared = value.dtype == ir.DataType.FLOAT and node.op_type not in LAYOUT and is_wanted
         if is_compared and name in theirs:
-            found.append(_Common(name=name, seen_as=_as_read(theirs[name]), after=after, is_stream=name in stream))
+            seen_as, is_stream = _as_read(theirs[name]), name in stream
+            found.append(_Common(name=name, seen_as=seen_as, axis=axis, after=after, is_stream=is_stream))
     return found
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgeq.analysis import layer_errors
 from edgeq.backends.registry import find
-from edgeq.bundle import benchmark
+from edgeq.bundle import turns
+from edgeq.bundle.benchmark_child import Job
+from edgeq.bundle.manifest import load_manifest
 from edgeq.calibration import file
 from edgeq.data.plans import plan_texts
 from edgeq.data.splits import evenly_spaced
+from edgeq.data.tokenizer import Tokenizer
 from edgeq.data.tokens import Tokens, text_tokens, token_limit
 from edgeq.errors import ConfigError, ParityFailed, Unsupported
-from edgeq.frontend import locate
+from edgeq.evaluation import paired_times
+from edgeq.evaluation.paired_times import Interval
 from edgeq.graph import external_data
 from edgeq.pipeline import export as pipeline
 from edgeq.pipeline import stages
@@ -26,10 +29,11 @@ from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.quantization.sensitivity import Product, Sensitivity
 from edgeq.records import Measures, Record, Scheme, Status, Target
 from edgeq.system import files
+from edgeq.system.host import run_kind
 from edgeq.system.progress import Progress
 
 MOST_TEXTS = 48  # each product runs all of them once: more texts do not change the ranking
-TIMED_TOKENS = 128
+TIMED_TOKENS, TIMED_ROUNDS, WARMUP_ROUNDS = 128, 80, 6
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Cost(Record):
     products: int
     extra_bytes: int  # of the artifact, for each product
     extra_ms: float | None  # of one text of 128 tokens, for each product; None where the artifact does not run here
+    extra_ms_interval: tuple[float, float] | None = None  # holds the true median with a probability of 99 %
     reason: str | None  # why there is no time
 
 
@@ -93,8 +98,8 @@ def analyze(request: AnalysisRequest, progress: Progress) -> Analysis:
         )
     found = _sensitivity(request.export, target, progress)
     integer = not QUANTIZERS[own.kind].keeps_float
-    with tempfile.TemporaryDirectory() as folder:
-        trials = _Trials(request.export, Path(folder), progress)
+    with files.work_dir() as folder:
+        trials = _Trials(request.export, folder, progress)
         costs = _costs(found.products, trials) if request.is_costed or request.is_automatic else ()
         scheme = _cheapest(found.products, costs, trials) if request.is_automatic else None
     return Analysis(
@@ -108,7 +113,7 @@ def analyze(request: AnalysisRequest, progress: Progress) -> Analysis:
 
 
 def _sensitivity(request: ExportRequest, target: Target, progress: Progress) -> Sensitivity:
-    located = locate.locate(request.model, request.pooling, request.onnx, tower=request.tower)
+    located = pipeline.located_source(request)
     if located.takes_images:
         raise ConfigError(
             f"{request.model}: takes images, and products are ranked on texts. Export the model with --images, and "
@@ -168,39 +173,55 @@ class _Trials:
             self._known[scheme.promoted] = trial, Path(made.path)
         return self._known[scheme.promoted]
 
-    def milliseconds(self, bundle: Path) -> tuple[float | None, str | None]:
-        """Give the median latency of one text, or None and the reason."""
-        from edgeq.bundle.manifest import load_manifest
+    def extra_milliseconds(self, names: Sequence[str]) -> tuple[Interval | None, str | None]:
+        """Give what promoting products adds to the latency of one text, or None and the reason.
 
-        manifest = load_manifest(bundle)
+        The artifacts with and without the promotion take turns.
+        """
+        paths = {"base": self.run(())[1], "promoted": self.run(names)[1]}
+        manifest = load_manifest(paths["base"])
+        ran_on = run_kind(manifest.target.runs_on)
+        if ran_on != "device":
+            return None, f"it runs here on {ran_on}, not on the device"
         limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
-        shapes = benchmark.Shapes(
-            sequences=(min(TIMED_TOKENS, limit),), batches=(1,), threads=(1,), num_runs=40, warmup_runs=10
-        )
-        measured = benchmark.measure(bundle, shapes, None, self._progress)
-        time = measured.cells[0].latency
-        return (time.p50_ms, None) if time else (None, f"it runs here on {measured.ran_on}, not on the device")
+        vocabulary = Tokenizer.from_file(paths["base"] / "tokenizer.json", limit).vocabulary
+        jobs = {
+            name: Job(model=str(path), threads=1, batch=1, sequence=min(TIMED_TOKENS, limit), vocabulary=vocabulary)
+            for name, path in paths.items()
+        }
+        self._progress("measure", 0, 1)
+        timed, _ = turns.timed_by_turns(jobs, TIMED_ROUNDS, WARMUP_ROUNDS)
+        self._progress("measure", 1, 1)
+        base, promoted = (timed[name].turns.rounds_ms for name in ("base", "promoted"))
+        return paired_times.median_interval(paired_times.paired_differences(base, promoted)), None
 
 
 def _costs(products: Sequence[Product], trials: _Trials) -> tuple[Cost, ...]:
-    base, bundle = trials.run(())
-    before, reason = trials.milliseconds(bundle)
+    base, _ = trials.run(())
     costs = []
     for channels, outputs in sorted({(item.channels, item.outputs) for item in products}):
         names = [item.name for item in products if (item.channels, item.outputs) == (channels, outputs)]
-        trial, bundle = trials.run(names)
-        after = trials.milliseconds(bundle)[0] if before is not None else None
+        trial, _ = trials.run(names)
+        extra, reason = trials.extra_milliseconds(names)
         costs.append(
             Cost(
                 channels=channels,
                 outputs=outputs,
                 products=len(names),
                 extra_bytes=round((trial.size_bytes - base.size_bytes) / len(names)),
-                extra_ms=(after - before) / len(names) if after is not None and before is not None else None,
+                extra_ms=None if extra is None else extra.median / len(names),
+                extra_ms_interval=_each(extra, len(names)),
                 reason=reason,
             )
         )
     return tuple(costs)
+
+
+def _each(extra: Interval | None, products: int) -> tuple[float, float] | None:
+    """Divide the ends of an interval by the number of products."""
+    if extra is None or extra.low is None or extra.high is None:
+        return None
+    return extra.low / products, extra.high / products
 
 
 def _cheapest(products: Sequence[Product], costs: Sequence[Cost], trials: _Trials) -> Scheme:

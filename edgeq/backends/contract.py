@@ -2,7 +2,8 @@
 
 Every backend satisfies `Backend`: `tools`, `rejections`, `lower`, `load`. Some add a function that `isinstance` finds
 through a runtime protocol: `operator_verdicts` (`JudgesOperators`), `other_settings` (`HasOtherSettings`),
-`environments` (`NeedsEnvironments`), `obstacle` (`NeedsDevice`). A session may satisfy `TimesItself`.
+`client_settings` (`HasClientSettings`), `environments` (`NeedsEnvironments`), `obstacle` (`NeedsDevice`). A session may
+satisfy `TimesItself`.
 """
 
 from __future__ import annotations
@@ -141,6 +142,15 @@ class HasOtherSettings(Protocol):
 
     def other_settings(self, artifact: Artifact, bundle: Path, target: Target) -> Iterator[Setting]:
         """Give a session, or a reason for none, for each other setting."""
+        ...
+
+
+@runtime_checkable
+class HasClientSettings(Protocol):
+    """A backend whose artifacts give other vectors in libraries that do not pass the target's runtime settings."""
+
+    def client_settings(self, target: Target) -> Mapping[str, object]:
+        """Give the `model_args` with which sentence-transformers opens an artifact as it was validated."""
         ...
 
 

@@ -1,44 +1,37 @@
 """Measure latency and peak memory of a bundle's artifact beside FP32, for each shape and number of threads.
 
-Each measurement is a child process (`edgeq.bundle.benchmark_child`): two runtimes in one process compete for the cores
-with spinning threads, and an earlier shape's memory would count into the peak.
+Both stay loaded, each in a process of its own, and take turns (`edgeq.bundle.turns`). Every shape has new processes: an
+earlier shape's memory would count into the peak.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-from edgeq.bundle.benchmark_child import Job, Sample
-from edgeq.errors import ConfigError, EdgeqError, TimedOut, error_of
+from edgeq.bundle import turns
+from edgeq.bundle.benchmark_child import Job
+from edgeq.bundle.turns import Latency, Ratio, Timed
+from edgeq.errors import ConfigError
 from edgeq.records import Manifest, Record, RunKind
 from edgeq.system.progress import Progress
 
-_CELL_LIMIT_S = 900.0
-
-
-class Latency(Record):
-    """Give percentiles of the time of one run, in milliseconds."""
-
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
+_Model = Literal["artifact", "float32"]
+ARTIFACT: Literal["artifact"] = "artifact"
+FLOAT: Literal["float32"] = "float32"
 
 
 class Cell(Record):
     """Hold one model's figures at one shape and number of threads; `latency` is None unless it ran on the device."""
 
-    model: Literal["artifact", "float32"]
+    model: _Model
     threads: int
     batch: int
     sequence: int
-    num_runs: int
+    num_runs: int  # timed runs, over all rounds that count
     latency: Latency | None
-    speedup: float | None  # median of FP32 over median of the artifact
+    speedup: Ratio | None  # of the artifact: FP32's time over its own, by pairs of rounds
     peak_memory_bytes: int
 
 
@@ -54,13 +47,13 @@ class Benchmark(Record):
 
 
 class Shapes(Record):
-    """Hold the shapes and numbers of threads to measure, and how often to run each."""
+    """Hold the shapes and numbers of threads to measure, and in how many rounds each model has its turn."""
 
     sequences: tuple[int, ...]
     batches: tuple[int, ...]
     threads: tuple[int, ...]
-    num_runs: int
-    warmup_runs: int
+    rounds: int
+    warmup_rounds: int
 
 
 def measure(bundle: Path, shapes: Shapes, against: Path | None, progress: Progress) -> Benchmark:
@@ -87,15 +80,17 @@ def measure(bundle: Path, shapes: Shapes, against: Path | None, progress: Progre
     vocabulary = 1 if pixels is not None else _vocabulary(bundle)
     ran_on = run_kind(manifest.target.runs_on)
     grid = [(t, b, s) for t in shapes.threads for b in shapes.batches for s in shapes.sequences]
+    models: dict[_Model, Path] = {ARTIFACT: bundle} | ({} if against is None else {FLOAT: against})
     cells: list[Cell] = []
     for done, (threads, batch, sequence) in enumerate(grid):
         progress("measure", done, len(grid))
-        jobs = [
-            Job(model=str(model), threads=threads, batch=batch, sequence=sequence, vocabulary=vocabulary, pixels=pixels,
-                num_runs=shapes.num_runs, warmup_runs=shapes.warmup_runs)
-            for model in (bundle, against) if model is not None
-        ]  # fmt: skip
-        cells.extend(_cells(jobs, [in_process(job) for job in jobs], is_device=ran_on == "device"))
+        jobs: dict[_Model, Job] = {
+            name: Job(model=str(model), threads=threads, batch=batch, sequence=sequence, vocabulary=vocabulary,
+                      pixels=pixels)
+            for name, model in models.items()
+        }  # fmt: skip
+        timed, _ = turns.timed_by_turns(jobs, shapes.rounds, shapes.warmup_rounds)
+        cells.extend(_cells(jobs, timed, is_device=ran_on == "device"))
     progress("measure", len(grid), len(grid))
     return Benchmark(
         target=manifest.artifact.target,
@@ -125,12 +120,6 @@ def _vocabulary(bundle: Path) -> int:
     return int(Tokenizer.from_file(str(bundle / "tokenizer.json")).get_vocab_size())
 
 
-def percentiles(latencies_ms: tuple[float, ...]) -> Latency:
-    """Give the percentiles shown to the user; each is a measured run, never interpolated below one."""
-    p50, p90, p99 = (float(np.percentile(latencies_ms, q, method="higher")) for q in (50, 90, 99))
-    return Latency(p50_ms=p50, p90_ms=p90, p99_ms=p99)
-
-
 def _check(shapes: Shapes, target: str, max_sequence: int, against: Path | None, takes_images: bool) -> None:
     """Refuse shapes that the model cannot take, and a float model that does not exist."""
     longest = max(shapes.sequences)
@@ -145,51 +134,21 @@ def _check(shapes: Shapes, target: str, max_sequence: int, against: Path | None,
         raise ConfigError(f"{against}: no such file; --against takes the float model's ONNX file. Check the path.")
 
 
-def _cells(jobs: list[Job], samples: list[Sample], is_device: bool) -> list[Cell]:
-    """Make the cells of one shape from the artifact's and FP32's samples."""
-    latencies = [percentiles(sample.latencies_ms) for sample in samples]
-    speedup = latencies[1].p50_ms / latencies[0].p50_ms if is_device and len(samples) == 2 else None
-    names: tuple[Literal["artifact", "float32"], ...] = ("artifact", "float32")
+def _cells(jobs: Mapping[_Model, Job], timed: Mapping[_Model, Timed], is_device: bool) -> list[Cell]:
+    """Make the cells of one shape from what was measured of the artifact and of FP32."""
+    speedup = None
+    if is_device and FLOAT in timed:
+        speedup = turns.ratio(timed[ARTIFACT].turns, timed[FLOAT].turns, FLOAT)
     return [
         Cell(
             model=name,
             threads=job.threads,
             batch=job.batch,
             sequence=job.sequence,
-            num_runs=job.num_runs,
-            latency=latency if is_device else None,
-            speedup=speedup if name == "artifact" else None,
-            peak_memory_bytes=sample.peak_memory_bytes,
+            num_runs=len(timed[name].turns.runs_ms),
+            latency=turns.percentiles(timed[name].turns.runs_ms) if is_device else None,
+            speedup=speedup if name == ARTIFACT else None,
+            peak_memory_bytes=timed[name].peak_memory_bytes,
         )
-        for name, job, sample, latency in zip(names, jobs, samples, latencies, strict=False)
+        for name, job in jobs.items()
     ]
-
-
-def in_process(job: Job) -> Sample:
-    """Run one job in a child process, and read its sample.
-
-    Raises:
-        TimedOut: the child did not end in time.
-        EdgeqError: the child failed.
-    """
-    command = [sys.executable, "-m", "edgeq.bundle.benchmark_child", job.model_dump_json()]
-    try:
-        child = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_CELL_LIMIT_S)
-    except subprocess.TimeoutExpired as error:
-        raise TimedOut(
-            f"{job.model}: batch {job.batch} x {job.sequence} tokens took over {_CELL_LIMIT_S:.0f} s. "
-            "Ask for fewer runs (--num_runs) or smaller shapes."
-        ) from error
-    if child.returncode:
-        raise _error_of(child.returncode, child.stderr.strip(), job)
-    return Sample.model_validate_json(child.stdout.splitlines()[-1])
-
-
-def _error_of(exit_code: int, log: str, job: Job) -> EdgeqError:
-    """Turn a child's exit code and stderr into the error that it raised."""
-    kind = error_of(exit_code)
-    if kind is not None and kind is not EdgeqError:
-        return kind(log)
-    return EdgeqError(
-        f"{job.model}: measuring batch {job.batch} x {job.sequence} tokens died with status {exit_code}: {log[-2000:]}"
-    )

@@ -1,25 +1,34 @@
-"""Load one model in this process, time its runs, and read its peak memory: the child of `edgeq.bundle.benchmark`."""
+"""Load one model in this process, time its runs when asked, and read its peak memory.
+
+The child of `edgeq.bundle.turns`. It stays, and answers `edgeq.system.worker.Worker`. An error of edgeq's is a reply
+like any other, so that it keeps its kind: {"failed": message, "exit_code": its own}.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeq.errors import ConfigError, EdgeqError
+from edgeq.errors import ConfigError, EdgeqError, LoweringFailed
 from edgeq.records import Record
+from edgeq.system.child_server import Actions, Announce, serve_standard_streams
 
 if TYPE_CHECKING:
     from edgeq.data.batches import AnyFeeds
     from edgeq.data.sessions import Embeddings, Session
 
+_Action = Callable[..., dict[str, Any]]
+
 
 class Job(Record):
-    """Hold the model, threads and shape of one measurement."""
+    """Hold the model, threads and shape that a child is made for."""
 
     model: str  # a bundle, or a float ONNX file
     threads: int
@@ -27,15 +36,6 @@ class Job(Record):
     sequence: int
     vocabulary: int
     pixels: tuple[int, int] | None = None  # height and width of images, which have no tokens
-    num_runs: int
-    warmup_runs: int
-
-
-class Sample(Record):
-    """Hold the wall time of each run, and the peak resident memory of the child process."""
-
-    latencies_ms: tuple[float, ...]
-    peak_memory_bytes: int
 
 
 def _session(job: Job) -> Session:
@@ -88,23 +88,20 @@ def _feeds(job: Job) -> AnyFeeds:
     return Feeds(input_ids=ids, attention_mask=np.ones_like(ids))
 
 
-def _run(job: Job) -> Sample:
-    """Load the model, run it `warmup_runs` times, and time the runs after these."""
+def milliseconds(session: Session, feeds: AnyFeeds, runs: int, untimed: int) -> list[float]:
+    """Give the wall time of each of `runs` runs in a row, after `untimed` others; a session that times itself does."""
     from edgeq.backends.contract import TimesItself
 
-    feeds = _feeds(job)
-    session = _session(job)
     if isinstance(session, TimesItself):
-        latencies_ms = tuple(session.milliseconds(feeds, job.num_runs, job.warmup_runs))
-        return Sample(latencies_ms=latencies_ms, peak_memory_bytes=session.peak_memory_bytes())
-    for _ in range(job.warmup_runs):
+        return session.milliseconds(feeds, runs, untimed)
+    for _ in range(untimed):
         session(feeds)
-    latencies: list[float] = []
-    for _ in range(job.num_runs):
+    found = []
+    for _ in range(runs):
         begin = time.perf_counter_ns()
         session(feeds)
-        latencies.append((time.perf_counter_ns() - begin) / 1e6)
-    return Sample(latencies_ms=tuple(latencies), peak_memory_bytes=peak_memory_bytes())
+        found.append((time.perf_counter_ns() - begin) / 1e6)
+    return found
 
 
 def peak_memory_bytes() -> int:
@@ -124,16 +121,67 @@ def peak_memory_bytes() -> int:
     return int(found[1]) * 1024
 
 
-def _main() -> int:
-    """Run the job in argv[1], as JSON, and write the sample to stdout as JSON."""
-    try:
-        sample = _run(Job.model_validate_json(sys.argv[1]))
-    except EdgeqError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
-    sys.stdout.write(sample.model_dump_json() + "\n")
-    return 0
+class _Child:
+    """Hold the loaded model between requests."""
+
+    def __init__(self, announce: Announce) -> None:
+        self._announce = announce
+        self._loaded: tuple[Session, AnyFeeds] | None = None
+
+    def load(self, job: str) -> dict[str, Any]:
+        """Load the model of a job, given as JSON."""
+        made = Job.model_validate_json(job)
+        self._announce(f"loading {made.model}")
+        self._loaded = _session(made), _feeds(made)
+        return {}
+
+    def turn(self, runs: int, untimed: int) -> dict[str, Any]:
+        """Time runs in a row."""
+        self._announce("running")
+        return {"milliseconds": milliseconds(*self._model(), runs, untimed)}
+
+    def memory(self) -> dict[str, Any]:
+        """Read the peak resident memory of the process that holds the model."""
+        from edgeq.backends.contract import TimesItself
+
+        session, _ = self._model()
+        found = session.peak_memory_bytes() if isinstance(session, TimesItself) else peak_memory_bytes()
+        return {"peak_memory_bytes": found}
+
+    def _model(self) -> tuple[Session, AnyFeeds]:
+        if self._loaded is None:
+            raise EdgeqError("the child process has no model; a load is needed first. Report this as a defect.")
+        return self._loaded
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell whether a runtime could not get memory; ONNX Runtime and OpenVINO say so in words of their own."""
+    return isinstance(error, MemoryError) or re.search("bad_alloc|allocate memory", str(error)) is not None
+
+
+def _told(action: _Action) -> _Action:
+    """Turn an error of edgeq's, and memory that runs out, into a reply with its exit code."""
+
+    @functools.wraps(action)
+    def answer(**request: Any) -> dict[str, Any]:
+        try:
+            return action(**request)
+        except EdgeqError as error:
+            return {"failed": str(error), "exit_code": error.exit_code}
+        except Exception as error:  # foreign code: a runtime may raise anything
+            if not _is_out_of_memory(error):
+                raise
+            needed = "Give smaller batches or fewer tokens, or measure fewer models at once."
+            return {"failed": f"memory ran out ({error}). {needed}", "exit_code": LoweringFailed.exit_code}
+
+    return answer
+
+
+def _actions(announce: Announce) -> Actions:
+    child = _Child(announce)
+    return {"load": _told(child.load), "turn": _told(child.turn), "memory": _told(child.memory)}
 
 
 if __name__ == "__main__":
-    sys.exit(_main())
+    serve_standard_streams(_actions)
+    sys.exit(0)

@@ -9,15 +9,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.data.sessions import Session, embed_batches
+from edgeq.data.text_input import Method, TextInput
 from edgeq.data.tokenizer import Tokenizer
-from edgeq.data.tokens import batches, token_limit
+from edgeq.data.tokens import Tokens, batches, token_limit
 from edgeq.errors import ConfigError
 from edgeq.records import Manifest
 
 _log = logging.getLogger(__name__)
 
-# The prompts for queries and documents, in the order in which sentence-transformers looks for them.
-_QUERY, _DOCUMENT = ("query",), ("document", "passage", "corpus")
+
+def require_batch_size(batch_size: object) -> None:
+    """Refuse a batch size that is no positive integer.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"encode: batch_size is {batch_size!r}; an integer of at least 1 is needed.")
 
 
 class Embedder:
@@ -32,7 +40,7 @@ class Embedder:
             manifest: the bundle's.
         """
         self._session = session
-        self._tokenizer = tokenizer
+        self.inputs = TextInput(tokenizer, manifest.source)
         self.manifest = manifest
         self.dim = manifest.source.dim
         self.max_sequence = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
@@ -56,62 +64,38 @@ class Embedder:
             float32[texts, dim], in the order of the texts.
 
         Raises:
-            ConfigError: `texts` is a single string or holds other objects than strings, the batch size is not
-                positive, the model has no prompt of this name, or both prompts are given.
+            ConfigError: `texts` is a single string, no ordered collection, or holds other objects than strings, the
+                batch size is no positive integer, the model has no prompt of this name, or both prompts are given.
         """
-        if prompt is None:
-            prompt = self._prompt(prompt_name)
-        elif prompt_name is not None:
-            raise ConfigError(f"encode: prompt is {prompt!r} and prompt_name {prompt_name!r}; give one of them.")
-        if isinstance(texts, str):
-            raise ConfigError(f'encode: texts is the string {texts[:40]!r}; a list is needed. Write encode(["..."]).')
-        prompted: list[str] = []
-        for position, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ConfigError(f"encode: texts[{position}] is of type {type(text).__name__}; a string is needed.")
-            prompted.append(prompt + text)
-        if batch_size < 1:
-            raise ConfigError(f"encode: batch_size is {batch_size}; at least 1 is needed.")
-        if not prompted:
-            return np.empty((0, self.dim), np.float32)
-        tokens = self._tokenizer.encode(prompted)
-        if tokens.truncated:
-            _log.warning("%d of %d texts are cut at %d tokens", tokens.truncated, len(prompted), self.max_sequence)
-        return embed_batches(self._session, batches(tokens, batch_size=batch_size), len(prompted))
+        return self._embed(self.inputs.tokens(texts, "encode", prompt_name, prompt), "encode", batch_size)
 
     def encode_query(
         self, texts: Sequence[str], batch_size: int = 32, prompt_name: str | None = None, prompt: str | None = None
     ) -> NDArray[np.float32]:
-        """Embed queries: the model's prompt "query" goes before each, if it has one.
+        """Embed queries: the model's prompt "query" goes before each, if it has one, and its length for queries cuts.
 
         Arguments, result and errors are those of `encode`.
         """
-        return self._encode_as(_QUERY, texts, batch_size, prompt_name, prompt)
+        return self._embed(self.inputs.tokens(texts, "encode_query", prompt_name, prompt), "encode_query", batch_size)
 
     def encode_document(
         self, texts: Sequence[str], batch_size: int = 32, prompt_name: str | None = None, prompt: str | None = None
     ) -> NDArray[np.float32]:
         """Embed documents: the model's prompt "document", else "passage", else "corpus" goes before each, if any.
 
+        The model's length for documents cuts, where it states one.
+
         Arguments, result and errors are those of `encode`.
         """
-        return self._encode_as(_DOCUMENT, texts, batch_size, prompt_name, prompt)
+        tokens = self.inputs.tokens(texts, "encode_document", prompt_name, prompt)
+        return self._embed(tokens, "encode_document", batch_size)
 
-    def _encode_as(
-        self, names: Sequence[str], texts: Sequence[str], batch_size: int, prompt_name: str | None, prompt: str | None
-    ) -> NDArray[np.float32]:
-        """Embed texts with the first of these prompts that the model has, unless a prompt is given."""
-        if prompt_name is None and prompt is None:
-            prompt_name = next((name for name in names if name in self.manifest.source.prompts), None)
-            prompt = "" if prompt_name is None else None  # without such a prompt the default is not used
-        return self.encode(texts, batch_size, prompt_name, prompt)
-
-    def _prompt(self, name: str | None) -> str:
-        """Give the prompt of this name; for None the model's default prompt or ""."""
-        prompts = self.manifest.source.prompts
-        if name is None:
-            default = self.manifest.source.default_prompt_name
-            return prompts.get(default, "") if default is not None else ""
-        if name not in prompts:
-            raise ConfigError(f"encode: prompt_name is {name!r}; the model has {', '.join(prompts) or 'no prompts'}.")
-        return prompts[name]
+    def _embed(self, tokens: Tokens, method: Method, batch_size: int) -> NDArray[np.float32]:
+        """Run tokens through the artifact, and warn of texts that were cut."""
+        require_batch_size(batch_size)
+        if not len(tokens):
+            return np.empty((0, self.dim), np.float32)
+        if tokens.truncated:
+            length = self.inputs.length(method)
+            _log.warning("%d of %d texts are cut at %d tokens", tokens.truncated, len(tokens), length)
+        return embed_batches(self._session, batches(tokens, batch_size=batch_size), len(tokens))

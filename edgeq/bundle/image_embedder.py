@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.bundle.embedder import Embedder
+from edgeq.bundle.embedder import Embedder, require_batch_size
 from edgeq.data.image_preprocessing import Preprocessing
 from edgeq.data.images import Images
 from edgeq.data.sessions import Session, embed_batches
@@ -49,15 +49,14 @@ class ImageEmbedder(Embedder):
             float32[images, dim], in the order of the images.
 
         Raises:
-            ConfigError: `texts` is a single image, an image cannot be decoded, the batch size is not positive, or a
-                prompt is given.
+            ConfigError: `texts` is a single image, an image cannot be decoded, the batch size is no positive integer,
+                or a prompt is given.
         """
         if isinstance(texts, str | Path) or not isinstance(texts, Sequence):
             raise ConfigError("encode: a list of images is needed. Write encode([image]).")
         if prompt_name is not None or prompt is not None:
             raise ConfigError(f"encode: a prompt is given, {prompt_name or prompt!r}; images have none. Leave it out.")
-        if batch_size < 1:
-            raise ConfigError(f"encode: batch_size is {batch_size}; at least 1 is needed.")
+        require_batch_size(batch_size)
         made = [np.empty((0, self.dim), np.float32)]
         for start in range(0, len(texts), batch_size):
             some = texts[start : start + batch_size]

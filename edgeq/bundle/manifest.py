@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from edgeq.bundle.agreement import disagreeing_limits, disagreements
 from edgeq.bundle.checksums import SUMS
 from edgeq.errors import BundleCorrupt, ConfigError, Unsupported
 from edgeq.records import Manifest, ParityReport, Record, Target
@@ -31,7 +32,8 @@ def load_manifest(path: Path) -> Manifest:
 
     Raises:
         ConfigError: there is no bundle at this path.
-        BundleCorrupt: the manifest has unknown, missing or wrong keys, or names a file outside the bundle.
+        BundleCorrupt: the manifest has unknown, missing or wrong keys, names a file outside the bundle, or holds
+            records that do not belong together; or a file states another longest text.
     """
     if not path.exists():
         raise ConfigError(
@@ -49,6 +51,9 @@ def load_manifest(path: Path) -> Manifest:
                 f"{path / MANIFEST}: {ref.path[:100]} is not in the bundle but a file {reason}. "
                 "Fetch or export the bundle again."
             )
+    broken = disagreements(manifest) + disagreeing_limits(path, manifest, reads_tokenizer=False)
+    if broken:
+        raise BundleCorrupt(f"{path / MANIFEST}: the chain is broken: {'; '.join(broken)}. Export the bundle again.")
     return manifest
 
 

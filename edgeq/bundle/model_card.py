@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _TEMPLATE = "model_card.md.j2"
 _CONTEXT_SUFFIX = "_ctx.onnx"  # ONNX around a compiled binary, which only its provider can run
 # The artifact files that sentence-transformers opens itself -> the name of its backend and extra.
-_SENTENCE_TRANSFORMERS_FILES = {"onnx/model.onnx": "onnx", "openvino/openvino_model.xml": "openvino"}
+SENTENCE_TRANSFORMERS_FILES = {"onnx/model.onnx": "onnx", "openvino/openvino_model.xml": "openvino"}
 
 _RUN_KINDS: dict[RunKind, str] = {
     "device": "the runtime that ships, on a machine that meets the target",
@@ -75,14 +75,15 @@ def render_card(
         is_openvino=is_openvino,
         is_rknn=manifest.artifact.files[0].path.endswith(".rknn"),
         weights_path=manifest.artifact.files[-1].path,
-        sentence_transformers_backend=_SENTENCE_TRANSFORMERS_FILES.get(manifest.artifact.files[0].path),
+        sentence_transformers_backend=SENTENCE_TRANSFORMERS_FILES.get(manifest.artifact.files[0].path),
         buckets=buckets,
         token_limit=max(buckets, default=manifest.source.max_sequence),
         opens_in_sentence_transformers=(
-            manifest.artifact.files[0].path in _SENTENCE_TRANSFORMERS_FILES
+            manifest.artifact.files[0].path in SENTENCE_TRANSFORMERS_FILES
             and preprocessing is None
             and "last_hidden_state" in manifest.qdq_model.outputs
             and manifest.source.modules[0] != TABLE
+            and not manifest.source.code  # the bundle holds none of it, and sentence-transformers would ask for it
             and not manifest.source.modules[0].startswith(text_towers.TOWER)
         ),
         truncation=truncated_to(manifest.source.modules),

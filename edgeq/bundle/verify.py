@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.backends.registry import find
+from edgeq.bundle.agreement import disagreeing_limits
 from edgeq.bundle.checksums import bundle_files, check_sums
 from edgeq.bundle.golden import VECTORS, GoldenData, read_golden
 from edgeq.bundle.golden_images import GoldenImages, read_golden_images
@@ -17,8 +18,7 @@ from edgeq.data.sessions import embed_batches, unit
 from edgeq.data.tokenizer import Tokenizer
 from edgeq.data.tokens import Tokens, batches, token_limit
 from edgeq.errors import BundleCorrupt, DeviceUnavailable, ParityFailed
-from edgeq.evaluation.gate import judge, judge_placement, judge_settings
-from edgeq.quantization import schemes
+from edgeq.evaluation.gate import judge, judge_end_to_end, judge_placement, judge_settings
 from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import FileRef, Manifest, ParityReport, Record, RunKind, Status
 from edgeq.system.files import file_ref
@@ -112,29 +112,16 @@ def _errors(golden: AnyGolden, vectors: NDArray[np.float32]) -> dict[str, float]
 
 
 def _walk(path: Path, manifest: Manifest, report: ParityReport) -> None:
-    """Compare the sha256 of each record's parents, and of each file with its record."""
-    source, calibration, qdq, artifact = manifest.source, manifest.calibration, manifest.qdq_model, manifest.artifact
-    float_model, equalized = manifest.float_model, manifest.equalized_model
-    parent = equalized.file.sha256
+    """Compare the parity report with the manifest, whose own records agree, and each file with its record."""
     links = (
-        ("float_model.source_sha256", float_model.source_sha256, "source.sha256", source.sha256),
-        ("equalized_model.source_sha256", equalized.source_sha256, "source.sha256", source.sha256),
-        ("calibration.float_model_sha256", calibration.float_model_sha256, "equalized_model.file", parent),
-        ("qdq_model.float_model_sha256", qdq.float_model_sha256, "equalized_model.file", parent),
-        ("qdq_model.calibration_sha256", qdq.calibration_sha256, "calibration.file", calibration.file.sha256),
-        ("artifact.qdq_sha256", artifact.qdq_sha256, "qdq_model.file", qdq.file.sha256),
-        ("artifact.target", artifact.target, "target.name", manifest.target.name),
-        ("artifact.backend", artifact.backend, "target.backend", manifest.target.backend),
-        ("qdq_model.scheme.name", schemes.base_name(qdq.scheme), "target.scheme", manifest.target.scheme),
-        ("float_model.dim", float_model.dim, "source.dim", source.dim),
-        ("qdq_model.dim", qdq.dim, "source.dim", source.dim),
         (f"{PARITY}: target", report.target, "target.name", manifest.target.name),
         (f"{PARITY}: status", report.status, "status", manifest.status),
         (f"{PARITY}: gate", report.gate, "target.gate", manifest.target.gate),
     )
     broken = [f"{name} is {found}, but {other} is {needed}" for name, found, other, needed in links if found != needed]
-    for ref in (*artifact.files, manifest.parity, manifest.golden.vectors, manifest.golden.texts):
+    for ref in (*manifest.artifact.files, manifest.parity, manifest.golden.vectors, manifest.golden.texts):
         broken += _broken_file(path, ref)
+    broken += disagreeing_limits(path, manifest, reads_tokenizer=True)
     broken += _broken_vendor(manifest)
     broken += _broken_verdict(manifest, report)
     if broken:
@@ -168,7 +155,8 @@ def _broken_vendor(manifest: Manifest) -> list[str]:
 
 def _broken_verdict(manifest: Manifest, report: ParityReport) -> list[str]:
     """Judge the recorded measures again, and compare the result with the report's status."""
-    placement, others = manifest.artifact.placement, judge_settings(report.other_settings, report.gate)
+    placement = manifest.artifact.placement
+    others = judge_settings(report.other_settings, report.gate) + judge_end_to_end(report.end_to_end)
     if report.measures is None and report.status == "not-run":
         failures = judge_placement(placement, report.gate) + others
         is_told = report.reason is not None and report.ran_on == "not-run" and "not-run" in report.gate.export_run_kinds
@@ -218,6 +206,11 @@ def _check_vectors(path: Path, manifest: Manifest, golden: AnyGolden) -> None:
         raise BundleCorrupt(
             f"{path / VECTORS}: {len(golden.texts)} texts of dimension {golden.reference.shape[1]}; the manifest "
             f"says {manifest.golden.count} of {manifest.source.dim}. Export the bundle again."
+        )
+    if isinstance(golden, GoldenData) and golden.input_ids.shape[1] > manifest.source.max_sequence:
+        raise BundleCorrupt(
+            f"{path / VECTORS}: texts of up to {golden.input_ids.shape[1]} tokens; the manifest's source.max_sequence "
+            f"is {manifest.source.max_sequence}. Export the bundle again."
         )
 
 

@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from edgeq.backends.contract import HasClientSettings
+from edgeq.backends.registry import find
+from edgeq.bundle.agreement import disagreeing_limits, disagreements
 from edgeq.bundle.checksums import SUMS, check_sums, write_sums
+from edgeq.bundle.client_files import state_client_settings, state_limit
 from edgeq.bundle.device_script import SCRIPT, device_script
 from edgeq.bundle.golden import TEXTS, VECTORS, GoldenData, write_golden
 from edgeq.bundle.golden_images import GoldenImages, write_golden_images
 from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle
-from edgeq.bundle.model_card import render_card
-from edgeq.errors import ConfigError, EdgeqError
+from edgeq.bundle.model_card import SENTENCE_TRANSFORMERS_FILES, render_card
+from edgeq.data import end_to_end
+from edgeq.data.tokens import token_limit
+from edgeq.errors import BundleCorrupt, ConfigError, EdgeqError
 from edgeq.records import (
     Artifact,
     Calibration,
@@ -74,7 +80,8 @@ def write(
 
     Raises:
         ConfigError: `bundle_dir` is no bundle, or one from other inputs and `overwrite` is not set.
-        BundleCorrupt: the same bundle exists, but is damaged.
+        BundleCorrupt: the same bundle exists, but is damaged; or the records, the configuration and the golden texts do
+            not belong together.
         StorageFailed: the disk refuses.
         EdgeqError: the inputs do not belong together.
     """
@@ -149,6 +156,14 @@ def _fill(
             _copy(path, directory / path.relative_to(config_dir))
     _copy(device_script(), directory / SCRIPT)
     if isinstance(golden, GoldenData):
+        limit = token_limit(lineage.target.buckets_tokens, lineage.source.max_sequence)
+        state_limit(directory, limit)
+        found = end_to_end.compare(directory, lineage.source, limit)  # of the very files that the bundle carries
+        end_to_end.require_same(found, str(directory))
+        if lineage.artifact.files[0].path in SENTENCE_TRANSFORMERS_FILES:
+            backend = find(lineage.artifact.backend, lineage.target.name)
+            if isinstance(backend, HasClientSettings):
+                state_client_settings(directory, backend.client_settings(lineage.target))
         write_golden(directory, golden)
     else:
         write_golden_images(directory, golden)
@@ -173,10 +188,28 @@ def _fill(
         ),
         tools=dict(sorted(lineage.tools.items())),
     )
+    _require_agreement(directory, manifest, golden)
     _write_record(directory / MANIFEST, manifest)
     (directory / _CARD).write_text(_card(directory, manifest, report, golden), encoding="utf-8", newline="\n")
     write_sums(directory)
     return manifest
+
+
+def _require_agreement(directory: Path, manifest: Manifest, golden: GoldenData | GoldenImages) -> None:
+    """Refuse records that do not belong together, and files or golden texts of another limit.
+
+    Raises:
+        BundleCorrupt: they are so; each disagreement is named with both values.
+    """
+    limit = manifest.source.max_sequence
+    broken = disagreements(manifest) + disagreeing_limits(directory, manifest, reads_tokenizer=True)
+    if isinstance(golden, GoldenData) and golden.input_ids.shape[1] > limit:
+        broken.append(f"golden texts have up to {golden.input_ids.shape[1]} tokens, but source.max_sequence is {limit}")
+    if broken:
+        raise BundleCorrupt(
+            f"{manifest.target.name}: what the stages gave does not belong together: {'; '.join(broken)}. Run edgeq "
+            "cache purge, and export again."
+        )
 
 
 def _card(directory: Path, manifest: Manifest, report: ParityReport, golden: GoldenData | GoldenImages) -> str:

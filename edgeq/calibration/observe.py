@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from edgeq.calibration.statistics import Histogram, Statistics
 from edgeq.data.batches import Batch, Samples
 from edgeq.errors import EdgeqError
-from edgeq.graph import external_data
+from edgeq.graph import channel_axis, external_data
 from edgeq.graph.float_session import FloatSession
 from edgeq.system.progress import StageProgress
 
@@ -44,28 +44,28 @@ def observe(
 
     Args:
         model: FP32 ONNX.
-        tensors: names to keep minimum and maximum of, per channel.
+        tensors: names to keep minimum and maximum of, per channel where `edgeq.graph.channel_axis` can tell which axis
+            that is, else of the whole tensor.
         batches: without padding, see `equal_length_batches`.
         progress: called as `progress(done, total)` after each batch.
         histograms: names to keep a histogram of.
-        moments: names to keep a second moment and a mean of.
-        means: names to keep the mean of only, each a tensor of tokens.
+        moments: names to keep a second moment and a mean of, where the axis of the channels is known.
+        means: names to keep the mean of only, each a tensor of tokens; where the axis is known, too.
 
     Raises:
         EdgeqError: a tensor held NaN or infinity.
     """
     if not tensors:  # no weight product: a table of tokens and their mean
         return {}
-    with_histogram, with_moment, with_mean = set(histograms), set(moments), set(means)
+    axes = channel_axis.by_name(model)
+    with_histogram, with_moment, with_mean = set(histograms), set(moments) & set(axes), set(means) & set(axes)
     count = sum(batch.feeds.size for batch in batches)
     kept: dict[str, Statistics] = {}
 
     def add(name: str, array: NDArray[np.float32], size: int) -> None:
-        rows = array.reshape(-1, array.shape[-1]) if array.ndim > 1 else array.reshape(1, -1)
+        rows = channel_axis.rows(array, axes.get(name))
         total = count * max(1, len(rows) // size)  # an image has many rows, a token one
         low, high = rows.min(0), rows.max(0)
-        if array.ndim == 4:  # of a shape that the model does not state
-            low, high = low.min(keepdims=True), high.max(keepdims=True)
         statistics = _widen(kept, name, low, high)
         if name in with_histogram:
             statistics.histogram = statistics.histogram or Histogram()
@@ -79,13 +79,13 @@ def observe(
     inputs = [name for name in tensors if name in {item.name for item in model.graph.input}]
     made = [name for name in tensors if name not in inputs]
     shapes = tensor_shapes(model)
-    # The last axis of attention is no channel, and neither is one that grows with the text.
-    positions = [name for name in made if _has_no_channels(shapes.get(name, ())) and name not in with_histogram]
-    groups = _groups([name for name in made if name not in positions], shapes, _longest(batches), with_moment)
+    whole = [name for name in made if name not in axes and name not in with_histogram]
+    channels = {name: shapes[name][axes[name]] for name in with_moment if name in shapes}
+    groups = _groups([name for name in made if name not in whole], shapes, _longest(batches), channels)
     runs = len(groups) * len(batches)
     for number, group in enumerate(groups):
-        ends = [] if number else [end for name in positions for end in (name + LOWEST, name + HIGHEST)]
-        session = observing(model, group, () if number else positions)
+        ends = [] if number else [end for name in whole for end in (name + LOWEST, name + HIGHEST)]
+        session = observing(model, group, () if number else whole)
         for done, batch in enumerate(batches, start=1):
             names = [*group, *ends]
             found = dict(zip(names, session.run(names, batch.feeds) if names else (), strict=True))
@@ -93,17 +93,13 @@ def observe(
                 add(name, array, batch.feeds.size)
             for name in group:
                 add(name, found.pop(name), batch.feeds.size)  # freed at once: the next run hands over as much again
-            for name in () if number else positions:
+            for name in () if number else whole:
                 _widen(kept, name, found[name + LOWEST].reshape(1), found[name + HIGHEST].reshape(1))
             progress(number * len(batches) + done, runs)
         del session
         for name in (*group, *(inputs if not number else ())):
             _finish_moment(kept[name])
     return {name: kept[name] for name in tensors}
-
-
-def _has_no_channels(shape: tuple[int | None, ...]) -> bool:
-    return len(shape) == 4 or (len(shape) > 1 and shape[-1] is None)
 
 
 def _widen(kept: dict[str, Statistics], name: str, low: NDArray[np.float32], high: NDArray[np.float32]) -> Statistics:
@@ -149,14 +145,24 @@ def _size(shape: tuple[int | None, ...], longest: int) -> int:
 
 
 def _groups(
-    tensors: Sequence[str], shapes: dict[str, tuple[int | None, ...]], longest: int, moments: set[str]
+    tensors: Sequence[str],
+    shapes: dict[str, tuple[int | None, ...]],
+    longest: int,
+    channels: Mapping[str, int | None],
 ) -> list[list[str]]:
-    """Split tensors into groups, one for each run, that stay below GROUP_BYTES together with their moments."""
+    """Split tensors into groups, one for each run, that stay below GROUP_BYTES together with their moments.
+
+    Args:
+        tensors: names, in order.
+        shapes: that the model states.
+        longest: tokens of one batch.
+        channels: how many each tensor has of which a second moment is kept.
+    """
     groups: list[list[str]] = [[]]
     left = GROUP_BYTES
     for name in tensors:
         shape = shapes.get(name, (None, None, 1))
-        size = _size(shape, longest) + ((shape[-1] or 0) ** 2 * _FLOAT_BYTES if name in moments else 0)
+        size = _size(shape, longest) + (channels.get(name) or 0) ** 2 * _FLOAT_BYTES
         if size > left and groups[-1]:
             groups.append([])
             left = GROUP_BYTES

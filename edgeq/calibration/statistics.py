@@ -38,7 +38,8 @@ class Statistics:
     """Hold the statistics of one tensor.
 
     Attributes:
-        minimum: float32[channels], smallest value per channel (last axis).
+        minimum: float32[channels], smallest value per channel (`edgeq.graph.channel_axis`); float32[1], of the whole
+            tensor, where it cannot be told which axis holds them.
         maximum: float32[channels], largest value per channel.
         histogram: of all values, when asked for.
         mean: float32[channels], mean over tokens, when asked for; with a moment, over the same tokens.

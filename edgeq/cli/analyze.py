@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgeq.cli import console
+from edgeq.cli.arguments import TrustRemoteCode
 from edgeq.cli.targets import TargetsDir
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def analyze(
     ] = None,
     pooling: Annotated[str | None, typer.Option(help="How to pool a model that does not say it.")] = None,
     tower: Annotated[str | None, typer.Option(help="Of a model of texts and images: text.")] = None,
+    trust_remote_code: TrustRemoteCode = None,
     samples: Annotated[int | None, typer.Option(min=1, metavar="N", help="Calibrate on N of the texts.")] = None,
     seed: Annotated[int, typer.Option(metavar="S", help="Which N texts.")] = 0,
     cost: Annotated[
@@ -56,7 +58,8 @@ def analyze(
     store = Cache.temporary() if no_cache else Cache()
     request = ExportRequest(
         model=model, targets=(load_target(target, directory),), out=Path(), texts=texts, column=column,
-        validation=validation, pooling=pooling, tower=tower, samples=samples, seed=seed, cache=store,
+        validation=validation, pooling=pooling, tower=tower, trust_remote_code=trust_remote_code,
+        samples=samples, seed=seed, cache=store,
     )  # fmt: skip
     try:
         with console.stages() as progress:
@@ -113,7 +116,11 @@ def _put(found: Analysis) -> None:
 def _price(price: Cost | None) -> list[str]:
     if price is None:
         return ["-", "-"]
-    return [f"{price.extra_bytes:+,}", "-" if price.extra_ms is None else f"{price.extra_ms:+.3f}"]
+    time = "-" if price.extra_ms is None else f"{price.extra_ms:+.3f}"
+    if price.extra_ms_interval is not None:
+        low, high = price.extra_ms_interval
+        time += f" [{low:+.3f}, {high:+.3f}]"
+    return [f"{price.extra_bytes:+,}", time]
 
 
 def _measured(measures: object) -> list[str]:

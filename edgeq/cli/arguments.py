@@ -15,6 +15,13 @@ Against = Annotated[
     Path | None,
     typer.Option("--against", metavar="FILE", help="The bundle's FP32 model; else it is looked for in the cache."),
 ]
+TrustRemoteCode = Annotated[
+    bool | None,
+    typer.Option(
+        "--trust-remote-code/--no-trust-remote-code",
+        help="Run the code that the model brings along, in a process of its own; or take transformers' classes.",
+    ),
+]
 
 
 def find_float_model(manifest: Manifest, against: Path | None) -> Path:

@@ -18,21 +18,26 @@ if TYPE_CHECKING:
 def bench(
     bundle: BundleDir,
     sequence: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Tokens; default: 16,32,128,256, as far as the model goes.")
+        str | None, typer.Option(metavar="N,N,...", help="Tokens; default: the target's buckets, or 16,32,128,256.")
     ] = None,
     batch: Annotated[str, typer.Option(metavar="N,N,...", help="Texts at once.")] = "1,8,32",
     threads: Annotated[
         str | None, typer.Option("--threads", "--num_threads", metavar="N,N,...", help="Default: every core.")
     ] = None,
-    num_runs: Annotated[int, typer.Option("--num-runs", "--num_runs", min=1, help="Runs that count.")] = 50,
-    warmup_runs: Annotated[int, typer.Option("--warmup-runs", "--warmup_runs", min=0, help="Runs before.")] = 10,
+    rounds: Annotated[
+        int,
+        typer.Option("--rounds", "--num-runs", "--num_runs", min=1, help="Rounds that count; each model has its turn."),
+    ] = 80,
+    warmup_rounds: Annotated[
+        int, typer.Option("--warmup-rounds", "--warmup-runs", "--warmup_runs", min=0, help="Rounds before.")
+    ] = 10,
     against: Against = None,
     alone: Annotated[bool, typer.Option("--alone", help="Measure the artifact only, not FP32 beside it.")] = False,
     as_json: console.AsJson = False,
     verbose: console.Verbose = 0,
     quiet: console.Quiet = False,
 ) -> None:
-    """Measure latency and peak memory of BUNDLE beside FP32, each in a process of its own."""
+    """Measure latency and peak memory of BUNDLE beside FP32, by turns, each in a process of its own."""
     from edgeq.bundle.benchmark import Shapes, measure
     from edgeq.bundle.manifest import load_manifest
     from edgeq.data.tokens import token_limit
@@ -43,8 +48,8 @@ def bench(
         sequences=_sequences(manifest, limit) if sequence is None else _numbers("--sequence", sequence),
         batches=_numbers("--batch", batch),
         threads=_numbers("--threads", threads or str(len(os.sched_getaffinity(0)))),
-        num_runs=num_runs,
-        warmup_runs=warmup_runs,
+        rounds=rounds,
+        warmup_rounds=warmup_rounds,
     )
     float_file = None if alone else find_float_model(manifest, against)
     with console.stages() as progress:
@@ -68,12 +73,14 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _sequences(manifest: Manifest, max_sequence: int) -> tuple[int, ...]:
-    """Choose the default lengths to measure: only the longest where the model pads every text to it."""
+    """Choose the default lengths: the target's buckets; only the longest where the model pads every text to it."""
+    from edgeq.data.tokens import bucket_lengths
     from edgeq.frontend.torch.text_towers import padded_to
 
     if padded_to(manifest.source.modules):
         return (max_sequence,)
-    return tuple(tokens for tokens in (16, 32, 128, 256) if tokens <= max_sequence) or (max_sequence,)
+    buckets = bucket_lengths(manifest.target.buckets_tokens, max_sequence)
+    return buckets or tuple(tokens for tokens in (16, 32, 128, 256) if tokens <= max_sequence) or (max_sequence,)
 
 
 def _put_benchmark(found: Benchmark) -> None:
@@ -84,6 +91,11 @@ def _put_benchmark(found: Benchmark) -> None:
     title = f"{found.target}: {sizes}; ran on {found.ran_on} ({found.machine})"
     columns = ("model", "threads", "batch", "tokens", "p50 ms", "p90 ms", "p99 ms", "speed-up", "peak memory")
     console.put_table(columns, [_cell(cell) for cell in found.cells], title)
+    for told in [cell.speedup for cell in found.cells if cell.speedup is not None][:1]:
+        console.note(
+            f"speed-up: the median of {told.pairs} paired ratios, in the interval that holds it in "
+            f"{told.level:.0%} of cases"
+        )
     if found.ran_on != "device":
         console.note(f"latency is not shown: this machine is not what {found.target} is made for ({found.ran_on})")
 
@@ -93,6 +105,6 @@ def _cell(cell: Cell) -> list[str]:
     times = ["-"] * 3
     if cell.latency is not None:
         times = [f"{value:.2f}" for value in (cell.latency.p50_ms, cell.latency.p90_ms, cell.latency.p99_ms)]
-    speedup = "-" if cell.speedup is None else f"{cell.speedup:.2f}x"
+    speedup = "-" if cell.speedup is None else cell.speedup.shown()
     shape = [str(cell.threads), str(cell.batch), str(cell.sequence)]
     return [cell.model, *shape, *times, speedup, console.megabytes(cell.peak_memory_bytes)]

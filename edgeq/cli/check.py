@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from edgeq.cli import console
+from edgeq.cli.arguments import TrustRemoteCode
 from edgeq.cli.targets import TargetsDir
 
 
@@ -15,6 +16,7 @@ def check(
     target: Annotated[list[str], typer.Option(help="What to check for; repeatable. `edgeq targets` lists them.")],
     pooling: Annotated[str | None, typer.Option(help="How to pool a model that does not say it.")] = None,
     tower: Annotated[str | None, typer.Option(help="Which tower of a model of both: text or image.")] = None,
+    trust_remote_code: TrustRemoteCode = None,
     directory: TargetsDir = None,
     as_json: console.AsJson = False,
     verbose: console.Verbose = 0,
@@ -30,7 +32,7 @@ def check(
     from edgeq.targets import load_target
 
     chosen = tuple(load_target(name, directory) for name in dict.fromkeys(target))
-    found = checking.check(model, chosen, pooling, Cache(), tower)
+    found = checking.check(model, chosen, pooling, Cache(), tower, trust_remote_code)
     if as_json:
         console.put_json({"checks": [item.model_dump(mode="json") for item in found]})
     else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgeq.cli import console
-from edgeq.cli.arguments import Against
+from edgeq.cli.arguments import Against, TrustRemoteCode
 
 if TYPE_CHECKING:
     from edgeq.reports.contents import Card, Row
@@ -24,13 +24,16 @@ def compare(
     column: Annotated[str | None, typer.Option(help="The column of --texts that holds the text.")] = None,
     sts: Annotated[Path | None, typer.Option(metavar="FILE", help="Pairs with sentence1, sentence2, score.")] = None,
     retrieval: Annotated[Path | None, typer.Option(metavar="BEIR_DIR", help="corpus, queries and qrels.")] = None,
-    latency: Annotated[bool, typer.Option("--latency", help="Time each runtime, in processes of their own.")] = False,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Time the runtimes by turns, in processes of their own.")
+    ] = False,
     threads: Annotated[int, typer.Option(min=0, help="Of each runtime that is timed; 0: every core.")] = 0,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the card as one HTML page.")] = None,
     against: Against = None,
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Where torch finds the source; else under its recorded name.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = None,
     as_json: console.AsJson = False,
     verbose: console.Verbose = 0,
     quiet: console.Quiet = False,
@@ -51,6 +54,7 @@ def compare(
         retrieval=retrieval,
         against=against,
         model=model,
+        trust_remote_code=trust_remote_code,
         latency=latency,
         threads=threads,
     )
@@ -90,8 +94,24 @@ def _put_card(card: Card) -> None:
         entry = None if item.errors is None else item.errors.entry
         where = "" if entry is None else f"most error enters at {entry.label}: cosine {entry.cosine_mean:.5f}"
         console.put(f"{item.scheme}: {item.reason or where or 'no residual stream is found'}")
+    for sentence in card.end_to_end:
+        console.note(f"end to end: {sentence}")
+    _put_ratios(card, timed)
     for note in card.notes:
         console.note(note)
+
+
+def _put_ratios(card: Card, timed: list[int]) -> None:
+    """Print how much faster than the reference each runtime is, with the interval and what it tells."""
+    ratios = {row.name: {time.tokens: time.speedup for time in row.latency if time.speedup} for row in card.rows}
+    told = [ratio for each in ratios.values() for ratio in each.values()]
+    if not told:
+        return
+    rows = [
+        [name, *(each[tokens].shown() if tokens in each else "-" for tokens in timed)]
+        for name, each in ratios.items() if each
+    ]  # fmt: skip
+    console.put_table((f"speed-up over {told[0].against}", *(f"{tokens} tokens" for tokens in timed)), rows)
 
 
 def _line(row: Row, has_sts: bool, has_ndcg: bool, timed: list[int]) -> list[str]:

@@ -42,6 +42,9 @@ def embed(
     role: Annotated[
         Role | None, typer.Option(help="What the texts are: the prompt that the model has for it goes before each.")
     ] = None,
+    skip_blank: Annotated[
+        bool, typer.Option("--skip-blank", help="Leave out texts that are blank, and list their rows beside --out.")
+    ] = False,
     threads: Annotated[int, typer.Option(min=0, help="0 leaves it to the target.")] = 0,
     as_json: console.AsJson = False,
     verbose: console.Verbose = 0,
@@ -49,9 +52,12 @@ def embed(
 ) -> None:
     """Turn texts or images into vectors with BUNDLE.
 
+    Row i of the vectors is record i of the texts, blank ones included. With --skip-blank the blank ones are left out,
+    and their numbers, from 0, stand in a file beside --out: vectors.npy has vectors.skipped.txt.
+
     Raises:
-        ConfigError: the texts or images cannot be read or are not what BUNDLE takes, --out is no .npy file, or the
-            prompt is not there or given twice.
+        ConfigError: the texts or images cannot be read or are not what BUNDLE takes, --out is no .npy file, all texts
+            are blank and left out, or the prompt is not there or given twice.
     """
     from edgeq.bundle.load import load
 
@@ -59,14 +65,23 @@ def embed(
         raise ConfigError(f"--out: {out} does not end in .npy, the format that is written. Rename it.")
     if prompt is not None and role is not None:
         raise ConfigError(f"--prompt {prompt}, --role {role}: both say what goes before each text. Give one of them.")
+    if skip_blank and images is not None:
+        raise ConfigError("--skip-blank: is for texts, and --images gives images. Leave it out.")
     chosen = _given(bundle, texts, images, column)
+    skipped = [row for row, text in enumerate(chosen) if not text.strip()] if skip_blank else []
+    if skipped:
+        if len(skipped) == len(chosen):
+            raise ConfigError(f"{texts or 'standard input'}: every record is blank, and --skip-blank leaves it out.")
+        chosen = [text for text in chosen if text.strip()]
     loaded = load(bundle, threads)
     encode = {None: loaded.encode, Role.QUERY: loaded.encode_query, Role.DOCUMENT: loaded.encode_document}[role]
     vectors = encode(chosen, batch_size=batch_size, prompt_name=prompt)
     _save(out, vectors)
+    listed = _list_skipped(out, skipped) if skip_blank else None
     if as_json:
         kind = "texts" if images is None else "images"
-        console.put_json({"path": str(out), kind: vectors.shape[0], "dim": vectors.shape[1]})
+        told = {"path": str(out), kind: vectors.shape[0], "dim": vectors.shape[1]}
+        console.put_json(told if listed is None else told | {"skipped": len(skipped), "skipped_rows": str(listed)})
     else:
         console.put(str(out))
 
@@ -79,13 +94,13 @@ def _given(bundle: Path, texts: str | None, images: Path | None, column: str | N
     """
     from edgeq.bundle.manifest import load_manifest
     from edgeq.data.batches import require_texts
-    from edgeq.data.text_files import read_texts
+    from edgeq.data.text_files import read_records
     from edgeq.pipeline.validate import require_kind
 
     manifest = load_manifest(bundle)
     if images is None:
         require_texts(manifest.float_model.inputs, bundle, "Give a folder with --images.")
-        return _standard_input() if texts in (None, "-") else read_texts(Path(texts), column)
+        return _standard_input() if texts in (None, "-") else read_records(Path(texts), column)
     require_kind(manifest, bundle, None if texts is None else Path(texts), images)
     if column is not None:
         raise ConfigError(f"--column {column}: is for texts, and {bundle} takes images. Leave it out.")
@@ -95,23 +110,37 @@ def _given(bundle: Path, texts: str | None, images: Path | None, column: str | N
 
 
 def _standard_input() -> list[str]:
-    """Read texts from standard input, one per line, without blank lines.
+    """Read texts from standard input, one per line, blank or not.
 
     Raises:
-        ConfigError: the bytes are no UTF-8, or every line is blank.
+        ConfigError: the bytes are no UTF-8, or there are none.
     """
+    from edgeq.data.text_files import lines_of
+
     data = typer.get_binary_stream("stdin").read()
     try:
-        lines = data.decode("utf-8-sig").splitlines()
+        texts = lines_of(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         number = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(
             f"standard input, line {number}: byte {data[error.start]:#04x} is no UTF-8. Convert the text to UTF-8."
         ) from error
-    texts = [line.strip() for line in lines if line.strip()]
     if not texts:
-        raise ConfigError("standard input: no text; a line that is not blank is needed. Give lines, or --texts FILE.")
+        raise ConfigError("standard input: is empty; at least one line is needed. Give lines, or --texts FILE.")
     return texts
+
+
+def _list_skipped(out: Path, rows: list[int]) -> Path:
+    """Write the numbers of the records that were left out, from 0, a line each; give the file's path."""
+    from edgeq.system.files import replacing
+
+    path = out.with_suffix(".skipped.txt")
+    with replacing(path) as partial:
+        partial.write_text("".join(f"{row}\n" for row in rows), encoding="ascii")
+    if rows:
+        count = "1 blank record is" if len(rows) == 1 else f"{len(rows)} blank records are"
+        console.note(f"{count} left out; the numbers, from 0, stand in {path}.")
+    return path
 
 
 def _save(out: Path, vectors: NDArray[np.float32]) -> None:

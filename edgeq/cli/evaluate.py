@@ -50,7 +50,7 @@ def evaluate(
         document["sts"] = sts_result.model_dump(mode="json")
         rows.append(_figure("STS Spearman", sts_result.spearman))
     if data is not None:
-        result = evaluate_retrieval(data, manifest.source.prompts, *sides)
+        result = evaluate_retrieval(data, *sides)
         document["retrieval"] = result.model_dump(mode="json")
         rows += [_figure("nDCG@10", result.ndcg_at_10), _figure("recall@10", result.recall_at_10)]
         rows.append(["top-10 overlap", "1", f"{result.top10_overlap:.4f}", f"{100 * result.top10_overlap:.2f} %"])

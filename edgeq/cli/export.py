@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgeq.cli import console
+from edgeq.cli.arguments import TrustRemoteCode
 from edgeq.cli.targets import TargetsDir
 
 if TYPE_CHECKING:
     from edgeq.pipeline.export import Exported
     from edgeq.pipeline.request import ExportRequest
+    from edgeq.records import Measures
     from edgeq.system.progress import Progress
 
 
@@ -40,6 +42,7 @@ def export(
         int | None, typer.Option(metavar="N", help="Keep the first N dimensions, of unit length again if the model's.")
     ] = None,
     tower: Annotated[str | None, typer.Option(help="Which tower of a model of both: text or image.")] = None,
+    trust_remote_code: TrustRemoteCode = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="Of an ONNX file: its tokenizer.json, or the folder that holds it."),
@@ -101,6 +104,7 @@ def export(
         pooling=pooling,
         dim=dim,
         tower=tower,
+        trust_remote_code=trust_remote_code,
         onnx=OnnxOptions(tokenizer, max_sequence, normalize),
         samples=samples,
         seed=seed,
@@ -139,20 +143,37 @@ def _bundle(exported: Exported) -> dict[str, Any]:
         "ran_on": exported.ran_on,
         "parity": None if exported.parity is None else exported.parity.model_dump(mode="json"),
         "size_bytes": exported.size_bytes,
+        "other_settings": [setting.model_dump(mode="json") for setting in exported.other_settings],
+        "end_to_end": None if exported.end_to_end is None else exported.end_to_end.model_dump(mode="json"),
     }
+
+
+def _quality(parity: Measures | None) -> list[str]:
+    """Format the measures of the table, or dashes where nothing was measured."""
+    if parity is None:
+        return ["-"] * 4
+    return [f"{value:.4f}" for value in (parity.cosine_mean, parity.cosine_min, parity.spearman, parity.top10_overlap)]
 
 
 def _put_bundles(bundles: tuple[Exported, ...]) -> None:
     """Print a table of bundles, and the path of each."""
     rows = []
     for bundle in bundles:
-        parity = bundle.parity
-        quality = ["-"] * 4
-        if parity is not None:
-            measures = (parity.cosine_mean, parity.cosine_min, parity.spearman, parity.top10_overlap)
-            quality = [f"{value:.4f}" for value in measures]
-        rows.append([bundle.target, bundle.status, bundle.ran_on, *quality, console.megabytes(bundle.size_bytes)])
+        rows.append(
+            [
+                bundle.target,
+                bundle.status,
+                bundle.ran_on,
+                *_quality(bundle.parity),
+                console.megabytes(bundle.size_bytes),
+            ]
+        )
+        for other in bundle.other_settings:
+            if other.measures is not None:
+                rows.append([f"  with {other.name}", "", other.ran_on, *_quality(other.measures), ""])
     columns = ("target", "status", "ran on", "cosine mean", "cosine min", "Spearman", "top-10 overlap", "size")
     console.put_table(columns, rows)
+    for sentence in dict.fromkeys(item.end_to_end.sentence for item in bundles if item.end_to_end is not None):
+        console.put(f"end to end: {sentence}")
     for bundle in bundles:
         console.put(f"{bundle.target}: {bundle.path or 'no bundle was written'}")

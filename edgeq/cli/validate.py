@@ -124,6 +124,13 @@ def _put_report(report: ParityReport) -> None:
     kind = "texts" if isinstance(report.texts, TextSet) else "images"
     title = f"{report.target}: {report.status}, on {report.texts.count} {kind}, {place}"
     console.put_table(("measure", "value", "gate"), rows, title)
+    console.put(f"end to end: {report.end_to_end.sentence}")
+    for other in report.other_settings:
+        if other.measures is None:
+            console.put(f"with {other.name}: not measured, because {other.reason}")
+        else:
+            found = f"cosine mean {other.measures.cosine_mean:.5f}, min {other.measures.cosine_min:.5f}"
+            console.put(f"with {other.name} ({other.ran_on}): {found}, top-10 {other.measures.top10_overlap:.4f}")
     if measures is not None:
         console.put(f"farthest from FP32: {measures.worst_text}")
     if isinstance(report.texts, TextSet) and report.texts.truncated:

@@ -117,10 +117,10 @@ def read_folder(folder: Path) -> list[ImageFile]:
     return list(found.values())
 
 
-def load_images(files: Sequence[ImageFile], how: Preprocessing) -> Images:
+def load_images(paths: Sequence[Path], how: Preprocessing) -> Images:
     """Decode, resize and crop image files.
 
     Raises:
         ConfigError: one cannot be decoded.
     """
-    return Images.of([item.path for item in files], [str(item.path) for item in files], how)
+    return Images.of(paths, [str(path) for path in paths], how)

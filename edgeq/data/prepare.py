@@ -47,16 +47,25 @@ def prepare(items: Items, origin: str, config: Path, limit: int) -> Prepared:
     if texts:
         tokens = Tokenizer.from_file(config / "tokenizer.json", limit).encode(texts)
         return Prepared(tokens, tuple(texts), text_set(origin, texts, tokens))
+    return prepare_images([(item.path, item.name) for item in items if not isinstance(item, str)], origin, config)
+
+
+def prepare_images(files: Sequence[tuple[Path, str]], origin: str, config: Path) -> Prepared:
+    """Decode and preprocess image files.
+
+    Args:
+        files: path and name of each.
+        origin: the name of the user's folder.
+        config: the folder with the model's preprocessing.
+
+    Raises:
+        ConfigError: an image cannot be decoded, or the folder lacks a file.
+    """
     from edgeq.data import image_preprocessing, images  # here: texts need no Pillow
 
-    files = [item for item in items if not isinstance(item, str)]
-    made = images.load_images(files, image_preprocessing.read(config / image_preprocessing.CONFIG))
-    return Prepared(made, tuple(item.name for item in files), made.record(origin))
-
-
-def identities(items: Items) -> list[str]:
-    """Give the identity of each item: a text itself, or the hash of an image's pixels."""
-    return [item if isinstance(item, str) else item.sha256 for item in items]
+    how = image_preprocessing.read(config / image_preprocessing.CONFIG)
+    made = images.load_images([path for path, _ in files], how)
+    return Prepared(made, tuple(name for _, name in files), made.record(origin))
 
 
 def limit_validation(plan: TextPlan | ImagePlan, most: int | None) -> TextPlan | ImagePlan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 
 import tokenizers
@@ -25,7 +26,7 @@ class Tokenizer:
     ) -> None:
         """Cut texts at `max_sequence` tokens, and pad them with `pad_token` up to `padded_to` tokens."""
         self._tokenizer = tokenizer
-        self._limit = max_sequence
+        self.max_sequence = max_sequence
         self._padded_to = padded_to
         padding = tokenizer.padding or {}
         stated = tokenizer.token_to_id(pad_token) if padded_to and pad_token else None
@@ -58,6 +59,15 @@ class Tokenizer:
         with _tokenizer_errors(str(path)):
             tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
             return cls(tokenizer, max_sequence, padded_to, pad_token)
+
+    def cut_at(self, max_sequence: int) -> Tokenizer:
+        """Give a tokenizer that differs in the length alone at which it cuts texts."""
+        other = copy(self)
+        other._tokenizer = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        other.max_sequence = max_sequence
+        direction = (self._tokenizer.truncation or {}).get("direction", "right")
+        other._tokenizer.enable_truncation(max_sequence, direction=direction)
+        return other
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         """Turn texts into token ids, and count the texts that were cut.

@@ -14,9 +14,9 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from edgeq.bundle.benchmark import Latency
 from edgeq.bundle.checksums import SUMS
 from edgeq.bundle.manifest import MANIFEST, load_manifest
+from edgeq.bundle.turns import Latency
 from edgeq.errors import BundleCorrupt, ConfigError
 from edgeq.evaluation.gate import judge
 from edgeq.records import Manifest, Measures, Placement, Record, RunKind, Sha256
@@ -36,6 +36,26 @@ class DeviceCell(Record):
     runs: int
     warmup_runs: int
     latency: Latency
+
+
+class BesideCell(Record):
+    """Hold how much faster the bundle is than the other at one length: the median of paired ratios."""
+
+    sequence: int  # tokens; 1 for an image
+    pairs: int
+    median: float  # the other's time over this one's
+    low: float | None  # of the interval; None where the pairs are too few for one
+    high: float | None
+    level: float
+    verdict: str
+
+
+class Beside(Record):
+    """Hold the comparison with another bundle that took turns with this one on the same machine."""
+
+    target: str
+    manifest_sha256: Sha256
+    cells: tuple[BesideCell, ...]
 
 
 class Agreement(Record):
@@ -84,6 +104,7 @@ class DeviceReport(Record):
     load_ms: float | None
     peak_memory_bytes: int | None
     cells: tuple[DeviceCell, ...]
+    beside: Beside | None = None  # older device scripts write none
     before: Conditions
     after: Conditions
 
@@ -138,7 +159,7 @@ def _problem(report: DeviceReport, manifest: Manifest, sha256: str) -> str | Non
         return f"is about another bundle ({report.target}, manifest {report.manifest_sha256[:12]})"
     if report.measures is None and report.status == "passed":
         return "says passed without measures"
-    if report.ran_on != "device" and (report.cells or report.load_ms is not None):
+    if report.ran_on != "device" and (report.cells or report.beside or report.load_ms is not None):
         return f"holds times, but ran on {report.ran_on}, where they mean nothing"
     if report.ran_on == "device" and report.machine.lacks:
         return f"says it ran on the device, but {report.machine.lacks[0]}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgeq.records import Gate, Measures, Placement, RunKind, SettingReport
+from edgeq.records import EndToEnd, Gate, Measures, Placement, RunKind, SettingReport
 
 
 def judge(measures: Measures, placement: Placement, gate: Gate, ran_on: RunKind) -> tuple[str, ...]:
@@ -65,6 +65,11 @@ def judge_settings(settings: Sequence[SettingReport], gate: Gate) -> tuple[str, 
             found = judge(setting.measures, unplaced, asked, setting.ran_on)
             failures += [f"{setting.name}: {failure}" for failure in found]
     return tuple(failures)
+
+
+def judge_end_to_end(found: EndToEnd) -> tuple[str, ...]:
+    """Give one sentence for each text whose tokens or vectors differ from those of the source's own path."""
+    return found.failures or (("the texts differ from the source's own path.",) if found.status == "failed" else ())
 
 
 def norm_limit(measures: Measures, gate: Gate) -> float:

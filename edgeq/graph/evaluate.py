@@ -109,6 +109,17 @@ def outputs_of(model: ir.Model, values: Sequence[ir.Value], shapes: bool = False
     return FloatSession.of(ir.to_proto(part))
 
 
+# Batch and sequence differ from one another, from feed to feed, and from sizes that models have.
+MEASURED_SIZES = ((3, 5), (7, 11))
+
+
+def measured_shapes(model: ir.Model, values: Sequence[ir.Value]) -> list[NDArray[np.int64]]:
+    """Give the dimensions of some values for two batch sizes and lengths, int64[sizes, dimensions] each."""
+    session = outputs_of(model, values, shapes=True)
+    rows = [session.run(None, feeds_of_ones(model, batch, sequence)) for batch, sequence in MEASURED_SIZES]
+    return [np.stack(items).astype(np.int64) for items in zip(*rows, strict=True)]
+
+
 def feeds_of_ones(model: ir.Model, batch: int, sequence: int) -> AnyFeeds:
     """Make a batch of texts of so many tokens, or of images of the size that the model takes."""
     images = next((value for value in model.graph.inputs if value.name == PIXELS), None)

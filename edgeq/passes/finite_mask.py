@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from edgeq.graph import roles
 from edgeq.graph.attention_mask import MASK_SIZE
 from edgeq.graph.dataflow import follows_from_sizes
 from edgeq.graph.edit import Rewrites, add_constant, add_node, constant, made_by, readers, replace_uses
+from edgeq.graph.operators import SAME_VALUES
 from edgeq.graph.roles import Role
 from edgeq.passes.known_truths import truth
 
@@ -47,10 +49,13 @@ def finite_mask(model: ir.Model) -> Rewrites:
         if scores is None and not all(reader.op_type == "Add" for reader in readers(node.outputs[0])):
             near.append(f"{node.name}: an infinite mask, but it is read by something else than Add")
             continue
+        if scores is not None and _has_limits(node.inputs[0]):
+            near.append(f"{node.name}: positions decide, too, where it fills scores")
+            continue
         if masks[0] not in _inputs_above(node.inputs[0]):
             near.append(f"{node.name}: an infinite mask that does not depend on attention_mask")
             continue
-        bias = _bias(graph, node, masks[0], _limits(node.inputs[0]) if scores is None else [], count)
+        bias = limited_mask(graph, node, masks[0], _limits(node.inputs[0]) if scores is None else [])
         if scores is not None:
             bias = add_node(node, "Add", [scores, bias], f"{node.name}/masked")
             bias.shape, bias.dtype = node.outputs[0].shape, ir.DataType.FLOAT
@@ -59,8 +64,16 @@ def finite_mask(model: ir.Model) -> Rewrites:
     return Rewrites(count, tuple(near))
 
 
-def _bias(graph: ir.Graph, node: ir.Node, mask: ir.Value, limits: list[ir.Value], number: int) -> ir.Value:
-    """Write what is added to scores: 0 where a position may look, -size elsewhere."""
+def limited_mask(graph: ir.Graph, node: ir.Node, mask: ir.Value, limits: list[ir.Value]) -> ir.Value:
+    """Write what is added to scores before a node: 0 where a position may look, -size elsewhere.
+
+    Args:
+        graph: whose masks are numbered.
+        node: stands behind the new ones.
+        mask: int64[batch, sequence], the graph's input.
+        limits: conditions that follow from sizes; a query sees a key only where all of them hold.
+    """
+    number = sum(roles.has(each, Role.ATTENTION_MASK) for each in graph)
     name = f"attention_bias_{number}" if number else "attention_bias"
     known = graph.initializers.get(MASK_SIZE)
     size = known if known is not None else add_constant(graph, MASK_SIZE, np.array(START_SIZE, np.float32))
@@ -91,6 +104,16 @@ def _limits(condition: ir.Value | None) -> list[ir.Value]:
     least = constant(compared.inputs[1]) if compared is not None else None
     always_holds = least is not None and bool(np.all(least <= 0)) and _is_position(compared.inputs[0])  # type: ignore[union-attr]
     return [] if always_holds else [condition]
+
+
+def _has_limits(condition: ir.Value | None) -> bool:
+    """Tell whether positions decide a part of a condition."""
+    if condition is None or truth(condition) is not None:
+        return False
+    step = made_by(condition, "And", "Or", "Not", *SAME_VALUES)
+    if step is None or follows_from_sizes(condition):
+        return follows_from_sizes(condition)
+    return any(map(_has_limits, step.inputs if step.op_type in ("And", "Or") else step.inputs[:1]))
 
 
 def _is_position(value: ir.Value | None) -> bool:

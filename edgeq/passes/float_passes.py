@@ -21,26 +21,33 @@ from edgeq.passes.drop_reshape import drop_reshape
 from edgeq.passes.finite_fill import finite_fill
 from edgeq.passes.finite_mask import finite_mask
 from edgeq.passes.fold_attention_scale import fold_attention_scale
+from edgeq.passes.fold_batch_normalization import fold_batch_normalization
 from edgeq.passes.fold_constants import fold_constants
 from edgeq.passes.fold_side_scales import fold_side_scales
 from edgeq.passes.fold_table_scale import fold_table_scale
 from edgeq.passes.known_truths import known_truths
 from edgeq.passes.mask_last import mask_last
+from edgeq.passes.masked_positions import masked_positions
 from edgeq.passes.measured_reshape import measured_reshape
 from edgeq.passes.name_weights import name_weights
 from edgeq.passes.part_products import part_products
 from edgeq.passes.patch_product import patch_product
+from edgeq.passes.pointwise_product import pointwise_product
 from edgeq.passes.pool_by_matmul import pool_by_matmul
 from edgeq.passes.pool_maps import pool_maps
 from edgeq.passes.recover_gelu import recover_gelu
 from edgeq.passes.recover_layer_normalization import recover_layer_normalization
 from edgeq.passes.recover_padding_mask import recover_padding_mask
 from edgeq.passes.split_gemm import split_gemm
+from edgeq.passes.tokens_before_channels import tokens_before_channels
 from edgeq.passes.unflatten_softmax import unflatten_softmax
 from edgeq.records import PassReport
 
 _REWRITES = (
     fold_constants,  # first: what follows looks for constants
+    fold_batch_normalization,
+    pointwise_product,
+    tokens_before_channels,  # before what looks for channels on the last axis: layer normalisation, pooling, heads
     recover_layer_normalization,  # before all else: the later passes look for whole LayerNormalization and Gelu nodes
     recover_gelu,
     drop_reshape,
@@ -48,6 +55,7 @@ _REWRITES = (
     known_truths,  # before masks, which are made of conditions
     finite_mask,  # before shapes: it removes most of the shape arithmetic by itself
     recover_padding_mask,  # what finite_mask left: other exporters' arithmetic, decided by computing it
+    masked_positions,  # what is left then: masks that are one with a bias by positions
     drop_nan_guard,  # needs the finite mask
     mask_last,  # needs it, too
     constant_segment,
@@ -81,7 +89,7 @@ def rewritten(model: onnx.ModelProto, feeds: Sequence[AnyFeeds]) -> tuple[onnx.M
         The float model and one report for each rewrite.
 
     Raises:
-        EdgeqError: a rewrite wrote a graph that is invalid, or moved an output by more than 1e-5.
+        EdgeqError: a rewrite wrote a graph that is invalid, or moved an output by more than the model's noise allows.
     """
     with weights_outside(model) as light:
         loaded = ir.from_proto(light)

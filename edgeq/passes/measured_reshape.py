@@ -7,10 +7,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.graph.edit import Rewrites, constant, fix_shape, replace_uses
-from edgeq.graph.evaluate import feeds_of_ones, outputs_of
-
-# Batch and sequence differ from one another, from feed to feed, and from sizes that models have.
-_SIZES = ((3, 5), (7, 11))
+from edgeq.graph.evaluate import measured_shapes
 
 
 def measured_reshape(model: ir.Model) -> Rewrites:
@@ -57,12 +54,8 @@ def _is_open(node: ir.Node) -> bool:
 def _measured(model: ir.Model, nodes: list[ir.Node]) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
     """Give for each node its input's and its output's dimensions, int64[sizes, dimensions] each."""
     values = [value for node in nodes for value in (node.inputs[0], node.outputs[0]) if value is not None]
-    session = outputs_of(model, values, shapes=True)
-    rows = []
-    for batch, sequence in _SIZES:
-        rows.append(session.run(None, feeds_of_ones(model, batch, sequence)))
-    stacked = [np.stack(items).astype(np.int64) for items in zip(*rows, strict=True)]
-    return stacked[0::2], stacked[1::2]
+    measured = measured_shapes(model, values)
+    return measured[0::2], measured[1::2]
 
 
 def _shape(before: NDArray[np.int64], after: NDArray[np.int64]) -> list[int] | None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeq.data.tokens import Feeds
 from edgeq.errors import ConfigError
-from edgeq.graph.attention_mask import MASK_SIZE, is_mask
-from edgeq.graph.edit import Rewrites, add_constant, add_node, constant, is_read_once, readers, replace_uses, scalar
+from edgeq.graph.attention_mask import MASK_SIZE, is_of_padding_alone
+from edgeq.graph.edit import Rewrites, add_constant, add_node, constant, replace_uses, scalar
 from edgeq.graph.evaluate import outputs_of
 from edgeq.graph.roles import Role
 from edgeq.passes.finite_mask import START_SIZE
+from edgeq.passes.mask_last import terms
+from edgeq.passes.open_copy import shuts_by_constants
 
 _MASK, _BIAS = "attention_mask", "attention_bias"
-_SHUTS = -1e3  # what is added at least to a score that must not count
-_MASKS = ([[1, 1, 1]], [[1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+SHUTS = -1e3  # what is added at least to a score that must not count
+_SUMS = ("Add", "Cast", "Identity", "Max")
+MASKS = ([[1, 1, 1]], [[1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
 
 
 def recover_padding_mask(model: ir.Model) -> Rewrites:
@@ -38,56 +43,91 @@ def recover_padding_mask(model: ir.Model) -> Rewrites:
     mask = next((value for value in graph.inputs if value.name == _MASK), None)
     if mask is None:
         return Rewrites(0)
-    count, near, judged = 0, [], dict[ir.Value, str]()
+    count, near, judged = 0, [], dict[tuple[ir.Value, str], str]()
     for node in list(graph):
-        shut = _shut(node)
-        if shut is None:
-            continue
-        value, scores = shut
-        if value not in judged:
-            judged[value] = _fault(model, value, node)
-        if judged[value]:
-            near.append(f"{node.name}: {judged[value]}")
-            continue
-        replace_uses(node.outputs[0], add_node(node, "Add", [scores, _bias(graph, mask)], f"{node.name}/masked"))
-        count += 1
+        reasons = []
+        for shut in shut_out(node):
+            key = shut.value, shut.kind
+            if key not in judged:
+                judged[key] = _fault(model, shut)
+            reasons.append(judged[key])
+            if not judged[key]:
+                bias = padding_mask(graph, mask)
+                replace_uses(node.outputs[0], add_node(node, "Add", [shut.scores, bias], f"{node.name}/masked"))
+                count += 1
+                break
+        near += [f"{node.name}: {reasons[0]}"] if all(reasons) and reasons else []
     return Rewrites(count, tuple(near))
 
 
-def _shut(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
-    """Give what shuts scores out, and the scores, where the node's result goes into a softmax."""
-    if node.op_type not in ("Add", "Where") or not _leads_to_softmax(node.outputs[0]):
-        return None
-    if node.op_type == "Add":
-        first, second = node.inputs
-        for value, scores in ((first, second), (second, first)):
-            if value is None or scores is None or constant(scores) is not None:
-                continue
-            if _is_of_mask(value) and not is_mask(value):
-                return value, scores
-        return None
-    condition, yes, no = node.inputs
-    if condition is None or not _is_of_mask(condition):
-        return None
-    for fill, scores in ((yes, no), (no, yes)):
-        number = scalar(fill)
-        if number is not None and number <= _SHUTS and scores is not None:
-            return condition, scores
-    return None
+class Shut(NamedTuple):
+    """Name what shuts scores out of a softmax, and how: it is added, subtracted, or the condition of a Where."""
+
+    value: ir.Value
+    scores: ir.Value
+    kind: str  # "Add", "Sub", "where true" or "where false": there the Where fills its scores
+
+    def keys_out(self, found: NDArray[np.generic]) -> NDArray[np.bool_]:
+        """Tell at which keys a computed value shuts scores out."""
+        if self.kind.startswith("where"):
+            return np.asarray(found.astype(bool) == (self.kind == "where true"))
+        return np.asarray(self.added(found) <= SHUTS)
+
+    def added(self, found: NDArray[np.generic]) -> NDArray[np.float64]:
+        """Give what is added to the scores."""
+        return found.astype(np.float64) * (-1.0 if self.kind == "Sub" else 1.0)
 
 
-def _leads_to_softmax(value: ir.Value) -> bool:
-    while is_read_once(value):
-        node = readers(value)[0]
-        if node.op_type == "Softmax":
-            return True
-        if node.op_type not in ("Add", "Cast", "Identity", "Max"):
-            return False
-        value = node.outputs[0]
-    return False
+def shut_out(node: ir.Node) -> list[Shut]:
+    """List what may shut scores out in a node whose result goes into softmaxes alone, however many."""
+    if node.op_type not in ("Add", "Sub", "Where") or not softmaxes_behind(node.outputs[0]):
+        return []
+    if node.op_type == "Where":
+        condition, yes, no = node.inputs
+        if condition is None or not is_of_mask(condition):
+            return []
+        sides = ((yes, no, "where true"), (no, yes, "where false"))
+        return [
+            Shut(condition, scores, kind)
+            for fill, scores, kind in sides
+            if scores is not None and (number := scalar(fill)) is not None and number <= SHUTS
+        ]
+    first, second = node.inputs
+    pairs = ((second, first),) if node.op_type == "Sub" else ((first, second), (second, first))
+    return [
+        Shut(value, scores, node.op_type)
+        for value, scores in pairs
+        if value is not None and scores is not None and constant(scores) is None
+        if is_of_mask(value) and not _is_bias_with_mask(value)
+    ]
 
 
-def _is_of_mask(value: ir.Value) -> bool:
+def _is_bias_with_mask(value: ir.Value) -> bool:
+    """Tell whether a value is a finite mask, or the sum of one and a bias by positions: `mask_last` takes it apart."""
+    values, masks = terms(value)
+    return bool(masks) and not any(is_of_mask(each) or shuts_by_constants(each) for each in values)
+
+
+def softmaxes_behind(value: ir.Value) -> list[ir.Node]:
+    """List the softmaxes that a value is a summand of; none where anything else reads it."""
+    found: dict[ir.Node, None] = {}
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        uses = each.uses()
+        if not uses or each.is_graph_output():
+            return []
+        for use in uses:
+            if use.node.op_type == "Softmax":
+                found[use.node] = None
+            elif use.node.op_type in _SUMS or (use.node.op_type, use.idx) == ("Sub", 0):
+                waiting.append(use.node.outputs[0])
+            else:
+                return []
+    return list(found)
+
+
+def is_of_mask(value: ir.Value) -> bool:
     """Tell whether a value depends on the mask, and on other inputs by their shapes alone."""
     found: set[str] = set()
     seen: set[ir.Value] = set()
@@ -105,12 +145,10 @@ def _is_of_mask(value: ir.Value) -> bool:
     return found == {_MASK}
 
 
-def _fault(model: ir.Model, value: ir.Value, node: ir.Node) -> str:
+def _fault(model: ir.Model, shut: Shut) -> str:
     """Say what keeps a value from being a mask of padding alone, or nothing."""
-    session = outputs_of(model, [value])
-    is_choice = node.op_type == "Where"
-    fills_yes = is_choice and (number := scalar(node.inputs[1])) is not None and number <= _SHUTS
-    for rows in _MASKS:
+    session = outputs_of(model, [shut.value])
+    for rows in MASKS:
         mask = np.array(rows, np.int64)
         try:
             (found,) = session.run(None, Feeds(np.zeros_like(mask), mask))
@@ -118,31 +156,31 @@ def _fault(model: ir.Model, value: ir.Value, node: ir.Node) -> str:
             return f"what masks its scores cannot be computed alone: {error}"
         if found.ndim != 4 or found.shape[3] != mask.shape[1] or found.shape[0] not in (1, len(mask)):
             return f"what masks its scores has the shape {found.shape}, not [batch, 1, 1 or queries, keys]"
-        shuts = _shuts(found, is_choice, fills_yes)
+        shuts = _shuts(found, shut)
         if shuts is None or not bool(np.all(shuts == (mask == 0)[:, None, None, :])):
             return "what masks its scores is not the padding alone: it depends on positions too, or is not 0 elsewhere"
     return ""
 
 
-def _shuts(found: NDArray[np.generic], is_choice: bool, fills_yes: bool) -> NDArray[np.bool_] | None:
+def _shuts(found: NDArray[np.generic], shut: Shut) -> NDArray[np.bool_] | None:
     """Tell at which keys scores are shut out; None where something else is added to them."""
-    if is_choice:
-        return np.asarray(found.astype(bool) == fills_yes)
-    numbers = found.astype(np.float64)
-    shuts: NDArray[np.bool_] = numbers <= _SHUTS
-    return shuts if bool(np.all(shuts | (numbers == 0))) else None
+    shuts = shut.keys_out(found)
+    is_nothing_else = shut.kind.startswith("where") or bool(np.all(shuts | (shut.added(found) == 0)))
+    return shuts if is_nothing_else else None
 
 
-def _bias(graph: ir.Graph, mask: ir.Value) -> ir.Value:
+def padding_mask(graph: ir.Graph, mask: ir.Value) -> ir.Value:
     """Give the one mask of the graph, written where nothing stands before it."""
-    known = next((node.outputs[0] for node in graph if node.name == _BIAS), None)
+    names = {node.name: node for node in graph}
+    known = next((node for node in names.values() if is_of_padding_alone(node.outputs[0])), None)
     if known is not None:
-        return known
-    first = next(iter(graph))
-    size = add_constant(graph, MASK_SIZE, np.array(START_SIZE, np.float32))
+        return known.outputs[0]
+    first, name = next(iter(graph)), f"{_BIAS}_of_padding" if _BIAS in names else _BIAS
+    stored = graph.initializers.get(MASK_SIZE)
+    size = stored if stored is not None else add_constant(graph, MASK_SIZE, np.array(START_SIZE, np.float32))
     one = add_constant(graph, "one", np.array(1.0, np.float32))
     axes = add_constant(graph, "mask_axes", np.array([1, 2], np.int64))
-    whole = add_node(first, "Cast", [mask], f"{_BIAS}/mask", {"to": int(ir.DataType.FLOAT)})
-    row = add_node(first, "Unsqueeze", [whole, axes], f"{_BIAS}/unsqueezed")
-    shifted = add_node(first, "Sub", [row, one], f"{_BIAS}/shifted")
-    return add_node(first, "Mul", [shifted, size], _BIAS, role=Role.ATTENTION_MASK)
+    whole = add_node(first, "Cast", [mask], f"{name}/mask", {"to": int(ir.DataType.FLOAT)})
+    row = add_node(first, "Unsqueeze", [whole, axes], f"{name}/unsqueezed")
+    shifted = add_node(first, "Sub", [row, one], f"{name}/shifted")
+    return add_node(first, "Mul", [shifted, size], name, role=Role.ATTENTION_MASK)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from edgeq.targets import load_target
 if TYPE_CHECKING:
     import torch
 
+_log = logging.getLogger(__name__)
+
 _MODULE_LIMIT = 512  # tokens, where neither the caller nor the tokenizer says more
 
 
@@ -36,6 +39,7 @@ def export(
     pooling: str | None = None,
     dim: int | None = None,
     tower: str | None = None,
+    trust_remote_code: bool | None = None,
     normalize: bool | None = None,
     tokenizer: str | Path | Any | None = None,
     max_sequence: int | None = None,
@@ -66,6 +70,8 @@ def export(
         pooling: from token vectors to one vector, where the model's files do not name it.
         dim: keep the first so many dimensions, L2-normalised where the model normalises; not of ONNX files or modules.
         tower: "text" or "image", of a model that embeds both.
+        trust_remote_code: True runs the model's own code, in the child process that holds torch; False takes
+            transformers' classes in its place; None refuses a model that has some.
         normalize: of an ONNX file or a module: L2-normalise its vectors.
         tokenizer: of an ONNX file or a module: a tokenizer.json, the folder that holds it, or a tokenizer of
             `tokenizers` or `transformers`.
@@ -93,6 +99,8 @@ def export(
     """
     if isinstance(targets, str):
         raise ConfigError(f'export: targets is the string {targets!r}; a list is needed. Write targets=["{targets}"].')
+    if not isinstance(targets, Iterable):
+        raise ConfigError(f"export: targets is of type {type(targets).__name__}; a list of names is needed.")
     with files.work_dir() as folder:
         options = OnnxOptions(_tokenizer(tokenizer, folder), max_sequence, normalize)
         if isinstance(model, str | Path):
@@ -113,6 +121,7 @@ def export(
             pooling=pooling,
             dim=dim,
             tower=tower,
+            trust_remote_code=trust_remote_code,
             onnx=options,
             samples=samples,
             seed=seed,
@@ -134,6 +143,9 @@ def _texts(texts: Sequence[str] | str | Path | None, path: Path) -> Path | None:
     """Give the path of a file of texts; a list is written to `path` first."""
     if texts is None or isinstance(texts, str | Path):
         return Path(texts) if texts is not None else None
+    if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
+        raise ConfigError(f"export: texts is of type {type(texts).__name__}; a list of strings or a path is needed.")
+    texts = list(texts)  # an iterator can be read once
     for position, text in enumerate(texts):
         if not isinstance(text, str):
             raise ConfigError(f"export: texts[{position}] is of type {type(text).__name__}; a string is needed.")
@@ -169,6 +181,9 @@ def _module(
 
     if options.tokenizer is None:
         raise ConfigError(f"export: {type(model).__name__} is a module, and texts need its tokenizer; give tokenizer=")
-    limit = options.max_sequence or stated_limit(tokenizer_file(options.tokenizer)) or _MODULE_LIMIT
+    limit = options.max_sequence or stated_limit(tokenizer_file(options.tokenizer))
+    if limit is None:
+        limit = _MODULE_LIMIT
+        _log.warning("export: nothing says how long a text may be; %d tokens are taken. Give max_sequence=.", limit)
     path = module.write_onnx(model, example_inputs, folder, limit)
     return str(path), replace(options, kind="module")

@@ -23,6 +23,8 @@ from edgeq.data.probes import random_images, random_texts
 from edgeq.data.tokens import bucket_lengths
 from edgeq.errors import ToolMissing, Unsupported
 from edgeq.frontend import locate
+from edgeq.frontend.model_kind import refuse_around
+from edgeq.frontend.onnx.foreign_inputs import refuse_bag
 from edgeq.graph import dialect, external_data
 from edgeq.graph.edit import constant, dims
 from edgeq.graph.read import read_onnx
@@ -89,7 +91,12 @@ class _Subject:
 
 
 def check(
-    model: str, targets: Sequence[Target], pooling: str | None, cache: Cache, tower: str | None = None
+    model: str,
+    targets: Sequence[Target],
+    pooling: str | None,
+    cache: Cache,
+    tower: str | None = None,
+    trust_remote_code: bool | None = None,
 ) -> tuple[Checked, ...]:
     """Check a model for each target.
 
@@ -99,6 +106,7 @@ def check(
         pooling: of a plain Hugging Face directory.
         cache: for the exported float model.
         tower: "text" or "image", of a model that embeds both.
+        trust_remote_code: whether the model's own code may run.
 
     Raises:
         ConfigError: the model is not there, or a target names an unknown backend or scheme.
@@ -107,8 +115,12 @@ def check(
     """
     path = Path(model)
     if path.suffix == ".onnx":
-        return check_float_model(read_onnx(path), file_ref(path), None, targets)
-    floats = stages.float_model(locate.locate(model, pooling, tower=tower), True, cache)
+        refuse_around(path)
+        given = read_onnx(path)
+        refuse_bag(ir.from_proto(given), path.name)
+        return check_float_model(given, file_ref(path), None, targets)
+    located = locate.locate(model, pooling, tower=tower, trust_remote_code=trust_remote_code)
+    floats = stages.float_model(located, True, cache)
     loaded = external_data.load(Path(floats.model.file.path))
     return check_float_model(loaded, floats.model.file, floats.model.max_sequence, targets)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from typing import TYPE_CHECKING
 from edgeq.backends.contract import Backend
 from edgeq.backends.registry import find
 from edgeq.bundle.write import Lineage, require_replaceable, write
+from edgeq.data import end_to_end
 from edgeq.data.plans import plan_texts
 from edgeq.data.prepare import limit_validation
 from edgeq.data.tokens import token_limit
 from edgeq.errors import ConfigError, ParityFailed, Unsupported
-from edgeq.frontend import locate
+from edgeq.frontend import locate, settings
 from edgeq.frontend.float_model import CONFIG
 from edgeq.pipeline import check, stages
 from edgeq.pipeline.golden_samples import golden_samples
@@ -25,7 +27,19 @@ from edgeq.pipeline.request import ExportRequest, command
 from edgeq.pipeline.stage_results import Calibrated, Floats
 from edgeq.quantization import schemes
 from edgeq.quantization.quantize import QUANTIZERS
-from edgeq.records import Measures, ParityReport, QdqModel, Record, RunKind, Scheme, Status, Target
+from edgeq.records import (
+    EndToEnd,
+    Measures,
+    ParityReport,
+    QdqModel,
+    Record,
+    RunKind,
+    Scheme,
+    SettingReport,
+    Source,
+    Status,
+    Target,
+)
 from edgeq.system import files
 from edgeq.system.cache import Cache
 from edgeq.system.progress import Progress
@@ -33,6 +47,9 @@ from edgeq.version import VERSION
 
 if TYPE_CHECKING:
     from edgeq.data.prepare import Plan
+
+
+_log = logging.getLogger(__name__)
 
 
 class Exported(Record):
@@ -46,6 +63,8 @@ class Exported(Record):
     parity: Measures | None
     size_bytes: int
     failures: tuple[str, ...]
+    end_to_end: EndToEnd | None = None
+    other_settings: tuple[SettingReport, ...] = ()  # the same artifact with other runtime settings
 
 
 @dataclass(frozen=True)
@@ -94,7 +113,7 @@ def export(request: ExportRequest, progress: Progress, run_targets: RunTargets =
             f"{request.model}: is an ONNX file, which comes in for texts only, and --images {request.images} is given. "
             "Give the directory that it was exported from, with its preprocessor_config.json."
         )
-    located = locate.locate(request.model, request.pooling, request.onnx, request.dim, tower=request.tower)
+    located = located_source(request)
     plan = _plan(request, located)
     for target in request.targets:
         _refuse_islands(request, target)
@@ -103,16 +122,41 @@ def export(request: ExportRequest, progress: Progress, run_targets: RunTargets =
         backend.tools()
         require_device(backend, target)
         require_replaceable(request.out / target.name)
+    if located.onnx is None:  # what cannot be honoured is told before anything is loaded
+        settings.read(located.directory, located.takes_images)
     if request.dry_run:
         return tuple(_not_run(target) for target in request.targets)
     progress("export", 0, 1)
     floats = stages.float_model(located, request.hidden_state, request.cache, request.float_ops)
+    _warn_of_unknown(floats.source)
     progress("export", 1, 1)
     for target in request.targets if floats.takes_images else ():
         as_given = check.unquantised(floats.model.file, floats.model.inputs, _scheme(request, target))
         _refuse(find(target.backend, target.name), as_given, target)
     calibrated = stages.calibrated(floats, plan, request.seed, request.cache, progress)
     return run_targets(Shared(floats, calibrated, plan), request, progress)
+
+
+def located_source(request: ExportRequest) -> locate.Located:
+    """Find the model of a request.
+
+    Raises:
+        EdgeqError: as `edgeq.frontend.locate.locate` does.
+    """
+    return locate.locate(
+        request.model, request.pooling, request.onnx, request.dim,
+        tower=request.tower, trust_remote_code=request.trust_remote_code,
+    )  # fmt: skip
+
+
+def _warn_of_unknown(source: Source) -> None:
+    """Name the settings in a model's files that nothing here knows."""
+    unknown = [name.removesuffix(settings.UNKNOWN) for name in source.unused_settings if settings.UNKNOWN in name]
+    if unknown:
+        _log.warning(
+            "%s: edgeq knows no such settings, and nothing reads them: %s. The manifest lists them.",
+            source.name, ", ".join(unknown),
+        )  # fmt: skip
 
 
 def _copied(folder: Path, empty: Path) -> None:
@@ -160,12 +204,21 @@ def bundled(target: Target, shared: Shared, request: ExportRequest, progress: Pr
     few = target.gate.parity_texts
     validation = stages.validation(floats, limit_validation(plan, few), request.cache, limit)
     progress(f"{stage}reference", 1, 1)
+    compared = end_to_end.compare(floats.config, floats.source, limit)
+    end_to_end.require_same(compared, floats.source.name)
     with files.work_dir() as work:
         progress(f"{stage}lower", 0, 1)
         artifact = backend.lower(model, target, work)
         progress(f"{stage}lower", 1, 1)
         found, embeddings = measure_parity(
-            backend, artifact, work, target, validation, model.max_sequence, partial(progress, f"{stage}compare")
+            backend,
+            artifact,
+            work,
+            target,
+            validation,
+            model.max_sequence,
+            partial(progress, f"{stage}compare"),
+            compared,
         )
         size = sum(ref.size_bytes for ref in artifact.files)
         path = request.out / target.name
@@ -188,6 +241,8 @@ def bundled(target: Target, shared: Shared, request: ExportRequest, progress: Pr
         parity=found.measures,
         size_bytes=size,
         failures=found.failures,
+        other_settings=found.other_settings,
+        end_to_end=found.end_to_end,
     )
 
 

@@ -11,7 +11,7 @@ from edgeq.data.tokens import batches, token_limit
 from edgeq.errors import DeviceUnavailable
 from edgeq.evaluation import parity
 from edgeq.pipeline.stage_results import Validation
-from edgeq.records import Artifact, ParityReport, SettingReport, Target
+from edgeq.records import Artifact, EndToEnd, ParityReport, SettingReport, Target
 from edgeq.system import host
 from edgeq.system.progress import StageProgress
 
@@ -40,6 +40,7 @@ def measure_parity(
     validation: Validation,
     max_sequence: int,
     progress: StageProgress,
+    end_to_end: EndToEnd,
 ) -> tuple[ParityReport, Embeddings | None]:
     """Run an artifact, measure its vectors against FP32's, and judge them by the gate; report `not-run` without device.
 
@@ -51,6 +52,7 @@ def measure_parity(
         validation: texts or images, and FP32's vectors of them.
         max_sequence: the longest sequence the model takes.
         progress: called as `progress(done, total)`.
+        end_to_end: how the bundle's tokens compare with the source's own.
 
     Returns:
         The report, and the artifact's vectors, float32[texts, dim]; None when it was not run.
@@ -64,13 +66,13 @@ def measure_parity(
         _log.warning(
             "%s: was not run: %s. The bundle says so, and a release needs a report from a device.", target.name, missing
         )
-        found = parity.not_run(target, artifact.placement, validation.record, missing, settings)
+        found = parity.not_run(target, artifact.placement, validation.record, missing, settings, end_to_end)
         return found, None
     embeddings, invariance = _measured(backend.load(artifact, folder, target), validation, target, limit)
     progress(2, 2)
     found = parity.report(
         target, host.run_kind(target.runs_on), artifact.placement, validation.reference, embeddings,
-        validation.texts, validation.record, invariance, settings,
+        validation.texts, validation.record, invariance, settings, end_to_end,
     )  # fmt: skip
     return found, embeddings
 

@@ -27,6 +27,7 @@ class ExportRequest:
     pooling: str | None = None
     dim: int | None = None
     tower: str | None = None
+    trust_remote_code: bool | None = None
     onnx: OnnxOptions = OnnxOptions()
     samples: int | None = None
     seed: int = 0
@@ -41,7 +42,7 @@ class ExportRequest:
 # The options that decide a bundle's content: fields of `ExportRequest` and `OnnxOptions`, in the order of the command.
 COMMAND_OPTIONS = (
     "texts", "column", "images", "tower", "validation", "pooling", "dim", "tokenizer", "max_sequence", "scheme",
-    "samples", "seed", "float_ops", "normalize", "hidden_state",
+    "samples", "seed", "float_ops", "normalize", "hidden_state", "trust_remote_code",
 )  # fmt: skip
 # The other fields: what the command names without an option, and what leaves a bundle's content as it is.
 NOT_IN_COMMAND = frozenset(

@@ -10,11 +10,13 @@ from edgeq.backends.registry import find
 from edgeq.bundle.embedder import Embedder
 from edgeq.bundle.load import load
 from edgeq.bundle.manifest import load_manifest, require_cpu
+from edgeq.data import end_to_end
 from edgeq.data.batches import PIXELS
 from edgeq.data.prepare import Prepared, prepare
 from edgeq.data.sessions import Embeddings, embed_batches
 from edgeq.data.splits import deduplicate, evenly_spaced
 from edgeq.data.text_files import default_texts, read_texts
+from edgeq.data.text_input import Method
 from edgeq.data.tokenizer import Tokenizer
 from edgeq.data.tokens import batches, token_limit
 from edgeq.errors import ConfigError
@@ -57,10 +59,12 @@ def validate(
     reference = embed_batches(FloatSession.of(float_model), batches(given.samples), len(given.samples))
     progress("float32", 1, 1)
     backend = find(manifest.artifact.backend, str(bundle))
+    limit = token_limit(target.buckets_tokens, manifest.source.max_sequence)
     found, _ = measure_parity(
         backend, manifest.artifact, bundle, target,
         Validation(given.names, given.samples, given.record, reference),
         manifest.source.max_sequence, partial(progress, "artifact"),
+        end_to_end.compare(bundle, manifest.source, limit),
     )  # fmt: skip
     return found
 
@@ -114,9 +118,11 @@ def embedders(bundle: Path, float_model: Path) -> tuple[Embed, Embed]:
 
 
 def embed_with(embedder: Embedder) -> Embed:
-    """Wrap an embedder as a function of texts and a prompt's name."""
+    """Wrap an embedder as a function of texts and the name of its method."""
 
-    def embed(texts: Sequence[str], prompt: str | None) -> Embeddings:
-        return embedder.encode(texts, prompt_name=prompt)
+    def embed(texts: Sequence[str], method: Method) -> Embeddings:
+        if method == "encode":
+            return embedder.encode(texts)
+        return embedder.encode_query(texts) if method == "encode_query" else embedder.encode_document(texts)
 
     return embed

@@ -90,11 +90,15 @@ def _proofs(candidate: Candidate) -> list[str]:
 
 
 def _rows(now: Packed, then: Packed | None) -> Iterator[tuple[str, str, str, str]]:
-    """Give name, previous value, present value and difference of each figure."""
+    """Give name, previous value, present value and difference of each figure.
+
+    Latencies have no difference: those of two moments, under another load each, say nothing of it.
+    """
+    timed = _latencies(now)
     figures, before = _figures(now), {} if then is None else _figures(then)
     for name in dict.fromkeys((*figures, *before)):  # also figures that only the previous release has
         new, old = figures.get(name), before.get(name)
-        change = _NONE if new is None or old is None else format(new[0] - old[0], f"+{new[1]}")
+        change = _NONE if new is None or old is None or name in timed else format(new[0] - old[0], f"+{new[1]}")
         yield name, _spelled(old), _spelled(new), change
 
 

@@ -41,6 +41,7 @@ class Request:
     retrieval: Path | None = None
     against: Path | None = None
     model: str | None = None
+    trust_remote_code: bool | None = None
     latency: bool = False
     threads: int = 0
 
@@ -73,7 +74,7 @@ def make_card(request: Request, progress: Progress) -> Card:
     require_enough(chosen, MIN_TEXTS)
     limit = min(item.token_limit for item in found)
     data = Data(chosen.texts, limit, sts, retrieval)
-    runs = _run_all(found, float_file, request.model, data, progress)
+    runs = _run_all(found, float_file, request, data, progress)
     own = None if float_file is None else runs[0]
     reference = chosen.recorded if own is None else own.embeddings
     if reference is None:
@@ -106,6 +107,7 @@ def make_card(request: Request, progress: Progress) -> Card:
         sts_pairs=None if sts is None else len(sts.scores),
         retrieval_queries=None if retrieval is None else len(retrieval.queries),
         notes=_notes(found, chosen, runs, limit, tokens.truncated),
+        end_to_end=tuple(dict.fromkeys(item.report.end_to_end.sentence for item in found)),
     )
     progress("layers", 1, 1)
     return card
@@ -126,10 +128,10 @@ def _float_file(found: Sequence[Found], request: Request) -> Path | None:
 
 
 def _run_all(
-    found: Sequence[Found], float_file: Path | None, model: str | None, data: Data, progress: Progress
+    found: Sequence[Found], float_file: Path | None, request: Request, data: Data, progress: Progress
 ) -> tuple[Run, ...]:
     """Run one runtime after the other: two at once would compete for the cores."""
-    waiting = runners(found, float_file, model)
+    waiting = runners(found, float_file, request.model, request.trust_remote_code)
     runs = []
     for runner in waiting:
         progress(f"run {runner.name}", 0, 1)

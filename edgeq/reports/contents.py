@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Literal
 
 from edgeq.analysis.layer_errors import LayerErrors
-from edgeq.bundle.benchmark import Latency
+from edgeq.bundle.turns import Latency, Ratio
 from edgeq.records import Measures, Record, RunKind, Sha256, Status, TextSet
 
 
 class RunTime(Record):
-    """Hold the latency of one text at one length, over several rounds, each in a child process."""
+    """Hold the latency of one text at one length, in a child process that took turns with those of the other rows."""
 
     tokens: int
     threads: int
     num_runs: int
     latency: Latency
+    speedup: Ratio | None  # the reference's time over this one's; None for the reference: FP32, or else the first row
     peak_memory_bytes: int
 
 
@@ -107,6 +108,7 @@ class Card(Record):
     sts_pairs: int | None
     retrieval_queries: int | None
     notes: tuple[str, ...]
+    end_to_end: tuple[str, ...] = ()  # what the bundles' reports say of the source's own path, each sentence once
 
     def artifacts(self) -> tuple[Row, ...]:
         """Give the rows of bundles."""

@@ -24,7 +24,6 @@ from edgeq.errors import (
 )
 from edgeq.evaluation import parity, tasks
 from edgeq.evaluation.datasets import RetrievalSet, StsPairs
-from edgeq.evaluation.tasks import prompt_names
 from edgeq.frontend.torch.session import TorchSession, reopen
 from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline.validate import embed_with
@@ -83,13 +82,15 @@ class Run:
     figures_error: str | None
 
 
-def runners(found: Sequence[Found], float_model: Path | None, model: str | None) -> tuple[Runner, ...]:
+def runners(
+    found: Sequence[Found], float_model: Path | None, model: str | None, trust_remote_code: bool | None = None
+) -> tuple[Runner, ...]:
     """List the runtimes: FP32 in ONNX Runtime (where its file is found), torch, and every bundle's artifact."""
     manifest, tokenizer = found[0].manifest, found[0].path / "tokenizer.json"
 
     def open_torch() -> Session:
         try:
-            return TorchSession(reopen(manifest.source, model))
+            return TorchSession(reopen(manifest.source, model, trust_remote_code))
         except ConfigError as error:
             raise Unsupported(f"the source cannot be opened: {error}") from error
 
@@ -141,11 +142,11 @@ def _figures(embedder: Embedder, data: Data) -> tuple[float | None, float | None
     sts = ndcg = None
     try:
         if data.sts is not None:
-            vectors = (embed(data.sts.first, None), embed(data.sts.second, None))
+            vectors = (embed(data.sts.first, "encode"), embed(data.sts.second, "encode"))
             sts = tasks.sts_spearman(*vectors, data.sts.scores)
         if data.retrieval is not None:
-            query, document = prompt_names(embedder.manifest.source.prompts)
-            queries, documents = embed(data.retrieval.queries, query), embed(data.retrieval.documents, document)
+            queries = embed(data.retrieval.queries, "encode_query")
+            documents = embed(data.retrieval.documents, "encode_document")
             ndcg = tasks.retrieval(queries, documents, data.retrieval.qrels).ndcg_at_10
     except ConfigError as error:
         return sts, ndcg, str(error)

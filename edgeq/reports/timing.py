@@ -1,4 +1,4 @@
-"""Time every runtime on single texts, in interleaved rounds, so that other load affects all runtimes alike."""
+"""Time every runtime on single texts by turns, so that other load affects all runtimes alike."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from edgeq.bundle import benchmark
-from edgeq.bundle.benchmark_child import Job, Sample
-from edgeq.errors import EdgeqError
+from edgeq.bundle import turns
+from edgeq.bundle.benchmark_child import Job
+from edgeq.bundle.turns import Timed
 from edgeq.reports.contents import RunTime
 from edgeq.system.progress import Progress
 
-ROUNDS, RUNS, _WARMUP_RUNS = 3, 20, 5
+ROUNDS, _WARMUP_ROUNDS = 80, 6
 _LENGTHS = (16, 32, 128, 256)
 
 
@@ -29,10 +29,10 @@ def run_times(
     threads: int,
     progress: Progress,
 ) -> dict[str, tuple[RunTime, ...] | str]:
-    """Time each model at each length, one text per run.
+    """Time each model at each length, one text per run; all of them take turns in the same rounds.
 
     Args:
-        models: name of the row -> a bundle, or the float model's ONNX file.
+        models: name of the row -> a bundle, or the float model's ONNX file. Ratios are against the first that runs.
         tokenizer: of the model, for the size of its vocabulary.
         sequences: lengths in tokens.
         threads: of each runtime.
@@ -42,34 +42,33 @@ def run_times(
         For each row its times, or the reason why it has none.
     """
     vocabulary = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
-    samples: dict[tuple[str, int], list[Sample]] = {}
+    timed: dict[int, dict[str, Timed]] = {}
     failed: dict[str, str] = {}
-    steps = [(length, name) for _ in range(ROUNDS) for length in sequences for name in models]
-    for done, (length, name) in enumerate(steps):
-        progress("latency", done, len(steps))
-        job = Job(
-            model=str(models[name]), threads=threads, batch=1, sequence=length, vocabulary=vocabulary, num_runs=RUNS,
-            warmup_runs=_WARMUP_RUNS,
-        )  # fmt: skip
-        if name in failed:
-            continue
-        try:
-            samples.setdefault((name, length), []).append(benchmark.in_process(job))
-        except EdgeqError as error:
-            failed[name] = str(error)
-    progress("latency", len(steps), len(steps))
-    times = {name: tuple(_joined(samples[name, length], length, threads) for length in sequences)
-             for name in models if name not in failed}  # fmt: skip
+    for done, tokens in enumerate(sequences):
+        progress("latency", done, len(sequences))
+        jobs = {
+            name: Job(model=str(model), threads=threads, batch=1, sequence=tokens, vocabulary=vocabulary)
+            for name, model in models.items() if name not in failed
+        }  # fmt: skip
+        timed[tokens], errors = turns.timed_by_turns(jobs, ROUNDS, _WARMUP_ROUNDS, goes_on=True)
+        failed |= {name: str(error) for name, error in errors.items()}
+    progress("latency", len(sequences), len(sequences))
+    stayed = [name for name in models if name not in failed]
+    times = {
+        name: tuple(_run_time(timed[tokens], name, stayed[0], tokens, threads) for tokens in sequences)
+        for name in stayed
+    }
     return {**times, **failed}
 
 
-def _joined(samples: Sequence[Sample], tokens: int, threads: int) -> RunTime:
-    """Compute percentiles over the runs of all rounds, and the largest peak memory."""
-    runs = tuple(run for sample in samples for run in sample.latencies_ms)
+def _run_time(timed: Mapping[str, Timed], name: str, reference: str, tokens: int, threads: int) -> RunTime:
+    """Compute percentiles over the runs of all rounds, and the ratio to the reference's times."""
+    own, other = timed[name], timed[reference]
     return RunTime(
         tokens=tokens,
         threads=threads,
-        num_runs=len(runs),
-        latency=benchmark.percentiles(runs),
-        peak_memory_bytes=max(sample.peak_memory_bytes for sample in samples),
+        num_runs=len(own.turns.runs_ms),
+        latency=turns.percentiles(own.turns.runs_ms),
+        speedup=None if name == reference else turns.ratio(own.turns, other.turns, reference),
+        peak_memory_bytes=own.peak_memory_bytes,
     )

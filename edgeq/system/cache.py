@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,28 +12,14 @@ from pathlib import Path
 import platformdirs
 from filelock import FileLock
 
-from edgeq.system.files import replacing_dir, sha256_file, storage_errors
+from edgeq.system.files import PREFIX, TemporaryFolder, replacing_dir, sha256_file, storage_errors
+from edgeq.system.progress import Progress, silent
+from edgeq.system.stage import RequestT, Stage, key, require_unchanged
 
 LOCATION_VARIABLE = "EDGEQ_CACHE_DIR"
 _INDEX = "SHA256SUMS"
 
 _log = logging.getLogger(__name__)
-
-
-def key(**inputs: object) -> str:
-    """Hash all inputs that decide an entry's content, and edgeq's own code, to the entry's name."""
-    text = json.dumps({"edgeq": _own_code(), **inputs}, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-@functools.cache
-def _own_code() -> str:
-    """Hash all code of the package: two states of a checkout may have one version, and must not share entries."""
-    package = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -57,14 +39,14 @@ class Cache:
         """Use the folder `root`; None uses the one that EDGEQ_CACHE_DIR names, or else the user's cache directory."""
         named = os.environ.get(LOCATION_VARIABLE)
         self.root = root or (Path(named) if named else platformdirs.user_cache_path("edgeq", appauthor=False))
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: TemporaryFolder | None = None
 
     @classmethod
     def temporary(cls) -> Cache:
         """Make a cache that is removed when it is closed or garbage-collected."""
         with storage_errors("making a temporary cache"):
-            folder = tempfile.TemporaryDirectory(prefix="edgeq-cache-")
-        cache = cls(Path(folder.name))
+            folder = TemporaryFolder(f"{PREFIX}cache-")
+        cache = cls(folder.path)
         cache._temporary = folder
         return cache
 
@@ -76,16 +58,32 @@ class Cache:
     def close(self) -> None:
         """Remove a temporary cache; keep any other."""
         if self._temporary is not None:
-            self._temporary.cleanup()
+            self._temporary.close()
+
+    def result(self, stage: Stage[RequestT], request: RequestT, progress: Progress = silent) -> Path:
+        """Give the folder with a stage's result for a request; run the stage first if it is not there or damaged.
+
+        Raises:
+            ConfigError: a file that the request names changed while the stage read it.
+            StorageFailed: the cache cannot be written.
+            EdgeqError: whatever the stage raises.
+        """
+
+        def make(folder: Path) -> None:
+            stage.make(request, folder, progress)
+            require_unchanged(request)
+
+        return self.entry(stage.kind, key(request), make)
 
     def entry(self, kind: str, name: str, make: Callable[[Path], None]) -> Path:
         """Give the folder of an entry; make the entry first if it is not there or damaged.
 
-        Two processes that want the same entry at once wait for each other. A killed `make` leaves nothing behind.
+        Stages go through `result`, which makes their keys. Two processes that want the same entry at once wait for each
+        other. A killed `make` leaves nothing behind.
 
         Args:
             kind: of the entry, e.g. "calibration".
-            name: of the entry, as `key` gives it.
+            name: of the entry: the key of all that decides its content.
             make: writes the entry's files into an empty folder.
 
         Raises:

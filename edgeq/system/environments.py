@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from filelock import FileLock
@@ -24,6 +24,7 @@ from filelock import FileLock
 from edgeq.errors import ToolMissing
 from edgeq.system.cache import Cache
 from edgeq.system.files import replacing_dir, storage_errors
+from edgeq.system.host import machine
 
 KIND = "environments"  # under which `edgeq cache` lists and purges them
 
@@ -115,10 +116,15 @@ def _versions(environment: Environment) -> list[str]:
 
 
 def _folder(environment: Environment, version: str) -> Path:
-    """Give the folder of an environment; its name holds a hash of all that decides the content."""
-    content: dict[str, object] = {"requirements": environment.requirements, "python": version}
-    if environment.forced:
-        content["forced"] = environment.forced
+    """Give the folder of an environment; its name holds a hash of all that decides the content.
+
+    A machine other than x86_64 has a part in it; a cache may be shared by machines of two instruction sets.
+    """
+    held = {field.name: getattr(environment, field.name) for field in fields(environment)}
+    content = {name: value for name, value in held.items() if name not in ("name", "python_versions") and value}
+    content["python"] = version
+    if machine() != "x86_64":
+        content["machine"] = machine()
     text = json.dumps(content, sort_keys=True)
     return Cache().root / KIND / f"{environment.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 

@@ -9,12 +9,17 @@ import glob
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 from edgeq.errors import StorageFailed
 from edgeq.records import FileRef
+
+PREFIX = "edgeq-"  # begins the names of all temporary folders
+_OWNER, _CONTENT = ".edgeq-owner", "work"  # in a temporary folder: the file that its process has locked, and its use
 
 _REASONS = {
     errno.ENOSPC: "the disk is full; free some space",
@@ -170,12 +175,109 @@ def write_bytes(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
+class TemporaryFolder:
+    """Make a folder in the temporary directory, and hold a lock in it that the kernel frees when this process ends.
+
+    Folders whose process died without removing them, by `kill -9` or for want of memory, are removed first.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        """Make a folder.
+
+        Args:
+            prefix: begins its name.
+        """
+        parent = Path(tempfile.gettempdir())
+        sweep_temporary(parent)
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        handle = _lock_inside(folder)
+        self.path = folder / _CONTENT
+        self.path.mkdir()
+        self._end = weakref.finalize(self, _remove, folder, handle, os.getpid())
+
+    def close(self) -> None:
+        """Remove the folder; it is removed when this object is, too, and at the end of the process."""
+        self._end()
+
+
+def _lock_inside(folder: Path) -> int:
+    """Put a locked file into a folder; it has its own name only once it is locked, so that no sweep can come between.
+
+    Returns:
+        The handle of the open file.
+    """
+    new = folder / f"{_OWNER}.new"
+    handle = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    new.rename(folder / _OWNER)
+    return handle
+
+
+def _remove(folder: Path, handle: int, process: int) -> None:
+    """Remove a temporary folder; a fork of the process that made it leaves it alone."""
+    if os.getpid() == process:
+        _empty_and_remove(folder)
+    os.close(handle)
+
+
+def _empty_and_remove(folder: Path) -> None:
+    """Remove a temporary folder, its mark last: what is left when this is stopped, too, the next sweep removes."""
+    shutil.rmtree(folder / _CONTENT, ignore_errors=True)
+    if not (folder / _CONTENT).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep_temporary(parent: Path) -> None:
+    """Remove the temporary folders of dead processes of this user; what is not known to be one of them stays.
+
+    Such a folder is a real one, not a link, belongs to this user, and holds a file of ours that nobody has locked.
+
+    Args:
+        parent: the temporary directory.
+    """
+    try:
+        found = [Path(entry.path) for entry in os.scandir(parent) if entry.name.startswith(PREFIX)]
+    except OSError:
+        return
+    for folder in sorted(found):
+        with contextlib.suppress(OSError):  # another process removes it at this moment, or it is not ours to open
+            _remove_if_dead(folder)
+
+
+def _remove_if_dead(folder: Path) -> None:
+    """Remove one temporary folder of this user if the lock in it is free.
+
+    Raises:
+        OSError: it cannot be opened, is a link or no folder, or holds no file of ours.
+    """
+    with contextlib.ExitStack() as stack:
+        inside = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        stack.callback(os.close, inside)
+        handle = os.open(_OWNER, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=inside)
+        stack.callback(os.close, handle)
+        held = os.fstat(handle)
+        if not stat.S_ISREG(held.st_mode) or {held.st_uid, os.fstat(inside).st_uid} != {os.geteuid()}:
+            return
+        if not _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            return
+        # The name may stand for a newer folder by now: what is removed is the one whose lock is held.
+        if os.path.samestat(folder.stat(follow_symlinks=False), os.fstat(inside)):
+            _empty_and_remove(folder)
+
+
 @contextlib.contextmanager
-def work_dir() -> Iterator[Path]:
-    """Yield a temporary folder, and remove it afterwards.
+def work_dir(prefix: str = PREFIX) -> Iterator[Path]:
+    """Yield an empty temporary folder, and remove it afterwards; the next one removes it if this process is killed.
+
+    Args:
+        prefix: begins its name.
 
     Raises:
         StorageFailed: the disk refuses.
     """
-    with storage_errors("working in a temporary folder"), tempfile.TemporaryDirectory(prefix="edgeq-") as folder:
-        yield Path(folder)
+    with storage_errors("working in a temporary folder"):
+        folder = TemporaryFolder(prefix)
+        try:
+            yield folder.path
+        finally:
+            folder.close()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 
@@ -25,14 +26,13 @@ from benchmark.rows import (
 )  # fmt: skip
 from benchmark.runners import Runner
 from edgeq.errors import EdgeqError
+from edgeq.evaluation.paired_times import median_interval, paired_ratios, take_turns, verdict
 
 SEQUENCES = (16, 32, 128, 256)
 BATCH, BATCH_SEQUENCE = 32, 64
-ROUNDS = 5
-_TURN_MS = 500.0  # how long a model runs before the next has its turn
-_RUNS = (5, 60)
+ROUNDS, _WARMUP_ROUNDS = 80, 6
 
-# Time of the first over time of the second, in the same round. Below 1 the first is faster.
+# Time of the first over time of the second, by pairs of rounds. Below 1 the first is faster.
 RATIOS = {
     "ort_of_float32": (GEMM, FLOAT),
     "ort_of_dynamic": (GEMM, ORT_DYNAMIC),
@@ -44,7 +44,7 @@ RATIOS = {
     "tflite_of_ai_edge_quantizer": (INT, AEQ),
 }
 
-Rounds = dict[str, list[float] | Blank]  # row -> median of each round, in milliseconds
+Rounds = dict[str, Sequence[float] | Blank]  # row -> median of each round, in milliseconds
 
 
 def latencies(made: Sequence[Made], sequences: Sequence[int] = SEQUENCES) -> Figures:
@@ -62,60 +62,63 @@ def throughputs(made: Sequence[Made]) -> Figures:
     found = rounds_of([item for item in made if item.row.is_batched], BATCH, BATCH_SEQUENCE)
     blanks = {item.row.name: static for item in made if not item.row.is_batched}
     speeds = {name: _inverse(summary(rounds), BATCH * 1e3) for name, rounds in found.items()}
-    return {"models": speeds | blanks, "ratios": {key: _inverse(value, 1.0) for key, value in ratios(found).items()}}
+    return {"models": speeds | blanks, "ratios": {key: _turned(value) for key, value in ratios(found).items()}}
 
 
 def _inverse(figure: float | Blank, over: float) -> float | Blank:
     return figure if isinstance(figure, Blank) else over / figure
 
 
+def _turned(figure: Figures | Blank) -> Figures | Blank:
+    """Turn a ratio of times into one of throughputs; the ends of the interval change places."""
+    if isinstance(figure, Blank):
+        return figure
+    ends = {"low": figure["high"], "high": figure["low"], "median": figure["median"]}
+    return figure | {key: None if value is None else 1.0 / value for key, value in ends.items()}
+
+
 def rounds_of(made: Sequence[Made], batch: int, sequence: int) -> Rounds:
     """Time models, each in a process of its own that lives through all rounds; in a round each has one turn.
 
-    The machine may change its speed between rounds: what is compared is compared within a round.
+    The machine may change its speed between rounds: what is compared is compared within a pair of rounds.
     """
     note(f"timing {batch} x {sequence} tokens")
     rounds: Rounds = {}
-    runs: dict[str, int] = {}
     with ExitStack() as stack:
-        runners: dict[str, Runner] = {}
+        runners: dict[str, Callable[[int, int], Sequence[float]]] = {}
         for item in made:
             name = item.row.name
             if item.path is None:
                 rounds[name] = Blank(item.reason)
                 continue
             try:
-                runners[name] = stack.enter_context(Runner(item, item.row.threads))
-                first = runners[name].milliseconds(batch, sequence, 3, 2)
+                runner = stack.enter_context(Runner(item, item.row.threads))
             except EdgeqError as error:
                 rounds[name] = Blank(first_line(error))
-                runners.pop(name, None)
                 continue
-            runs[name], rounds[name] = runs_in_turn(float(np.median(first))), []
-        for _ in range(ROUNDS):
-            for name, runner in runners.items():
-                rounds[name].append(float(np.median(runner.milliseconds(batch, sequence, runs[name], 2))))  # type: ignore[union-attr]
-    return rounds
+            runners[name] = partial(runner.milliseconds, batch, sequence)
+        times, failed = take_turns(runners, ROUNDS, _WARMUP_ROUNDS, (EdgeqError,))
+    rounds |= {name: Blank(first_line(error)) for name, error in failed.items()}
+    rounds |= {name: turns.rounds_ms for name, turns in times.items()}
+    return {item.row.name: rounds[item.row.name] for item in made}
 
 
-def runs_in_turn(milliseconds: float) -> int:
-    """Say how many runs make a turn."""
-    least, most = _RUNS
-    return int(np.clip(round(_TURN_MS / milliseconds), least, most))
-
-
-def summary(rounds: list[float] | Blank) -> float | Blank:
+def summary(rounds: Sequence[float] | Blank) -> float | Blank:
     """Give the median of the rounds."""
     return rounds if isinstance(rounds, Blank) else float(np.median(rounds))
 
 
-def ratios(rounds: Mapping[str, list[float] | Blank]) -> Figures:
-    """Give the median over the rounds of each ratio within a round."""
+def ratios(rounds: Mapping[str, Sequence[float] | Blank]) -> Figures:
+    """Give the median of each pair's ratios, with its interval and what it tells of the first."""
     made: Figures = {}
     for key, (first, second) in RATIOS.items():
         if first not in rounds or second not in rounds:
             continue
-        times = [rounds[first], rounds[second]]
-        blank = next((item for item in times if isinstance(item, Blank)), None)
-        made[key] = blank or float(np.median(np.divide(*times)))
+        numerator, denominator = rounds[first], rounds[second]
+        if isinstance(numerator, Blank) or isinstance(denominator, Blank):
+            made[key] = numerator if isinstance(numerator, Blank) else denominator
+            continue
+        found = median_interval(paired_ratios(denominator, numerator))
+        told = verdict(median_interval(paired_ratios(numerator, denominator)))
+        made[key] = found._asdict() | {"verdict": told}
     return made

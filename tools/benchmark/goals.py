@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from benchmark.figures import Blank, Figures, at
@@ -46,7 +47,7 @@ class Goal:
         found = at(results, *self.path)
         if isinstance(found, Blank):
             return found
-        value = float(found)
+        value = float(found["median"] if isinstance(found, Mapping) else found)  # a ratio has an interval, too
         is_met = (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
         return value, is_met
 

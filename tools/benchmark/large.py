@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 from benchmark.processes import Ran, measured
+from edgeq.system.files import work_dir
 
 GOAL = 1.5  # peak of calibrating, of the model's size in FP32
 TARGET = "x86-64-onnxruntime"
@@ -55,8 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tools/large_model", description=__doc__)
     parser.add_argument("--layers", type=int, default=24)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="edgeq-large-") as name:
-        folder = Path(name)
+    with work_dir("edgeq-large-") as folder:
         build(folder, options.layers)
         size = (folder / "model" / "model.safetensors").stat().st_size / 1e9
         sys.stdout.write(f"{size:.2f} GB in FP32\n")

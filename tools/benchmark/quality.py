@@ -118,9 +118,9 @@ def _figures(texts: Sequence[str], expected: Vectors, found: Vectors, smallest: 
 
 
 def _tasks(sample: Sample, expected: Vectors, found: Vectors) -> Figures:
-    reference, artifact = (lambda texts, prompt, kept=kept: stacked(kept, texts) for kept in (expected, found))
+    reference, artifact = (lambda texts, method, kept=kept: stacked(kept, texts) for kept in (expected, found))
     sts = evaluate_sts(sample.pairs, reference, artifact).spearman
-    ndcg = evaluate_retrieval(sample.retrieval, {}, reference, artifact).ndcg_at_10
+    ndcg = evaluate_retrieval(sample.retrieval, reference, artifact).ndcg_at_10
     return dict(zip(TASKS, (sts.retention_percent, ndcg.retention_percent), strict=True))
 
 

@@ -21,6 +21,10 @@ _ESTIMATES = {
     "dram_or_flash_kib": "DRAM or flash, KiB", "host_operators": "on the host", "on_host": "which",
 }  # fmt: skip
 _MAKING = ("seconds", "peak_gb", "size_mb")
+_RATIO = (
+    "the median of the ratios of neighbouring rounds, in the interval that holds it in 99 % of cases, and what that "
+    "tells of the first:"
+)
 
 
 class Notes:
@@ -145,17 +149,25 @@ def _latency(figures: Figures, results: Figures, notes: Notes) -> list[str]:
     )
     columns = ("model", "threads", *(f"{at} tokens, ms" for at in lengths))
     keys = list(figures["ratios"][lengths[0]])
-    shown = [(" / ".join(RATIOS[key]), *(notes.cell(figures["ratios"][at][key], 3) for at in lengths)) for key in keys]
-    explained = "Latency of the first over that of the second in the same round, median of the rounds:"
+    shown = [(" / ".join(RATIOS[key]), *(_ratio(figures["ratios"][at][key], notes) for at in lengths)) for key in keys]
+    explained = f"Latency of the first over that of the second: {_RATIO}"
     return [text, table(columns, rows), explained, table(("pair", *lengths), shown)]
 
 
 def _throughput(figures: Figures, results: Figures, notes: Notes) -> list[str]:
     rows = [(row, notes.cell(value, 3)) for row, value in figures["models"].items()]
     text = f"Batches of {BATCH} texts of {BATCH_SEQUENCE} tokens each, without padding, 2 threads."
-    shown = [(" / ".join(RATIOS[key]), notes.cell(value, 3)) for key, value in figures["ratios"].items()]
-    explained = "Throughput of the first over that of the second in the same round, median of the rounds:"
+    shown = [(" / ".join(RATIOS[key]), _ratio(value, notes)) for key, value in figures["ratios"].items()]
+    explained = f"Throughput of the first over that of the second: {_RATIO}"
     return [text, table(("model", "texts a second"), rows), explained, table(("pair", "ratio"), shown)]
+
+
+def _ratio(figure: Figures | Blank, notes: Notes) -> str:
+    """Show a ratio with its interval and what it tells; one that was measured before there were intervals, alone."""
+    if not isinstance(figure, Mapping):
+        return notes.cell(figure, 3)
+    ends = "" if figure["low"] is None else f" [{figure['low']:.3g}, {figure['high']:.3g}]"
+    return f"{figure['median']:.3g}{ends} {figure['verdict']}"
 
 
 def _npu(figures: Figures, results: Figures, notes: Notes) -> list[str]:

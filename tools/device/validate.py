@@ -4,7 +4,8 @@
 One file for Python 3.8 and newer that needs numpy and the one runtime the bundle asks for, and nothing of edgeq. It
 checks SHA256SUMS, runs the golden inputs through the artifact, compares the vectors with FP32's and with those of the
 machine that exported the bundle, judges them by the target's gate, measures latency, memory and load time, and writes
-one `device-report.json`. The same file is `tools/device/validate.py` in edgeq and `validate.py` in each bundle.
+one `device-report.json`. `--beside OTHER` also times it and another bundle by turns, and says which is faster. The same
+file is `tools/device/validate.py` in edgeq and `validate.py` in each bundle.
 
 Outside: a bare-metal Ethos-U, which has no Python. Its integer file runs in LiteRT; validate that with edgeq.
 
@@ -23,10 +24,15 @@ import math
 import os
 import platform
 import re
+import statistics
+import subprocess
 import sys
+import threading
 import time
 import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -44,6 +50,7 @@ LINE = re.compile(r"([0-9a-f]{64})  ([^\\\n\r]+)")
 
 NEIGHBOURS, INVARIANCE_TEXTS, SLOW_INVARIANCE_TEXTS, UNIT_TOLERANCE = 10, 8, 3, 1e-4
 SEQUENCES = (16, 32, 128)  # tokens that latency is measured at where shapes are dynamic
+TURN_LIMIT_S = 600.0  # for loading beside another bundle, and for each turn
 FEWEST_RUNS, CELL_SECONDS = 10, 3.0  # a shape's runs end early after so many seconds, but never before so many runs
 
 # numpy's name of a CPU feature -> the kernel's: numpy asks the CPU itself, the kernel may be another machine's.
@@ -690,7 +697,9 @@ class Inputs:
         return found
 
     def sample(self, width):
-        """Make feeds of one text of exactly so many tokens from the golden ones, to measure latency."""
+        """Make feeds of one image, or of one text of exactly so many tokens, from the golden ones: for latency."""
+        if self._golden.pixels is not None:
+            return {"pixel_values": self._golden.pixels[:1]}
         tokens = np.concatenate(self._golden.tokens)
         return padded([np.resize(tokens, width)], width, self._golden.pad_id)
 
@@ -743,15 +752,20 @@ def run_all(golden, runner, manifest, progress):
         raise Stop(REFUSED, f"{manifest.target}: the runtime cannot run the artifact: {str(error)[:500]}") from error
 
 
+def sizes_of(golden, runner, manifest):
+    """List the lengths in tokens that latency is measured at; 1 for images."""
+    few = [length for length in SEQUENCES if length <= manifest.limit] or [manifest.limit]
+    return [1] if golden.pixels is not None else list(runner.buckets or few)
+
+
 def latencies(golden, runner, manifest, runs, warmup, progress):
     """Measure one text, or image, at a few sizes."""
     inputs = Inputs(golden, runner, manifest.limit)
-    few = [length for length in SEQUENCES if length <= manifest.limit] or [manifest.limit]
-    sizes = [1] if golden.pixels is not None else list(runner.buckets or few)
+    sizes = sizes_of(golden, runner, manifest)
     cells = []
     for done, size in enumerate(sizes):
         progress("latency", done, len(sizes))
-        feeds = {"pixel_values": golden.pixels[:1]} if golden.pixels is not None else inputs.sample(size)
+        feeds = inputs.sample(size)
         for _ in range(warmup):
             runner(feeds)
         found, began = [], time.monotonic()
@@ -765,6 +779,282 @@ def latencies(golden, runner, manifest, runs, warmup, progress):
         cells.append({"batch": 1, "sequence": size, "runs": len(found), "warmup_runs": warmup, "latency": latency})
     progress("latency", len(sizes), len(sizes))
     return cells
+
+
+# --- paired times: from edgeq/evaluation/paired_times.py by tools/device_script; change them there -------------------
+
+LEVEL = 0.99  # of intervals: a table has a dozen of them, and none should tell a difference by chance
+SMALLEST_DIFFERENCE = 1.03  # two processes of the same file, alone on a machine, differ by less
+WIDEST_INTERVAL = 1.25  # high over low; beyond it, the machine was too busy to tell how large a difference is
+
+_TURN_MS, _MOST_RUNS = 20.0, 10
+
+_Name = TypeVar("_Name", bound=str)
+
+FASTER, SLOWER, NOT_TOLD_APART = "faster", "slower", "not told apart"
+NOISY = "noisy: repeat on an idle machine"
+TOO_FEW = "too few rounds for an interval"
+
+
+class Interval(NamedTuple):
+    """Hold a median of `size` values and its interval; low and high are None where the values are too few for one."""
+
+    size: int
+    median: float
+    low: float | None
+    high: float | None
+    level: float
+
+
+class Turns(NamedTuple):
+    """Hold one model's times in milliseconds: the median of each round that counted, and every run of these rounds."""
+
+    rounds_ms: tuple[float, ...]
+    runs_ms: tuple[float, ...]
+
+
+def median_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+    """Compute a median and the sign test's interval for it, which lies between two of the values.
+
+    The interval holds the true median with a probability of at least `level`: rank r from below and from above, for the
+    largest r with P(Binomial(n, 1/2) < r) <= (1 - level) / 2.
+
+    Args:
+        values: independent, at least one.
+        level: of the interval, above 0 and below 1.
+    """
+    ordered = sorted(values)
+    count, rank, outside = len(ordered), 0, 0
+    while True:
+        outside += math.comb(count, rank)
+        if outside > (1.0 - level) / 2.0 * 2**count:
+            break
+        rank += 1
+    low, high = (ordered[rank - 1], ordered[count - rank]) if rank else (None, None)
+    return Interval(count, statistics.median(ordered), low, high, level)
+
+
+def paired_ratios(first_ms: Sequence[float], second_ms: Sequence[float]) -> list[float]:
+    """Divide the second's times by the first's, and give the geometric mean over each two rounds, forward and back.
+
+    Args:
+        first_ms: of each round.
+        second_ms: of the same rounds; a last round without its way back is left out.
+    """
+    ratios = [second / first for first, second in zip(first_ms, second_ms)]
+    return [math.sqrt(forth * back) for forth, back in zip(ratios[::2], ratios[1::2])]
+
+
+def paired_differences(first_ms: Sequence[float], second_ms: Sequence[float]) -> list[float]:
+    """Subtract the first's times from the second's, in milliseconds, and give the mean over each two rounds.
+
+    Args:
+        first_ms: of each round.
+        second_ms: of the same rounds; a last round without its way back is left out.
+    """
+    differences = [second - first for first, second in zip(first_ms, second_ms)]
+    return [(forth + back) / 2.0 for forth, back in zip(differences[::2], differences[1::2])]
+
+
+def verdict(found: Interval) -> str:
+    """Say in words what an interval of ratios (the other's time over this one's) tells: faster, slower, or nothing."""
+    if found.low is None or found.high is None:
+        return TOO_FEW
+    is_noisy = found.high / found.low > WIDEST_INTERVAL
+    if found.low > SMALLEST_DIFFERENCE:
+        told = FASTER
+    elif found.high < 1.0 / SMALLEST_DIFFERENCE:
+        told = SLOWER
+    else:
+        told = NOT_TOLD_APART
+    if not is_noisy:
+        return told
+    return f"too {NOISY}" if told == NOT_TOLD_APART else f"{told}, {NOISY}"
+
+
+def order_of(names: Sequence[_Name], round_number: int) -> list[_Name]:
+    """Give the order of turns in a round: forward, then back; each pair of rounds begins with another model.
+
+    Who is last in a round is first in the next and finds its caches warm: that advantage, too, must go around.
+    """
+    start = round_number // 2 % len(names)
+    forward = [*names[start:], *names[:start]]
+    return forward[::-1] if round_number % 2 else forward
+
+
+def take_turns(
+    players: Mapping[_Name, Callable[[int, int], Sequence[float]]],
+    rounds: int,
+    warmup_rounds: int,
+    failures: tuple[type[Exception], ...] = (),
+) -> tuple[dict[_Name, Turns], dict[_Name, Exception]]:
+    """Time models that stay loaded by turns: some short runs of each in every round.
+
+    The rounds before those that count also tell how many runs fill a turn. A short turn begins with a run that is not
+    timed: the other models have emptied the caches.
+
+    Args:
+        players: name -> a function of how many runs are timed, and how many are not and stand before them; it gives
+            the milliseconds of each timed run.
+        rounds: that count; rounded up to an even number.
+        warmup_rounds: before them.
+        failures: the errors that put one model out and let the others go on; any other error ends all.
+
+    Returns:
+        The times of each model that stayed to the end, and the error of each that did not.
+    """
+    first_ms: dict[_Name, list[float]] = {name: [] for name in players}
+    rounds_ms: dict[_Name, list[float]] = {name: [] for name in players}
+    runs_ms: dict[_Name, list[float]] = {name: [] for name in players}
+    failed: dict[_Name, Exception] = {}
+    last = warmup_rounds + rounds + rounds % 2
+    for number in range(-warmup_rounds, last - warmup_rounds):
+        for name in order_of(list(players), number):
+            if name in failed:
+                continue
+            runs, untimed = _length_of_turn(first_ms[name]) if number >= 0 else (1, 0)
+            try:
+                found = [float(value) for value in players[name](runs, untimed)]
+            except failures as error:
+                failed[name] = error
+                continue
+            if number < 0:
+                first_ms[name] += found
+                continue
+            rounds_ms[name].append(statistics.median(found))
+            runs_ms[name] += found
+    done = {name: Turns(tuple(rounds_ms[name]), tuple(runs_ms[name])) for name in players if name not in failed}
+    return done, failed
+
+
+def _length_of_turn(first_ms: Sequence[float]) -> tuple[int, int]:
+    """Say how many timed runs make a turn, and how many untimed ones stand before them."""
+    if not first_ms:
+        return 1, 0
+    run_ms = statistics.median(first_ms)
+    if run_ms >= _TURN_MS:
+        return 1, 0
+    return min(_MOST_RUNS, math.ceil(_TURN_MS / max(run_ms, 1e-3))), 1
+
+
+# --- end of paired times ----------------------------------------------------------------------------------------------
+
+
+# --- two bundles by turns -----------------------------------------------------------------------------------------
+
+
+class Served:
+    """Keep a bundle loaded in a process of its own, which runs this script with --serve."""
+
+    def __init__(self, bundle, threads):
+        """Start the process and wait until the bundle is loaded."""
+        self._bundle = bundle
+        words = [sys.executable, Path(__file__).resolve(), bundle, "--serve", "--threads", threads]
+        self._process = subprocess.Popen(
+            [str(word) for word in words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True
+        )
+        try:
+            self.loaded = self._reply()
+        except BaseException:
+            self.close()
+            raise
+
+    def turn(self, size, runs, untimed):
+        """Give the milliseconds of each of some runs in a row, after others that are not timed."""
+        try:
+            self._process.stdin.write(json.dumps({"size": size, "runs": runs, "untimed": untimed}) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            pass  # it ended: the missing reply says so
+        return self._reply()
+
+    def _reply(self):
+        """Read one line; no reply ends the script with the process's own exit code."""
+        timer = threading.Timer(TURN_LIMIT_S, self._process.kill)
+        timer.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            timer.cancel()
+        if line.endswith("\n"):
+            return json.loads(line)
+        status = self._process.wait()
+        how = f"status {status}" if status >= 0 else f"signal {-status}; memory may have run out, or {TURN_LIMIT_S:g} s"
+        code = status if status > 1 else REFUSED
+        raise Stop(code, f"{self._bundle}: its process ended while it was timed ({how}). What it says stands above.")
+
+    def close(self):
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            try:
+                stream.close()
+            except OSError:  # unsent bytes
+                pass
+
+
+def serve(bundle, threads):
+    """Load a bundle, say what sizes it takes, and time runs as asked on standard input until that ends."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a runtime prints must not stand among the replies
+
+    def put(reply):
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+    manifest = Manifest(bundle, check_sums(bundle, lambda *_: None))
+    golden = Golden(bundle, manifest)
+    require_cpu(manifest)
+    runner, _ = load(manifest, threads)
+    ran_on = run_kind(manifest, runner.accelerator, False)
+    if ran_on != "device":
+        raise Stop(UNSUPPORTED, f"{manifest.target}: runs here on {ran_on}, whose times mean nothing. Name another.")
+    inputs = Inputs(golden, runner, manifest.limit)
+    put({
+        "target": manifest.target, "manifest_sha256": manifest.sha256, "sizes": sizes_of(golden, runner, manifest),
+        "takes": [1] if golden.pixels is not None else list(runner.buckets or range(1, manifest.limit + 1)),
+    })  # fmt: skip
+    for line in sys.stdin:
+        request = json.loads(line)
+        feeds, found = inputs.sample(request["size"]), []
+        for _ in range(request["untimed"]):
+            runner(feeds)
+        for _ in range(request["runs"]):
+            begin = time.perf_counter_ns()
+            runner(feeds)
+            found.append((time.perf_counter_ns() - begin) / 1e6)
+        put(found)
+
+
+def beside(bundle, other, options, progress):
+    """Time a bundle and another by turns at each size that both take; give the median of the paired ratios."""
+    served = []
+    try:
+        for path in (bundle, other):
+            served.append(Served(path, options.threads))
+        own, its = (item.loaded for item in served)
+        sizes = sorted(set(own["takes"]) & set(its["takes"]) & {*own["sizes"], *its["sizes"]})
+        if not sizes:
+            raise Stop(CONFIG, f"--beside {other}: no length is taken by both: {own['sizes']} and {its['sizes']}.")
+        cells = []
+        for done, size in enumerate(sizes):
+            progress("turns", done, len(sizes))
+            players = {
+                name: lambda runs, untimed, item=item, size=size: item.turn(size, runs, untimed)
+                for name, item in zip(("own", "its"), served)
+            }
+            times, _ = take_turns(players, options.runs, options.warmup)
+            ratio = median_interval(paired_ratios(times["own"].rounds_ms, times["its"].rounds_ms))
+            cells.append({
+                "sequence": size, "pairs": ratio.size, "median": ratio.median, "low": ratio.low, "high": ratio.high,
+                "level": ratio.level, "verdict": verdict(ratio),
+            })  # fmt: skip
+        progress("turns", len(sizes), len(sizes))
+        return {"target": its["target"], "manifest_sha256": its["manifest_sha256"], "cells": cells}
+    finally:
+        for item in served:
+            item.close()
 
 
 # --- measuring and judging ----------------------------------------------------------------------------------------
@@ -872,6 +1162,7 @@ def run_kind(manifest, accelerator, is_emulated):
 
 def validate(bundle, options, progress):
     """Check, run, measure and judge a bundle; give the report."""
+    second = None if options.beside is None else bundle_of(options.beside)
     sums = check_sums(bundle, progress)
     manifest = Manifest(bundle, sums)
     golden = Golden(bundle, manifest)
@@ -883,6 +1174,11 @@ def validate(bundle, options, progress):
     ran_on = run_kind(manifest, runner.accelerator, options.emulated)
     is_device = ran_on == "device"
     cells = latencies(golden, runner, manifest, options.runs, options.warmup, progress) if is_device else []
+    other = None
+    if second is not None:
+        if not is_device:
+            raise Stop(UNSUPPORTED, f"--beside: {manifest.target} runs here on {ran_on}, whose times mean nothing.")
+        other = beside(bundle, second, options, progress)
     problem = unmeasurable(golden, vectors)
     measures = host = None
     failures = [problem]
@@ -905,6 +1201,7 @@ def validate(bundle, options, progress):
         "load_ms": load_ms if is_device else None,
         "peak_memory_bytes": None if options.emulated else peak_memory_bytes(),
         "cells": cells,
+        "beside": other,
         "before": before,
         "after": conditions(),
     }
@@ -959,6 +1256,11 @@ def summary(report):
             f"  {cell['sequence']} tokens, {threads} threads: p50 {found['p50_ms']:.2f} ms, "
             f"p90 {found['p90_ms']:.2f}, p99 {found['p99_ms']:.2f} ({cell['runs']} runs)"
         )
+    other = report["beside"]
+    for cell in other["cells"] if other is not None else ():
+        ends = "" if cell["low"] is None else f" [{cell['low']:.2f}, {cell['high']:.2f}]"
+        told = f"{cell['median']:.2f}x{ends} {cell['verdict']} ({cell['pairs']} pairs)"
+        lines.append(f"  {cell['sequence']} tokens, beside {other['target']}: {told}")
     lines += [f"  {failure}" for failure in report["failures"]]
     return "\n".join(lines)
 
@@ -999,9 +1301,13 @@ def arguments(words):
     parser = argparse.ArgumentParser(prog="validate.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="the bundle; else the folder of this script")
     parser.add_argument("--report", metavar="FILE", help=f"where the report goes; else {REPORT} beside the bundle")
-    parser.add_argument("--runs", type=at_least(1), default=50, help="timed runs of each length")
-    parser.add_argument("--warmup", type=at_least(0), default=5, help="runs before them")
+    parser.add_argument(
+        "--runs", type=at_least(1), default=80, help="timed runs of each length, and rounds of --beside"
+    )
+    parser.add_argument("--warmup", type=at_least(0), default=5, help="runs, and rounds, before them")
     parser.add_argument("--threads", type=at_least(0), default=0, help="0 leaves it to the target")
+    parser.add_argument("--beside", metavar="OTHER", help="another bundle: time both by turns")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # what --beside starts
     parser.add_argument("--transport", choices=TRANSPORTS, default="by-hand", help="how this machine was reached")
     parser.add_argument("--emulated", action="store_true", help="this processor is emulated: time nothing")
     return parser.parse_args(words)
@@ -1012,6 +1318,9 @@ def main(words=None):
     options = arguments(words)
     try:
         bundle = bundle_of(options.bundle)
+        if options.serve:
+            serve(bundle, options.threads)
+            return 0
         path = report_of(options.report, bundle)
         report = printable(validate(bundle, options, Progress()))
         write_report(path, report)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from edgeq.graph import roles
 from edgeq.graph.edit import checked
 from edgeq.passes.matmul_to_gemm import matmul_to_gemm
 from edgeq.records import Artifact, Placement, QdqModel, Target
-from edgeq.system.files import file_ref, storage_errors, write_bytes
+from edgeq.system.files import file_ref, storage_errors, work_dir, write_bytes
 from edgeq.system.host import meets
 from edgeq.system.untrusted import require_confined
 
@@ -125,8 +124,8 @@ def flattened(path: Path) -> onnx.ModelProto:
 
 def placement(path: Path, model: QdqModel, target: Target) -> Placement:
     """Read from the graph that ONNX Runtime executes which weight products are integer."""
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder) / "optimized.onnx"
+    with work_dir() as folder:
+        optimized = folder / "optimized.onnx"
         options = _options(target)
         options.optimized_model_filepath = str(optimized)
         _load(path, options)

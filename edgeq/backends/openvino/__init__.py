@@ -213,6 +213,15 @@ def _session(artifact: Artifact, bundle: Path, device: str, told: Mapping[str, s
     return BucketSession({int(xml.stem.removeprefix(prefix)): session for xml, session in loaded.items()})
 
 
+def client_settings(target: Target) -> Mapping[str, object]:
+    """Give the `model_args` of sentence-transformers: `ov_config` with the inference precision.
+
+    Without it OpenVINO computes in bf16 where the CPU has it, and a hint in an IR's `rt_info` is ignored (OpenVINO
+    2026.4.1). Dynamic quantisation is off in the IR itself; threads and streams are left to the caller.
+    """
+    return {"ov_config": {"INFERENCE_PRECISION_HINT": target.runtime["inference_precision_hint"]}}
+
+
 def other_settings(artifact: Artifact, bundle: Path, target: Target) -> Iterator[Setting]:
     """Give sessions with other settings: another inference precision on a CPU, or the CPU instead of an NPU."""
     from edgeq.backends.openvino.sessions import properties

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgeq.errors import EdgeqError, LoweringFailed
+from edgeq.system.files import work_dir
 
 STEM = "openvino/openvino_model"  # sentence-transformers opens this name
 BUCKET = "_seq_{}"
@@ -133,8 +133,8 @@ def serialized(model: Any) -> tuple[bytes, bytes]:
     """Give the bytes of the .xml and of the .bin; weights keep their precision."""
     import openvino as ov
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.xml"
+    with work_dir() as folder:
+        path = folder / "model.xml"
         ov.save_model(model, path, compress_to_fp16=False)
         return path.read_bytes(), path.with_suffix(".bin").read_bytes()
 

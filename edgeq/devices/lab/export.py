@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from edgeq.pipeline.export import Exported, Shared
 from edgeq.pipeline.request import ExportRequest
 from edgeq.records import Target
 from edgeq.system.cache import Cache
-from edgeq.system.files import write_bytes
+from edgeq.system.files import PREFIX, work_dir, write_bytes
 from edgeq.system.progress import Progress
 
 _SILENT_S = 7200.0  # one bundle of an emulated target may take long
@@ -75,8 +74,7 @@ def _made(
     Where a stage fails, give the error's class name, its message, and no files.
     """
     cache = Cache() if is_kept else Cache.temporary()
-    with tempfile.TemporaryDirectory(prefix="edgeq-lab-") as name:
-        folder = Path(name)
+    with work_dir(f"{PREFIX}lab-") as folder:
         unpack(content, folder / "shared")
         local = shared.at(cache, folder / "shared")
         if scheme is not None and request.scheme is not None:
@@ -108,9 +106,9 @@ def _written(target: Target, result: Any, out: Path, overwrite: bool) -> Exporte
     exported = Exported.model_validate_json(content)
     changes = {"path": "", "report": ""}
     if "bundle" in files:
-        with tempfile.TemporaryDirectory(prefix="edgeq-lab-") as name:
-            unpack(files["bundle"], Path(name))
-            take(Path(name) / target.name, out / target.name, overwrite)
+        with work_dir(f"{PREFIX}lab-") as folder:
+            unpack(files["bundle"], folder)
+            take(folder / target.name, out / target.name, overwrite)
         changes["path"] = str(out / target.name)
     kept = out / f"{target.name}.parity.json"
     if "report" in files:

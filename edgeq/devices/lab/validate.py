@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from edgeq.devices.lab.devices import LabDevice
 from edgeq.devices.report import DeviceReport, keep_report, parse_report
 from edgeq.errors import ConfigError, DeviceUnavailable, EdgeqError, ParityFailed, ToolMissing
 from edgeq.records import Record
+from edgeq.system.files import PREFIX, work_dir
 from edgeq.system.progress import Progress
 
 _ATTEMPTS = 3  # to reach a device
@@ -140,9 +140,9 @@ class Worker:
             wait=tenacity.wait_exponential(multiplier=self._pause_s, max=_LONGEST_PAUSE_S),
             reraise=True,
         )
-        with tempfile.TemporaryDirectory(prefix="edgeq-lab-") as folder:
-            unpack(content, Path(folder))
-            job = Job(Path(folder) / name, runs=self._runs, time_limit_s=self._device.time_limit_s)
+        with work_dir(f"{PREFIX}lab-") as folder:
+            unpack(content, folder)
+            job = Job(folder / name, runs=self._runs, time_limit_s=self._device.time_limit_s)
             try:
                 report = retrying(self._device.transport().validate, job)
             except EdgeqError as error:

@@ -7,15 +7,9 @@ import shutil
 from pathlib import Path
 
 from edgeq.frontend import tokenizer_config
-from edgeq.frontend.onnx.find import CONFIG, MODULES, TOKENIZER, OnnxFile, read_json
+from edgeq.frontend.onnx.find import CARRIED, CONFIG, MODULES, PROMPTS, TOKENIZER, OnnxFile, read_json
 from edgeq.frontend.onnx.pooling_heads import FLAGS, Head
-
-_CARRIED = (
-    CONFIG, "added_tokens.json", "chat_template.jinja", "config_sentence_transformers.json", "merges.txt",
-    "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tokenizer.model", "tokenizer_config.json",
-    "vocab.json", "vocab.txt",
-)  # fmt: skip
-_PROMPTS = "config_sentence_transformers.json"
+from edgeq.frontend.settings import ENCODER
 
 
 def opens_in_sentence_transformers(file: OnnxFile, head: Head) -> bool:
@@ -31,7 +25,7 @@ def prompts(file: OnnxFile) -> tuple[dict[str, str], str | None]:
     Raises:
         ConfigError: the file of prompts is not JSON.
     """
-    config = read_json(file.config_dir / _PROMPTS) if file.config_dir is not None else {}
+    config = read_json(file.config_dir / PROMPTS) if file.config_dir is not None else {}
     named = {"query": "", "document": ""}
     named |= {str(name): str(text or "") for name, text in config.get("prompts", {}).items()}
     return named if any(named.values()) else {}, config.get("default_prompt_name")
@@ -53,7 +47,7 @@ def write_configuration(file: OnnxFile, head: Head, width: int, folder: Path) ->
     shutil.copyfile(file.tokenizer, folder / TOKENIZER)
     if file.config_dir is None:
         return
-    for name in _CARRIED:
+    for name in CARRIED:
         if (file.config_dir / name).is_file():
             shutil.copyfile(file.config_dir / name, folder / name)
     if not opens_in_sentence_transformers(file, head):
@@ -80,7 +74,9 @@ def write_configuration(file: OnnxFile, head: Head, width: int, folder: Path) ->
         elif name == "Dense":
             shutil.copytree(file.config_dir / dense.pop(0), folder / path)
     _write_json(folder / MODULES, entries)
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": file.max_sequence, "do_lower_case": False})
+    told = read_json(file.config_dir / ENCODER)
+    lengths = {key: told[key] for key in ("query_length", "document_length") if told.get(key) is not None}
+    _write_json(folder / ENCODER, {"max_seq_length": file.max_sequence, "do_lower_case": False} | lengths)
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,14 +15,15 @@ from edgeq.data.probes import probe_feeds
 from edgeq.data.tokenizer import Tokenizer
 from edgeq.data.tokens import Feeds
 from edgeq.errors import ConfigError, EdgeqError, Unsupported
+from edgeq.frontend import settings
 from edgeq.frontend.locate import POOLING_MODES, Located
 from edgeq.frontend.onnx import configuration, read
 from edgeq.frontend.onnx.find import OnnxFile
+from edgeq.frontend.onnx.foreign_inputs import MASK
 from edgeq.frontend.onnx.fused_operators import expand_fused
 from edgeq.frontend.onnx.interface import (
     EMBEDDING,
     HIDDEN,
-    MASK,
     Inputs,
     Outputs,
     drop_index_casts,
@@ -37,6 +37,7 @@ from edgeq.frontend.onnx.session import GivenSession
 from edgeq.graph.dialect import OPSET
 from edgeq.graph.edit import dims, infer_shapes
 from edgeq.records import Source
+from edgeq.system.files import work_dir
 
 NARROW_TOLERANCE = 2e-2  # FP16 arithmetic against the same weights in FP32, of the largest value
 _PADDING_TOLERANCE = 1e-4
@@ -74,7 +75,9 @@ def convert(located: Located, file: OnnxFile, config_dir: Path, hidden_state: bo
     inputs = roles(given, name)
     found = outputs(given, located.pooling, name)
     head = _head(located, file, found)
-    feeds = probe_feeds(Tokenizer.from_file(file.tokenizer, file.max_sequence).vocabulary, file.max_sequence)
+    words = Tokenizer.from_file(file.tokenizer, file.max_sequence).vocabulary
+    feeds = probe_feeds(words, file.max_sequence)
+    _refuse_weights_of_words(given, found, words, name)
     expected = _expected(file, given, inputs, found, head, feeds)
     model = read.convert_opset(given, name)
     expand_fused(model, name)
@@ -89,13 +92,32 @@ def convert(located: Located, file: OnnxFile, config_dir: Path, hidden_state: bo
     return Raw(_source(located, file, head, found, dim), proto, feeds, expected)
 
 
+def _refuse_weights_of_words(given: ir.Model, found: Outputs, words: int, name: str) -> None:
+    """Refuse an output with a number for each word of the vocabulary, as a masked-LM head and SPLADE give.
+
+    Raises:
+        Unsupported: the output is such.
+    """
+    wanted = found.embedding or found.hidden
+    width = next((dims(value) or [None])[-1] for value in given.graph.outputs if value.name == wanted)
+    if width == words:
+        raise Unsupported(
+            f"{name}: its output {wanted} has {width} numbers, as many as the tokenizer has words: those are weights "
+            "of words (a masked-LM head, a sparse encoder), and no dense vector of a text. Export the encoder without "
+            "its head."
+        )
+
+
 def _source(located: Located, file: OnnxFile, head: Head, found: Outputs, dim: int) -> Source:
     prompts, default = configuration.prompts(file)
+    told = settings.read(file.config_dir, is_onnx=True) if file.config_dir is not None else settings.Settings()
+    told.require_within(file.max_sequence, file.name)
     modules = head.modules if found.embedding is None else (*(("Normalize",) if head.normalize else ()),)
     return Source(
         name=located.display_name, kind=file.kind, sha256=located.sha256, modules=("Onnx", *modules),
         inputs=("input_ids", "attention_mask"), dim=dim, max_sequence=file.max_sequence, prompts=prompts,
-        default_prompt_name=default if default in prompts else None,
+        default_prompt_name=default if default in prompts else None, query_length=told.query_length,
+        document_length=told.document_length, unused_settings=told.unused,
     )  # fmt: skip
 
 
@@ -108,8 +130,11 @@ def _head(located: Located, file: OnnxFile, found: Outputs) -> Head:
     given = Head((), (), False)
     if located.is_sentence_transformers and file.config_dir is not None:
         given = read_head(file.config_dir)
-        if file.normalize is not None:
-            raise ConfigError(f"{file.config_dir}: modules.json says how vectors are made; drop --normalize")
+        if file.normalize is not None and found.embedding is None:
+            raise ConfigError(
+                f"{file.config_dir}: modules.json says how vectors are made; drop --normalize, or give --pooling with "
+                "--tokenizer, where the folder is the tokenizer's alone"
+            )
     elif located.pooling is not None:
         given = Head(tuple(located.pooling.split("+")), (), bool(file.normalize))
     if found.embedding is not None:
@@ -135,8 +160,8 @@ def _expected(
         _check_range(session, file, inputs)
         return [session(feed) for feed in feeds]
     read.widen(given)
-    with tempfile.TemporaryDirectory(prefix="edgeq-") as folder:
-        path = Path(folder) / file.path.name
+    with work_dir() as folder:
+        path = folder / file.path.name
         ir.save(given, path, external_data=f"{path.name}.data")
         widened = GivenSession(path, inputs, found, head)
     _check_range(widened, file, inputs)

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from edgeq.errors import ConfigError
+from edgeq.frontend import settings
 from edgeq.frontend.onnx.read import external_files
 from edgeq.frontend.weight_files import has_weights
-from edgeq.system.files import sha256_file
+from edgeq.system.stage import InputFile, input_file
 
 MODULES, TOKENIZER, CONFIG = "modules.json", "tokenizer.json", "config.json"
+PROMPTS, _TOKENIZER_CONFIG = "config_sentence_transformers.json", "tokenizer_config.json"
+# What a bundle carries of an ONNX file's configuration, and what is read of it: exporting sees no other file.
+CARRIED = (
+    CONFIG, "added_tokens.json", "chat_template.jinja", PROMPTS, "merges.txt", "sentencepiece.bpe.model",
+    "special_tokens_map.json", "spiece.model", "tokenizer.model", _TOKENIZER_CONFIG, "vocab.json", "vocab.txt",
+)  # fmt: skip
+CONFIGURATION = (*CARRIED, MODULES, *settings.ENCODER_FILES)
 SUFFIX = ".onnx"
 
+_log = logging.getLogger(__name__)
+
 _FOLDER, _USUAL = "onnx", "model.onnx"
-_LARGEST_LIMIT = 1_000_000  # tokenizers without a limit state 1e30
+_LARGEST_LIMIT = 1_000_000  # tokens
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,8 @@ class OnnxFile:
         normalize: as OnnxOptions has it.
         kind: as OnnxOptions has it.
         sha256: of all files and options that decide the vectors.
+        weights: the file itself and the files beside it that hold its weights.
+        files: the tokenizer and, of the configuration, what is read: below `tokenizer.parent`, by name.
     """
 
     path: Path
@@ -58,6 +72,8 @@ class OnnxFile:
     normalize: bool | None
     kind: Literal["onnx", "module"]
     sha256: str
+    weights: tuple[InputFile, ...] = ()
+    files: tuple[InputFile, ...] = ()
 
     @property
     def name(self) -> str:
@@ -96,9 +112,11 @@ def find_onnx(model: str, pooling: str | None, options: OnnxOptions) -> OnnxFile
             f"{path}: neither {tokenizer.name} nor a configuration beside it says how long a text may be; "
             "give --max-sequence with the model's limit in tokens."
         )
+    weights = tuple(input_file(path.parent / name, name) for name in (path.name, *_beside(path)))
+    files = _files(tokenizer, has_config=config_dir is not None)
+    identity = _identity(weights, files, (pooling, options.normalize, limit, options.kind, config_dir is not None))
     return OnnxFile(
-        path, tokenizer, config_dir, limit, options.normalize, options.kind,
-        _identity(path, tokenizer, config_dir, (pooling, options.normalize, limit)),
+        path, tokenizer, config_dir, limit, options.normalize, options.kind, identity, weights, files
     )  # fmt: skip
 
 
@@ -169,27 +187,57 @@ def read_json(path: Path) -> Any:
 def stated_limit(tokenizer: Path) -> int | None:
     """Read the longest text in tokens from the files of sentence-transformers, the tokenizer, or the model's config.
 
+    Where only the truncation of tokenizer.json states one, a warning says so: it is how texts were cut in some earlier
+    use, and need not be what the model takes (all-MiniLM-L6-v2's says 128, and it takes 256).
+
     Returns:
         The first of these that is stated, or None.
     """
     folder = tokenizer.parent
     truncation = read_json(tokenizer).get("truncation") or {}
-    found = (
-        read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
-        read_json(folder / "tokenizer_config.json").get("model_max_length"),
-        truncation.get("max_length"),
-        read_json(folder / CONFIG).get("max_position_embeddings"),
-    )
-    return next((int(value) for value in found if value is not None and 0 < value < _LARGEST_LIMIT), None)
+    cut = _limit(truncation.get("max_length"))
+    stated = settings.read(folder, is_onnx=True).max_length
+    stated = stated or _limit(read_json(folder / settings.ENCODER).get("max_seq_length"))
+    stated = stated or _limit(read_json(folder / "tokenizer_config.json").get("model_max_length"))
+    if stated is None and cut is not None:
+        _log.warning(
+            "%s: texts are cut at %d tokens, the truncation that stands there; no file says what the model takes; "
+            "give --max-sequence (max_sequence=) if it takes more.",
+            tokenizer,
+            cut,
+        )
+    return stated or cut or _limit(read_json(folder / CONFIG).get("max_position_embeddings"))
 
 
-def _identity(path: Path, tokenizer: Path, config_dir: Path | None, options: tuple[object, ...]) -> str:
-    """Hash the graph, its external data, tokenizer, modules and options, but no path or file name."""
+def _limit(value: Any) -> int | None:
+    """Give a limit in tokens, or None for what is none: tokenizers without one state 1e30."""
+    is_limit = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _LARGEST_LIMIT
+    return int(value) if is_limit else None
+
+
+def _beside(path: Path) -> list[str]:
+    """Name the files that hold an ONNX file's weights; one that is missing is told of when the file is read."""
+    return [name for name in external_files(path) if (path.parent / name).is_file()]
+
+
+def _files(tokenizer: Path, has_config: bool) -> tuple[InputFile, ...]:
+    """Name the tokenizer, what stands beside it about tokens, and the configuration where there is one."""
+    folder = tokenizer.parent
+    names = {tokenizer.name, _TOKENIZER_CONFIG, *(CONFIGURATION if has_config else ())}
+    paths = [folder / name for name in sorted(names)]
+    if has_config:  # of the modules: a Dense has weights
+        paths += sorted(folder.glob("[0-9]*_*/*"))
+    return tuple(input_file(path, path.relative_to(folder).as_posix()) for path in paths if path.is_file())
+
+
+def _identity(weights: Sequence[InputFile], files: Sequence[InputFile], options: tuple[object, ...]) -> str:
+    """Hash an ONNX file with its weights, the tokenizer, the configuration and the options; no path, no file's name.
+
+    The graph names the files of its weights; of the configuration, which file holds what is told apart by name.
+    """
     digest = hashlib.sha256(f"{options}\n".encode())
-    files = [path, tokenizer, *(path.parent / name for name in external_files(path))]
-    if config_dir is not None:
-        files += [config_dir / MODULES, *sorted(config_dir.glob("[0-9]*_*/*"))]
-    for file in files:
-        if file.is_file():
-            digest.update(f"{sha256_file(file)}\n".encode())
+    for item in weights:
+        digest.update(f"{item.file.sha256}\n".encode())
+    for item in files:
+        digest.update(f"{item.name} {item.file.sha256}\n".encode())
     return digest.hexdigest()

@@ -10,16 +10,14 @@ from numpy.typing import NDArray
 
 from edgeq.data.tokens import Feeds
 from edgeq.errors import ConfigError, Unsupported
+from edgeq.frontend.onnx.foreign_inputs import HINTS, IDS, MASK, POSITIONS, SEGMENTS, WHOLE, refuse_foreign
 from edgeq.graph.edit import add_constant, dims, made_by
 
-IDS, MASK, SEGMENTS, _POSITIONS = "input_ids", "attention_mask", "token_type_ids", "position_ids"
 EMBEDDING, HIDDEN = "sentence_embedding", "last_hidden_state"
 
-# Part of an input's name -> the input's role; the one input without such a part is the token ids.
-_HINTS = (("mask", MASK), ("type", SEGMENTS), ("segment", SEGMENTS), ("position", _POSITIONS))
-_WHOLE = (ir.DataType.INT64, ir.DataType.INT32)
 # Exporters' names of token vectors, in the order of trying; without one of them the first output of rank 3 is taken.
 _HIDDEN_NAMES = (HIDDEN, "token_embeddings", "hidden_states")
+_HEAD_NAMES = ("logit", "score", "prob")  # parts of the names of what a task's head gives
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Inputs:
     """Hold the role and the dtype of each input of the user's file.
 
     Attributes:
-        roles: the file's own name -> one of IDS, MASK, SEGMENTS, _POSITIONS.
+        roles: the file's own name -> one of IDS, MASK, SEGMENTS, POSITIONS.
         dtypes: the file's own name -> numpy's dtype.
     """
 
@@ -40,7 +38,7 @@ class Inputs:
             IDS: feeds.input_ids,
             MASK: feeds.attention_mask,
             SEGMENTS: np.zeros_like(feeds.input_ids),
-            _POSITIONS: np.broadcast_to(np.arange(feeds.input_ids.shape[1]), feeds.input_ids.shape),
+            POSITIONS: np.broadcast_to(np.arange(feeds.input_ids.shape[1]), feeds.input_ids.shape),
         }
         return {name: np.ascontiguousarray(known[role], self.dtypes[name]) for name, role in self.roles.items()}
 
@@ -54,10 +52,10 @@ def roles(model: ir.Model, name: str) -> Inputs:
     """
     found: dict[str, str] = {}
     rest = []
+    refuse_foreign(model, name)
     for value in model.graph.inputs:
-        _require_tokens(value, name)
         lowered = str(value.name).lower()
-        role = next((role for hint, role in _HINTS if hint in lowered), None)
+        role = next((role for hint, role in HINTS if hint in lowered), None)
         if role is None or role in found.values():
             rest.append(str(value.name))
         else:
@@ -65,27 +63,11 @@ def roles(model: ir.Model, name: str) -> Inputs:
     if len(rest) != 1:
         raise Unsupported(
             f"{name}: its inputs are {', '.join(str(value.name) for value in model.graph.inputs)}; edgeq knows token "
-            f"ids, and beside them {MASK}, {SEGMENTS} and {_POSITIONS}. Rename them so, or cut the others off."
+            f"ids, and beside them {MASK}, {SEGMENTS} and {POSITIONS}. Rename them so, or cut the others off."
         )
     found[rest[0]] = IDS
     dtypes = {str(value.name): value.dtype.numpy().name for value in model.graph.inputs if value.dtype is not None}
     return Inputs(found, dtypes)
-
-
-def _require_tokens(value: ir.Value, name: str) -> None:
-    shape = dims(value)
-    if value.dtype == ir.DataType.FLOAT and shape is not None and len(shape) == 4:
-        raise Unsupported(
-            f"{name}: its input {value.name}, {list(shape)}, is of images; ONNX files come in for texts only. Give the "
-            "directory that it was exported from, with its preprocessor_config.json, and --images."
-        )
-    if value.dtype not in (*_WHOLE, ir.DataType.FLOAT, ir.DataType.BOOL):
-        raise Unsupported(f"{name}: its input {value.name} is of type {value.dtype}; tokens are whole numbers")
-    if shape is None or len(shape) != 2 or any(isinstance(dim, int) for dim in shape):
-        raise Unsupported(
-            f"{name}: its input {value.name} has the shape {shape}; [batch, sequence], both free, is needed. "
-            "Export the model again with dynamic axes."
-        )
 
 
 def take_tokens(model: ir.Model, inputs: Inputs) -> None:
@@ -126,7 +108,7 @@ def drop_index_casts(model: ir.Model) -> None:
         while position is not None:
             cast = made_by(node.inputs[position], "Cast")
             before = cast.inputs[0] if cast is not None else None
-            if cast is None or before is None or cast.outputs[0].dtype not in _WHOLE or before.dtype not in _WHOLE:
+            if cast is None or before is None or cast.outputs[0].dtype not in WHOLE or before.dtype not in WHOLE:
                 break
             node.replace_input_with(position, before)
 
@@ -181,7 +163,12 @@ def outputs(model: ir.Model, pooling: str | None, name: str) -> Outputs:
         ConfigError: a pooling is given, but the only output is vectors.
         Unsupported: neither of the two is found.
     """
-    ranks = {str(value.name): len(dims(value) or []) for value in model.graph.outputs}
+    given = [str(value.name) for value in model.graph.outputs]
+    ranks = {
+        str(value.name): len(dims(value) or [])
+        for value in model.graph.outputs
+        if not any(part in str(value.name).lower() for part in _HEAD_NAMES)
+    }
     threes = [item for item, rank in ranks.items() if rank == 3]
     twos = [item for item, rank in ranks.items() if rank == 2]
     named = [item for item in _HIDDEN_NAMES if item in ranks]
@@ -194,7 +181,7 @@ def outputs(model: ir.Model, pooling: str | None, name: str) -> Outputs:
         raise ConfigError(f"{name}: its output {embedding} is one vector a text already; drop --pooling {pooling}")
     if embedding is None and hidden is None:
         raise Unsupported(
-            f"{name}: its outputs are {', '.join(ranks)}; {EMBEDDING}[batch, dim] or {HIDDEN}[batch, sequence, dim] is "
+            f"{name}: its outputs are {', '.join(given)}; {EMBEDDING}[batch, dim] or {HIDDEN}[batch, sequence, dim] is "
             "needed. Export the encoder without its task's head."
         )
     return Outputs(None if pooling is not None else embedding, hidden)

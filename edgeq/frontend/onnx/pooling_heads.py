@@ -117,7 +117,7 @@ def _dense(folder: Path) -> Dense:
             f"{weights}: a Dense layer's weights cannot be read ({error}); safetensors and the file are needed: "
             "pip install 'edgeq[onnx]'"
         ) from error
-    name = str(config.get("activation_function", "Identity")).rsplit(".", 1)[-1]
+    name = str(config.get("activation_function", "Tanh")).rsplit(".", 1)[-1]
     if name not in _ACTIVATIONS:
         raise Unsupported(f"{folder}: its activation {name} is none of {', '.join(_ACTIVATIONS)}")
     bias = tensors.get("linear.bias")

@@ -7,6 +7,7 @@ graph is rewritten, and a crash inside torch becomes a message.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,10 @@ from edgeq.data.probes import probe_feeds
 from edgeq.data.tokens import Feeds
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.frontend.locate import Located, from_json
-from edgeq.frontend.torch import sentence_transformers
+from edgeq.frontend.torch import own_path, sentence_transformers
 from edgeq.frontend.torch.configuration import write_configuration
 from edgeq.frontend.torch.errors import explain
-from edgeq.frontend.torch.load import load_model, source_of
+from edgeq.frontend.torch.load import make_traceable, open_model, source_of
 from edgeq.frontend.torch.trace import quiet, trace
 from edgeq.graph import external_data
 from edgeq.records import Source
@@ -48,10 +49,13 @@ def convert(located: Located, out_dir: Path, hidden_state: bool) -> Source:
         ConfigError: the model cannot be loaded.
         Unsupported: a graph cannot hold the model, or torch cannot trace it.
     """
-    model = load_model(located)
+    model = open_model(located)
     if located.takes_images:
         return _convert_images(located, model, out_dir, hidden_state)
+    own = own_path.of_model(model, located) if located.is_sentence_transformers else None
+    make_traceable(model, located)
     record = source_of(located, model)
+    own_path.write(own or own_path.of_tokenizer(model), out_dir)
     feeds = probe_feeds(len(model.tokenizer), record.max_sequence)
     _require_own_vectors(model, feeds[1], located.name)
     expected = torch_embeddings(model, feeds)
@@ -60,7 +64,7 @@ def convert(located: Located, out_dir: Path, hidden_state: bool) -> Source:
     for row, (ids, mask, vectors) in enumerate(arrays):
         named |= {f"{row}_0": ids, f"{row}_1": mask, f"{row}_2": vectors}
     np.savez(out_dir / PROBES, allow_pickle=False, **named)
-    write_configuration(model, out_dir / CONFIG)
+    write_configuration(model, out_dir / CONFIG, record)
     with external_data.outside(out_dir / _OUTSIDE):
         external_data.save(_to_onnx(model, hidden_state, located.name, record.max_sequence), out_dir / RAW)
     (out_dir / SOURCE).write_text(record.model_dump_json(), encoding="utf-8")
@@ -168,6 +172,7 @@ def main() -> int:
     """Convert the model of the JSON request on the command line; print an error as JSON."""
     request = json.loads(sys.argv[1])
     located = from_json(request["located"])
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; a model's own code downloads nothing
     try:
         convert(located, Path(request["out_dir"]), request["hidden_state"])
     except EdgeqError as error:

@@ -12,7 +12,8 @@ import numpy as np
 
 from edgeq.data.batches import PIXELS
 from edgeq.errors import ConfigError, EdgeqError, Unsupported
-from edgeq.frontend.onnx.interface import EMBEDDING, HIDDEN, IDS, MASK, SEGMENTS
+from edgeq.frontend.onnx.foreign_inputs import IDS, MASK, SEGMENTS
+from edgeq.frontend.onnx.interface import EMBEDDING, HIDDEN
 from edgeq.frontend.torch.errors import explain
 from edgeq.frontend.torch.trace import trace
 from edgeq.graph import external_data

@@ -7,7 +7,6 @@ list and give the same vectors.
 from __future__ import annotations
 
 from collections import OrderedDict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.frontend.torch import text_towers
-from edgeq.frontend.torch.supported_modules import TABLE, refuse_decoder, require_supported
+from edgeq.frontend.torch.supported_modules import TABLE, kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -28,25 +27,22 @@ _SAME_VECTOR = 1e-3  # relative: how far padding may move a text's vector where 
 _SENTENCE = "sentence_embedding"
 
 
-def make_traceable(model: SentenceTransformer, directory: Path, name: str, dim: int | None) -> None:
-    """Refuse modules that no graph can hold, and rewrite the others; the vectors of single texts stay the same.
+def make_traceable(model: SentenceTransformer, name: str, dim: int | None) -> None:
+    """Rewrite modules to those that a graph can hold; the vectors of single texts stay the same.
 
     A StaticEmbedding becomes a lookup and mean pooling. A truncation becomes a module: before the final Normalize where
     `dim` asks for it, at the very end where the model's own configuration does. Padding is moved to the right and gets
     a mask, so that each token has the same position as in the text alone.
 
     Args:
-        model: as sentence-transformers loads it; it is changed.
-        directory: of its files.
+        model: as sentence-transformers loads it, of modules that are supported; it is changed.
         name: for messages.
         dim: the option `--dim`.
 
     Raises:
-        Unsupported: a graph cannot hold one of the modules.
+        Unsupported: the model does not state its dimension.
         ConfigError: `dim` is larger than the vectors, or a Dense or LayerNorm follows a Normalize.
     """
-    require_supported(model, directory, name)
-    refuse_decoder(model, name)
     _unfold_table(model)
     own, model.truncate_dim = model.truncate_dim, None
     if dim is not None:
@@ -54,15 +50,15 @@ def make_traceable(model: SentenceTransformer, directory: Path, name: str, dim: 
     elif own is not None and own < _width(model):
         _insert_truncation(model, own, len(model), name)
     model.tokenizer.padding_side = "right"
-    model.max_seq_length = _usable_tokens(model)
+    model.max_seq_length = usable_tokens(model)
 
 
 def names(model: SentenceTransformer) -> tuple[str, ...]:
     """Name the modules of a model, with the pooling modes and the width of a truncation."""
     found = []
     for module in model:
-        name = type(module).__name__
-        if hasattr(module, "pooling_mode"):
+        name = kind_of(module)
+        if hasattr(module, "pooling_mode") and name == "Pooling":
             name = f"{name}:{'+'.join(modes(module))}"
         name = text_towers.named(module) or name
         found.append(f"{_TRUNCATE}{module.out_features} of {module.in_features}" if name == "Truncate" else name)
@@ -91,7 +87,7 @@ def modes(module: object) -> tuple[str, ...]:
 
 def is_static(model: SentenceTransformer) -> bool:
     """Tell whether the model is a StaticEmbedding, a table of token vectors instead of an encoder."""
-    return type(model[0]).__name__ == TABLE
+    return kind_of(model[0]) == TABLE
 
 
 def depends_on_padding(vectors: list[NDArray[np.float32]]) -> bool:
@@ -162,7 +158,7 @@ def _position_of_truncation(model: SentenceTransformer, name: str) -> int:
     Raises:
         ConfigError: a Dense or LayerNorm follows a Normalize.
     """
-    kinds = [type(module).__name__ for module in model]
+    kinds = [kind_of(module) for module in model]
     position = len(kinds)
     while position and kinds[position - 1] in ("Normalize", "Dropout"):
         position -= 1
@@ -214,7 +210,7 @@ def _width(model: SentenceTransformer) -> int:
     return int(dim)
 
 
-def _usable_tokens(model: SentenceTransformer) -> int:
+def usable_tokens(model: SentenceTransformer) -> int:
     """Give the most tokens of a text: the model's limit, or its number of positions where that is smaller.
 
     A table of positions whose first rows belong to padding has fewer positions than rows.

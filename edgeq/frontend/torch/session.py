@@ -6,6 +6,7 @@ inside it becomes a message.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -25,24 +26,27 @@ if TYPE_CHECKING:
 _POOLING = "Pooling:"
 
 
-def reopen(source: Source, model: str | None = None) -> Located:
+def reopen(source: Source, model: str | None = None, trust_remote_code: bool | None = None) -> Located:
     """Find the source of a bundle again.
 
     Args:
         source: the record in the bundle's manifest.
         model: its path or name now; None uses the name in the record.
+        trust_remote_code: whether the code that ran for the bundle may run again; none else does.
 
     Raises:
         ConfigError: nothing is found there, or another model.
+        Unsupported: the model's own code is needed and not trusted.
     """
     if source.kind in ("onnx", "module"):
         raise ConfigError(f"{source.name}: was given as {source.kind}; there is no directory to load into torch")
     pooling = next((name.removeprefix(_POOLING) for name in source.modules if name.startswith(_POOLING)), None)
     given = pooling if source.kind == "transformers" else None
-    located = locate(model or source.name, given)
+    may_run = trust_remote_code if source.code else False
+    located = locate(model or source.name, given, trust_remote_code=may_run)
     dim = truncated_to(source.modules)
     if located.sha256 != source.sha256 and dim is not None:  # cut by the export, not by the model's own configuration
-        located = locate(model or source.name, given, dim=dim)
+        located = locate(model or source.name, given, dim=dim, trust_remote_code=may_run)
     if located.sha256 != source.sha256:
         raise ConfigError(
             f"{model or source.name}: what is found there has sha256 {located.sha256[:12]}..., the bundles' source "
@@ -106,4 +110,5 @@ class _Child:
 
 
 if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"  # as in `edgeq.frontend.torch.convert`
     serve_standard_streams(lambda announce: _Child().actions())

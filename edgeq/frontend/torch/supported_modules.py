@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeq.errors import ConfigError, Unsupported
+from edgeq.frontend.model_kind import OWN_MODULES, TASKS, Entry, listed_modules
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -16,6 +17,49 @@ TABLE = "StaticEmbedding"  # a table of token vectors instead of an encoder
 _SUPPORTED = ("Transformer", TABLE, "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
 _ROUTERS = ("Router", "Asym")
 _SENTENCE = "sentence_embedding"
+_OWN_CODE = "transformers_modules"  # the package under which transformers imports a model's own code
+
+
+def kind_of(module: object) -> str:
+    """Name a module by its class; of the model's own code by FILE.CLASS, so that it is taken for no other."""
+    package, _, file = type(module).__module__.rpartition(".")
+    return f"{file}.{type(module).__name__}" if package.startswith(_OWN_CODE) else type(module).__name__
+
+
+def require_listed(model: SentenceTransformer, directory: Path) -> None:
+    """Compare the modules that were loaded with modules.json, one by one: their number, order and classes.
+
+    Args:
+        model: as sentence-transformers loaded it, unchanged.
+        directory: of its files.
+
+    Raises:
+        Unsupported: a module that is listed was not loaded, or in another class.
+    """
+    listed = listed_modules(directory)
+    loaded = list(model)
+    for position, entry in enumerate(listed):
+        found = loaded[position] if position < len(loaded) else None
+        if found is None or not _is_of(found, entry):
+            raise Unsupported(
+                f"{directory / 'modules.json'}: module {position} ({entry.path or '.'}) is {entry.type}, and "
+                f"sentence-transformers loaded {'nothing' if found is None else kind_of(found)} in its place: the "
+                "vectors would be another model's. Use the version of sentence-transformers that saved the model."
+            )
+    if len(loaded) > len(listed):
+        raise Unsupported(
+            f"{directory / 'modules.json'}: lists {len(listed)} modules, and sentence-transformers loaded "
+            f"{', '.join(map(kind_of, loaded))}. Use the version of sentence-transformers that saved the model."
+        )
+
+
+def _is_of(module: object, entry: Entry) -> bool:
+    """Tell whether a loaded module is of the class that modules.json names."""
+    if not entry.type.startswith(OWN_MODULES):
+        return kind_of(module) == entry.type.rpartition("--")[2]
+    from sentence_transformers.util import import_from_string
+
+    return type(module) is import_from_string(entry.type)
 
 
 def require_supported(model: SentenceTransformer, directory: Path, name: str) -> None:
@@ -32,7 +76,7 @@ def require_supported(model: SentenceTransformer, directory: Path, name: str) ->
     """
     has_prompts = any(model.prompts.values())
     for position, module in enumerate(model):
-        kind = type(module).__name__
+        kind = kind_of(module)
         if kind in _ROUTERS:
             routes = ", ".join(getattr(module, "sub_modules", {})) or "its routes"
             raise Unsupported(
@@ -40,7 +84,7 @@ def require_supported(model: SentenceTransformer, directory: Path, name: str) ->
                 "Save each route as a model of its own, SentenceTransformer(modules=[*model[0].sub_modules[ROUTE], "
                 "*model[1:]]).save(...), and export each."
             )
-        if kind not in _SUPPORTED:
+        if kind not in _SUPPORTED and "." not in kind:
             raise Unsupported(
                 f"{name}: module {position} is {kind}; a bundle can hold {', '.join(_SUPPORTED)}. "
                 "Leave the module out, or write what it does with those."
@@ -59,8 +103,33 @@ def require_supported(model: SentenceTransformer, directory: Path, name: str) ->
             f"{name}: its texts go through a chat template, which a tokenizer.json does not hold. Take the message "
             "modality out of sentence_bert_config.json if plain texts will do."
         )
-    for path in sorted(directory.glob("*/config.json")):
-        _require_torch_activation(path)
+    _require_vectors_of_texts(model, name)
+    for entry in listed_modules(directory):
+        path = directory / entry.path / "config.json"
+        if entry.type.startswith(OWN_MODULES) and entry.kind == "Dense" and path.is_file():
+            _require_torch_activation(path)
+
+
+def _require_vectors_of_texts(model: SentenceTransformer, name: str) -> None:
+    """Refuse an encoder with the head of another task, and modules that never make one vector of the token vectors.
+
+    Raises:
+        Unsupported: it is so.
+    """
+    first = model[0]
+    task = getattr(first, "transformer_task", "feature-extraction")
+    if task != "feature-extraction":
+        raise Unsupported(
+            f"{name}: its Transformer is loaded for {task}: it {TASKS.get(str(task), 'does another task')}. A model "
+            "whose encoder gives token vectors (feature-extraction) is needed."
+        )
+    kinds = [kind_of(module) for module in model]
+    pools = "Pooling" in kinds or kinds[0] == TABLE or any("." in kind for kind in kinds)
+    if not pools and getattr(first, "module_output_name", "token_embeddings") != _SENTENCE:
+        raise Unsupported(
+            f"{name}: its modules ({', '.join(kinds)}) give a vector for each token, as late interaction wants them, "
+            "and no Pooling makes them one vector of the text. Bundles hold models of one vector a text."
+        )
 
 
 def refuse_decoder(model: SentenceTransformer, name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +13,12 @@ from edgeq.data import image_preprocessing
 from edgeq.data.batches import PIXELS, PixelFeeds
 from edgeq.data.image_preprocessing import Preprocessing
 from edgeq.errors import ConfigError, Unsupported
-from edgeq.frontend import locate
+from edgeq.frontend import locate, settings
 from edgeq.frontend.locate import Located
 from edgeq.frontend.torch import sentence_transformers
+from edgeq.frontend.torch.supported_modules import kind_of
 from edgeq.records import Source
+from edgeq.system.files import work_dir
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ def source_of_images(located: Located, model: SentenceTransformer) -> Source:
         ConfigError: it has no image processor.
         Unsupported: its preprocessing is not supported.
     """
-    names = [type(module).__name__ for module in model]
+    names = [kind_of(module) for module in model]
     names = [
         f"{name}:{'+'.join(sentence_transformers.modes(module))}" if name == "Pooling" else name
         for name, module in zip(names, model, strict=True)
@@ -50,6 +51,8 @@ def source_of_images(located: Located, model: SentenceTransformer) -> Source:
         max_sequence=1,
         prompts={},
         default_prompt_name=None,
+        code=dict(located.code),
+        unused_settings=settings.read(located.directory, takes_images=True).unused,
     )
 
 
@@ -74,8 +77,8 @@ def preprocessing_of(model: SentenceTransformer, name: str, folder: Path | None 
         Unsupported: the processor has steps that edgeq lacks, or its pixels differ from edgeq's by more than rounding.
     """
     own = processor(model, name)
-    with tempfile.TemporaryDirectory() as scratch:
-        to = folder or Path(scratch)
+    with work_dir() as scratch:
+        to = folder or scratch
         own.save_pretrained(to)
         how = image_preprocessing.read(to / image_preprocessing.CONFIG, f"{name}/{image_preprocessing.CONFIG}")
     card = image_preprocessing.test_card()
@@ -137,10 +140,10 @@ def with_pooling(body: Any, pooling: str | None) -> list[Any]:
         return [body]
     if pooling is None:
         raise ValueError(f"it does not pool by itself; give --pooling with one of {', '.join(locate.POOLING_MODES)}")
-    with tempfile.TemporaryDirectory() as scratch:
+    with work_dir() as scratch:
         body.processor.save_pretrained(scratch)
         where = f"{body.model.name_or_path}/{image_preprocessing.CONFIG}"
-        (feed,) = probes(image_preprocessing.read(Path(scratch) / image_preprocessing.CONFIG, where), (1,))
+        (feed,) = probes(image_preprocessing.read(scratch / image_preprocessing.CONFIG, where), (1,))
     with torch.no_grad():
         tokens = body({PIXELS: torch.from_numpy(feed.pixel_values), "modality": "image"})["token_embeddings"]
     return [body, modules.Pooling(tokens.shape[-1], pooling_mode=pooling)]
@@ -160,7 +163,7 @@ def graph(model: SentenceTransformer, hidden_state: bool) -> torch.nn.Module:
         def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
             features: dict[str, Any] = {PIXELS: pixel_values, "modality": "image"}
             for module in self.model:
-                is_pooling = type(module).__name__ == "Pooling"
+                is_pooling = kind_of(module) == "Pooling"
                 features = pooled(module, features) if is_pooling else module(features)
             embedding: torch.Tensor = features["sentence_embedding"]
             hidden: torch.Tensor | None = features.get("token_embeddings")

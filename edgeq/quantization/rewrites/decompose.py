@@ -20,6 +20,7 @@ from edgeq.quantization.rewrites.decompose_unit_length import decompose_unit_len
 from edgeq.quantization.rewrites.pick_last_token import pick_last_token
 from edgeq.quantization.rewrites.repeat_kv_by_gather import repeat_kv_by_gather
 from edgeq.quantization.rewrites.rotate_half_by_gather import rotate_half_by_gather
+from edgeq.quantization.rewrites.rotation_by_gather import rotation_by_gather
 from edgeq.quantization.rewrites.slice_counted_positions import slice_counted_positions
 from edgeq.quantization.rewrites.take_first_token import take_first_token
 from edgeq.quantization.rewrites.where_to_min import where_to_min
@@ -32,6 +33,7 @@ DECOMPOSE: tuple[Callable[[ir.Model], Rewrites], ...] = (
     pick_last_token,
     where_to_min,
     rotate_half_by_gather,  # needs the shapes that were inferred, so before nodes are added without them
+    rotation_by_gather,  # what that left: rotations written in other operators, decided by computing them
     repeat_kv_by_gather,  # so does this
     slice_counted_positions,
     add_zero_bias,  # last: what the others write has no weights

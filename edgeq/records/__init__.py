@@ -8,45 +8,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Positive = Annotated[int, Field(ge=1, le=1 << 31)]  # dimensions and lengths: runtimes and tokenizers take no others
+from edgeq.records.record import FileRef as FileRef
+from edgeq.records.record import Positive as Positive
+from edgeq.records.record import Record as Record
+from edgeq.records.record import Sha256 as Sha256
+from edgeq.records.source import EndToEnd as EndToEnd
+from edgeq.records.source import Source as Source
+
 RunKind = Literal["device", "host-kernels", "emulator", "simulator", "not-run"]
 Status = Literal["passed", "failed", "not-run"]
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
-
-
-class Record(BaseModel):
-    """Make a record of its fields: frozen, without unknown keys, NaN or infinity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class FileRef(Record):
-    """Name a file by its path, sha256 and size.
-
-    `path` is absolute between stages (in the cache or a work folder). In a manifest it is relative to the bundle, in
-    POSIX notation; a file that is not in the bundle has a bare name.
-    """
-
-    path: str
-    sha256: Sha256
-    size_bytes: int
-
-
-class Source(Record):
-    """Describe the source model: of sentence-transformers or transformers, an ONNX file, or a torch module."""
-
-    name: str
-    kind: Literal["sentence-transformers", "transformers", "onnx", "module"]
-    sha256: Sha256  # over names and contents of all files that the vectors depend on
-    modules: tuple[str, ...]  # e.g. ("Transformer", "Pooling:mean", "Normalize")
-    inputs: tuple[str, ...]  # graph inputs: "input_ids", "attention_mask" [, "token_type_ids"]; or "pixel_values"
-    dim: Positive
-    max_sequence: Positive  # tokens, special tokens included; 1 for images
-    prompts: dict[str, str]
-    default_prompt_name: str | None
 
 
 class PassReport(Record):
@@ -54,7 +27,7 @@ class PassReport(Record):
 
     name: str
     rewrites: int
-    max_abs_error: float
+    max_abs_error: float  # of the largest value of each output
     near_misses: tuple[str, ...]
 
 
@@ -320,6 +293,7 @@ class ParityReport(Record):
     texts: TextSet | ImageSet
     reason: str | None = None  # why it was not run; such a bundle cannot be released
     other_settings: tuple[SettingReport, ...] = ()
+    end_to_end: EndToEnd = EndToEnd(status="not compared", reason="the report was made without it")
 
 
 class Golden(Record):
