@@ -20,6 +20,7 @@ from edgeq.graph.dataflow import mask_values
 from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline import calibrate
 from edgeq.quantization import quantize
+from edgeq.quantization.qdq import QdqBuilder, symmetric
 from edgeq.quantization.rewrites.affine_statistics import affine
 from edgeq.quantization.rewrites.center_values import center_values
 from edgeq.quantization.rewrites.decompose import DECOMPOSE
@@ -214,3 +215,21 @@ def test_a_models_own_activation_has_an_integer_form_or_is_named(
     else:
         with pytest.raises(Unsupported, match=f"{node.name}: Erf has no integer form"):
             quantize.quantize(model, calibrated.statistics, SCHEMES[scheme])
+
+
+def test_a_right_operand_is_read_without_a_zero_point_once_for_all_readers() -> None:
+    left, right = (ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape((2, 2))) for name in "xy")
+    makers = [ir.Node("", "Identity", [left], name="narrow"), ir.Node("", "Identity", [right], name="wide")]
+    readers = [ir.Node("", "Neg", [makers[0].outputs[0]], name="one"), ir.Node("", "Neg", [makers[1].outputs[0]])]
+    for node, name in zip(makers, ("k", "v"), strict=True):
+        node.outputs[0].name = name
+    graph = ir.Graph([left, right], [node.outputs[0] for node in readers], nodes=[*makers, *readers], name="g")
+    seen = Statistics(np.float32([-1.0]), np.float32([3.0]))
+    builder = QdqBuilder(graph, {"k": seen, "v": seen})
+    for node, bits in zip(makers, (8, 16), strict=True):
+        builder.store(node, node.outputs[0], builder.range(node.outputs[0], bits), bits)
+        found = builder.read_without_zero_point(node.outputs[0], 8, readers[0])
+        assert (found.bits, found.params) == (8, symmetric(3.0, 8))
+        assert builder.read_without_zero_point(node.outputs[0], 8, readers[1]) is found
+        assert builder.read(node.outputs[0], 8, readers[0]).params.zero_point != 0  # who may have one keeps it
+        assert builder.read_without_zero_point(node.outputs[0], 16, readers[0]).params.zero_point == 0
