@@ -133,7 +133,7 @@ pytest.importorskip("sentence_transformers", reason="needs the extra `export`")
 
 import tiny_modules  # noqa: E402
 import tiny_source  # noqa: E402
-from sentence_transformers import MultiVectorEncoder, SparseEncoder  # noqa: E402
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder  # noqa: E402
 from sentence_transformers.sentence_transformer import modules as own  # noqa: E402
 
 from edgeq.frontend.torch.load import load_model  # noqa: E402
@@ -189,3 +189,13 @@ def test_the_modules_that_were_loaded_are_those_of_modules_json(body: Path, tmp_
         path.write_text(json.dumps(content), encoding="utf-8")
         with pytest.raises(Unsupported, match=said):
             require_listed(model, folder)
+
+
+@pytest.mark.export
+def test_modules_that_sentence_transformers_replaces_while_it_loads_are_refused(
+    body: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_modules.save(tmp_path / "model", own.Pooling(64), own.Normalize(), encoder=body)
+    monkeypatch.setattr(SentenceTransformer, "model_type", "Another")  # it then converts: Transformer and mean pooling
+    with pytest.raises(Unsupported, match=r"module 2 .*Normalize, and sentence-transformers loaded nothing in its pl"):
+        load_model(locate.locate(str(folder)))
