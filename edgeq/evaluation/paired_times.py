@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 LEVEL = 0.99  # of intervals: a table has a dozen of them, and none should tell a difference by chance
-SMALLEST_DIFFERENCE = 1.03  # two processes of the same file, alone on a machine, differ by less
+SMALLEST_DIFFERENCE = 1.03  # a margin: two processes of one file differ, too, by their addresses and cores
 WIDEST_INTERVAL = 1.25  # high over low; beyond it, the machine was too busy to tell how large a difference is
 
 _TURN_MS, _MOST_RUNS = 20.0, 10

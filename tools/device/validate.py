@@ -784,7 +784,7 @@ def latencies(golden, runner, manifest, runs, warmup, progress):
 # --- paired times: from edgeq/evaluation/paired_times.py by tools/device_script; change them there -------------------
 
 LEVEL = 0.99  # of intervals: a table has a dozen of them, and none should tell a difference by chance
-SMALLEST_DIFFERENCE = 1.03  # two processes of the same file, alone on a machine, differ by less
+SMALLEST_DIFFERENCE = 1.03  # a margin: two processes of one file differ, too, by their addresses and cores
 WIDEST_INTERVAL = 1.25  # high over low; beyond it, the machine was too busy to tell how large a difference is
 
 _TURN_MS, _MOST_RUNS = 20.0, 10
