@@ -165,3 +165,11 @@ def test_equal_rotations_share_their_tables() -> None:
     new, done = rewritten(rotating([*both, *again, ("Max", ["y_q", "y_k"], "y", {})]))
     assert done.count == 2
     assert operators(new)["Expand"] == 2  # ones in either half of the lanes, once for both
+
+
+def test_what_another_rewrite_has_replaced_is_left_alone() -> None:
+    halved: list[Node] = [*halves("x"), *NEGATED, JOINED, *SUMMED]
+    halved[-4] = ("Concat", ["p", "a"], "joined", {"axis": -1})
+    edited = ir.from_proto(rotating(halved))
+    assert rotate_half_by_gather(edited).count == 1  # its Neg and Concat stand in the graph until they are dropped
+    assert rotation_by_gather(edited) == Rewrites(0)

@@ -30,8 +30,9 @@ def rotation_by_gather(model: ir.Model) -> Rewrites:
     near: list[str] = []
     found: list[Rotation] = []
     done: set[ir.Node] = set()
+    read = _read(model.graph)
     for node in reversed(list(model.graph)):
-        region = None if node in done else region_of(node)
+        region = region_of(node) if node in read and node not in done else None
         if region is None or not any(each.op_type in MOVED for each in region):
             continue
         done.update(region)
@@ -44,6 +45,19 @@ def rotation_by_gather(model: ir.Model) -> Rewrites:
     for rotation in reversed(found):  # in order: what a layer writes is read by those behind it
         _write(model.graph, rotation, tables)
     return Rewrites(len(found), tuple(near))
+
+
+def _read(graph: ir.Graph) -> set[ir.Node]:
+    """Collect the operators that an output depends on: what other rewrites replaced may still stand beside them."""
+    found: set[ir.Node] = set()
+    waiting: list[ir.Value | None] = list(graph.outputs)
+    while waiting:
+        value = waiting.pop()
+        node = value.producer() if value is not None else None
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += node.inputs
+    return found
 
 
 Signature = tuple[object, ...]
