@@ -219,7 +219,8 @@ def client_settings(target: Target) -> Mapping[str, object]:
     Without it OpenVINO computes in bf16 where the CPU has it, and a hint in an IR's `rt_info` is ignored (OpenVINO
     2026.4.1). Dynamic quantisation is off in the IR itself; threads and streams are left to the caller.
     """
-    return {"ov_config": {"INFERENCE_PRECISION_HINT": target.runtime["inference_precision_hint"]}}
+    hint = target.runtime.get("inference_precision_hint")  # an NPU has none
+    return {} if hint is None else {"ov_config": {"INFERENCE_PRECISION_HINT": hint}}
 
 
 def other_settings(artifact: Artifact, bundle: Path, target: Target) -> Iterator[Setting]:
