@@ -90,6 +90,8 @@ def test_an_onnx_file_in_such_a_directory_is_refused_by_every_verb_that_takes_it
             ["Transformer", "sentence_transformers.cross_encoder.modules.LogitScore"],
             "LogitScore: the model gives scores",
         ),
+        (["BoW", "Pooling"], "BoW; a bundle can hold Transformer, StaticEmbedding, Pooling"),
+        (["Transformer", "sentence_transformers.models.NoSuch"], "NoSuch; a bundle can hold"),
         (["Transformer", "some.package.Pooling"], "some.package.Pooling, a class of an installed package"),
     ],
 )
@@ -169,6 +171,9 @@ def test_token_vectors_that_nothing_pools_are_refused(body: Path, tmp_path: Path
     listed = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
     (folder / "modules.json").write_text(json.dumps([listed[0], listed[2]]), encoding="utf-8")
     with pytest.raises(Unsupported, match=r"modules \(Transformer, Dense\) give a vector for each token"):
+        load_model(locate.locate(str(folder)))
+    (folder / "modules.json").write_text(json.dumps([listed[1], listed[0]]), encoding="utf-8")
+    with pytest.raises(Unsupported, match="its modules are Pooling, Transformer; one encoder"):
         load_model(locate.locate(str(folder)))
 
 

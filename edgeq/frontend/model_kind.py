@@ -32,6 +32,9 @@ _CLASSES = {
     "SparseStaticEmbedding": _SPARSE, "IDF": _SPARSE, "MultiVectorMask": _LATE, "TokenPooling": _LATE,
     "LogitScore": _SCORES,
 }  # fmt: skip
+# Modules that a bundle can hold; each keeps its own files there, so that sentence-transformers opens the bundle.
+SUPPORTED = ("Transformer", "StaticEmbedding", "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
+_LATER = ("Router", "Asym", "CLIPModel")  # refused with their routes, or taken for images, once they are loaded
 # How transformers names models whose head gives no vector of a text, and the marks of late interaction.
 _HEADS = (
     "ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice", "ForNextSentencePrediction",
@@ -46,7 +49,7 @@ TASKS = {
     "any-to-any": "writes texts",
     "retrieval": _LATE,
 }
-_GIVE = "Give a model that is saved as a SentenceTransformer, or a plain encoder with --pooling."
+_GIVE = "Give a model that was trained for that, and is saved as a SentenceTransformer."
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def refuse_other_kinds(directory: Path) -> None:
     """Refuse a directory that calls itself anything but a SentenceTransformer, or lists modules of another kind.
 
     Raises:
-        Unsupported: the model gives no single dense vector of a text.
+        Unsupported: the model gives no single dense vector of a text, or no bundle can hold a module.
         ConfigError: a file is no JSON of the form that sentence-transformers writes.
     """
     settings, config = read_object(directory / SETTINGS), read_object(directory / CONFIG)
@@ -104,6 +107,11 @@ def refuse_other_kinds(directory: Path) -> None:
             raise Unsupported(
                 f"{directory / MODULES}: module {entry.name} is {entry.type}: the model {gives}. Without that module "
                 f"it would be another model. {_GIVE}"
+            )
+        if entry.type.startswith(OWN_MODULES) and entry.kind not in (*SUPPORTED, *_LATER):
+            raise Unsupported(
+                f"{directory / MODULES}: module {entry.name} is {entry.type}; a bundle can hold "
+                f"{', '.join(SUPPORTED)}. Write what the module does with those."
             )
     for path in sorted({directory, *(directory / entry.path for entry in listed_modules(directory))}):
         task = read_object(path / "sentence_bert_config.json").get("transformer_task", "feature-extraction")

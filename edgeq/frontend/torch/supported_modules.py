@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeq.errors import ConfigError, Unsupported
-from edgeq.frontend.model_kind import OWN_MODULES, TASKS, Entry, listed_modules
+from edgeq.frontend.model_kind import OWN_MODULES, SUPPORTED, TASKS, Entry, listed_modules
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 TABLE = "StaticEmbedding"  # a table of token vectors instead of an encoder
-# Modules that a bundle can hold. Each keeps its own files there, so that sentence-transformers opens the bundle.
-_SUPPORTED = ("Transformer", TABLE, "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
+_ENCODERS = ("Transformer", TABLE)
 _ROUTERS = ("Router", "Asym")
 _SENTENCE = "sentence_embedding"
 _OWN_CODE = "transformers_modules"  # the package under which transformers imports a model's own code
@@ -84,9 +83,9 @@ def require_supported(model: SentenceTransformer, directory: Path, name: str) ->
                 "Save each route as a model of its own, SentenceTransformer(modules=[*model[0].sub_modules[ROUTE], "
                 "*model[1:]]).save(...), and export each."
             )
-        if kind not in _SUPPORTED and "." not in kind:
+        if kind not in SUPPORTED and "." not in kind:
             raise Unsupported(
-                f"{name}: module {position} is {kind}; a bundle can hold {', '.join(_SUPPORTED)}. "
+                f"{name}: module {position} is {kind}; a bundle can hold {', '.join(SUPPORTED)}. "
                 "Leave the module out, or write what it does with those."
             )
         if kind == "Pooling" and has_prompts and not getattr(module, "include_prompt", True):
@@ -124,6 +123,12 @@ def _require_vectors_of_texts(model: SentenceTransformer, name: str) -> None:
             "whose encoder gives token vectors (feature-extraction) is needed."
         )
     kinds = [kind_of(module) for module in model]
+    encoders = [position for position, kind in enumerate(kinds) if kind in _ENCODERS]
+    if encoders not in ([0], []) or not hasattr(first, "tokenizer"):
+        raise Unsupported(
+            f"{name}: its modules are {', '.join(kinds)}; one encoder with a tokenizer is needed, at their beginning. "
+            "Restore modules.json from the model's origin."
+        )
     pools = "Pooling" in kinds or kinds[0] == TABLE or any("." in kind for kind in kinds)
     if not pools and getattr(first, "module_output_name", "token_embeddings") != _SENTENCE:
         raise Unsupported(
