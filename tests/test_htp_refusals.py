@@ -14,7 +14,8 @@ STORED = {
     "model.layers.0.rotary.inv_freq": np.ones((1, 8), np.float32), "two": np.array(2, np.float32),
     "three": np.array(3, np.float32), "axis": np.array([1], np.int64), "pad": np.array(1, np.int64),
     "model.layers.1.norm.weight": np.ones(8, np.float32), "model.positions.weight": np.ones((64, 8), np.float32),
-    "axis0": np.array(1, np.int64), "last": np.array([-1], np.int64),
+    "axis0": np.array(1, np.int64), "last": np.array([-1], np.int64), "zeros": np.array([0, 0]),
+    "model.rotary.weight": np.ones((64, 8), np.float32),
 }  # fmt: skip
 ANGLES: list[Node] = [
     ("Shape", ["input_ids"], "size"), ("Gather", ["size", "axis0"], "length"),
@@ -30,6 +31,16 @@ PARTS: dict[str, tuple[list[Node], str, str]] = {
         [("Cos", ["h"], "cos"), ("Mul", ["h", "cos"], "y"), ("Add", ["y", "model.layers.1.norm.weight"], "z")],
         "Mul has no form", "near model.layers.1.norm",
     ),
+    "rotary table": (
+        [("Shape", ["input_ids"], "size"), ("Slice", ["model.rotary.weight", "zeros", "size", "zeros"], "rows"),
+         ("Mul", ["h", "rows"], "y")],
+        "rotary positions have no form", "near model.rotary",
+    ),
+    "biased scores": (
+        [*ANGLES, ("Add", ["h", "angles"], "y"), ("Add", ["y", "h"], "masked"), ("Softmax", ["masked"], "z")],
+        "bias by positions on attention's scores", "near model.layers.0.rotary",
+    ),
+    "added positions": ([*ANGLES, ("Add", ["h", "angles"], "y"), ("Neg", ["y"], "z")], "Add has no form", "(Add, near"),
     "RMSNorm": (
         [("Pow", ["h", "two"], "y"), ("ReduceMean", ["y", "last"], "mean"), ("Sqrt", ["mean"], "root"),
          ("Div", ["h", "root"], "unit"), ("Mul", ["unit", "model.layers.1.norm.weight"], "z")],

@@ -247,6 +247,16 @@ def test_a_flattened_softmax_is_unflattened_over_the_last_axis_only(axis: int) -
     assert ("Flatten" in operators(new)) == (axis == 1)
 
 
+def test_a_flattened_softmax_may_be_brought_back_more_than_once() -> None:
+    nodes: list[Node] = [
+        LOOKUP, ("Flatten", ["h"], "flat", {"axis": 2}), ("Softmax", ["flat"], "s", {"axis": -1}),
+        ("Shape", ["h"], "size", {}), ("Reshape", ["s", "size"], "r", {}), ("Reshape", ["s", "size"], "t", {}),
+        ("Neg", ["r"], "n", {}), ("Add", ["n", "t"], "sentence_embedding", {}),
+    ]  # fmt: skip
+    new, done = rewritten(token_graph(nodes, {}), unflatten_softmax)
+    assert done == Rewrites(1) and not {"Flatten", "Reshape"} & set(operators(new))
+
+
 def side_scaled(shared: bool) -> onnx.ModelProto:
     nodes: list[Node] = [
         ("MatMul", ["x", "wq"], "q", {}), ("Mul", ["q", "half"], "qs", {}),

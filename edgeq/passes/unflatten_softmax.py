@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgeq.graph.edit import Rewrites, add_node, is_read_once, made_by, readers, replace_uses
+from edgeq.graph.edit import Rewrites, add_node, made_by, readers, replace_uses
 from edgeq.graph.evaluate import feeds_of_ones, outputs_of
 
 
@@ -26,18 +26,25 @@ def unflatten_softmax(model: ir.Model) -> Rewrites:
         x = flat.inputs[0] if flat is not None else None
         if flat is None or x is None:
             continue
-        back = readers(node.outputs[0])[0] if is_read_once(node.outputs[0]) else None
-        shape = made_by(back.inputs[1], "Shape") if back is not None and back.op_type == "Reshape" else None
-        if back is None or shape is None or shape.inputs[0] is not x:
+        backs = readers(node.outputs[0])
+        if not backs or node.outputs[0].is_graph_output() or not all(_gives_back(back, x) for back in backs):
             near.append(f"{node.name}: a flattened softmax that is not brought back to its shape")
             continue
         axis, rank = flat.attributes["axis"].as_int() if "axis" in flat.attributes else 1, _rank(model, x)
         if axis not in (-1, rank - 1):
             near.append(f"{node.name}: a softmax over more than the last axis ({axis} of {rank})")
             continue
-        replace_uses(back.outputs[0], add_node(node, "Softmax", [x], f"{node.name}/last", {"axis": -1}))
+        last = add_node(node, "Softmax", [x], f"{node.name}/last", {"axis": -1})
+        for back in backs:
+            replace_uses(back.outputs[0], last)
         count += 1
     return Rewrites(count, tuple(near))
+
+
+def _gives_back(node: ir.Node, x: ir.Value) -> bool:
+    """Tell whether a node reshapes to the shape of x."""
+    shape = made_by(node.inputs[1], "Shape") if node.op_type == "Reshape" else None
+    return shape is not None and shape.inputs[0] is x
 
 
 def _rank(model: ir.Model, value: ir.Value) -> int:

@@ -206,10 +206,15 @@ def _matmul(walk: HtpWalk, node: ir.Node) -> None:
     for position, value in enumerate(node.inputs):
         node.replace_input_with(position, builder.read(value, bits, node).value)
     followers = readers(node.outputs[0])
-    if len(followers) == 1 and followers[0].op_type in ("Add", "Softmax"):
+    if len(followers) == 1 and _ends_scores(walk, followers[0]):
         builder.store(node, node.outputs[0], _score_params(walk, followers[0]), bits)
     else:  # of the values: an 8-bit result is rounded otherwise over more tokens, padding or not
         builder.store(node, node.outputs[0], builder.range(node.outputs[0], 16), 16)
+
+
+def _ends_scores(walk: HtpWalk, node: ir.Node) -> bool:
+    """Tell whether a node is the softmax, or adds the mask: a bias by positions is added before in 16 bits."""
+    return node.op_type == "Softmax" or (node.op_type == "Add" and any(value in walk.of_mask for value in node.inputs))
 
 
 def _add(walk: HtpWalk, node: ir.Node) -> None:

@@ -33,11 +33,15 @@ def known_part(node: ir.Node) -> str:
 
 
 def _rotates(node: ir.Node) -> bool:
-    """Tell whether a node multiplies by cosines or sines of positions (RoPE)."""
+    """Tell whether a node multiplies by cosines or sines of positions (RoPE), or by rows of a table of them."""
+    if node.op_type != "Mul":
+        return False
     for value in node.inputs:
-        while (step := made_by(value, *_SIGNED_COPIES, "Mul")) is not None:
+        start = value
+        while (step := made_by(value, *_SIGNED_COPIES, "Concat", "Mul", "Split")) is not None:
             value = step.inputs[0]
-        if made_by(value, "Cos", "Sin") is not None and follows_from_sizes(value):
+        is_table = value is not start and constant(value) is not None and follows_from_sizes(start)
+        if is_table or (made_by(value, "Cos", "Sin") is not None and follows_from_sizes(value)):
             return True
     return False
 
@@ -61,6 +65,15 @@ def _masks_tokens(node: ir.Node) -> bool:
         if value is not None and value.is_graph_input() and value.name == "attention_mask":
             return True
     return False
+
+
+def _biases_scores(node: ir.Node) -> bool:
+    """Tell whether a node adds what positions give to attention scores."""
+    if node.op_type != "Add" or not any(map(follows_from_sizes, node.inputs)):
+        return False
+    behind = readers(node.outputs[0])
+    behind += [each for add in behind if add.op_type == "Add" for each in readers(add.outputs[0])]
+    return any(each.op_type == "Softmax" for each in behind)
 
 
 def _limits_attention(node: ir.Node) -> bool:
@@ -98,6 +111,11 @@ _PARTS: tuple[tuple[Callable[[ir.Node], bool], str], ...] = (
         _masks_tokens,
         "tokens multiplied by the attention mask inside the model have no form for HTP; attention's scores and "
         "poolings take the mask",
+    ),
+    (
+        _biases_scores,
+        "a bias by positions on attention's scores (ALiBi, T5's bias by distance) has no form for HTP; positions that "
+        "are added to the tokens have one",
     ),
     (
         _limits_attention,
