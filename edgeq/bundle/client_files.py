@@ -2,7 +2,7 @@
 
 Every file that limits a text's tokens states the one limit that parity was measured with.
 Each library that opens a bundle reads the limit from another file: fastembed takes the least of `max_length` and
-`model_max_length` of tokenizer_config.json, transformers and transformers.js take `model_max_length`, the tokenizers
+`model_max_length` of tokenizer_config.json, transformers takes `model_max_length`, the tokenizers
 library takes the truncation of tokenizer.json, sentence-transformers takes sentence_bert_config.json.
 """
 
