@@ -22,7 +22,7 @@ from edgeq.records import HtpSpec, IntegerSpec, MixedSpec, SchemeKind, VendorSpe
 EDGEQ = Path(__file__).resolve().parent.parent / "edgeq"
 SPECS = (MixedSpec, IntegerSpec, HtpSpec, VendorSpec)
 # What a new kind of scheme edits: these, the module that quantises by it, and the backend that takes it.
-KNOW_KINDS = {"records.py", "quantization/quantize.py", "quantization/schemes.py"}
+KNOW_KINDS = {"records/__init__.py", "quantization/quantize.py", "quantization/schemes.py"}
 MAY_KNOW_ONE = (
     "quantization/integer/",
     "quantization/htp/",

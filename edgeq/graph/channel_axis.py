@@ -30,9 +30,6 @@ _SAME_AXIS = (
     | operators.of_kind("comparison", "cast", "normalization", "joining", "extremum", "quantization")
     | {"Identity", "Split", "Slice", "Expand", "Tile", "GlobalAveragePool", "CumSum", "BatchNormalization"}
 ) - {"ReduceMax"}
-_REDUCING = frozenset(
-    name for name in operators.of_kind("reduction", "extremum", "index") if name.startswith(("Reduce", "ArgMax"))
-)
 
 
 def channel_axes(graph: ir.Graph) -> dict[ir.Value, int]:
@@ -175,7 +172,7 @@ def _links(node: ir.Node) -> Iterator[Link]:
         yield operands[0], output, _only(-2), _only(-2)
     elif node.op_type == "Reshape":
         yield from _reshaped(node, first, output)
-    elif node.op_type in _REDUCING | {"Squeeze"}:
+    elif node.op_type in operators.REDUCING | {"ArgMax", "Squeeze"}:
         is_kept = node.op_type != "Squeeze" and _number(node, "keepdims", 1) == 1
         dropped = [] if is_kept else _axes(node, first)
         if dropped is not None:

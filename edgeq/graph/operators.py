@@ -203,6 +203,7 @@ OBSERVED = frozenset(name for name, row in OPERATORS.items() if row.observed)
 ACTIVATIONS = of_kind("activation")
 ELEMENTWISE = of_kind("arithmetic", "function", "activation")
 BROADCASTING = of_kind("arithmetic")  # without comparisons: what makes masks is recognised with its Expand
+REDUCING = (of_kind("reduction") | {"ReduceMax"}) - {"GlobalAveragePool"}  # along axes that the node names
 LAYOUT = of_kind("layout")
 MOVEMENT = of_kind("layout", "selection", "repetition")  # each output element is one of the first operand's
 LINEAR_IN_FIRST = MOVEMENT | {"Neg"}

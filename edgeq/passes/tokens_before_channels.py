@@ -10,7 +10,7 @@ from edgeq.graph import operators
 from edgeq.graph.edit import Rewrites, constant, is_read_once, readers
 from edgeq.graph.evaluate import measured_shapes
 from edgeq.passes.moved_transposes import TURNED, MovedTransposes, order_of
-from edgeq.passes.transpose_moves import REDUCING, join, move, reduced
+from edgeq.passes.transpose_moves import join, move, reduced
 from edgeq.passes.turned_operand import Sizes
 
 
@@ -108,7 +108,9 @@ def _is_scores(state: MovedTransposes, value: ir.Value, softmax: ir.Node) -> boo
 def _finish(state: MovedTransposes) -> None:
     """Sum masks up in the order that tokens have now, cancel what is left, and write shapes that inference loses."""
     for node in list(state.graph):
-        twin = state.operands.made(node.inputs[0], TURNED) if node.op_type in REDUCING and node.inputs else None
+        twin = (
+            state.operands.made(node.inputs[0], TURNED) if node.op_type in operators.REDUCING and node.inputs else None
+        )
         keeps = node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1
         if twin is not None and not keeps:
             state.count += reduced(state, node, twin, TURNED)

@@ -12,7 +12,6 @@ from edgeq.graph.edit import add_constant, constant, replace_uses
 from edgeq.passes.moved_transposes import TURNED, MovedTransposes, order_of
 from edgeq.passes.turned_operand import Order
 
-REDUCING = frozenset(name for name in operators.of_kind("reduction", "extremum") if name.startswith("Reduce"))
 _ALONG_AN_AXIS = frozenset({"Softmax", "LogSoftmax", "LpNormalization"})
 _EACH_ELEMENT = operators.ELEMENTWISE | operators.of_kind("comparison", "cast") | {"Identity"}
 
@@ -25,7 +24,7 @@ def move(state: MovedTransposes, node: ir.Node) -> bool:
         return False
     if node.op_type in _EACH_ELEMENT:
         return _elementwise(state, node)
-    if node.op_type in REDUCING:
+    if node.op_type in operators.REDUCING:
         return _reduction(state, node)
     return node.op_type in _RULES and _RULES[node.op_type](state, node)
 
