@@ -97,14 +97,19 @@ def exporting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[export_serve
 
 
 @pytest.fixture(autouse=True)
-def _logs_as_before() -> Iterator[None]:
-    """Take back log levels and handlers that a command of the test set, such as `--quiet`: the next test reads logs."""
-    root, ours = logging.getLogger(), logging.getLogger("edgeq")
-    handlers, levels = root.handlers[:], (root.level, ours.level)
+def _logs_as_at_the_start() -> Iterator[None]:
+    """Let every test see warnings, whatever a command such as `--quiet` of another test or of a fixture has set."""
+    root = logging.getLogger()
+    handlers = root.handlers[:]
+    _show_warnings()
     yield
     root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    ours.setLevel(levels[1])
+    _show_warnings()
+
+
+def _show_warnings() -> None:
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("edgeq").setLevel(logging.NOTSET)
 
 
 @pytest.hookimpl(optionalhook=True)

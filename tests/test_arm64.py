@@ -71,7 +71,12 @@ def make_bundle(folder: Path, model: Path, golden: GoldenData) -> Path:
     (artifact / "onnx" / "model.onnx").unlink()
     (artifact / "model.tflite").write_bytes(model.read_bytes())
     files = (file_ref(artifact / "model.tflite", artifact),)
-    lineage = dataclasses.replace(lineage, artifact=lineage.artifact.model_copy(update={"files": files}))
+    longest = {
+        name: getattr(lineage, name).model_copy(update={"max_sequence": golden.input_ids.shape[1]})
+        for name in ("source", "float_model", "equalized_model", "qdq_model")
+    }
+    artifact_record = lineage.artifact.model_copy(update={"files": files})
+    lineage = dataclasses.replace(lineage, artifact=artifact_record, **longest)
     write(folder / "out", lineage, artifact, config, golden, make_report(target), overwrite=False)
     return folder / "out"
 
