@@ -102,7 +102,7 @@ def analyze(request: AnalysisRequest, progress: Progress) -> Analysis:
         scheme = _cheapest(found.sites, costs, trials) if request.is_automatic else None
     return Analysis(
         target=target.name,
-        change="16-bit activations in and out" if integer else "float weights and activations",
+        change="16-bit activations in and out" if integer else "16-bit activations, as two 8-bit products",
         sensitivity=found,
         costs=costs,
         trials=tuple(trials.done),
