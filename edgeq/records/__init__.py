@@ -135,7 +135,7 @@ class Scheme(Record):
     range_method: RangeMethod = "minmax"
     spec: Annotated[MixedSpec | IntegerSpec | HtpSpec | VendorSpec, Field(discriminator="kind")] = MixedSpec()
     feeds: int = 0  # how many calibration texts, of evenly spread lengths, the compiler observes itself
-    promoted: tuple[str, ...] = ()  # weight products that read 16 bits; where other tensors are float, as two 8-bit products
+    promoted: tuple[str, ...] = ()  # weight products that read 16 bits; beside float tensors as two 8-bit products
 
     @property
     def kind(self) -> SchemeKind:
