@@ -234,8 +234,8 @@ def _cheapest(products: Sequence[Product], costs: Sequence[Cost], trials: _Trial
         if high >= len(ordered):
             failed = trials.run(ordered)[0].measures
             raise ParityFailed(
-                f"with all {len(ordered)} products promoted the gate does not hold either (cosine mean "
-                f"{failed.cosine_mean if failed else math.nan:.5f}): the loss is elsewhere. See the layers in "
+                f"with all {len(ordered)} products promoted the gate does not hold either (centred cosine mean "
+                f"{failed.centred_cosine_mean if failed else math.nan:.5f}): the loss is elsewhere. See the layers in "
                 "edgeq compare --html, calibrate on texts like your own, or choose another target."
             )
         low, high = high, min(2 * high, len(ordered))
