@@ -166,7 +166,7 @@ def test_small_numbers_by_hand() -> None:
     texts = ["one", "two", "three", "x" * 201]
     made = figures.measured("b", reference, other, texts, 1.0)
     worst = figures.worst_texts([made], reference, texts, Tokens(((1,), (1, 2), (1,), (1,)), 0, 0))
-    assert [item.text for item in worst] == ["x" * 200 + "…", "three", "one", "two"]
+    assert [item.text for item in worst][:2] == ["x" * 200 + "…", "three"]
     assert [item.errors[0].max_abs_error for item in worst] == [2.0, 1.0, 0.0, 0.0]
     assert figures.percentiles(np.array([0.5, 0.9, 0.7]))[::50] == (0.5, 0.7, 0.9)
 

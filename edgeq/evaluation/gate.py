@@ -44,6 +44,11 @@ class _Limit(NamedTuple):
         """Tell whether a value meets the limit; NaN does not."""
         return value >= self.limit if self.is_floor else value <= self.limit
 
+    @property
+    def is_undecided(self) -> bool:
+        """Tell whether the measure meets the limit and the end of its interval does not; NaN decides against it."""
+        return self.is_met_by(self.value) and not self.is_met_by(self.end) and not math.isnan(self.end)
+
     def further_texts(self, texts: int) -> int:
         """Give about how many more texts would narrow the interval enough: its width goes with 1 / sqrt(texts)."""
         room = abs(self.value - self.limit)
@@ -126,7 +131,7 @@ def further_texts(measures: Measures, gate: Gate) -> int | None:
     None where every limit of `measures` is met, or one is missed whatever further texts say.
     """
     limits = [each for each in _limits(measures, gate) if not each.is_met_by(each.end)]
-    if not limits or not all(each.is_met_by(each.value) for each in limits) or judge_constants(measures, gate):
+    if not limits or not all(each.is_undecided for each in limits) or judge_constants(measures, gate):
         return None
     return max(each.further_texts(measures.texts) for each in limits)
 
@@ -197,7 +202,7 @@ def _limits(measures: Measures, gate: Gate) -> tuple[_Limit, ...]:
 def _missed(found: _Limit, texts: int) -> str:
     """Spell a missed limit; a mean that meets it is undecided, and the end of its interval is named."""
     bound = f"at least {found.limit:g} is needed" if found.is_floor else f"at most {found.limit:g} is allowed"
-    if not found.is_met_by(found.value):
+    if not found.is_undecided:
         return f"{found.name} is {found.value:.6f}; {bound}."
     return (
         f"{found.name} is {found.value:.6f}, and {found.end:.6f} at the worse end of its interval; {bound}: undecided: "
