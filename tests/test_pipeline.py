@@ -36,11 +36,12 @@ from edgeq.targets import load_target  # noqa: E402
 
 # Random weights hardly separate texts: only that the vectors are near is judged here.
 EASY = Gate(
-    cosine_mean_min=0.9, cosine_min_min=0.5, top10_overlap_min=0.1, spearman_min=0.1, invariance_min=0.99999,
+    centred_cosine_mean_min=0.9, centred_cosine_p01_min=0.5, centred_cosine_min_min=0.5, regret_mean_max=0.5,
+    regret_p99_max=1.0, spearman_min=0.1, exactness_min=0.9, invariance_min=0.99999,
     norm_error_max=1e-3, norm_error_unnormalized_max=0.5, float_fallbacks_max=0, host_operators_max=0,
     export_run_kinds=("device", "host-kernels"), release_run_kinds=("device",),
 )  # fmt: skip
-STRICT = EASY.model_copy(update={"cosine_mean_min": 1.0})
+STRICT = EASY.model_copy(update={"centred_cosine_mean_min": 1.0})
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_a_scheme_with_promoted_products_makes_a_bundle_that_verifies(request_: 
 def test_an_integer_only_bundle_holds_dense_and_pooling(request_: ExportRequest, tmp_path: Path, pooling: str) -> None:
     pytest.importorskip("ai_edge_litert", reason="needs the extra `tflite`")
     target = load_target("integer-only-w8a16")
-    gate = target.gate.model_copy(update={"cosine_mean_min": 0.9995, "cosine_min_min": 0.999})
+    gate = target.gate.model_copy(update={"centred_cosine_mean_min": 0.9995, "centred_cosine_min_min": 0.999})
     target = target.model_copy(update={"gate": gate, "buckets_tokens": (16, 64, 512)})
     # sqrt(n) is part of vectors that keep their length: unit vectors would not show it.
     model = tiny_source.sentence_transformer(
@@ -138,8 +139,8 @@ def test_an_ethos_u_bundle_holds_dense_and_pooling(
 ) -> None:
     pytest.importorskip("ethosu", reason="needs the extra `ethos-u`")
     target = load_target(name)
-    own = {"cosine_mean_min": 0.9995, "cosine_min_min": 0.999, "host_operators_max": 3}
-    gate = target.gate.model_copy(update={**own, "top10_overlap_min": 0.9})  # random weights hardly separate 45 texts
+    own = {"centred_cosine_mean_min": 0.9995, "centred_cosine_min_min": 0.999, "host_operators_max": 3}
+    gate = target.gate.model_copy(update={**own, "regret_mean_max": 0.1})  # random weights hardly separate 45 texts
     target = target.model_copy(update={"gate": gate, "buckets_tokens": (64,)})
     model = tiny_source.sentence_transformer(
         tmp_path / "model", pooling=pooling, dense=pooling == "mean", normalize=pooling != "mean_sqrt_len_tokens"
@@ -166,7 +167,9 @@ def test_an_htp_bundle_holds_dense_and_pooling_and_says_how_many_texts_ran(
 ) -> None:
     pytest.importorskip("onnxruntime_qnn", reason="needs the extra `qnn`")
     target = load_target("snapdragon-8-gen-3")
-    gate = target.gate.model_copy(update={"cosine_mean_min": 0.998, "top10_overlap_min": 0.5, "spearman_min": 0.9})
+    gate = target.gate.model_copy(
+        update={"centred_cosine_mean_min": 0.998, "regret_mean_max": 0.5, "regret_p99_max": 1.0, "spearman_min": 0.9}
+    )
     target = target.model_copy(update={"gate": gate, "buckets_tokens": (16, 512)})
     model = tiny_source.sentence_transformer(tmp_path / "model", pooling=pooling, dense=pooling == "mean")
     (made,) = export.export(replace(request_, model=str(model), targets=(target,)), silent)
@@ -267,7 +270,7 @@ def test_what_was_never_run_cannot_pass_nor_hide_a_failure(request_: ExportReque
     elsewhere = openvino_target("intel-openvino-npu", export_run_kinds=("device",))
     with pytest.raises(DeviceUnavailable, match="its gate asks for a run on device"):
         export.export(replace(request_, targets=(elsewhere,)), silent)
-    strict = openvino_target("intel-openvino-npu", cosine_mean_min=1.0)
+    strict = openvino_target("intel-openvino-npu", centred_cosine_mean_min=1.0)
     (missed,) = export.export(replace(request_, targets=(strict,)), silent)
     assert missed.status == "failed" and "CPU plugin" in missed.failures[0]
     (made,) = export.export(replace(request_, targets=(target,)), silent)
@@ -308,7 +311,7 @@ def test_a_second_export_reuses_everything_and_gives_the_same_bytes(
 def test_a_failed_gate_keeps_the_report_and_no_bundle(request_: ExportRequest) -> None:
     (made,) = export.export(failing(request_), silent)
     assert made.status == "failed" and made.path == ""
-    assert "cosine mean" in made.failures[0]
+    assert "centred cosine mean" in made.failures[0]
     assert [path.name for path in request_.out.iterdir()] == ["x86-64-avx2-onnxruntime.parity.json"]
     assert json.loads(Path(made.report).read_text(encoding="utf-8"))["status"] == "failed"
     (passed,) = export.export(request_, silent)

@@ -234,8 +234,8 @@ def _cheapest(sites: Sequence[Site], costs: Sequence[Cost], trials: _Trials) -> 
         if high >= len(ordered):
             failed = run(high).measures
             raise ParityFailed(
-                f"with all {len(_names(ordered))} products promoted the gate does not hold either (cosine mean "
-                f"{failed.cosine_mean if failed else math.nan:.5f}): the loss is elsewhere. See the layers in "
+                f"with all {len(_names(ordered))} products promoted the gate does not hold either (centred cosine mean "
+                f"{failed.centred_cosine_mean if failed else math.nan:.5f}): the loss is elsewhere. See the layers in "
                 "edgeq compare --html, calibrate on texts like your own, or choose another target."
             )
         low, high = high, min(2 * high, len(ordered))

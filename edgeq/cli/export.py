@@ -152,7 +152,8 @@ def _quality(parity: Measures | None) -> list[str]:
     """Format the measures of the table, or dashes where nothing was measured."""
     if parity is None:
         return ["-"] * 4
-    return [f"{value:.4f}" for value in (parity.cosine_mean, parity.cosine_min, parity.spearman, parity.top10_overlap)]
+    figures = (parity.centred_cosine_mean, parity.centred_cosine_min, parity.spearman, parity.regret_mean)
+    return [f"{value:.4f}" for value in figures]
 
 
 def _put_bundles(bundles: tuple[Exported, ...]) -> None:
@@ -171,7 +172,7 @@ def _put_bundles(bundles: tuple[Exported, ...]) -> None:
         for other in bundle.other_settings:
             if other.measures is not None:
                 rows.append([f"  with {other.name}", "", other.ran_on, *_quality(other.measures), ""])
-    columns = ("target", "status", "ran on", "cosine mean", "cosine min", "Spearman", "top-10 overlap", "size")
+    columns = ("target", "status", "ran on", "centred cosine mean", "min", "Spearman", "regret@10", "size")
     console.put_table(columns, rows)
     for sentence in dict.fromkeys(item.end_to_end.sentence for item in bundles if item.end_to_end is not None):
         console.put(f"end to end: {sentence}")
