@@ -68,8 +68,8 @@ def test_losses_add_up_to_that_of_the_model(calibrated: calibrate.Observed, monk
     tokens = Tokens(encoder.tokens(3, 96), 0, 0)
     found = sensitivity.measure(counterpart, model, SCHEMES["w8a8-gemm"], products, tokens, silent)
     assert found.loss == pytest.approx(found.rest + sum(site.loss for site in found.sites), rel=0.25)
-    assert found.share_left(0) == pytest.approx(1.0)
-    assert found.share_left(len(found.sites)) == pytest.approx(found.rest / found.loss)
+    assert found.share_left(()) == pytest.approx(1.0)
+    assert found.share_left(found.sites) == pytest.approx(found.rest / found.loss)
 
 
 def test_with_all_switches_closed_the_model_is_itself_and_open_it_has_no_codes(calibrated: calibrate.Observed) -> None:

@@ -63,13 +63,13 @@ class Sensitivity(Record):
     sites: tuple[Site, ...]
     steps: tuple[Step, ...]
 
-    def share_left(self, promoted: int) -> float:
-        """Estimate the share of the loss that stays when so many of the most costly sites are promoted."""
+    def share_left(self, promoted: Iterable[Site]) -> float:
+        """Estimate the share of the loss that stays when these sites are promoted: losses add up."""
         whole = sum(item.loss for item in self.sites)
-        kept = sum(item.loss for item in self.sites[promoted:])
         if not self.loss > self.rest or not whole:
             return 1.0
-        return (self.rest + (self.loss - self.rest) * kept / whole) / self.loss
+        left = 1.0 - sum(item.loss for item in promoted) / whole
+        return (self.rest + (self.loss - self.rest) * left) / self.loss
 
 
 def measure(

@@ -14,6 +14,7 @@ from edgeq.records.parity import Exactness as Exactness
 from edgeq.records.parity import Gate as Gate
 from edgeq.records.parity import Measures as Measures
 from edgeq.records.parity import ParityReport as ParityReport
+from edgeq.records.parity import Promotion as Promotion
 from edgeq.records.parity import RunKind as RunKind
 from edgeq.records.parity import SettingReport as SettingReport
 from edgeq.records.parity import Status as Status

@@ -99,3 +99,13 @@ class ParityReport(Record):
     reason: str | None = None  # why it was not run; such a bundle cannot be released
     other_settings: tuple[SettingReport, ...] = ()
     end_to_end: EndToEnd = EndToEnd(status="not compared", reason="the report was made without it")
+
+
+class Promotion(Record):
+    """Say which weight products an export promoted to 16-bit activations so that the gate holds, and what that cost."""
+
+    products: tuple[str, ...]
+    of_products: int
+    extra_bytes: int  # of the artifact's files
+    extra_multiplications: float  # a promoted product counts twice: the share that this adds to all products'
+    missed_before: tuple[str, ...]  # the limits that the artifact misses without
