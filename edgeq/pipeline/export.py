@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,21 +16,24 @@ from edgeq.bundle.write import Lineage, require_replaceable, write
 from edgeq.data import end_to_end
 from edgeq.data.plans import plan_texts
 from edgeq.data.prepare import limit_validation
+from edgeq.data.sessions import Embeddings
 from edgeq.data.tokens import token_limit
 from edgeq.errors import ConfigError, ParityFailed, Unsupported
 from edgeq.frontend import locate, settings
 from edgeq.frontend.float_model import CONFIG
-from edgeq.pipeline import check, stages
+from edgeq.pipeline import check, promotion, stages
 from edgeq.pipeline.golden_samples import golden_samples
 from edgeq.pipeline.measure_parity import measure_parity, require_device
 from edgeq.pipeline.request import ExportRequest, command
-from edgeq.pipeline.stage_results import Calibrated, Floats
+from edgeq.pipeline.stage_results import Calibrated, Floats, Validation
 from edgeq.quantization import schemes
 from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import (
+    Artifact,
     EndToEnd,
     Measures,
     ParityReport,
+    Promotion,
     QdqModel,
     Record,
     RunKind,
@@ -65,6 +68,7 @@ class Exported(Record):
     failures: tuple[str, ...]
     end_to_end: EndToEnd | None = None
     other_settings: tuple[SettingReport, ...] = ()  # the same artifact with other runtime settings
+    promotion: Promotion | None = None
 
 
 @dataclass(frozen=True)
@@ -186,17 +190,80 @@ def _plan(request: ExportRequest, located: locate.Located) -> Plan:
     return plan_images(request.images, request.validation, request.samples, request.seed)
 
 
+@dataclass(frozen=True)
+class _Attempt:
+    """Hold one artifact of a target with its parity, before a bundle is written."""
+
+    model: QdqModel
+    artifact: Artifact
+    folder: Path  # that the artifact's paths are relative to
+    report: ParityReport
+    validation: Validation
+    embeddings: Embeddings | None
+
+    @property
+    def size_bytes(self) -> int:
+        """Give the size of the artifact's files."""
+        return sum(ref.size_bytes for ref in self.artifact.files)
+
+
 def bundled(target: Target, shared: Shared, request: ExportRequest, progress: Progress) -> Exported:
     """Quantise, lower, measure parity, and write one target's bundle; a missed gate is returned, not raised.
+
+    Where the gate is missed, products are promoted until it holds, unless the request forbids it or names a scheme.
 
     Raises:
         EdgeqError: any of these stages.
     """
+    floats, calibrated = shared.floats, shared.calibrated
+    backend = find(target.backend, target.name)
+    scheme = _scheme(request, target)
+    with files.work_dir() as work:
+        attempt = _attempted(target, shared, request, scheme, work, progress)
+        if request.promote and request.scheme is None and QUANTIZERS[scheme.kind].writes_integers:
+            attempt, promoted = promotion.until_passed(
+                attempt, scheme,
+                lambda more: _attempted(target, shared, request, more, work, progress),
+                lambda: stages.sensitivities(calibrated, attempt.model, attempt.validation.samples, progress),
+            )  # fmt: skip
+            attempt = replace(attempt, report=attempt.report.model_copy(update={"promotion": promoted}))
+        found = attempt.report
+        path = request.out / target.name
+        is_written = found.status != "failed" or request.keep_failed
+        kept_report = _keep_report(found, request.out, is_written)
+        if is_written:
+            made_by = command(request, floats.source.name, target)
+            lineage = Lineage(
+                VERSION, made_by, target, floats.source, floats.model, calibrated.equalized, calibrated.calibration,
+                attempt.model, attempt.artifact, stages.versions(stages.EXPORT_TOOLS) | dict(backend.tools()),
+            )  # fmt: skip
+            golden = golden_samples(floats, attempt.validation, attempt.embeddings)
+            told = backend.client_settings(target) if isinstance(backend, HasClientSettings) else None
+            write(path, lineage, attempt.folder, floats.folder / CONFIG, golden, found, request.overwrite, told)
+    return Exported(
+        target=target.name,
+        path=str(path) if is_written else "",
+        report=kept_report,
+        status=found.status,
+        ran_on=found.ran_on,
+        parity=found.measures,
+        size_bytes=attempt.size_bytes,
+        failures=found.failures,
+        other_settings=found.other_settings,
+        end_to_end=found.end_to_end,
+        promotion=found.promotion,
+    )
+
+
+def _attempted(
+    target: Target, shared: Shared, request: ExportRequest, scheme: Scheme, work: Path, progress: Progress
+) -> _Attempt:
+    """Quantise by a scheme, lower into a folder of its own below `work`, and measure parity."""
     floats, calibrated, plan = shared.floats, shared.calibrated, shared.plan
     stage = f"{target.name}: "
     backend = find(target.backend, target.name)
     progress(f"{stage}quantize", 0, 1)
-    model = stages.quantized(target, calibrated, request.cache, _scheme(request, target))
+    model = stages.quantized(target, calibrated, request.cache, scheme)
     _refuse(backend, model, target)
     progress(f"{stage}quantize", 1, 1)
     progress(f"{stage}reference", 0, 1)
@@ -206,39 +273,16 @@ def bundled(target: Target, shared: Shared, request: ExportRequest, progress: Pr
     progress(f"{stage}reference", 1, 1)
     compared = end_to_end.compare(floats.config, floats.source, limit)
     end_to_end.require_same(compared, floats.source.name)
-    with files.work_dir() as work:
-        progress(f"{stage}lower", 0, 1)
-        artifact = backend.lower(model, target, work)
-        progress(f"{stage}lower", 1, 1)
-        found, embeddings = measure_parity(
-            backend, artifact, work, target, validation, model.max_sequence, partial(progress, f"{stage}compare"),
-            compared,
-        )  # fmt: skip
-        size = sum(ref.size_bytes for ref in artifact.files)
-        path = request.out / target.name
-        is_written = found.status != "failed" or request.keep_failed
-        kept_report = _keep_report(found, request.out, is_written)
-        if is_written:
-            made_by = command(request, floats.source.name, target)
-            lineage = Lineage(
-                VERSION, made_by, target, floats.source, floats.model, calibrated.equalized,
-                calibrated.calibration, model, artifact, stages.versions(stages.EXPORT_TOOLS) | dict(backend.tools()),
-            )  # fmt: skip
-            golden = golden_samples(floats, validation, embeddings)
-            told = backend.client_settings(target) if isinstance(backend, HasClientSettings) else None
-            write(path, lineage, work, floats.folder / CONFIG, golden, found, request.overwrite, told)
-    return Exported(
-        target=target.name,
-        path=str(path) if is_written else "",
-        report=kept_report,
-        status=found.status,
-        ran_on=found.ran_on,
-        parity=found.measures,
-        size_bytes=size,
-        failures=found.failures,
-        other_settings=found.other_settings,
-        end_to_end=found.end_to_end,
-    )
+    folder = work / str(len(list(work.iterdir())))  # one for each attempt
+    folder.mkdir()
+    progress(f"{stage}lower", 0, 1)
+    artifact = backend.lower(model, target, folder)
+    progress(f"{stage}lower", 1, 1)
+    report, embeddings = measure_parity(
+        backend, artifact, folder, target, validation, model.max_sequence, partial(progress, f"{stage}compare"),
+        compared,
+    )  # fmt: skip
+    return _Attempt(model, artifact, folder, report, validation, embeddings)
 
 
 def _scheme(request: ExportRequest, target: Target) -> Scheme:
