@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,6 @@ from edgeq.backends.registry import find
 from edgeq.bundle.write import Lineage, require_replaceable, write
 from edgeq.data import end_to_end
 from edgeq.data.plans import plan_texts
-from edgeq.data.prepare import limit_validation
 from edgeq.data.tokens import token_limit
 from edgeq.errors import ConfigError, ParityFailed, Unsupported
 from edgeq.frontend import locate, settings
@@ -201,8 +201,10 @@ def bundled(target: Target, shared: Shared, request: ExportRequest, progress: Pr
     progress(f"{stage}quantize", 1, 1)
     progress(f"{stage}reference", 0, 1)
     limit = token_limit(target.buckets_tokens, model.max_sequence)
-    few = target.gate.parity_texts
-    validation = stages.validation(floats, limit_validation(plan, few), request.cache, limit)
+    qdq = Path(model.file.path) if QUANTIZERS[model.scheme.kind].writes_integers else None
+    few = target.gate.parity_texts if qdq is None else None  # on the QDQ model all texts run
+    parts = stages.growing_validation(floats, plan, request.cache, limit, few)
+    validation = chain((next(parts),), parts)
     progress(f"{stage}reference", 1, 1)
     compared = end_to_end.compare(floats.config, floats.source, limit)
     end_to_end.require_same(compared, floats.source.name)
@@ -210,10 +212,11 @@ def bundled(target: Target, shared: Shared, request: ExportRequest, progress: Pr
         progress(f"{stage}lower", 0, 1)
         artifact = backend.lower(model, target, work)
         progress(f"{stage}lower", 1, 1)
-        found, embeddings = measure_parity(
+        measured = measure_parity(
             backend, artifact, work, target, validation, model.max_sequence, partial(progress, f"{stage}compare"),
-            compared,
+            compared, qdq,
         )  # fmt: skip
+        found = measured.report
         size = sum(ref.size_bytes for ref in artifact.files)
         path = request.out / target.name
         is_written = found.status != "failed" or request.keep_failed
@@ -224,7 +227,7 @@ def bundled(target: Target, shared: Shared, request: ExportRequest, progress: Pr
                 VERSION, made_by, target, floats.source, floats.model, calibrated.equalized,
                 calibrated.calibration, model, artifact, stages.versions(stages.EXPORT_TOOLS) | dict(backend.tools()),
             )  # fmt: skip
-            golden = golden_samples(floats, validation, embeddings)
+            golden = golden_samples(floats, measured.validation, measured.embeddings)
             told = backend.client_settings(target) if isinstance(backend, HasClientSettings) else None
             write(path, lineage, work, floats.folder / CONFIG, golden, found, request.overwrite, told)
     return Exported(
