@@ -12,7 +12,7 @@ from edgeq.cli.arguments import TrustRemoteCode
 from edgeq.cli.targets import TargetsDir
 
 if TYPE_CHECKING:
-    from edgeq.pipeline.export import Exported
+    from edgeq.pipeline.bundling import Exported
     from edgeq.pipeline.request import ExportRequest
     from edgeq.records import Measures
     from edgeq.system.progress import Progress

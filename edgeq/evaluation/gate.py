@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from edgeq.data.plans import FEWEST_JUDGED_TEXTS, FEWEST_VALIDATION
 from edgeq.records import (
     EndToEnd,
     Exactness,
@@ -23,7 +24,7 @@ from edgeq.records import (
     TextSet,
 )
 
-FEWEST_TEXTS, FEWEST_IMAGES = 256, 16  # that measures against FP32 are judged on
+FEWEST_TEXTS, FEWEST_IMAGES = FEWEST_JUDGED_TEXTS, FEWEST_VALIDATION  # that measures against FP32 are judged on
 QDQ_MODEL, EXPORTING_MACHINE = "the QDQ model", "the exporting machine"
 _MOST_FURTHER_TEXTS = 1_000_000  # beyond it the mean is the limit itself, for all that texts can tell
 
@@ -146,6 +147,17 @@ def share_allowed(measures: Measures, gate: Gate) -> float | None:
     if not missed or judge_constants(measures, gate):
         return None
     return min((1.0 - each.limit) / (1.0 - each.end) if each.is_floor else each.limit / each.end for each in missed)
+
+
+def is_undecided(report: ParityReport) -> bool:
+    """Tell whether a report failed by nothing but the width of its intervals, so that more texts may let it pass."""
+    all_measures = (report.measures, *(setting.measures for setting in report.other_settings))
+    open_limits = [
+        limit
+        for measures in all_measures if measures is not None
+        for limit in _limits(measures, report.gate) if limit.is_undecided
+    ]  # fmt: skip
+    return bool(open_limits) and len(open_limits) == len(report.failures)
 
 
 def fewest_samples(samples: TextSet | ImageSet) -> int:

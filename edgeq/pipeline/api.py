@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgeq.errors import ConfigError
 from edgeq.frontend.onnx.find import OnnxOptions, stated_limit, tokenizer_file
 from edgeq.pipeline import export as pipeline
-from edgeq.pipeline.export import Exported
+from edgeq.pipeline.bundling import Exported
 from edgeq.pipeline.request import ExportRequest
 from edgeq.records import Target
 from edgeq.system import files

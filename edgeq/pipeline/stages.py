@@ -5,7 +5,7 @@ A function here makes the stage's request from what the export holds; `edgeq.pip
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,11 +15,12 @@ import numpy as np
 
 from edgeq.calibration.file import load
 from edgeq.data.batches import Samples
-from edgeq.data.prepare import prepare
+from edgeq.data.sessions import Embeddings
 from edgeq.errors import Unsupported
 from edgeq.frontend.locate import Located
 from edgeq.graph import dialect, external_data
 from edgeq.graph.dialect import OutsideDialect
+from edgeq.pipeline.growing_validation import growing, sizes
 from edgeq.pipeline.stage_functions import (
     CALIBRATION,
     FEEDS,
@@ -146,15 +147,34 @@ def sensitivities(
 
 
 def validation(floats: Floats, plan: Plan, cache: Cache, limit: int) -> Validation:
-    """Embed validation texts (cut at `limit` tokens) or images in FP32, or read the vectors from the cache."""
-    given = prepare(plan.validation, plan.validation_origin, floats.config, limit)
-    texts, images = _samples(plan.validation)
-    request = ReferenceRequest(
-        made_by=own_code(), float_model=floats.model, config=input_files(floats.config), texts=texts, images=images,
-        limit=limit,
-    )  # fmt: skip
-    reference = np.load(cache.result(REFERENCE, request) / VECTORS, allow_pickle=False)
-    return Validation(given.names, given.samples, given.record, reference)
+    """Embed the first part of the validation texts (cut at `limit` tokens) or images, or read it from the cache."""
+    return next(growing_validation(floats, plan, cache, limit))
+
+
+def growing_validation(
+    floats: Floats, plan: Plan, cache: Cache, limit: int, first: int | None = None
+) -> Iterator[Validation]:
+    """Give the validation samples of a plan in growing parts, with FP32's vectors; each part's are cached.
+
+    Args:
+        floats: the float model.
+        plan: which texts or images validate.
+        cache: for the vectors.
+        limit: the most tokens of a text.
+        first: at most so many samples in the first part; None leaves it to the set.
+    """
+
+    def embed(items: Items, done: int) -> Embeddings:
+        texts, images = _samples(items)
+        request = ReferenceRequest(
+            made_by=own_code(), float_model=floats.model, config=input_files(floats.config), texts=texts, images=images,
+            limit=limit,
+        )  # fmt: skip
+        vectors: Embeddings = np.load(cache.result(REFERENCE, request) / VECTORS, allow_pickle=False)
+        return vectors
+
+    parts = sizes(len(plan.validation), plan.validation_origin, first)
+    return growing(plan.validation, parts, plan.validation_origin, floats.config, limit, embed)
 
 
 def _samples(items: Items) -> tuple[tuple[str, ...], tuple[InputFile, ...]]:
