@@ -22,7 +22,7 @@ from edgeq.backends.registry import BACKENDS
 from edgeq.bundle.golden import read_golden
 from edgeq.cli import console
 from edgeq.pipeline import export as pipeline
-from edgeq.pipeline.export import Exported
+from edgeq.pipeline.bundling import Exported
 from edgeq.pipeline.request import ExportRequest
 
 TARGET = "x86-64-onnxruntime"

@@ -12,12 +12,14 @@ import pytest
 from onnx import helper, numpy_helper
 
 from edgeq.data.probes import probe_feeds
+from edgeq.data.tokens import Tokens
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph import double_precision, float_noise
 from edgeq.graph.edit import Rewrites
 from edgeq.graph.float_session import FloatSession
 from edgeq.passes.apply import apply_to, without_statistics
 from edgeq.passes.proof import FLOOR, Proof
+from edgeq.pipeline import calibrate
 
 FEEDS = probe_feeds(encoder.VOCABULARY, 40)
 Damage = Callable[[dict[str, np.ndarray]], None]
@@ -106,6 +108,27 @@ def test_the_noisy_model_is_noisy_and_rounding_passes() -> None:
 def test_every_damage_shows_on_the_noisiest_model_too(damage: Damage, sharpness: float) -> None:
     with pytest.raises(EdgeqError, match=r"moved the FP32 outputs by .* at most .* FP32 differs from its FP64 by"):
         apply_to(noisy(sharpness), FEEDS, (without_statistics(rewrite(damage)),), None)
+
+
+EQUAL_LENGTHS = [damage for damage in DAMAGES if damage is not open_mask]  # their batches hold no padding to unmask
+
+
+@pytest.mark.parametrize("damage", [None, *EQUAL_LENGTHS], ids=lambda damage: damage.__name__ if damage else "rounding")
+def test_equalising_may_move_a_noisy_model_by_its_rounding_and_no_more(damage: Damage | None) -> None:
+    held = Tokens(encoder.tokens(1, 32), 0, 0)
+    equalized = changed(noisy(2000.0), moved_by_rounding)
+    if damage is None:
+        assert 1e-5 < calibrate._largest_error(noisy(2000.0), equalized, held, held.longest) < float_noise.CEILING
+        return
+    with pytest.raises(EdgeqError, match=r"equalising moved the FP32 embeddings by .* FP32 differs from its FP64 by"):
+        calibrate._largest_error(noisy(2000.0), changed(equalized, damage), held, held.longest)
+
+
+def test_the_noisier_form_of_a_function_says_how_noisy_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    noises = iter([{"sentence_embedding": 1e-9}, {"sentence_embedding": 1e-4}])
+    monkeypatch.setattr(float_noise, "noise", lambda *_: next(noises))
+    rounded = changed(noisy(), moved_by_rounding)
+    assert Proof(noisy(), FEEDS).error(rounded, "rounding") > 1e-5
 
 
 def test_the_tolerance_is_four_times_the_noise_between_its_limits() -> None:

@@ -151,7 +151,7 @@ def test_entries_are_made_by_stages_alone() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "entry"
     }
-    assert found == {"system/cache.py", "pipeline/export.py"}
+    assert found == {"system/cache.py", "pipeline/bundling.py"}
 
 
 def test_a_request_holds_nothing_whose_content_is_unknown() -> None:

@@ -1,4 +1,4 @@
-"""Rank weight products by the quality that promoting them gains, measure its cost, and search the cheapest scheme."""
+"""Rank weight products by what their codes cost, price promoting them, and search the cheapest scheme."""
 
 from __future__ import annotations
 
@@ -7,32 +7,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgeq.analysis import layer_errors
 from edgeq.backends.registry import find
 from edgeq.bundle import turns
 from edgeq.bundle.benchmark_child import Job
 from edgeq.bundle.manifest import load_manifest
-from edgeq.calibration import file
 from edgeq.data.plans import plan_texts
-from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokenizer import Tokenizer
-from edgeq.data.tokens import Tokens, text_tokens, token_limit
+from edgeq.data.tokens import token_limit
 from edgeq.errors import ConfigError, ParityFailed, Unsupported
 from edgeq.evaluation import paired_times
 from edgeq.evaluation.paired_times import Interval
-from edgeq.graph import external_data
 from edgeq.pipeline import export as pipeline
 from edgeq.pipeline import stages
 from edgeq.pipeline.request import ExportRequest
-from edgeq.quantization import schemes, sensitivity
+from edgeq.quantization import schemes
 from edgeq.quantization.quantize import QUANTIZERS
-from edgeq.quantization.sensitivity import Product, Sensitivity
+from edgeq.quantization.sensitivity import Sensitivity, Site
 from edgeq.records import Measures, Record, Scheme, Status, Target
 from edgeq.system import files
 from edgeq.system.host import run_kind
 from edgeq.system.progress import Progress
 
-MOST_TEXTS = 48  # each product runs all of them once: more texts do not change the ranking
 TIMED_TOKENS, TIMED_ROUNDS, WARMUP_ROUNDS = 128, 80, 6
 
 
@@ -46,13 +41,13 @@ class AnalysisRequest:
 
 
 class Cost(Record):
-    """Hold the cost of promoting one product of a shape, measured on an artifact with all products of it promoted."""
+    """Hold the cost of promoting one site of a shape, measured on an artifact with all sites of it promoted."""
 
     channels: int
     outputs: int
-    products: int
-    extra_bytes: int  # of the artifact, for each product
-    extra_ms: float | None  # of one text of 128 tokens, for each product; None where the artifact does not run here
+    sites: int
+    extra_bytes: int  # of the artifact, for each site
+    extra_ms: float | None  # of one text of 128 tokens, for each site; None where the artifact does not run here
     extra_ms_interval: tuple[float, float] | None = None  # holds the true median with a probability of 99 %
     reason: str | None  # why there is no time
 
@@ -78,7 +73,7 @@ class Analysis(Record):
 
 
 def analyze(request: AnalysisRequest, progress: Progress) -> Analysis:
-    """Measure the sensitivity of each product and, if requested, the costs and the cheapest scheme that passes.
+    """Measure what the codes of each product cost and, if requested, the costs and the cheapest scheme that passes.
 
     Args:
         request: the options.
@@ -100,11 +95,11 @@ def analyze(request: AnalysisRequest, progress: Progress) -> Analysis:
     integer = not QUANTIZERS[own.kind].keeps_float
     with files.work_dir() as folder:
         trials = _Trials(request.export, folder, progress)
-        costs = _costs(found.products, trials) if request.is_costed or request.is_automatic else ()
-        scheme = _cheapest(found.products, costs, trials) if request.is_automatic else None
+        costs = _costs(found.sites, trials) if request.is_costed or request.is_automatic else ()
+        scheme = _cheapest(found.sites, costs, trials) if request.is_automatic else None
     return Analysis(
         target=target.name,
-        change="16-bit activations in and out" if integer else "float weights and activations",
+        change="16-bit activations in and out" if integer else "16-bit activations, as two 8-bit products",
         sensitivity=found,
         costs=costs,
         trials=tuple(trials.done),
@@ -128,16 +123,9 @@ def _sensitivity(request: ExportRequest, target: Target, progress: Progress) -> 
     progress("export", 1, 1)
     calibrated = stages.calibrated(floats, texts, request.seed, request.cache, progress)
     model = stages.quantized(target, calibrated, request.cache)
-    equalized = external_data.load(Path(calibrated.equalized.file.path))
-    statistics = file.load(Path(calibrated.calibration.file.path))
-    counterpart = layer_errors.counterpart(equalized, statistics, model.scheme)
     limit = token_limit(target.buckets_tokens, model.max_sequence)
-    tokens = text_tokens(stages.validation(floats, texts, request.cache, limit).samples)
-    by_length = sorted(range(len(tokens.ids)), key=lambda row: len(tokens.ids[row]))
-    rows = evenly_spaced(len(by_length), MOST_TEXTS)
-    few = Tokens(tuple(tokens.ids[by_length[row]] for row in rows), 0, tokens.pad_id)
-    qdq = external_data.load(Path(model.file.path))
-    return sensitivity.measure(counterpart, qdq, model.scheme, model.integer_matmuls, few, progress)
+    samples = stages.validation(floats, texts, request.cache, limit).samples
+    return stages.sensitivities(calibrated, model, samples, progress)
 
 
 class _Trials:
@@ -165,7 +153,7 @@ class _Trials:
             path = self._folder / f"scheme_{number}.json"
             files.write_bytes(path, scheme.model_dump_json().encode())
             out = self._folder / str(number)
-            wanted = replace(self._request, scheme=path, out=out, keep_failed=True, dry_run=False)
+            wanted = replace(self._request, scheme=path, out=out, keep_failed=True, dry_run=False, promote=False)
             (made,) = pipeline.export(wanted, self._progress)
             trial = Trial(
                 promoted=scheme.promoted, status=made.status, measures=made.parity, size_bytes=made.size_bytes
@@ -196,66 +184,75 @@ class _Trials:
         return paired_times.median_interval(paired_times.paired_differences(base, promoted)), None
 
 
-def _costs(products: Sequence[Product], trials: _Trials) -> tuple[Cost, ...]:
+def _costs(sites: Sequence[Site], trials: _Trials) -> tuple[Cost, ...]:
     base, _ = trials.run(())
     costs = []
-    for channels, outputs in sorted({(item.channels, item.outputs) for item in products}):
-        names = [item.name for item in products if (item.channels, item.outputs) == (channels, outputs)]
+    for channels, outputs in sorted({(item.channels, item.outputs) for item in sites}):
+        alike = [item for item in sites if (item.channels, item.outputs) == (channels, outputs)]
+        names = [name for item in alike for name in item.names]
         trial, _ = trials.run(names)
         extra, reason = trials.extra_milliseconds(names)
         costs.append(
             Cost(
                 channels=channels,
                 outputs=outputs,
-                products=len(names),
-                extra_bytes=round((trial.size_bytes - base.size_bytes) / len(names)),
-                extra_ms=None if extra is None else extra.median / len(names),
-                extra_ms_interval=_each(extra, len(names)),
+                sites=len(alike),
+                extra_bytes=round((trial.size_bytes - base.size_bytes) / len(alike)),
+                extra_ms=None if extra is None else extra.median / len(alike),
+                extra_ms_interval=_each(extra, len(alike)),
                 reason=reason,
             )
         )
     return tuple(costs)
 
 
-def _each(extra: Interval | None, products: int) -> tuple[float, float] | None:
-    """Divide the ends of an interval by the number of products."""
+def _each(extra: Interval | None, sites: int) -> tuple[float, float] | None:
+    """Divide the ends of an interval by the number of sites."""
     if extra is None or extra.low is None or extra.high is None:
         return None
-    return extra.low / products, extra.high / products
+    return extra.low / sites, extra.high / sites
 
 
-def _cheapest(products: Sequence[Product], costs: Sequence[Cost], trials: _Trials) -> Scheme:
-    """Order products by gain over cost, and find by bisection the fewest of them whose promotion meets the gate."""
-    ordered = [item.name for item in by_value(products, costs)]
-    if trials.run(())[0].status == "passed":
+def _cheapest(sites: Sequence[Site], costs: Sequence[Cost], trials: _Trials) -> Scheme:
+    """Order sites by loss over cost, and find by bisection the fewest of them whose promotion meets the gate."""
+    ordered = by_value(sites, costs)
+
+    def run(count: int) -> Trial:
+        return trials.run(_names(ordered[:count]))[0]
+
+    if run(0).status == "passed":
         return trials.scheme(())
     low, high = 0, 1
-    while trials.run(ordered[:high])[0].status != "passed":
+    while run(high).status != "passed":
         if high >= len(ordered):
-            failed = trials.run(ordered)[0].measures
+            failed = run(high).measures
             raise ParityFailed(
-                f"with all {len(ordered)} products promoted the gate does not hold either (centred cosine mean "
+                f"with all {len(_names(ordered))} products promoted the gate does not hold either (centred cosine mean "
                 f"{failed.centred_cosine_mean if failed else math.nan:.5f}): the loss is elsewhere. See the layers in "
                 "edgeq compare --html, calibrate on texts like your own, or choose another target."
             )
         low, high = high, min(2 * high, len(ordered))
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if trials.run(ordered[:middle])[0].status == "passed" else (middle, high)
-    return trials.scheme(ordered[:high])
+        low, high = (low, middle) if run(middle).status == "passed" else (middle, high)
+    return trials.scheme(_names(ordered[:high]))
 
 
-def by_value(products: Sequence[Product], costs: Sequence[Cost]) -> list[Product]:
-    """Order products by gain over cost: in milliseconds where they were measured, else in bytes.
+def _names(sites: Sequence[Site]) -> list[str]:
+    return [name for item in sites for name in item.names]
+
+
+def by_value(sites: Sequence[Site], costs: Sequence[Cost]) -> list[Site]:
+    """Order sites by loss over cost: in milliseconds where they were measured, else in bytes.
 
     Times differ by noise: none counts as less than a thousandth of the largest.
     """
     prices = {(item.channels, item.outputs): item for item in costs}
     is_timed = bool(costs) and all(item.extra_ms is not None for item in costs)
 
-    def price(item: Product) -> float:
+    def price(item: Site) -> float:
         cost = prices[item.channels, item.outputs]
         return float(cost.extra_ms or 0.0) if is_timed else float(cost.extra_bytes)
 
-    floor = max((abs(price(item)) for item in products), default=1.0) * 1e-3 or 1.0
-    return sorted(products, key=lambda item: (-item.gain / max(price(item), floor), item.name))
+    floor = max((abs(price(item)) for item in sites), default=1.0) * 1e-3 or 1.0
+    return sorted(sites, key=lambda item: (-item.loss / max(price(item), floor), item.names))

@@ -81,27 +81,20 @@ def analyze(
 def _put(found: Analysis) -> None:
     """Print the ranking, the effect of keeping several products at higher precision, and the trials."""
     sensitivity = found.sensitivity
-    base = sensitivity.base
     prices = {(item.channels, item.outputs): item for item in found.costs}
     console.put(
-        f"{found.target}: scheme {sensitivity.scheme}, {sensitivity.texts} texts: cosine mean {base.cosine_mean:.5f}, "
-        f"worst tenth {base.cosine_tail:.5f}, min {base.cosine_min:.5f}"
+        f"{found.target}: scheme {sensitivity.scheme}, {sensitivity.texts} texts: loss (1 - mean cosine, centred) "
+        f"{sensitivity.loss:.5f}, of which {sensitivity.rest:.5f} stays with all products promoted"
     )
     rows = []
-    for rank, item in enumerate(sensitivity.products[:_SHOWN], start=1):
+    for rank, item in enumerate(sensitivity.sites[:_SHOWN], start=1):
         price = prices.get((item.channels, item.outputs))
-        quality = item.quality
-        gains = [quality.cosine_mean - base.cosine_mean, quality.cosine_tail - base.cosine_tail]
-        rows.append([str(rank), item.name, *(f"{gain:+.5f}" for gain in gains), *_price(price)])
-    columns = ("", "product", "mean", "worst tenth", "bytes", "ms")
-    console.put_table(columns, rows)
-    left = len(sensitivity.products) - len(rows)
-    console.put(f"promoting a product: {found.change}" + (f"; {left} more with --json" if left > 0 else ""))
-    steps = [
-        [str(step.promoted), *(f"{value:.5f}" for value in (step.quality.cosine_mean, step.quality.cosine_tail))]
-        for step in sensitivity.steps
-    ]
-    console.put_table(("promoted together", "cosine mean", "worst tenth"), steps)
+        rows.append([str(rank), "\n".join(item.names), f"{item.loss:.5f}", *_price(price)])
+    console.put_table(("", "products that read one tensor", "loss", "bytes", "ms"), rows)
+    left = len(sensitivity.sites) - len(rows)
+    console.put(f"promoting products: {found.change}" + (f"; {left} more with --json" if left > 0 else ""))
+    steps = [[str(step.promoted), f"{step.loss:.5f}"] for step in sensitivity.steps]
+    console.put_table(("promoted together", "loss"), steps)
     if found.trials:
         trials = [
             [str(len(trial.promoted)), trial.status, *_measured(trial.measures), console.megabytes(trial.size_bytes)]

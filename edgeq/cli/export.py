@@ -12,7 +12,7 @@ from edgeq.cli.arguments import TrustRemoteCode
 from edgeq.cli.targets import TargetsDir
 
 if TYPE_CHECKING:
-    from edgeq.pipeline.export import Exported
+    from edgeq.pipeline.bundling import Exported
     from edgeq.pipeline.request import ExportRequest
     from edgeq.records import Measures
     from edgeq.system.progress import Progress
@@ -58,6 +58,12 @@ def export(
     scheme: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The scheme that `edgeq analyze --auto` wrote.")
     ] = None,
+    promote: Annotated[
+        bool,
+        typer.Option(
+            "--promote/--no-promote", help="Where the gate is missed: promote products to 16 bits until it holds."
+        ),
+    ] = True,
     hidden_state: Annotated[
         bool, typer.Option("--hidden-state/--no-hidden-state", help="Keep the output last_hidden_state.")
     ] = True,
@@ -109,6 +115,7 @@ def export(
         samples=samples,
         seed=seed,
         scheme=scheme,
+        promote=promote,
         hidden_state=hidden_state,
         float_ops=tuple(float_op or ()),
         keep_failed=keep_failed,
@@ -144,6 +151,7 @@ def _bundle(exported: Exported) -> dict[str, Any]:
         "parity": None if exported.parity is None else exported.parity.model_dump(mode="json"),
         "size_bytes": exported.size_bytes,
         "other_settings": [setting.model_dump(mode="json") for setting in exported.other_settings],
+        "promotion": None if exported.promotion is None else exported.promotion.model_dump(mode="json"),
         "end_to_end": None if exported.end_to_end is None else exported.end_to_end.model_dump(mode="json"),
     }
 
@@ -177,4 +185,6 @@ def _put_bundles(bundles: tuple[Exported, ...]) -> None:
     for sentence in dict.fromkeys(item.end_to_end.sentence for item in bundles if item.end_to_end is not None):
         console.put(f"end to end: {sentence}")
     for bundle in bundles:
+        if bundle.promotion is not None:
+            console.put(f"{bundle.target}: {bundle.promotion.sentence}")
         console.put(f"{bundle.target}: {bundle.path or 'no bundle was written'}")

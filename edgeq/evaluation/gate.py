@@ -137,6 +137,18 @@ def further_texts(measures: Measures, gate: Gate) -> int | None:
     return max(each.further_texts(measures.texts) for each in limits)
 
 
+def share_allowed(measures: Measures, gate: Gate) -> float | None:
+    """Give the share of the quantisation loss that may stay for the missed limits to be met.
+
+    1 - cosine, 1 - Spearman and regret@10 go with the square of the vectors' error, so all shrink alike. None where no
+    such limit is missed, or invariance or the norm is, which do not follow from the loss.
+    """
+    missed = [each for each in _limits(measures, gate) if not each.is_met_by(each.end)]
+    if not missed or judge_constants(measures, gate):
+        return None
+    return min((1.0 - each.limit) / (1.0 - each.end) if each.is_floor else each.limit / each.end for each in missed)
+
+
 def is_undecided(report: ParityReport) -> bool:
     """Tell whether a report failed by nothing but the width of its intervals, so that more texts may let it pass."""
     all_measures = (report.measures, *(setting.measures for setting in report.other_settings))

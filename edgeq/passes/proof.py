@@ -37,21 +37,22 @@ class Proof:
             name: of the rewrite, for the message.
 
         Raises:
-            EdgeqError: it moved one by more than the model's own noise allows.
+            EdgeqError: it moved one by more than 1e-6 of the largest value, and by more than 4 times the noise of the
+                model or of its rewritten form, whichever is noisier on these batches, or by more than 1e-4.
         """
-        moved = float_noise.distances(self._before, outputs_of(model, self._feeds), self._feeds)
+        after = outputs_of(model, self._feeds)
+        moved = float_noise.distances(self._before, after, self._feeds)
         for output, error in moved.items():
-            if not error <= FLOOR and not error <= self.tolerance(output):
+            if error <= FLOOR or error <= float_noise.allowed(self.noise[output], FLOOR):
+                continue
+            noise = max(self.noise[output], float_noise.noise(model, self._feeds, after)[output])
+            if not error <= float_noise.allowed(noise, FLOOR):
                 raise EdgeqError(
                     f"pass {name}: moved the FP32 outputs by {error:.2e} of the largest value of {output}; at most "
-                    f"{self.tolerance(output):.1e} is allowed, where the model's own FP32 differs from its FP64 by "
-                    f"{self.noise[output]:.1e}; this is a defect of edgeq: please report the model"
+                    f"{float_noise.allowed(noise, FLOOR):.1e} is allowed, where the model's own FP32 differs from its "
+                    f"FP64 by {noise:.1e}; this is a defect of edgeq: please report the model"
                 )
         return max(moved.values(), default=0.0)
-
-    def tolerance(self, output: str) -> float:
-        """Give how far an output may move: 4 times its noise, at least 1e-6 and at most 1e-4 of the largest value."""
-        return float_noise.allowed(self.noise[output], FLOOR)
 
     @cached_property
     def noise(self) -> Mapping[str, float]:

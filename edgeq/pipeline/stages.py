@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeq.calibration.file import load
+from edgeq.data.batches import Samples
 from edgeq.data.sessions import Embeddings
 from edgeq.errors import Unsupported
 from edgeq.frontend.locate import Located
-from edgeq.graph import dialect
+from edgeq.graph import dialect, external_data
 from edgeq.graph.dialect import OutsideDialect
 from edgeq.pipeline.growing_validation import growing, sizes
 from edgeq.pipeline.stage_functions import (
@@ -30,7 +33,7 @@ from edgeq.pipeline.stage_functions import (
 )
 from edgeq.pipeline.stage_requests import CalibrationRequest, FloatModelRequest, QdqRequest, ReferenceRequest
 from edgeq.pipeline.stage_results import EQUALIZED, FLOAT, STATISTICS, Calibrated, Floats, Validation, read_record
-from edgeq.quantization import schemes
+from edgeq.quantization import schemes, sensitivity
 from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import Calibration, FloatModel, QdqModel, Scheme, Source, Target
 from edgeq.system.cache import Cache
@@ -130,6 +133,17 @@ def quantized(target: Target, calibrated: Calibrated, cache: Cache, given: Schem
     if found.feeds is None:
         return found
     return found.model_copy(update={"feeds": found.feeds.model_copy(update={"path": str(folder / FEEDS)})})
+
+
+def sensitivities(
+    calibrated: Calibrated, model: QdqModel, samples: Samples, progress: Progress
+) -> sensitivity.Sensitivity:
+    """Measure what the codes of each product of a QDQ model cost, on a few of the samples."""
+    equalized = external_data.load(Path(calibrated.equalized.file.path))
+    statistics = load(Path(calibrated.calibration.file.path))
+    counterpart = QUANTIZERS[model.scheme.kind].rewrite(equalized, statistics, model.scheme)
+    coded = external_data.load(Path(model.file.path))
+    return sensitivity.measure(counterpart, coded, model.scheme, model.integer_matmuls, samples, progress)
 
 
 def validation(floats: Floats, plan: Plan, cache: Cache, limit: int) -> Validation:

@@ -1,150 +1,263 @@
-"""Measure what quantising each weight product costs: promote one product at a time, and many together.
+"""Measure what the activation codes of each weight product cost, in one session over a few short texts.
 
-A product is promoted by taking QuantizeLinear and DequantizeLinear away around it in the QDQ model, which runs in ONNX
-Runtime: no model is quantised again. In a scheme that leaves nothing float its weights stay int8, because promoted
-means 16-bit activations there.
+Each product of the QDQ model gets a switch that lets it read and give the numbers before QuantizeLinear. Weights keep
+their codes. With all switches but one open, the vectors move by what that one product's codes cost; no model is
+quantised or loaded again. Products that read one tensor share a switch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
-from edgeq.calibration.observe import equal_length_batches
+from edgeq.data.batches import AnyFeeds, Batch, Samples
 from edgeq.data.sessions import Embeddings, embed_batches, unit
+from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokens import Tokens
 from edgeq.errors import EdgeqError
 from edgeq.graph.float_session import FloatSession
-from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import Record, Scheme
 from edgeq.system.progress import Progress
 
-_TAIL = 0.1  # of the texts: the worst tenth counts as much as all of them
+PROBED, PROBED_TOKENS, _GROUPS = 8, 32, 2
+SWITCHES = "promoted_products"  # float32[groups], an input of the model with switches: 1 is open, 0 is coded
 _PRODUCTS = ("Gemm", "MatMul")
 _CODERS = ("QuantizeLinear", "DequantizeLinear")
 
 
-class Quality(Record):
-    """Hold cosines of vectors with FP32's."""
+class Site(Record):
+    """Hold what the codes of the weight products that read one tensor cost: 1 - the mean cosine of centred vectors."""
 
-    cosine_mean: float
-    cosine_tail: float  # mean over the worst tenth of the texts
-    cosine_min: float
-
-    @property
-    def score(self) -> float:
-        """Give the score for ranking: the average of the mean over all texts and the mean over the worst tenth."""
-        return (self.cosine_mean + self.cosine_tail) / 2.0
-
-
-class Product(Record):
-    """Hold the quality with one weight product alone promoted."""
-
-    name: str
-    channels: int  # of its input
-    outputs: int
-    quality: Quality
-    gain: float  # of the score
+    names: tuple[str, ...]
+    channels: int  # of the tensor
+    outputs: int  # of all its products
+    loss: float
 
 
 class Step(Record):
-    """Hold the quality with the best products promoted together."""
+    """Hold the loss with the products of the most costly sites promoted together."""
 
-    promoted: int
+    promoted: int  # sites
     added: tuple[str, ...]
-    quality: Quality
+    loss: float
 
 
 class Sensitivity(Record):
-    """Hold the products of one QDQ model, the most costly first."""
+    """Hold the products of one QDQ model by what they read, the most costly first.
+
+    Attributes:
+        loss: of the QDQ model as it is, against FP32.
+        rest: with all products promoted: of weights, tables, norms and whatever else has codes.
+    """
 
     scheme: str
     texts: int
-    base: Quality
-    products: tuple[Product, ...]
+    loss: float
+    rest: float
+    sites: tuple[Site, ...]
     steps: tuple[Step, ...]
+
+    def share_left(self, promoted: Iterable[Site]) -> float:
+        """Estimate the share of the loss that stays when these sites are promoted: losses add up."""
+        whole = sum(item.loss for item in self.sites)
+        if not self.loss > self.rest or not whole:
+            return 1.0
+        left = 1.0 - sum(item.loss for item in promoted) / whole
+        return (self.rest + (self.loss - self.rest) * left) / self.loss
 
 
 def measure(
-    float_model: onnx.ModelProto, qdq_model: onnx.ModelProto, scheme: Scheme, names: Sequence[str], tokens: Tokens,
+    float_model: onnx.ModelProto, qdq_model: onnx.ModelProto, scheme: Scheme, names: Sequence[str], samples: Samples,
     progress: Progress,
 ) -> Sensitivity:  # fmt: skip
-    """Promote each product alone, rank them, then promote 1, 2, 4, ... and all of them together.
+    """Rank products by what their codes cost, and promote 1, 2, 4, ... and all of them together.
 
     Args:
         float_model: FP32, whose tensors the scheme puts codes on (`edgeq.analysis.layer_errors.counterpart`).
         qdq_model: made from it.
         scheme: of the QDQ model.
         names: of its integer products.
-        tokens: of the texts that are compared.
+        samples: texts or images to choose some from.
         progress: called as `progress(stage, done, total)`.
 
     Raises:
-        EdgeqError: a product is not in the models, or no vector comes out.
+        EdgeqError: a product is not in the QDQ model, or no vector comes out.
     """
-    batches = equal_length_batches(tokens, max(len(ids) for ids in tokens.ids))
+    batches = probes(samples)
+    texts = sum(len(batch.rows) for batch in batches)
+    groups = _by_tensor(qdq_model, names)
+    session = FloatSession.of(with_switches(qdq_model, groups), optimize=False)
 
-    keeps_float = QUANTIZERS[scheme.kind].keeps_float
-
-    def embed(model: onnx.ModelProto) -> Embeddings:
-        return embed_batches(FloatSession.of(model, optimize=keeps_float), batches, len(tokens.ids))
-
-    reference = embed_batches(FloatSession.of(float_model), batches, len(tokens.ids))
-    base = _quality(reference, embed(qdq_model))
-    weights = _weights(float_model) if keeps_float else None
-    found = []
-    for done, name in enumerate(names):
-        progress("sensitivity", done, len(names))
-        quality = _quality(reference, embed(promoted(qdq_model, (name,), weights)))
-        channels, outputs = _shape(float_model, name)
-        found.append(
-            Product(name=name, channels=channels, outputs=outputs, quality=quality, gain=quality.score - base.score)
+    def embed(promoted: Iterable[int]) -> Embeddings:
+        switches = np.zeros(len(groups) + 1, np.float32)
+        switches[list(promoted)] = 1.0
+        return embed_batches(
+            session, [Batch(batch.rows, _SwitchedFeeds(batch.feeds, switches)) for batch in batches], texts
         )
-    ranked = sorted(found, key=lambda item: (-item.gain, item.name))
+
+    reference = embed_batches(FloatSession.of(float_model), batches, texts)
+    every = range(len(groups))
+    opened = embed([*every, len(groups)])  # weights and tables alone have codes: other roundings would hide one site's
+    found = []
+    for done, group in enumerate(groups):
+        progress("sensitivity", done, len(groups))
+        vectors = embed(row for row in range(len(groups) + 1) if row != done)
+        shapes = [_shape(qdq_model, name) for name in group]
+        loss = _loss(reference, opened, vectors)
+        found.append(Site(names=group, channels=shapes[0][0], outputs=sum(shape[1] for shape in shapes), loss=loss))
+    ranked = sorted(found, key=lambda item: (-item.loss, item.names))
+    order = [groups.index(item.names) for item in ranked]
     steps, before = [], 0
     counts = [2**power for power in range(len(ranked).bit_length()) if 2**power < len(ranked)]
     for count in [*counts, len(ranked)]:
-        chosen = [item.name for item in ranked[:count]]
-        quality = _quality(reference, embed(promoted(qdq_model, chosen, weights)))
-        steps.append(Step(promoted=count, added=tuple(chosen[before:]), quality=quality))
+        loss = _loss(reference, reference, embed(order[:count]))
+        added = tuple(name for item in ranked[before:count] for name in item.names)
+        steps.append(Step(promoted=count, added=added, loss=loss))
         before = count
-    progress("sensitivity", len(names), len(names))
-    return Sensitivity(scheme=scheme.name, texts=len(tokens.ids), base=base, products=tuple(ranked), steps=tuple(steps))
+    progress("sensitivity", len(groups), len(groups))
+    return Sensitivity(
+        scheme=scheme.name,
+        texts=texts,
+        loss=_loss(reference, reference, embed(())),
+        rest=_loss(reference, reference, embed(every)),
+        sites=tuple(ranked),
+        steps=tuple(steps),
+    )
 
 
-def promoted(
-    model: onnx.ModelProto, names: Sequence[str], weights: dict[str, NDArray[np.float32]] | None
-) -> onnx.ModelProto:
-    """Give the QDQ model without QuantizeLinear and DequantizeLinear around some products.
+def probes(samples: Samples) -> list[Batch]:
+    """Choose eight texts of evenly spaced lengths, and cut them so that four at a time are equally long.
 
     Args:
-        model: not changed.
-        names: of MatMul or Gemm nodes.
-        weights: float32 weights by product, which replace the codes; None keeps the codes of weights.
+        samples: any texts; or images, of which eight are taken as they are.
 
-    Raises:
-        EdgeqError: a product is not there.
+    Returns:
+        Batches without padding, of at most 32 tokens a text.
+    """
+    if not isinstance(samples, Tokens):
+        return samples.chosen(evenly_spaced(len(samples), PROBED)).batches(PROBED // _GROUPS, samples.longest * PROBED)
+    by_length = sorted(range(len(samples)), key=lambda row: (len(samples.ids[row]), row))
+    chosen = [samples.ids[by_length[place]] for place in evenly_spaced(len(samples), PROBED)]
+    cut: list[tuple[int, ...]] = []
+    for part in np.array_split(np.arange(len(chosen)), min(_GROUPS, len(chosen))):
+        size = min(PROBED_TOKENS, *(len(chosen[row]) for row in part))
+        cut += [(*chosen[row][: size - 1], chosen[row][-1]) for row in part]
+    return Tokens(tuple(cut), 0, samples.pad_id).unpadded(PROBED_TOKENS * PROBED)
+
+
+@dataclass(frozen=True)
+class _SwitchedFeeds:
+    """Hold the input arrays of one batch, and which groups of products are promoted, float32[groups]."""
+
+    feeds: AnyFeeds
+    switches: NDArray[np.float32]
+
+    @property
+    def size(self) -> int:
+        """Count as the batch does."""
+        return self.feeds.size
+
+    def named(self, inputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Map the names of graph inputs to arrays."""
+        return {**self.feeds.named([name for name in inputs if name != SWITCHES]), SWITCHES: self.switches}
+
+
+def _loss(reference: Embeddings, one: Embeddings, other: Embeddings) -> float:
+    """Give 1 - the mean cosine of two sets of vectors, each less the mean of the reference."""
+    mean = unit(reference).mean(axis=0)
+    first, second = (unit(unit(rows) - mean) for rows in (one, other))
+    return float(1.0 - np.sum(first * second, axis=1).mean())
+
+
+def _by_tensor(model: onnx.ModelProto, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Group products that read one tensor: their errors are alike, and cancel in part, as those of queries and keys."""
+    made = {output: node for node in model.graph.node for output in node.output}
+    read = {node.name: _uncoded(made, node.input[0]) for node in model.graph.node if node.op_type in _PRODUCTS}
+    missing = sorted(set(names) - set(read))
+    if missing:
+        raise EdgeqError(f"the QDQ model has no product named {', '.join(missing)}")
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(read[name], []).append(name)
+    return [tuple(group) for group in groups.values()]
+
+
+def with_switches(model: onnx.ModelProto, groups: Sequence[Sequence[str]]) -> onnx.ModelProto:
+    """Let the products of each group read and give numbers without codes, where its switch is open.
+
+    The last switch is for all other activations.
+
+    Before::
+
+        x ─ QuantizeLinear ─ DequantizeLinear ─ MatMul ─ QuantizeLinear ─ DequantizeLinear ─
+
+    After, with s the group's switch::
+
+        x ─┬─ QuantizeLinear ─ DequantizeLinear ─┬─ MatMul ─ (the same)
+           └─ Sub(x, dequantised) ─ Mul(s) ───── Add
+
+    Args:
+        model: QDQ model; not changed.
+        groups: names of MatMul or Gemm nodes that are promoted together.
+
+    Returns:
+        The model with one more input, `SWITCHES`: float32[groups + 1].
     """
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     graph = changed.graph
     made = {output: node for node in graph.node for output in node.output}
-    products = {node.name: node for node in graph.node if node.op_type in _PRODUCTS and node.name in set(names)}
-    missing = sorted(set(names) - set(products))
-    if missing:
-        raise EdgeqError(f"the QDQ model has no product named {', '.join(missing)}")
-    for name, node in products.items():
-        node.input[0] = _uncoded(made, node.input[0])
-        if weights is not None:
-            weight = numpy_helper.from_array(weights[name], f"{name}/promoted")
-            graph.initializer.append(weight)
-            node.input[1] = weight.name
-        _uncode_result(graph, node)
+    reading: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            reading.setdefault(name, []).append(node)
+    switches = [f"{SWITCHES}/{place}" for place in range(len(groups) + 1)]
+    graph.input.append(helper.make_tensor_value_info(SWITCHES, TensorProto.FLOAT, [len(switches)]))
+    nodes = [helper.make_node("Gather", [SWITCHES, f"{switch}/place"], [switch]) for switch in switches]
+    for place, switch in enumerate(switches):
+        graph.initializer.append(numpy_helper.from_array(np.array(place, np.int64), f"{switch}/place"))
+    switch_of = {name: switch for switch, group in zip(switches, groups, strict=False) for name in group}
+    products = [node for node in graph.node if node.name in switch_of]
+    by_result = {_coded_result(node, reading): switch_of[node.name] for node in products}
+    behind: dict[str, list[onnx.NodeProto]] = {}  # blends by the coded tensor behind which they stand
+    renamed: dict[str, str] = {}
+    for node in graph.node:
+        coder = made.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if coder is None or coder.op_type != "QuantizeLinear" or coder.input[0] not in made:
+            continue
+        (coded,) = node.output
+        blend = _blend(coder.input[0], coded, by_result.get(coded, switches[-1]), f"{coded}/as_given")
+        behind[coded], renamed[coded] = blend, blend[-1].output[0]
+    for product in products:
+        coded = product.input[0]
+        if coded in renamed:
+            blend = _blend(_uncoded(made, coded), coded, switch_of[product.name], f"{product.name}/as_read")
+            behind[coded] += blend
+            product.input[0] = blend[-1].output[0]
+    for node in graph.node:
+        nodes.append(node)
+        for output in node.output:
+            nodes += behind.get(output, ())
+        for position, name in enumerate(node.input):
+            node.input[position] = renamed.get(name, name)
+    del graph.node[:]
+    graph.node.extend(nodes)
     return changed
+
+
+def _blend(real: str, coded: str, switch: str, stem: str) -> list[onnx.NodeProto]:
+    """Give the nodes of coded + (real - coded) * switch."""
+    return [
+        helper.make_node("Sub", [real, coded], [f"{stem}/lost"]),
+        helper.make_node("Mul", [f"{stem}/lost", switch], [f"{stem}/given_back"]),
+        helper.make_node("Add", [coded, f"{stem}/given_back"], [f"{stem}/blend"]),
+    ]
 
 
 def _uncoded(made: dict[str, onnx.NodeProto], name: str) -> str:
@@ -154,42 +267,26 @@ def _uncoded(made: dict[str, onnx.NodeProto], name: str) -> str:
     return name
 
 
-def _uncode_result(graph: onnx.GraphProto, product: onnx.NodeProto) -> None:
-    """Connect the readers of a product's (and its bias's) dequantised result to the float result."""
-    value = product.output[0]
-    reading = [node for node in graph.node if value in node.input]
-    if len(reading) == 1 and reading[0].op_type == "Add":
-        value = reading[0].output[0]
-        reading = [node for node in graph.node if value in node.input]
-    if len(reading) != 1 or reading[0].op_type != "QuantizeLinear":
-        return
-    codes = reading[0].output[0]
-    dequantized = [node.output[0] for node in graph.node if codes in node.input and node.op_type == "DequantizeLinear"]
-    for node in graph.node:
-        for position, name in enumerate(node.input):
-            if name in dequantized:
-                node.input[position] = value
-
-
-def _weights(model: onnx.ModelProto) -> dict[str, NDArray[np.float32]]:
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    return {
-        node.name: numpy_helper.to_array(stored[node.input[1]])
-        for node in model.graph.node
-        if node.op_type == "MatMul" and node.input[1] in stored
-    }
+def _coded_result(product: onnx.NodeProto, reading: Mapping[str, Sequence[onnx.NodeProto]]) -> str | None:
+    """Give the dequantised result of a product and its bias; None where it gives float."""
+    readers = reading.get(product.output[0], ())
+    if len(readers) == 1 and readers[0].op_type == "Add":
+        readers = reading.get(readers[0].output[0], ())
+    if len(readers) != 1 or readers[0].op_type != "QuantizeLinear":
+        return None
+    decoders = [node for node in reading.get(readers[0].output[0], ()) if node.op_type == "DequantizeLinear"]
+    return decoders[0].output[0] if len(decoders) == 1 else None
 
 
 def _shape(model: onnx.ModelProto, name: str) -> tuple[int, int]:
+    """Give the channels and outputs of a product whose weights have codes."""
     dims = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    node = next((node for node in model.graph.node if node.name == name), None)
-    if node is None or len(dims.get(node.input[1], ())) != 2:
-        raise EdgeqError(f"the float model has no weight product named {name}")
-    channels, outputs = dims[node.input[1]]
+    made = {node.output[0]: node for node in model.graph.node}
+    node = next(node for node in model.graph.node if node.name == name)
+    weight = node.input[1]
+    while weight in made:
+        weight = made[weight].input[0]
+    if len(dims.get(weight, ())) != 2:
+        raise EdgeqError(f"{name}: reads no stored matrix of weights in the QDQ model")
+    channels, outputs = dims[weight]
     return channels, outputs
-
-
-def _quality(reference: Embeddings, embeddings: Embeddings) -> Quality:
-    cosines = np.sort(np.sum(unit(reference) * unit(embeddings), axis=1))
-    worst = cosines[: max(1, round(len(cosines) * _TAIL))]
-    return Quality(cosine_mean=float(cosines.mean()), cosine_tail=float(worst.mean()), cosine_min=float(cosines.min()))

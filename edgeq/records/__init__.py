@@ -14,6 +14,7 @@ from edgeq.records.parity import Exactness as Exactness
 from edgeq.records.parity import Gate as Gate
 from edgeq.records.parity import Measures as Measures
 from edgeq.records.parity import ParityReport as ParityReport
+from edgeq.records.parity import Promotion as Promotion
 from edgeq.records.parity import RunKind as RunKind
 from edgeq.records.parity import SettingReport as SettingReport
 from edgeq.records.parity import Status as Status
@@ -122,7 +123,7 @@ class Scheme(Record):
     range_method: RangeMethod = "minmax"
     spec: Annotated[MixedSpec | IntegerSpec | HtpSpec | VendorSpec, Field(discriminator="kind")] = MixedSpec()
     feeds: int = 0  # how many calibration texts, of evenly spread lengths, the compiler observes itself
-    promoted: tuple[str, ...] = ()  # weight products of higher precision: 16 bits, or float where other tensors are
+    promoted: tuple[str, ...] = ()  # weight products that read 16 bits; beside float tensors as two 8-bit products
 
     @property
     def kind(self) -> SchemeKind:

@@ -77,6 +77,25 @@ class SettingReport(Record):
     reason: str | None  # why it was not measured
 
 
+class Promotion(Record):
+    """Say which weight products an export promoted to 16-bit activations so that the gate holds, and what that cost."""
+
+    products: tuple[str, ...]
+    of_products: int
+    extra_bytes: int  # of the artifact's files
+    extra_multiplications: float  # a promoted product counts twice: the share that this adds to all products'
+    missed_before: tuple[str, ...]  # the limits that the artifact misses without
+
+    @property
+    def sentence(self) -> str:
+        """Say what was promoted and what it cost."""
+        return (
+            f"promoted {len(self.products)} of {self.of_products} products to 16-bit activations "
+            f"({self.extra_bytes / 1e6:+.2f} MB, {100 * self.extra_multiplications:+.0f} % multiplications); without, "
+            f"{' '.join(self.missed_before)}"
+        )
+
+
 class ParityReport(Record):
     """Hold an artifact's parity measures, and one sentence for each limit of the gate that they miss.
 
@@ -99,3 +118,4 @@ class ParityReport(Record):
     reason: str | None = None  # why it was not run; such a bundle cannot be released
     other_settings: tuple[SettingReport, ...] = ()
     end_to_end: EndToEnd = EndToEnd(status="not compared", reason="the report was made without it")
+    promotion: Promotion | None = None  # what the export promoted so that the gate holds
