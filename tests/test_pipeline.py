@@ -89,6 +89,29 @@ def test_an_export_writes_a_bundle_that_verifies(request_: ExportRequest) -> Non
     assert (Path(made.path) / "2_Dense" / "model.safetensors").is_file()
 
 
+def test_a_missed_gate_is_met_by_promoting(request_: ExportRequest, tmp_path: Path) -> None:
+    (plain,) = export.export(request_, silent)
+    assert plain.parity is not None and plain.promotion is None
+    limit = 1.0 - 0.95 * (1.0 - plain.parity.centred_cosine_mean_low)
+    target = request_.targets[0].model_copy(update={"gate": EASY.model_copy(update={"centred_cosine_mean_min": limit})})
+    wanted = replace(request_, targets=(target,), out=tmp_path / "promoted")
+    (refused,) = export.export(replace(wanted, promote=False), silent)
+    assert (refused.status, refused.path, refused.promotion) == ("failed", "", None)
+    (made,) = export.export(wanted, silent)
+    assert (made.status, made.failures) == ("passed", ())
+    assert made.promotion is not None and made.parity is not None
+    assert 0 < len(made.promotion.products) < made.promotion.of_products == 12
+    assert made.promotion.missed_before == refused.failures
+    assert made.parity.centred_cosine_mean_low >= limit
+    bundle = Path(made.path)
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["qdq_model"]["scheme"]["promoted"] == list(made.promotion.products)
+    assert made.promotion.sentence[1:] in (bundle / "README.md").read_text(encoding="utf-8")
+    assert verify(bundle).status == "passed"
+    again = export.export(wanted, silent)
+    assert again == (made,)
+
+
 def test_a_scheme_with_promoted_products_makes_a_bundle_that_verifies(request_: ExportRequest, tmp_path: Path) -> None:
     (plain,) = export.export(request_, silent)
     own = schemes.find(request_.targets[0].scheme, "")
@@ -99,7 +122,9 @@ def test_a_scheme_with_promoted_products_makes_a_bundle_that_verifies(request_: 
     (made,) = export.export(wanted, silent)
     manifest = json.loads((Path(made.path) / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["qdq_model"]["scheme"]["name"] == f"{own.name}+1"
-    assert promoted in manifest["artifact"]["placement"]["float_by_scheme"]
+    placement = manifest["artifact"]["placement"]
+    assert promoted not in placement["float_by_scheme"]
+    assert placement["integer_matmuls"] == 13  # the second product of the promoted one runs in integers, too
     assert verify(Path(made.path)).status == "passed"
     path.write_text(schemes.promote(own, ["no.such.product"]).model_dump_json(), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"promotes no\.such\.product, which this model does not have"):
