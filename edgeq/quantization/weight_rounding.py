@@ -87,8 +87,8 @@ def _factor(hessian: NDArray[np.float64], order: NDArray[np.int64]) -> NDArray[n
     Source: Chen et al. 2025, The geometry of LLM quantization: GPTQ as Babai's nearest plane algorithm.
     """
     back = order[::-1]
-    lower = np.asarray(np.linalg.cholesky(hessian[np.ix_(back, back)]), np.float64)
-    return np.ascontiguousarray(lower[::-1, ::-1].T)
+    lower = np.linalg.cholesky(hessian[np.ix_(back, back)])
+    return np.ascontiguousarray(lower[::-1, ::-1].T, np.float64)
 
 
 def rounded(

@@ -66,7 +66,7 @@ def convert(located: Located, out_dir: Path, hidden_state: bool) -> Source:
     np.savez(out_dir / PROBES, allow_pickle=False, **named)
     write_configuration(model, out_dir / CONFIG, record)
     with external_data.outside(out_dir / _OUTSIDE):
-        external_data.save(_to_onnx(model, hidden_state, located.name, record.max_sequence), out_dir / RAW)
+        external_data.save(_to_onnx(model, hidden_state, located.name, record.max_sequence), out_dir / RAW, True)
     (out_dir / SOURCE).write_text(record.model_dump_json(), encoding="utf-8")
     return record
 
@@ -107,7 +107,7 @@ def _convert_images(located: Located, model: SentenceTransformer, out_dir: Path,
     with torch.no_grad():
         outputs = ("sentence_embedding", "last_hidden_state")[: len(module(example))]
     with external_data.outside(out_dir / _OUTSIDE):
-        external_data.save(trace(module, {PIXELS: example}, outputs, located.name), out_dir / RAW)
+        external_data.save(trace(module, {PIXELS: example}, outputs, located.name), out_dir / RAW, True)
     (out_dir / SOURCE).write_text(record.model_dump_json(), encoding="utf-8")
     return record
 
