@@ -32,6 +32,7 @@ from edgeq.quantization.rewrites.decompose import DECOMPOSE, has_derived_statist
 from edgeq.quantization.rewrites.observe_row_maxima import observe_row_maxima
 from edgeq.quantization.schemes import SCHEMES
 from edgeq.records import Smoothing
+from edgeq.system import memory
 from edgeq.system.progress import Progress, silent
 
 SamplesT = TypeVar("SamplesT", bound=Samples)
@@ -84,9 +85,11 @@ def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Pro
     smoothing = _search(split, judging, reference, progress)
     equalized = _equalize(split, smoothing.alphas)
     del split  # it holds the weights once more
-    kept = _observe_all(equalized, batches, progress)
-    error = _largest_error(model, equalized.model, judging, reference)
-    return Observed(equalized.model, kept, smoothing, error)
+    memory.trim()
+    made, kept = _observe_all(equalized, batches, progress)
+    memory.trim()
+    error = _largest_error(model, made, judging, reference)
+    return Observed(made, kept, smoothing, error)
 
 
 def calibrate_on_probes(model: onnx.ModelProto, samples: Samples) -> tuple[onnx.ModelProto, dict[str, Statistics]]:
@@ -107,7 +110,7 @@ def calibrate_on_probes(model: onnx.ModelProto, samples: Samples) -> tuple[onnx.
     batches = equal_length_batches(samples, samples.longest)
     split = _split(model, samples, batches, 0, silent)
     equalized = _equalize(split, {kind: choices[0] for kind, choices in ALPHAS.items()})
-    return equalized.model, _observe_all(equalized, batches, silent, has_moments=False)
+    return _observe_all(equalized, batches, silent, has_moments=False)
 
 
 @dataclass(frozen=True)
@@ -147,12 +150,12 @@ class _Equalized:
 
 
 def _split(model: onnx.ModelProto, samples: Samples, batches: Sequence[Batch], seed: int, progress: Progress) -> _Split:
-    """Observe what is smoothed, give outlier neurons their branches, and the mask its size."""
+    """Observe what is smoothed, on the samples and a sweep through the vocabulary; give outlier neurons their branches."""
     graph = ir.from_proto(model).graph
     wanted = [site.name for site in sites(graph)]
     hidden = [str(block.hidden.name) for block in feed_forwards(graph)]
     maps = map_tensors(graph)
-    first_names = list(dict.fromkeys([*wanted, *hidden, *smooth_scales.score_tensors(graph), *maps]))
+    first_names = list(dict.fromkeys([*wanted, *hidden, *maps]))
     first = observe(model, first_names, batches, lambda done, total: progress("observe", done, total))
     sweep = equal_length_batches(samples.swept(_vocabulary(graph), seed), samples.longest)
     swept = observe(
@@ -160,7 +163,6 @@ def _split(model: onnx.ModelProto, samples: Samples, batches: Sequence[Batch], s
     )
     split = ir.from_proto(model)
     statistics = outlier_neurons.split_neurons(split.graph, first, swept)
-    smooth_scales.size_mask(split.graph, first)
     return _Split(ir.to_proto(split), statistics, swept, tuple(maps))
 
 
@@ -178,14 +180,31 @@ def _equalize(split: _Split, alphas: Mapping[str, float]) -> _Equalized:
 
 def _observe_all(
     equalized: _Equalized, batches: Sequence[Batch], progress: Progress, has_moments: bool = True
-) -> dict[str, Statistics]:
-    """Observe every tensor that a quantiser needs statistics of; second moments serve the rounding of weights alone."""
-    return observe(
-        equalized.expanded, list(dict.fromkeys([*equalized.others, *equalized.maps])), batches,
+) -> tuple[onnx.ModelProto, dict[str, Statistics]]:
+    """Observe every tensor that a quantiser needs statistics of, and give the attention mask its size.
+
+    Without padding the mask is 0, whatever its size: so the scores that decide it are observed in the same run.
+
+    Args:
+        equalized: the model.
+        batches: of the samples.
+        progress: see `calibrate`.
+        has_moments: observe second moments, too; they serve the rounding of weights alone.
+
+    Returns:
+        The model with its mask, and the statistics.
+    """
+    names = list(dict.fromkeys([*equalized.others, *equalized.maps]))
+    graph = ir.from_proto(equalized.model)
+    scores = smooth_scales.score_tensors(graph.graph)
+    found = observe(
+        equalized.expanded, list(dict.fromkeys([*names, *scores])), batches,
         lambda done, total: progress("calibrate", done, total),
         histograms=[*equalized.read, *equalized.maps], moments=equalized.read if has_moments else (),
         means=_read_by_attention(equalized.expanded),
     )  # fmt: skip
+    smooth_scales.size_mask(graph.graph, found)
+    return ir.to_proto(graph), {name: found[name] for name in names}
 
 
 def _vocabulary(graph: ir.Graph) -> int:
@@ -306,7 +325,7 @@ def _score(
     graph = ir.from_proto(split.model)
     moved = smooth_scales.smooth(graph.graph, split.statistics, split.swept, alphas)
     observed, scheme = {**split.statistics, **moved}, SCHEMES[SEARCH_SCHEME]
-    candidate = quantize_mixed(ir.to_proto(graph), observed, scheme, compensate=False)[0]
+    candidate = quantize_mixed(ir.to_proto(graph), observed, scheme, compensate=False, has_tables=False)[0]
     cosines = np.sort(_cosines(reference, embed_batches(FloatSession.of(candidate), batches, len(reference))))
     if not np.isfinite(cosines).all():
         return -1.0, -1.0

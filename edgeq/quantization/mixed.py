@@ -32,6 +32,7 @@ def quantize_mixed(
     refusals: list[Refusal] | None = None,
     feeds: Sequence[AnyFeeds] = (),
     compensate: bool = True,
+    has_tables: bool = True,
 ) -> Quantized:
     """Put QuantizeLinear and DequantizeLinear around every token-level weight product and the embedding tables.
 
@@ -52,6 +53,7 @@ def quantize_mixed(
         refusals: where refusals are collected; missing statistics are made up then. This kind refuses nothing.
         feeds: probe batches on which each rewrite is proved in FP32; none where the same was proved before.
         compensate: round weights with error compensation (GPTQ) where a second moment was observed; else to nearest.
+        has_tables: quantise the tables of embeddings, too; trials that differ in the products alone need not.
 
     Returns:
         The QDQ model (opset 21, IR version 10), the names of the integer products, and those of weight products that
@@ -69,7 +71,7 @@ def quantize_mixed(
         integer.extend(_quantize_site(builder, site, scheme, compensate))
     integer += quantize_convolutions(builder, scheme)
     for node in list(graph):
-        if node.op_type in ("Gather", "Slice"):
+        if has_tables and node.op_type in ("Gather", "Slice"):
             _quantize_table(graph, node, scheme.embedding_bits)
     floats = tuple(
         str(node.name)
