@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import encoder
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 from tiny_bundle import GATE, MEASURES, PLACEMENT, TEXT_SET, make_target
 
-from edgeq.data.tokens import Tokens
+from edgeq.data.sessions import embed_batches, unit
+from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import ConfigError, ParityFailed
 from edgeq.evaluation import gate, parity
 from edgeq.evaluation.vector_measures import mean_interval, rank_correlation
+from edgeq.graph.float_session import FloatSession
 from edgeq.targets import list_targets
 
 COUNT, DIM = 300, 64
@@ -449,3 +454,30 @@ def test_vectors_without_a_direction_give_zero(bad: float) -> None:
 def test_invariance_needs_a_text() -> None:
     with pytest.raises(ConfigError, match="no texts"):
         parity.invariance(faithful, Tokens((), 0, 0), 32)
+
+
+def at_4_bits(model: onnx.ModelProto, layer: str) -> onnx.ModelProto:
+    """Round the weights of a layer's products to 4 bits for each output channel."""
+    damaged = onnx.ModelProto()
+    damaged.CopyFrom(model)
+    weights = {node.input[1] for node in damaged.graph.node if node.op_type == "MatMul" and node.name.startswith(layer)}
+    rounded = 0
+    for tensor in damaged.graph.initializer:
+        if tensor.name in weights:
+            values = numpy_helper.to_array(tensor)
+            step = np.abs(values).max(axis=0) / 7
+            tensor.CopyFrom(numpy_helper.from_array((np.round(values / step) * step).astype(np.float32), tensor.name))
+            rounded += 1
+    assert rounded >= 6
+    return damaged
+
+
+def test_one_layer_at_4_bits_is_refused_by_each_gate() -> None:
+    model, samples = encoder.encoder(0), Tokens(encoder.tokens(1, COUNT), 0, 0)
+    reference, found = (
+        embed_batches(FloatSession.of(each), batches(samples), COUNT) for each in (model, at_4_bits(model, "layer.1"))
+    )
+    assert np.sum(unit(reference) * unit(found), axis=1).min() > 0.9
+    for name in TARGETS:
+        missed = failures(reference, found, name=name)
+        assert any("centred cosine" in line for line in missed), (name, missed)

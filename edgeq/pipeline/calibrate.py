@@ -150,7 +150,7 @@ class _Equalized:
 
 
 def _split(model: onnx.ModelProto, samples: Samples, batches: Sequence[Batch], seed: int, progress: Progress) -> _Split:
-    """Observe what is smoothed, on the samples and a sweep through the vocabulary; give outlier neurons their branches."""
+    """Observe what is smoothed, on samples and a sweep through the vocabulary; give outlier neurons their branches."""
     graph = ir.from_proto(model).graph
     wanted = [site.name for site in sites(graph)]
     hidden = [str(block.hidden.name) for block in feed_forwards(graph)]

@@ -15,13 +15,14 @@ from edgeq.graph.linear import Linear, Site, sites
 from edgeq.quantization import affine, promoted_products, ranges, weight_rounding
 from edgeq.quantization.convolution import quantize_convolutions
 from edgeq.quantization.qdq import HEADROOM, LOWEST_IR_VERSION, QdqBuilder, Quantized, UnsignedQdqBuilder, int8_weight
+from edgeq.quantization.rewrites.mixed import mixed_form
 from edgeq.quantization.walk import Refusal
 from edgeq.records import Scheme
 
 
-def keep_model(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> onnx.ModelProto:
-    """Give the equalised float model itself: this kind of scheme rewrites nothing before it quantises."""
-    return model
+def rewrite_mixed(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> onnx.ModelProto:
+    """Give the float model whose weight products `quantize_mixed` quantises."""
+    return ir.to_proto(mixed_form(model, observed)[0])
 
 
 def quantize_mixed(
@@ -50,7 +51,7 @@ def quantize_mixed(
         observed: statistics of every tensor that a weight product reads.
         scheme: bits and signs.
         refusals: where refusals are collected; missing statistics are made up then. This kind refuses nothing.
-        feeds: not used: no rewrite is to be proved.
+        feeds: probe batches on which each rewrite is proved in FP32; none where the same was proved before.
         compensate: round weights with error compensation (GPTQ) where a second moment was observed; else to nearest.
         has_tables: quantise the tables of embeddings, too; trials that differ in the products alone need not.
 
@@ -59,12 +60,12 @@ def quantize_mixed(
         stay float by the scheme.
 
     Raises:
-        EdgeqError: a tensor has no statistics.
+        EdgeqError: a tensor has no statistics, or a rewrite changed the FP32 function.
     """
-    graph_model = ir.from_proto(model)
+    graph_model, seen = mixed_form(model, observed, feeds)
     graph = graph_model.graph
     kind = QdqBuilder if scheme.activations_signed else UnsignedQdqBuilder
-    builder = kind(graph, dict(observed), has_placeholders=refusals is not None)
+    builder = kind(graph, seen, has_placeholders=refusals is not None)
     integer: list[str] = []
     for site in list(sites(graph)):
         integer.extend(_quantize_site(builder, site, scheme, compensate))

@@ -93,8 +93,8 @@ def _heading(results: Figures) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         "# edgeq beside its peers\n\n"
-        f"Written by `tools/bench` on {results['date']}: {results.get('model', MINILM)}, one run on {results['machine']}."
-        f"\n\n{versions}.\n\n"
+        f"Written by `tools/bench` on {results['date']}: {results.get('model', MINILM)}, "
+        f"one run on {results['machine']}.\n\n{versions}.\n\n"
         "A cell in brackets is blank, for the reason of that number below."
     )
 
