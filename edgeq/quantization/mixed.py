@@ -10,18 +10,19 @@ import onnx_ir as ir
 
 from edgeq.calibration.statistics import Statistics
 from edgeq.data.batches import AnyFeeds
-from edgeq.graph.edit import add_constant, add_node, checked, constant, dims, replace_uses
+from edgeq.graph.edit import add_constant, add_node, checked, constant, dims, infer_shapes, replace_uses
 from edgeq.graph.linear import Linear, Site, sites
 from edgeq.quantization import affine, promoted_products, ranges, weight_rounding
 from edgeq.quantization.convolution import quantize_convolutions
 from edgeq.quantization.qdq import HEADROOM, LOWEST_IR_VERSION, QdqBuilder, Quantized, UnsignedQdqBuilder, int8_weight
+from edgeq.quantization.rewrites.mixed import mixed_form
 from edgeq.quantization.walk import Refusal
 from edgeq.records import Scheme
 
 
-def keep_model(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> onnx.ModelProto:
-    """Give the equalised float model itself: this kind of scheme rewrites nothing before it quantises."""
-    return model
+def rewrite_mixed(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> onnx.ModelProto:
+    """Give the float model whose tensors the QDQ model holds as integers."""
+    return infer_shapes(ir.to_proto(mixed_form(model, observed, scheme)[0]))
 
 
 def quantize_mixed(
@@ -49,7 +50,7 @@ def quantize_mixed(
         observed: statistics of every tensor that a weight product reads.
         scheme: bits and signs.
         refusals: where refusals are collected; missing statistics are made up then. This kind refuses nothing.
-        feeds: not used: no rewrite is to be proved.
+        feeds: probe batches on which the rewrites are proved; none where the same was proved before.
         compensate: round weights with error compensation (GPTQ) where a second moment was observed; else to nearest.
 
     Returns:
@@ -57,12 +58,12 @@ def quantize_mixed(
         stay float by the scheme.
 
     Raises:
-        EdgeqError: a tensor has no statistics.
+        EdgeqError: a tensor has no statistics, or a rewrite changed the FP32 function.
     """
-    graph_model = ir.from_proto(model)
+    graph_model, statistics = mixed_form(model, observed, scheme, feeds)
     graph = graph_model.graph
     kind = QdqBuilder if scheme.activations_signed else UnsignedQdqBuilder
-    builder = kind(graph, dict(observed), has_placeholders=refusals is not None)
+    builder = kind(graph, statistics, has_placeholders=refusals is not None)
     integer: list[str] = []
     for site in list(sites(graph)):
         integer.extend(_quantize_site(builder, site, scheme, compensate))
