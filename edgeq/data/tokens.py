@@ -13,7 +13,7 @@ from edgeq.data.batches import PIXELS, AnyFeeds, Batch, Samples
 from edgeq.errors import ConfigError
 from edgeq.records import TextSet
 
-_SWEEP_TOKENS, _SWEEP_LENGTH = 4096, 30
+_SWEEP_TOKENS, _SWEEP_LENGTH = 8192, 30
 
 
 @dataclass(frozen=True)
