@@ -61,10 +61,6 @@ def export(
     hidden_state: Annotated[
         bool, typer.Option("--hidden-state/--no-hidden-state", help="Keep the output last_hidden_state.")
     ] = True,
-    float_op: Annotated[
-        list[str] | None,
-        typer.Option(metavar="OP", help="Let this operator outside the dialect stay in float; repeatable."),
-    ] = None,
     keep_failed: Annotated[
         bool, typer.Option("--keep-failed", help="Write a bundle that misses its gate, marked so.")
     ] = False,
@@ -110,7 +106,6 @@ def export(
         seed=seed,
         scheme=scheme,
         hidden_state=hidden_state,
-        float_ops=tuple(float_op or ()),
         keep_failed=keep_failed,
         overwrite=overwrite,
         dry_run=dry_run,

@@ -50,7 +50,6 @@ def export(
     seed: int = 0,
     scheme: str | Path | None = None,
     hidden_state: bool = True,
-    float_ops: Sequence[str] = (),
     keep_failed: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -83,7 +82,6 @@ def export(
         seed: of that choice.
         scheme: a file written by `edgeq analyze --auto`.
         hidden_state: keep the output last_hidden_state.
-        float_ops: operators outside the dialect that may stay in float.
         keep_failed: write a bundle that misses its gate, and return its result instead of raising.
         overwrite: replace a bundle made from other inputs.
         dry_run: check everything, convert nothing.
@@ -127,7 +125,6 @@ def export(
             seed=seed,
             scheme=Path(scheme) if scheme is not None else None,
             hidden_state=hidden_state,
-            float_ops=tuple(float_ops),
             keep_failed=keep_failed,
             overwrite=overwrite,
             dry_run=dry_run,

@@ -20,13 +20,13 @@ from edgeq.data.tokens import token_limit
 from edgeq.errors import ConfigError, ParityFailed, Unsupported
 from edgeq.frontend import locate, settings
 from edgeq.frontend.float_model import CONFIG
-from edgeq.pipeline import check, stages
+from edgeq.graph import external_data
+from edgeq.pipeline import stages, structure
 from edgeq.pipeline.golden_samples import golden_samples
 from edgeq.pipeline.measure_parity import measure_parity, require_device
 from edgeq.pipeline.request import ExportRequest, command
 from edgeq.pipeline.stage_results import Calibrated, Floats
 from edgeq.quantization import schemes
-from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import (
     EndToEnd,
     Measures,
@@ -116,7 +116,6 @@ def export(request: ExportRequest, progress: Progress, run_targets: RunTargets =
     located = located_source(request)
     plan = _plan(request, located)
     for target in request.targets:
-        _refuse_islands(request, target)
         _scheme(request, target)
         backend = find(target.backend, target.name)
         backend.tools()
@@ -127,12 +126,11 @@ def export(request: ExportRequest, progress: Progress, run_targets: RunTargets =
     if request.dry_run:
         return tuple(_not_run(target) for target in request.targets)
     progress("export", 0, 1)
-    floats = stages.float_model(located, request.hidden_state, request.cache, request.float_ops)
+    floats = stages.float_model(located, request.hidden_state, request.cache)
     _warn_of_unknown(floats.source)
     progress("export", 1, 1)
-    for target in request.targets if floats.takes_images else ():
-        as_given = check.unquantised(floats.model.file, floats.model.inputs, _scheme(request, target))
-        _refuse(find(target.backend, target.name), as_given, target)
+    asked = [(target, _scheme(request, target)) for target in request.targets]
+    structure.require(external_data.load(Path(floats.model.file.path)), floats.model, asked)
     calibrated = stages.calibrated(floats, plan, request.seed, request.cache, progress)
     return run_targets(Shared(floats, calibrated, plan), request, progress)
 
@@ -253,15 +251,6 @@ def _scheme(request: ExportRequest, target: Target) -> Scheme:
             "Leave --scheme out, or choose another target."
         )
     return given
-
-
-def _refuse_islands(request: ExportRequest, target: Target) -> None:
-    """Refuse --float-op for a target whose scheme is integer-only."""
-    if request.float_ops and not QUANTIZERS[schemes.find(target.scheme, target.name).kind].keeps_float:
-        raise Unsupported(
-            f"{target.name}: its scheme {target.scheme} leaves nothing float, so {', '.join(request.float_ops)} cannot "
-            "stay. Choose a target that keeps floats (`edgeq targets`), or write the model without."
-        )
 
 
 def _keep_report(found: ParityReport, out: Path, is_written: bool) -> str:

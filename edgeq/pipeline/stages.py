@@ -5,7 +5,6 @@ A function here makes the stage's request from what the export holds; `edgeq.pip
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -13,10 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeq.data.prepare import prepare
-from edgeq.errors import Unsupported
 from edgeq.frontend.locate import Located
-from edgeq.graph import dialect
-from edgeq.graph.dialect import OutsideDialect
 from edgeq.pipeline.stage_functions import (
     CALIBRATION,
     FEEDS,
@@ -30,14 +26,12 @@ from edgeq.pipeline.stage_functions import (
 from edgeq.pipeline.stage_requests import CalibrationRequest, FloatModelRequest, QdqRequest, ReferenceRequest
 from edgeq.pipeline.stage_results import EQUALIZED, FLOAT, STATISTICS, Calibrated, Floats, Validation, read_record
 from edgeq.quantization import schemes
-from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import Calibration, FloatModel, QdqModel, Scheme, Source, Target
 from edgeq.system.cache import Cache
 from edgeq.system.files import file_ref
 from edgeq.system.made_by import foreign_code, own_code
 from edgeq.system.progress import Progress
 from edgeq.system.stage import InputFile, input_file, input_files
-from edgeq.targets import list_targets
 
 if TYPE_CHECKING:
     from edgeq.data.prepare import Items, Plan
@@ -46,41 +40,18 @@ if TYPE_CHECKING:
 EXPORT_TOOLS = ("torch", "transformers", "sentence-transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
 
 
-def float_model(located: Located, has_hidden_state: bool, cache: Cache, float_ops: tuple[str, ...] = ()) -> Floats:
+def float_model(located: Located, has_hidden_state: bool, cache: Cache) -> Floats:
     """Export the model, or take it from the cache.
 
     Raises:
-        Unsupported: the graph leaves the dialect; the message says where, who could take it, and the way out.
+        Unsupported: the graph holds what no target takes; the message says where, and the way out.
         EdgeqError: any other failure of `edgeq.frontend.float_model.write_float_model`.
     """
     named = replace(located, name=located.display_name)
-    request = FloatModelRequest(
-        made_by=foreign_code(), located=named, hidden_state=has_hidden_state, float_ops=float_ops
-    )
-    try:
-        folder = cache.result(FLOAT_MODEL, request)
-    except OutsideDialect as error:
-        raise Unsupported(f"{error}\n{_ways_out(error.operators)}") from error
+    request = FloatModelRequest(made_by=foreign_code(), located=named, hidden_state=has_hidden_state)
+    folder = cache.result(FLOAT_MODEL, request)
     source = Source.model_validate_json((folder / "source.json").read_bytes())
     return Floats(source, read_record(FloatModel, folder / "model.json", folder / FLOAT), folder)
-
-
-def _ways_out(operators: Sequence[str]) -> str:
-    """Give the ways to convert a model with operators outside the dialect: which targets, with which option.
-
-    Args:
-        operators: of ONNX's standard, that a float island may hold; empty where no target takes the graph.
-    """
-    rewrite = "Write the line with operators of edgeq.graph.operators.DIALECT"
-    if not operators:
-        return f"{rewrite}, or export with opset {dialect.OPSET} and without optimisation."
-    keep_floats = [each for each in list_targets() if QUANTIZERS[schemes.find(each.scheme, each.name).kind].keeps_float]
-    options = " ".join(f"--float-op {name}" for name in operators)
-    names = ", ".join(each.name for each in keep_floats)
-    return (
-        f"Integer-only targets cannot take that. Those that keep floats can ({names}): "
-        f"give {options}, and it stays a float island. Else: {rewrite[0].lower()}{rewrite[1:]}, or exclude that module."
-    )
 
 
 def calibrated(floats: Floats, plan: Plan, seed: int, cache: Cache, progress: Progress) -> Calibrated:

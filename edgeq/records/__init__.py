@@ -31,6 +31,14 @@ class PassReport(Record):
     near_misses: tuple[str, ...]
 
 
+class Island(Record):
+    """Count the nodes of one operator outside the dialect that stay float: a float island."""
+
+    operator: str  # of ONNX's own
+    count: Positive
+    origin: str  # module and line of Python of the first of them; else its node's name
+
+
 class FloatModel(Record):
     """Describe an FP32 ONNX file in the dialect, with pooling and L2 normalisation in the graph."""
 
@@ -42,6 +50,7 @@ class FloatModel(Record):
     max_sequence: Positive
     max_abs_error: float  # against torch or the source ONNX file; of an equalised model against the float model
     passes: tuple[PassReport, ...]
+    islands: tuple[Island, ...] = ()  # what only targets that keep floats can take
 
 
 class TextSet(Record):
