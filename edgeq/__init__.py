@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         Unsupported,
     )
     from edgeq.pipeline.api import export
-    from edgeq.pipeline.export import Exported
+    from edgeq.pipeline.bundling import Exported
 
 _HOMES = {
     "BundleCorrupt": "edgeq.errors",

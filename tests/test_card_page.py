@@ -114,8 +114,8 @@ def test_figures_stand_in_the_table(page: str, found: Card) -> None:
     text = Elements(page).text
     for row in found.rows:
         if row.measures is not None:
-            assert f"{row.measures.cosine_mean:.5f}" in text
-            assert f"{row.measures.cosine_min:.5f}" in text
+            assert f"{row.measures.centred_cosine_mean:.5f}" in text
+            assert f"{row.measures.centred_cosine_min:.5f}" in text
     for pair in found.pairs:
         assert f"{pair.cosine_mean:.5f}" in text
     for worst in found.worst_texts:

@@ -22,7 +22,7 @@ from edgeq.backends.registry import BACKENDS
 from edgeq.bundle.golden import read_golden
 from edgeq.cli import console
 from edgeq.pipeline import export as pipeline
-from edgeq.pipeline.export import Exported
+from edgeq.pipeline.bundling import Exported
 from edgeq.pipeline.request import ExportRequest
 
 TARGET = "x86-64-onnxruntime"
@@ -49,7 +49,7 @@ def exported(status: str = "passed", **changes: object) -> Exported:
         "ran_on": "device",
         "parity": MEASURES,
         "size_bytes": 23_000_000,
-        "failures": ("cosine min is 0.5; at least 0.99 is needed.",) if status == "failed" else (),
+        "failures": ("centred cosine min is 0.5; at least 0.99 is needed.",) if status == "failed" else (),
     }
     return Exported.model_validate(fields | changes)
 
@@ -183,8 +183,10 @@ def test_export_as_json_is_the_documented_document(
     assert cli.run([*EXPORT, "--json"]) == 0
     found = capsys.readouterr()
     first, second = json.loads(found.out)["bundles"]
-    assert list(first) == ["target", "path", "status", "ran_on", "parity", "size_bytes", "other_settings", "end_to_end"]
-    assert first["parity"]["cosine_mean"] == MEASURES.cosine_mean
+    assert list(first) == [
+        "target", "path", "status", "ran_on", "parity", "size_bytes", "other_settings", "promotion", "end_to_end",
+    ]  # fmt: skip
+    assert first["parity"]["centred_cosine_mean"] == MEASURES.centred_cosine_mean
     assert (second["path"], second["parity"], second["status"]) == (None, None, "not-run")
     assert "observe" in found.err
 
@@ -196,7 +198,7 @@ def test_a_failed_gate_prints_the_result_and_exits_6(
     assert cli.run([*EXPORT, "--json"]) == 6
     found = capsys.readouterr()
     assert [item["status"] for item in json.loads(found.out)["bundles"]] == ["passed", "failed"]
-    assert "cosine min is 0.5" in found.err
+    assert "centred cosine min is 0.5" in found.err
     assert "The report is out/a.parity.json." in found.err
 
 

@@ -162,7 +162,7 @@ def test_a_model_without_prompts_has_none(path: Path) -> None:
 
 
 def test_a_failed_bundle_is_loaded_only_when_asked(tmp_path: Path) -> None:
-    measures = MEASURES.model_copy(update={"cosine_min": 0.5})
+    measures = MEASURES.model_copy(update={"centred_cosine_min": 0.5})
     report = make_report(make_target(), status="failed", measures=measures, failures=("cosine min is 0.5",))
     path, _ = make_bundle(tmp_path / "out", report=report)
     with pytest.raises(Unsupported, match="missed the gate of tiny-target"):

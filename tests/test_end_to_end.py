@@ -270,7 +270,14 @@ def test_without_a_directory_nothing_is_compared_and_nothing_passes(onnx_file: P
 
 def easy_target() -> Target:
     target = load_target("x86-64-onnxruntime")
-    limits = {"cosine_mean_min": 0.9, "cosine_min_min": 0.8, "top10_overlap_min": 0.1, "spearman_min": 0.1}
+    limits = {
+        "centred_cosine_mean_min": 0.9,
+        "centred_cosine_p01_min": 0.8,
+        "centred_cosine_min_min": 0.8,
+        "regret_mean_max": 0.9,
+        "regret_p99_max": 1.0,
+        "spearman_min": 0.1,
+    }
     return target.model_copy(update={"gate": target.gate.model_copy(update=limits)})
 
 

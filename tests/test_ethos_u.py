@@ -8,6 +8,7 @@ import encoder
 import numpy as np
 import onnx
 import pytest
+from tiny_bundle import MEASURES
 
 pytest.importorskip("ai_edge_litert", reason="needs the extra `ethos-u`")
 pytest.importorskip("ethosu", reason="needs the extra `ethos-u`")
@@ -22,12 +23,13 @@ from edgeq.backends.tflite.writer import ModelWriter, QuantParams
 from edgeq.data.sessions import embed_batches
 from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import ConfigError, LoweringFailed, TimedOut, ToolMissing
+from edgeq.evaluation import gate as gates
 from edgeq.evaluation import parity
 from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline import calibrate
 from edgeq.quantization import quantize
 from edgeq.quantization.schemes import SCHEMES
-from edgeq.records import Artifact, HostOperator, Measures, QdqModel, Target
+from edgeq.records import Artifact, HostOperator, QdqModel, Target
 from edgeq.system.cache import LOCATION_VARIABLE
 from edgeq.system.files import file_ref
 
@@ -165,21 +167,18 @@ def test_vectors_are_the_integer_files(model: QdqModel, artifacts: dict[str, tup
 
 def test_an_operator_on_the_host_too_many_fails_the_gate_by_name() -> None:
     gate = targets.load_target("ethos-u85-256").gate
-    good = Measures(
-        texts=9, cosine_mean=1.0, cosine_min=1.0, max_abs_error=0.0, top10_overlap=1.0, spearman=1.0,
-        invariance_min=1.0, norm_error_max=0.0, is_normalized=True, worst_text="",
-    )  # fmt: skip
+    good = MEASURES
     gelu = HostOperator(file="a.tflite", operator="GELU", output="layer.0.gelu", reason="int16")
     base = Artifact.model_validate({
         "backend": "ethos_u", "target": "t", "qdq_sha256": "0" * 64, "tools": {},
         "files": ({"path": "a.tflite", "sha256": "0" * 64, "size_bytes": 1},),
         "placement": {"integer_matmuls": 1, "float_by_scheme": (), "float_fallbacks": (), "operators": {}},
     }).placement  # fmt: skip
-    assert parity.judge(good, base, gate, "host-kernels") == ()
-    (failure,) = parity.judge(good, base.model_copy(update={"host_operators": (gelu,)}), gate, "host-kernels")
+    assert gates.judge(good, base, gate, "host-kernels") == ()
+    (failure,) = gates.judge(good, base.model_copy(update={"host_operators": (gelu,)}), gate, "host-kernels")
     assert failure == "a.tflite: 1 operators run on the host (GELU (layer.0.gelu)); at most 0 may."
     wider = gate.model_copy(update={"host_operators_max": 1})
-    assert parity.judge(good, base.model_copy(update={"host_operators": (gelu,)}), wider, "host-kernels") == ()
+    assert gates.judge(good, base.model_copy(update={"host_operators": (gelu,)}), wider, "host-kernels") == ()
 
 
 def test_rules_name_what_is_wrong(model: QdqModel) -> None:

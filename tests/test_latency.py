@@ -272,11 +272,16 @@ def test_validation_and_evaluation_compare_with_float32(path: Path, tmp_path: Pa
     from edgeq.pipeline import validate
 
     texts = tmp_path / "texts.jsonl"
-    lines = [json.dumps({"text": " ".join(WORDS[i : i + 1 + i % 5])}) for i in range(14)]
+    phrases = dict.fromkeys(" ".join(WORDS[(i * k) % 16] for k in range(1, 2 + i % 7)) + f" {i}" for i in range(300))
+    lines = [json.dumps({"text": phrase}) for phrase in phrases]
     texts.write_text("\n".join(lines), encoding="utf-8")
     same = validate.validate(path, texts, None, path / "onnx" / "model.onnx", silent)
     assert same.status == "passed", same.failures
     assert same.measures is not None and same.measures.cosine_min > 0.999999
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(lines[:14]), encoding="utf-8")
+    undecided = validate.validate(path, few, None, path / "onnx" / "model.onnx", silent)
+    assert undecided.failures == ("measured on 14; at least 256 are needed: undecided: about 242 more.",)
     other = validate.validate(path, texts, None, float_model, silent)
     assert other.status == "failed"
     assert any("cosine min" in sentence for sentence in other.failures)

@@ -181,7 +181,8 @@ def test_the_device_script_has_this_file_s_text() -> None:
 
 
 def test_a_device_script_with_other_text_is_found_and_made_anew(tmp_path: Path) -> None:
-    for name in ("edgeq/evaluation/paired_times.py", "tools/device/validate.py", "tools/device_script"):
+    copied = ("edgeq/evaluation/paired_times.py", "edgeq/evaluation/vector_measures.py")
+    for name in (*copied, "tools/device/validate.py", "tools/device_script"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, tmp_path / name)
     script, source = tmp_path / "tools/device/validate.py", tmp_path / "edgeq/evaluation/paired_times.py"

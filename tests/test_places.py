@@ -68,9 +68,9 @@ def measured(**changes: float) -> Callable[[dict[str, Any]], object]:
             "the device, but the CPU lacks avx9",
         ),
         (measured(texts=3), "measures 3 inputs; the bundle has 32"),
-        (measured(cosine_mean=0.5), "says passed, but its measures say: cosine mean"),
+        (measured(invariance_min=0.5), "says passed, but its measures say: invariance"),
         (measured(norm_error_max=0.9), "norm error"),
-        (lambda report: report["host"].update(cosine_min=0.1), "cosine min with the exporting machine"),
+        (lambda report: report["host"].update(centred_cosine_min=0.1), "centred cosine with the exporting machine"),
         (lambda report: report.update(extra=1), "extra: Extra inputs"),
         (lambda report: report.pop("cells"), "cells: Field required"),
         (measured(spearman=float("nan")), "finite"),
@@ -173,9 +173,9 @@ def test_no_time_is_shown_where_it_is_not_the_device(tmp_path: Path, capsys: pyt
 
 def test_a_missed_gate_is_shown_kept_and_exits_with_6(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = ort_bundle(tmp_path / "out")
-    edit_manifest(path, lambda manifest: manifest["target"]["gate"].update(cosine_mean_min=0.9999999))
+    edit_manifest(path, lambda manifest: manifest["target"]["gate"].update(exactness_min=1.1))
     assert run("validate", path, "--on", "local", "--runs", 2) == 6
-    assert "misses the gate of tiny-target there: cosine mean" in capsys.readouterr().err.replace("\n", " ")
+    assert "misses the gate of tiny-target there: exactness: centred" in capsys.readouterr().err.replace("\n", " ")
     assert [report.status for report in reports_of(path).values()] == ["failed"]
 
 

@@ -11,7 +11,9 @@ import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
 
+from edgeq.calibration.observe import equal_length_batches
 from edgeq.data.probes import probe_feeds
+from edgeq.data.sessions import embed_batches
 from edgeq.data.tokens import Tokens
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph import double_precision, float_noise
@@ -113,15 +115,20 @@ def test_every_damage_shows_on_the_noisiest_model_too(damage: Damage, sharpness:
 EQUAL_LENGTHS = [damage for damage in DAMAGES if damage is not open_mask]  # their batches hold no padding to unmask
 
 
+def largest_error(before: onnx.ModelProto, after: onnx.ModelProto, held: Tokens) -> float:
+    groups = equal_length_batches(held, held.longest)
+    return calibrate._largest_error(before, after, groups, embed_batches(FloatSession.of(before), groups, len(held)))
+
+
 @pytest.mark.parametrize("damage", [None, *EQUAL_LENGTHS], ids=lambda damage: damage.__name__ if damage else "rounding")
 def test_equalising_may_move_a_noisy_model_by_its_rounding_and_no_more(damage: Damage | None) -> None:
     held = Tokens(encoder.tokens(1, 32), 0, 0)
     equalized = changed(noisy(2000.0), moved_by_rounding)
     if damage is None:
-        assert 1e-5 < calibrate._largest_error(noisy(2000.0), equalized, held, held.longest) < float_noise.CEILING
+        assert 1e-5 < largest_error(noisy(2000.0), equalized, held) < float_noise.CEILING
         return
     with pytest.raises(EdgeqError, match=r"equalising moved the FP32 embeddings by .* FP32 differs from its FP64 by"):
-        calibrate._largest_error(noisy(2000.0), changed(equalized, damage), held, held.longest)
+        largest_error(noisy(2000.0), changed(equalized, damage), held)
 
 
 def test_the_noisier_form_of_a_function_says_how_noisy_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,8 @@ from edgeq.pipeline import calibrate
 from edgeq.pipeline.calibrate import Observed
 from edgeq.quantization import ranges, weight_rounding
 from edgeq.quantization.quantize import quantize
+from edgeq.quantization.rewrites import split_ranges
+from edgeq.quantization.rewrites.split_ranges import WIDE
 from edgeq.quantization.schemes import SCHEMES
 
 W8A8 = SCHEMES["w8a8-gemm"]
@@ -115,7 +117,7 @@ def test_attention_makes_the_memory_of_observing_grow_with_the_square(model: onn
 def test_integer_products_are_near_fp32(model: onnx.ModelProto, observed: Observed, held_out: Tokens) -> None:
     quantized, integer, floats = quantize(observed.model, observed.statistics, W8A8)
     cosines = centred_cosines(embed(model, held_out), embed(quantized, held_out))
-    assert len(integer) == 12
+    assert len({name.removesuffix(WIDE) for name in integer}) == 12
     assert set(floats) == {
         node.name
         for node in ir.from_proto(quantized).graph
@@ -125,7 +127,10 @@ def test_integer_products_are_near_fp32(model: onnx.ModelProto, observed: Observ
     assert cosines.min() > 0.9  # one of 64 random texts lies near the mean, where a centred cosine says little
 
 
-def test_quantising_without_equalising_is_worse(model: onnx.ModelProto, observed: Observed, held_out: Tokens) -> None:
+def test_quantising_without_equalising_is_worse(
+    model: onnx.ModelProto, observed: Observed, held_out: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(split_ranges, "GAIN", np.inf)  # which would serve the outlier neurons of the plain model, too
     names = [site.name for site in sites(ir.from_proto(model).graph)]
     plain = observe(model, names, equal_length_batches(Tokens(encoder.tokens(1, 96), 0, 0), 48), lambda d, t: None)
     reference = embed(model, held_out)

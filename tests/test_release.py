@@ -18,8 +18,9 @@ from tiny_bundle import MEASURES, TinyBackend, make_bundle, make_report, make_ta
 from edgeq import cli
 from edgeq.backends.registry import BACKENDS
 from edgeq.bundle.turns import Latency
-from edgeq.devices.report import Agreement, Conditions, DeviceCell, DeviceMachine, DeviceReport, keep_report
+from edgeq.devices.report import Conditions, DeviceCell, DeviceMachine, DeviceReport, keep_report
 from edgeq.errors import BundleCorrupt, ConfigError, ReleaseRefused
+from edgeq.records import Exactness
 from edgeq.release import archives, make, sign
 from edgeq.release.archives import verify_archive
 from edgeq.release.make import release
@@ -27,7 +28,7 @@ from edgeq.system.files import sha256_file
 
 pytestmark = pytest.mark.release
 
-BETTER = MEASURES.model_copy(update={"cosine_mean": 0.9995, "cosine_min": 0.9961})
+BETTER = MEASURES.model_copy(update={"centred_cosine_mean": 0.9995, "centred_cosine_min": 0.9961})
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ def device_report(path: Path, **changes: object) -> DeviceReport:
         status="passed",
         failures=(),
         measures=MEASURES.model_copy(update={"texts": 32}),
-        host=Agreement(cosine_mean=1.0, cosine_min=1.0, max_abs_error=0.0),
+        host=Exactness(texts=32, centred_cosine_mean=1.0, centred_cosine_min=1.0, max_abs_error=0.0),
         machine=DeviceMachine(
             machine="aarch64", accelerator=None, cpu="Cortex-A76", cores=4, cpu_flags=(), system="Linux",
             memory_bytes=None, lacks=(),
@@ -105,12 +106,12 @@ def test_a_device_report_makes_a_bundle_fit_and_travels_with_it(tmp_path: Path) 
 def test_device_reports_that_failed_lie_or_are_of_another_bundle_do_not_help(tmp_path: Path) -> None:
     target = make_target()
     path, _ = make_bundle(tmp_path / "out", report=make_report(target, ran_on="host-kernels"))
-    poor = MEASURES.model_copy(update={"texts": 32, "cosine_min": 0.5})
+    poor = MEASURES.model_copy(update={"texts": 32, "invariance_min": 0.5})
     for changes, said in (
         ({"manifest_sha256": "0" * 64}, "was run on host-kernels only"),
         ({"ran_on": "emulator", "cells": (), "load_ms": None}, "was run on host-kernels, emulator only"),
         ({"measures": poor}, "says passed, but its measures say"),
-        ({"measures": poor, "status": "failed", "failures": ("cosine min",)}, "was run on host-kernels, device only"),
+        ({"measures": poor, "status": "failed", "failures": ("invariance",)}, "was run on host-kernels, device only"),
     ):
         keep_report(path, "board", device_report(path, **changes))
         with pytest.raises(ReleaseRefused, match=said):
@@ -119,8 +120,8 @@ def test_device_reports_that_failed_lie_or_are_of_another_bundle_do_not_help(tmp
 
 def test_a_bundle_that_missed_its_gate_is_not_saved_by_a_device(tmp_path: Path) -> None:
     failed = make_report(
-        make_target(), status="failed", measures=MEASURES.model_copy(update={"cosine_min": 0.5}),
-        failures=("cosine min is 0.500000; at least 0.993 is needed.",),
+        make_target(), status="failed", measures=MEASURES.model_copy(update={"centred_cosine_min": 0.5}),
+        failures=("centred cosine min is 0.500000; at least 0.993 is needed.",),
     )  # fmt: skip
     path, _ = make_bundle(tmp_path / "out", report=failed)
     keep_report(path, "board", device_report(path))
@@ -218,8 +219,8 @@ def test_a_bundle_that_is_damaged_inside_the_archive_is_named_by_the_archive(tmp
 def test_every_reason_is_given_for_every_bundle(tmp_path: Path) -> None:
     out = tmp_path / "out"
     failed = make_report(
-        make_target(), status="failed", measures=MEASURES.model_copy(update={"cosine_min": 0.5}),
-        failures=("cosine min is 0.500000; at least 0.993 is needed.",),
+        make_target(), status="failed", measures=MEASURES.model_copy(update={"centred_cosine_min": 0.5}),
+        failures=("centred cosine min is 0.500000; at least 0.993 is needed.",),
     )  # fmt: skip
     make_bundle(out, name="failed", report=failed)
     elsewhere = make_target(name="elsewhere")
@@ -231,7 +232,7 @@ def test_every_reason_is_given_for_every_bundle(tmp_path: Path) -> None:
         release([out], "1.0.0", tmp_path / "rel")
     said = str(caught.value)
     assert "3 of 4 bundles" in said
-    assert f"{out / 'failed'}: missed the gate of tiny-target: cosine min is 0.500000" in said
+    assert f"{out / 'failed'}: missed the gate of tiny-target: centred cosine min is 0.500000" in said
     assert f"{out / 'elsewhere'}: was run on host-kernels only" in said
     for reason in ("modules.json: its sha256", "missed the gate", "was run on host-kernels only"):
         assert [line for line in said.splitlines() if str(both) in line and reason in line], reason
@@ -252,7 +253,7 @@ def test_a_bundle_that_was_never_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_report_that_praises_itself_is_refused(tmp_path: Path) -> None:
-    poor = make_report(make_target(), measures=MEASURES.model_copy(update={"cosine_min": 0.5}))
+    poor = make_report(make_target(), measures=MEASURES.model_copy(update={"centred_cosine_min": 0.5}))
     path, _ = make_bundle(tmp_path / "out", report=poor)
     with pytest.raises(ReleaseRefused, match="says passed, but its measures say") as caught:
         release([path], "1.0.0", tmp_path / "rel")
@@ -268,20 +269,20 @@ def test_records_that_cannot_be_read_are_a_reason_too(tmp_path: Path) -> None:
 
 def test_notes_compare_with_the_previous_release(tmp_path: Path) -> None:
     release([two(tmp_path / "out")], "1.0.0", tmp_path / "one")
-    target = make_target(gate=make_target().gate.model_copy(update={"cosine_mean_min": 0.999}))
+    target = make_target(gate=make_target().gate.model_copy(update={"centred_cosine_mean_min": 0.999}))
     better, _ = make_bundle(tmp_path / "next", target=target, report=make_report(target, measures=BETTER), seed=3)
     third, _ = make_bundle(tmp_path / "next", name="third", target=make_target(name="third"))
     release([better, third], "1.1.0", tmp_path / "two", previous=tmp_path / "one")
     notes = (tmp_path / "two" / "RELEASE_NOTES.md").read_text(encoding="utf-8")
-    assert "| cosine with FP32, mean | 0.99910 | 0.99950 | +0.00040 |" in notes
-    assert "| cosine with FP32, worst sample | 0.99510 | 0.99610 | +0.00100 |" in notes
+    assert "| centred cosine with FP32, mean | 0.99910 | 0.99950 | +0.00040 |" in notes
+    assert "| centred cosine with FP32, worst sample | 0.99510 | 0.99610 | +0.00100 |" in notes
     assert "- the target's gate" in notes
     assert "- the artifact's bytes" in notes
     assert "New in this release." in notes
     assert "- tiny for other" in notes.partition("## No longer released")[2]
     assert "Measured" not in notes  # on the same samples, place and machine
     first = (tmp_path / "one" / "RELEASE_NOTES.md").read_text(encoding="utf-8")
-    assert "| cosine with FP32, mean | 0.99910 |" in first
+    assert "| centred cosine with FP32, mean | 0.99910 |" in first
     assert "change" not in first
 
 
@@ -294,7 +295,7 @@ def test_notes_say_when_figures_cannot_be_compared(tmp_path: Path) -> None:
     path, _ = make_bundle(tmp_path / "next", report=changed)
     release([path], "1.1.0", tmp_path / "two", previous=tmp_path / "one")
     notes = (tmp_path / "two" / "RELEASE_NOTES.md").read_text(encoding="utf-8")
-    assert "Measured on other samples (64 before, 10 now), and on another machine" in notes
+    assert "Measured on other samples (512 before, 10 now), and on another machine" in notes
     assert "- not the artifact: it is the same, byte for byte" in notes
 
 
@@ -438,8 +439,8 @@ def test_the_verbs_release_and_verify(tmp_path: Path, capsys: pytest.CaptureFixt
     archive.write_bytes(archive.read_bytes()[:-1])
     assert cli.run(["verify", str(archive), "--public-key", str(public)]) == 7
     failed = make_report(
-        make_target(), status="failed", measures=MEASURES.model_copy(update={"cosine_min": 0.5}),
-        failures=("cosine min is 0.500000; at least 0.993 is needed.",),
+        make_target(), status="failed", measures=MEASURES.model_copy(update={"centred_cosine_min": 0.5}),
+        failures=("centred cosine min is 0.500000; at least 0.993 is needed.",),
     )  # fmt: skip
     bad, _ = make_bundle(tmp_path / "bad", report=failed)
     assert cli.run(["release", str(bad), "--version", "1.0.0", "--to", str(tmp_path / "no")]) == 11
@@ -467,4 +468,4 @@ def test_words_of_strangers_are_only_words_in_the_notes(tmp_path: Path) -> None:
     path, _ = make_bundle(tmp_path / "out", report=report)
     release([path], "1.0.0", tmp_path / "rel")
     notes = (tmp_path / "rel" / "RELEASE_NOTES.md").read_text(encoding="utf-8")
-    assert "- device (evil cpu script # Heading x (http://example.org)), on 64 samples" in re.sub(" +", " ", notes)
+    assert "- device (evil cpu script # Heading x (http://example.org)), on 512 samples" in re.sub(" +", " ", notes)

@@ -65,7 +65,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("modules")
-    (folder / "texts.txt").write_text("\n".join(tiny_source.texts(100)), encoding="utf-8")
+    (folder / "texts.txt").write_text("\n".join(tiny_source.texts(1500)), encoding="utf-8")
     return folder
 
 
@@ -110,8 +110,9 @@ def easy(name: str, **gate: float) -> Target:
     """Give a target that judges only that vectors are near: random weights hardly separate texts."""
     target = load_target(name)
     limits = {
-        "cosine_mean_min": 0.98, "cosine_min_min": 0.9, "top10_overlap_min": 0.1, "spearman_min": 0.1,
-        "invariance_min": 0.999, "norm_error_max": 1e-2, "norm_error_unnormalized_max": 0.1, **gate,
+        "centred_cosine_mean_min": 0.9, "centred_cosine_p01_min": 0.8, "centred_cosine_min_min": 0.8,
+        "regret_mean_max": 0.9, "regret_p99_max": 1.0, "spearman_min": 0.1,
+        "invariance_min": 0.999, "norm_error_max": 1.5e-2, "norm_error_unnormalized_max": 0.1, **gate,
     }  # fmt: skip
     buckets = (16, 64) if target.buckets_tokens else ()
     return target.model_copy(update={"gate": target.gate.model_copy(update=limits), "buckets_tokens": buckets})
@@ -120,7 +121,7 @@ def easy(name: str, **gate: float) -> Target:
 def exported(work: Path, model: Path, *targets: str, dim: int | None = None) -> list[Path]:
     request = ExportRequest(
         model=str(model), targets=tuple(easy(name) for name in targets), out=work / "out" / model.name,
-        cache=Cache(work / "cache"), texts=work / "texts.txt", dim=dim,
+        cache=Cache(work / "cache"), texts=work / "texts.txt", samples=80, dim=dim,
     )  # fmt: skip
     made = export(request, lambda *_: None)
     assert [(item.status, item.failures) for item in made] == [("passed", ())] * len(targets)
@@ -235,7 +236,7 @@ def test_a_static_embedding_runs_in_every_kind_of_runtime(work: Path) -> None:
     assert list(tables[codes.replace("/codes", "/scale")].dims) == [tables[codes].dims[0], 1]  # one for each row
     assert not (path / "modules.json").exists()
     assert "backend=" not in (path / "README.md").read_text(encoding="utf-8")
-    assert verify(path).max_abs_error == 0.0
+    assert (verify(path).max_abs_error or 0.0) < 1e-6  # the batch is another one
 
 
 @pytest.mark.tflite

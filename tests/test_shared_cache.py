@@ -33,7 +33,8 @@ from edgeq.targets import load_target  # noqa: E402
 
 # Random weights hardly separate texts: only that the vectors are near is judged here.
 EASY = Gate(
-    cosine_mean_min=0.9, cosine_min_min=0.5, top10_overlap_min=0.1, spearman_min=0.1, invariance_min=0.99999,
+    centred_cosine_mean_min=0.9, centred_cosine_p01_min=0.5, centred_cosine_min_min=0.5, regret_mean_max=0.5,
+    regret_p99_max=1.0, spearman_min=0.1, exactness_min=0.9, invariance_min=0.99999,
     norm_error_max=1e-3, norm_error_unnormalized_max=0.5, float_fallbacks_max=0, host_operators_max=0,
     export_run_kinds=("device", "host-kernels"), release_run_kinds=("device",),
 )  # fmt: skip
@@ -122,7 +123,7 @@ def test_only_the_files_of_the_key_can_be_read(model: Path, tmp_path: Path, monk
 def request(*given: object, **options: object) -> FloatModelRequest:
     located = locate.locate(*given, **options)  # type: ignore[arg-type]
     named = replace(located, name=located.display_name)
-    return FloatModelRequest(made_by=own_code(), located=named, hidden_state=True, float_ops=())
+    return FloatModelRequest(made_by=own_code(), located=named, hidden_state=True)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import tokenizers
 
 from edgeq.calibration.observe import equal_length_batches
 from edgeq.data import splits, text_files, tokens
-from edgeq.data.plans import TextPlan, plan_texts
-from edgeq.data.prepare import limit_validation
+from edgeq.data.plans import plan_texts
 from edgeq.data.tokenizer import Tokenizer
 from edgeq.errors import ConfigError
+from edgeq.pipeline.growing_validation import sizes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -187,8 +187,9 @@ def test_positions_are_evenly_spaced() -> None:
             assert (len(positions), positions[0], positions[-1]) == (most, 0, count - 1)
 
 
-def test_few_texts_validate_from_all_over_the_set() -> None:
-    every = tuple(f"text {row}" for row in range(100))
-    plan = TextPlan(every, every[:9], "a", "b")
-    kept = limit_validation(plan, 3)
-    assert (kept.calibration, kept.validation) == (every, ("text 0", "text 4", "text 8"))
+def test_the_default_set_grows_and_the_users_own_texts_run_at_once() -> None:
+    assert sizes(2048, "default", None) == (512, 1024, 2048)
+    assert sizes(2048, "default", 300) == (300, 600, 1200, 2048)
+    assert sizes(2048, "default", 24) == (256, 512, 1024, 2048)  # fewer are judged by nobody
+    assert sizes(700, "mine.txt", None) == (700,)
+    assert sizes(700, "mine.txt", 48) == (256, 512, 700)

@@ -42,13 +42,16 @@ TEXTS = tuple(" ".join(WORDS[i % 16] for i in range(start, start + 1 + start % 9
 PAD_ID = 0
 
 GATE = Gate(
-    cosine_mean_min=0.9985,
-    cosine_min_min=0.993,
-    top10_overlap_min=0.97,
+    centred_cosine_mean_min=0.9985,
+    centred_cosine_p01_min=0.995,
+    centred_cosine_min_min=0.993,
+    regret_mean_max=0.002,
+    regret_p99_max=0.02,
     spearman_min=0.99,
     invariance_min=0.99999,
     norm_error_max=1e-3,
     norm_error_unnormalized_max=0.05,
+    exactness_min=0.99,
     float_fallbacks_max=0,
     host_operators_max=0,
     export_run_kinds=("device", "host-kernels"),
@@ -56,18 +59,27 @@ GATE = Gate(
 )
 PLACEMENT = Placement(integer_matmuls=3, float_by_scheme=(), float_fallbacks=(), operators={"Gather": 1})
 MEASURES = Measures(
-    texts=64,
-    cosine_mean=0.9991,
-    cosine_min=0.9951,
-    max_abs_error=0.01,
-    top10_overlap=0.98,
+    texts=512,
+    centred_cosine_mean=0.9991,
+    centred_cosine_mean_low=0.999,
+    centred_cosine_mean_high=0.9992,
+    centred_cosine_p01=0.997,
+    centred_cosine_min=0.9951,
+    regret_mean=0.001,
+    regret_mean_low=0.0009,
+    regret_mean_high=0.0011,
+    regret_p99=0.01,
     spearman=0.999,
     invariance_min=0.9999999,
     norm_error_max=1e-6,
     is_normalized=True,
     worst_text="how do i",
+    max_abs_error=0.01,
+    cosine_mean=0.9995,
+    cosine_min=0.997,
+    top10_overlap=0.98,
 )
-TEXT_SET = TextSet(origin="default", sha256="7" * 64, count=64, tokens=640, truncated=2)
+TEXT_SET = TextSet(origin="default", sha256="7" * 64, count=512, tokens=5120, truncated=2)
 
 
 def make_model(path: Path, seed: int = 0) -> None:

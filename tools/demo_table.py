@@ -15,8 +15,8 @@ from edgeq.bundle.turns import Ratio
 COLUMNS = (
     "target",
     "MB",
-    "cosine mean",
-    "cosine min",
+    "centred cosine mean",
+    "min",
     "Spearman",
     "top-10",
     "ms, 1 x 128",
@@ -31,7 +31,9 @@ def row(bundle: dict[str, Any], bench: dict[str, Any]) -> list[str]:
     parity = bundle["parity"]
     quality = ["-"] * 4
     if parity is not None:
-        quality = [f"{parity[key]:.4f}" for key in ("cosine_mean", "cosine_min", "spearman", "top10_overlap")]
+        quality = [
+            f"{parity[key]:.4f}" for key in ("centred_cosine_mean", "centred_cosine_min", "spearman", "regret_mean")
+        ]
     artifact = next(cell for cell in bench["cells"] if cell["model"] == "artifact")
     latency, speedup = artifact["latency"], artifact["speedup"]
     return [

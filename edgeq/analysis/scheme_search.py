@@ -7,23 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgeq.analysis import layer_errors
 from edgeq.backends.registry import find
 from edgeq.bundle import turns
 from edgeq.bundle.benchmark_child import Job
 from edgeq.bundle.manifest import load_manifest
-from edgeq.calibration import file
 from edgeq.data.plans import plan_texts
 from edgeq.data.tokenizer import Tokenizer
-from edgeq.data.tokens import text_tokens, token_limit
+from edgeq.data.tokens import token_limit
 from edgeq.errors import ConfigError, ParityFailed, Unsupported
 from edgeq.evaluation import paired_times
 from edgeq.evaluation.paired_times import Interval
-from edgeq.graph import external_data
 from edgeq.pipeline import export as pipeline
 from edgeq.pipeline import stages
 from edgeq.pipeline.request import ExportRequest
-from edgeq.quantization import schemes, sensitivity
+from edgeq.quantization import schemes
 from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.quantization.sensitivity import Sensitivity, Site
 from edgeq.records import Measures, Record, Scheme, Status, Target
@@ -102,7 +99,7 @@ def analyze(request: AnalysisRequest, progress: Progress) -> Analysis:
         scheme = _cheapest(found.sites, costs, trials) if request.is_automatic else None
     return Analysis(
         target=target.name,
-        change="16-bit activations in and out" if integer else "float weights and activations",
+        change="16-bit activations in and out" if integer else "16-bit activations, as two 8-bit products",
         sensitivity=found,
         costs=costs,
         trials=tuple(trials.done),
@@ -126,13 +123,9 @@ def _sensitivity(request: ExportRequest, target: Target, progress: Progress) -> 
     progress("export", 1, 1)
     calibrated = stages.calibrated(floats, texts, request.seed, request.cache, progress)
     model = stages.quantized(target, calibrated, request.cache)
-    equalized = external_data.load(Path(calibrated.equalized.file.path))
-    statistics = file.load(Path(calibrated.calibration.file.path))
-    counterpart = layer_errors.counterpart(equalized, statistics, model.scheme)
     limit = token_limit(target.buckets_tokens, model.max_sequence)
-    tokens = text_tokens(stages.validation(floats, texts, request.cache, limit).samples)
-    qdq = external_data.load(Path(model.file.path))
-    return sensitivity.measure(counterpart, qdq, model.scheme, model.integer_matmuls, tokens, progress)
+    samples = stages.validation(floats, texts, request.cache, limit).samples
+    return stages.sensitivities(calibrated, model, samples, progress)
 
 
 class _Trials:
@@ -160,7 +153,7 @@ class _Trials:
             path = self._folder / f"scheme_{number}.json"
             files.write_bytes(path, scheme.model_dump_json().encode())
             out = self._folder / str(number)
-            wanted = replace(self._request, scheme=path, out=out, keep_failed=True, dry_run=False)
+            wanted = replace(self._request, scheme=path, out=out, keep_failed=True, dry_run=False, promote=False)
             (made,) = pipeline.export(wanted, self._progress)
             trial = Trial(
                 promoted=scheme.promoted, status=made.status, measures=made.parity, size_bytes=made.size_bytes
@@ -234,8 +227,8 @@ def _cheapest(sites: Sequence[Site], costs: Sequence[Cost], trials: _Trials) -> 
         if high >= len(ordered):
             failed = run(high).measures
             raise ParityFailed(
-                f"with all {len(_names(ordered))} products promoted the gate does not hold either (cosine mean "
-                f"{failed.cosine_mean if failed else math.nan:.5f}): the loss is elsewhere. See the layers in "
+                f"with all {len(_names(ordered))} products promoted the gate does not hold either (centred cosine mean "
+                f"{failed.centred_cosine_mean if failed else math.nan:.5f}): the loss is elsewhere. See the layers in "
                 "edgeq compare --html, calibrate on texts like your own, or choose another target."
             )
         low, high = high, min(2 * high, len(ordered))

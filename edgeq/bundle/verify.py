@@ -14,11 +14,12 @@ from edgeq.bundle.golden import VECTORS, GoldenData, read_golden
 from edgeq.bundle.golden_images import GoldenImages, read_golden_images
 from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle, load_manifest, load_report, require_cpu
 from edgeq.data.batches import PIXELS, Samples
-from edgeq.data.sessions import embed_batches, unit
+from edgeq.data.sessions import embed_batches
 from edgeq.data.tokenizer import Tokenizer
 from edgeq.data.tokens import Tokens, batches, token_limit
 from edgeq.errors import BundleCorrupt, DeviceUnavailable, ParityFailed
-from edgeq.evaluation.gate import judge, judge_end_to_end, judge_placement, judge_settings
+from edgeq.evaluation.gate import fewest_samples, judge_end_to_end, judge_placement, judge_report, judge_settings
+from edgeq.evaluation.vector_measures import centred_cosines
 from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import FileRef, Manifest, ParityReport, Record, RunKind, Status
 from edgeq.system.files import file_ref
@@ -50,8 +51,8 @@ def verify(path: Path) -> Verification:
     """Hash every file, walk the chain from source to artifact, and run the golden samples again.
 
     On a CPU like the one that measured the bundle, the vectors must equal the recorded ones to 1e-3 and cosine 0.9999;
-    on another one they must be as near to FP32 as the target's gate asks. A bundle that was never run is run only
-    where its device is present.
+    on another one they must be as exact as the target's gate asks. A bundle that was never run is run only where its
+    device is present, and its vectors must be as near to FP32 as the gate asks of the worst text.
 
     Raises:
         ConfigError: there is no bundle at this path, or edgeq lacks its backend.
@@ -104,10 +105,10 @@ def read_whole(path: Path) -> tuple[Manifest, ParityReport]:
 
 def _errors(golden: AnyGolden, vectors: NDArray[np.float32]) -> dict[str, float]:
     """Measure float32[texts, dim] against FP32's vectors and, where the artifact was run, against the recorded ones."""
-    found = {"float32_cosine_min": float(_cosines(golden.reference, vectors).min())}
+    found = {"float32_cosine_min": float(centred_cosines(golden.reference, vectors).min())}
     if golden.embeddings is not None:
         found["max_abs_error"] = float(np.abs(golden.embeddings.astype(np.float64) - vectors).max())
-        found["cosine_min"] = float(_cosines(golden.embeddings, vectors).min())
+        found["cosine_min"] = float(centred_cosines(golden.embeddings, vectors).min())
     return found
 
 
@@ -156,14 +157,14 @@ def _broken_vendor(manifest: Manifest) -> list[str]:
 def _broken_verdict(manifest: Manifest, report: ParityReport) -> list[str]:
     """Judge the recorded measures again, and compare the result with the report's status."""
     placement = manifest.artifact.placement
-    others = judge_settings(report.other_settings, report.gate) + judge_end_to_end(report.end_to_end)
     if report.measures is None and report.status == "not-run":
-        failures = judge_placement(placement, report.gate) + others
+        settings = judge_settings(report.other_settings, report.gate, fewest_samples(report.texts))
+        failures = judge_placement(placement, report.gate) + settings + judge_end_to_end(report.end_to_end)
         is_told = report.reason is not None and report.ran_on == "not-run" and "not-run" in report.gate.export_run_kinds
         return [] if is_told and not failures else [f"{PARITY} says not-run, but {' '.join(failures) or 'not why'}"]
     if report.measures is None:
         return [f"{PARITY} says passed without measures"] if report.status == "passed" else []
-    failures = judge(report.measures, placement, report.gate, report.ran_on) + others
+    failures = judge_report(report, placement)
     if failures != report.failures or (report.status == "passed") != (not failures):
         return [f"{PARITY} says {report.status}, but its measures say: {' '.join(failures) or 'passed'}"]
     return []
@@ -241,7 +242,7 @@ def _run(path: Path, manifest: Manifest, golden: AnyGolden, samples: Samples) ->
 
 
 def judge_golden(path: Path, manifest: Manifest, found: Verification, is_same_machine: bool) -> None:
-    """Judge golden vectors: against the recorded ones on the same CPU, against FP32 on another.
+    """Judge golden vectors against the recorded ones, more strictly on the same CPU; without any, against FP32.
 
     Args:
         path: of the bundle.
@@ -259,10 +260,13 @@ def judge_golden(path: Path, manifest: Manifest, found: Verification, is_same_ma
             return
         wanted = f"at most {_SAME_MACHINE_ERROR_MAX:g} and at least {_SAME_MACHINE_COSINE_MIN:g} are"
     else:
-        limit = manifest.target.gate.cosine_min_min
-        if manifest.status == "failed" or (float_cosine is not None and float_cosine >= limit):
+        gate = manifest.target.gate
+        found_cosine, limit, other = cosine, gate.exactness_min, "the recorded ones"
+        if cosine is None:  # nothing was run when the bundle was written
+            found_cosine, limit, other = float_cosine, gate.centred_cosine_min_min, "FP32"
+        if manifest.status == "failed" or (found_cosine is not None and found_cosine >= limit):
             return
-        wanted = f"at least {limit:g} with FP32 is"
+        wanted = f"centred cosine of at least {limit:g} with {other} is"
     raise ParityFailed(
         f"{path}: every file is whole, but on this machine ({found.ran_on}) the golden texts give vectors with error "
         f"{_spell(error, '.2e')} and cosine {_spell(cosine, '.6f')} against the recorded ones, and cosine "
@@ -273,9 +277,3 @@ def judge_golden(path: Path, manifest: Manifest, found: Verification, is_same_ma
 
 def _spell(number: float | None, form: str) -> str:
     return "unknown" if number is None else format(number, form)
-
-
-def _cosines(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Give the cosine of each pair of rows, float64[texts]."""
-    cosines: NDArray[np.float64] = np.sum(unit(first) * unit(second), axis=1)
-    return cosines

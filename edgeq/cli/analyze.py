@@ -100,7 +100,7 @@ def _put(found: Analysis) -> None:
             [str(len(trial.promoted)), trial.status, *_measured(trial.measures), console.megabytes(trial.size_bytes)]
             for trial in found.trials
         ]
-        console.put_table(("artifact with", "gate", "cosine mean", "cosine min", "size"), trials)
+        console.put_table(("artifact with", "gate", "centred cosine mean", "min", "size"), trials)
     reason = next((item.reason for item in found.costs if item.reason), None)
     if reason:
         console.put(f"no times: {reason}")
@@ -121,4 +121,4 @@ def _measured(measures: object) -> list[str]:
 
     if not isinstance(measures, Measures):
         return ["-", "-"]
-    return [f"{measures.cosine_mean:.5f}", f"{measures.cosine_min:.5f}"]
+    return [f"{measures.centred_cosine_mean:.5f}", f"{measures.centred_cosine_min:.5f}"]

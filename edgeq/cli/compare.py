@@ -75,7 +75,7 @@ def _put_card(card: Card) -> None:
     cut = f"at most {card.token_limit} tokens of {card.texts.count} texts ({card.texts.origin})"
     has_sts, has_ndcg = card.sts_pairs is not None, card.retrieval_queries is not None
     timed = sorted({time.tokens for row in card.rows for time in row.latency})
-    columns = ["runtime", "scheme", "cosine mean", "min", "top-10", "Spearman"]
+    columns = ["runtime", "scheme", "centred cosine mean", "min", "regret@10", "Spearman"]
     columns += ["STS"] * has_sts + ["nDCG@10"] * has_ndcg
     columns += [f"{tokens} tokens, ms" for tokens in timed] + ["size", "ran on"]
     rows = [_line(row, has_sts, has_ndcg, timed) for row in card.rows]
@@ -84,7 +84,7 @@ def _put_card(card: Card) -> None:
     means = {frozenset((pair.first, pair.second)): f"{pair.cosine_mean:.5f}" for pair in card.pairs}
     if len(names) > 2:
         matrix = [[name, *(means.get(frozenset((name, other)), "-") for other in names)] for name in names]
-        console.put_table(("cosine mean", *names), matrix)
+        console.put_table(("centred cosine mean", *names), matrix)
     for row in card.rows:
         if row.reason is not None:
             console.put(f"{row.name}: {row.reason}")
@@ -120,9 +120,9 @@ def _line(row: Row, has_sts: bool, has_ndcg: bool, timed: list[int]) -> list[str
     figures = ["-"] * 4
     if measures is not None:
         figures = [
-            f"{measures.cosine_mean:.5f}",
-            f"{measures.cosine_min:.5f}",
-            f"{measures.top10_overlap:.4f}",
+            f"{measures.centred_cosine_mean:.5f}",
+            f"{measures.centred_cosine_min:.5f}",
+            f"{measures.regret_mean:.5f}",
             f"{measures.spearman:.5f}",
         ]
     figures += [_figure(row.sts_spearman)] * has_sts + [_figure(row.ndcg_at_10)] * has_ndcg

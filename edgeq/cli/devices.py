@@ -37,19 +37,18 @@ def conclude(found: DeviceReport, transport: Transport, bundle: Path, as_json: b
 
 def _put_report(report: DeviceReport, gate: Gate, path: Path) -> None:
     """Print a device report as one table; it has times only where it ran on the device."""
+    from edgeq.evaluation.gate import shown
+
     rows: list[list[str]] = []
     if report.measures is not None:
-        measured = report.measures
-        rows += [
-            ["cosine mean", f"{measured.cosine_mean:.6f}", f">= {gate.cosine_mean_min:g}"],
-            ["cosine min", f"{measured.cosine_min:.6f}", f">= {gate.cosine_min_min:g}"],
-            ["top-10 overlap", f"{measured.top10_overlap:.4f}", f">= {gate.top10_overlap_min:g}"],
-            ["Spearman", f"{measured.spearman:.6f}", f">= {gate.spearman_min:g}"],
-            ["invariance", f"{measured.invariance_min:.6f}", f">= {gate.invariance_min:g}"],
-        ]
+        is_judged = report.host is None
+        for name, value, limit in shown(report.measures, gate):
+            rows.append([name, value, limit if is_judged or name.startswith(("same text", "error of")) else "-"])
     if report.host is not None:
-        rows.append(["cosine mean with the exporting machine", f"{report.host.cosine_mean:.6f}", ""])
-        rows.append(["cosine min with the exporting machine", f"{report.host.cosine_min:.6f}", ""])
+        near = report.host
+        rows.append(["centred cosine with the exporting machine, mean", f"{near.centred_cosine_mean:.6f}", "-"])
+        limit = f">= {gate.exactness_min:g}"
+        rows.append(["centred cosine with the exporting machine, worst", f"{near.centred_cosine_min:.6f}", limit])
     for cell in report.cells:
         told = cell.latency
         name = (

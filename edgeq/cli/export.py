@@ -12,7 +12,7 @@ from edgeq.cli.arguments import TrustRemoteCode
 from edgeq.cli.targets import TargetsDir
 
 if TYPE_CHECKING:
-    from edgeq.pipeline.export import Exported
+    from edgeq.pipeline.bundling import Exported
     from edgeq.pipeline.request import ExportRequest
     from edgeq.records import Measures
     from edgeq.system.progress import Progress
@@ -58,6 +58,12 @@ def export(
     scheme: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The scheme that `edgeq analyze --auto` wrote.")
     ] = None,
+    promote: Annotated[
+        bool,
+        typer.Option(
+            "--promote/--no-promote", help="Where the gate is missed: promote products to 16 bits until it holds."
+        ),
+    ] = True,
     hidden_state: Annotated[
         bool, typer.Option("--hidden-state/--no-hidden-state", help="Keep the output last_hidden_state.")
     ] = True,
@@ -105,6 +111,7 @@ def export(
         samples=samples,
         seed=seed,
         scheme=scheme,
+        promote=promote,
         hidden_state=hidden_state,
         keep_failed=keep_failed,
         overwrite=overwrite,
@@ -139,6 +146,8 @@ def _bundle(exported: Exported) -> dict[str, Any]:
         "parity": None if exported.parity is None else exported.parity.model_dump(mode="json"),
         "size_bytes": exported.size_bytes,
         "other_settings": [setting.model_dump(mode="json") for setting in exported.other_settings],
+        "islands": [island.model_dump(mode="json") for island in exported.islands],
+        "promotion": None if exported.promotion is None else exported.promotion.model_dump(mode="json"),
         "end_to_end": None if exported.end_to_end is None else exported.end_to_end.model_dump(mode="json"),
     }
 
@@ -147,7 +156,8 @@ def _quality(parity: Measures | None) -> list[str]:
     """Format the measures of the table, or dashes where nothing was measured."""
     if parity is None:
         return ["-"] * 4
-    return [f"{value:.4f}" for value in (parity.cosine_mean, parity.cosine_min, parity.spearman, parity.top10_overlap)]
+    figures = (parity.centred_cosine_mean, parity.centred_cosine_min, parity.spearman, parity.regret_mean)
+    return [f"{value:.4f}" for value in figures]
 
 
 def _put_bundles(bundles: tuple[Exported, ...]) -> None:
@@ -166,9 +176,13 @@ def _put_bundles(bundles: tuple[Exported, ...]) -> None:
         for other in bundle.other_settings:
             if other.measures is not None:
                 rows.append([f"  with {other.name}", "", other.ran_on, *_quality(other.measures), ""])
-    columns = ("target", "status", "ran on", "cosine mean", "cosine min", "Spearman", "top-10 overlap", "size")
+    columns = ("target", "status", "ran on", "centred cosine mean", "min", "Spearman", "regret@10", "size")
     console.put_table(columns, rows)
     for sentence in dict.fromkeys(item.end_to_end.sentence for item in bundles if item.end_to_end is not None):
         console.put(f"end to end: {sentence}")
     for bundle in bundles:
+        for island in bundle.islands:
+            console.put(f"{bundle.target}: {island.operator} stays float, outside the dialect ({island.place})")
+        if bundle.promotion is not None:
+            console.put(f"{bundle.target}: {bundle.promotion.sentence}")
         console.put(f"{bundle.target}: {bundle.path or 'no bundle was written'}")

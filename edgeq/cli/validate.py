@@ -105,32 +105,31 @@ def _refuse_beside_on(**given: object) -> None:
 
 def _put_report(report: ParityReport) -> None:
     """Print each measure beside its limit, and the machine of the run."""
-    from edgeq.evaluation.gate import norm_limit
+    from edgeq.evaluation.gate import shown
     from edgeq.records import TextSet
 
     measures, gate = report.measures, report.gate
     rows: list[list[str]] = []
     if measures is not None:
-        rows = [
-            ["cosine mean", f"{measures.cosine_mean:.5f}", f">= {gate.cosine_mean_min:g}"],
-            ["cosine min", f"{measures.cosine_min:.5f}", f">= {gate.cosine_min_min:g}"],
-            ["top-10 overlap", f"{measures.top10_overlap:.4f}", f">= {gate.top10_overlap_min:g}"],
-            ["Spearman of similarities", f"{measures.spearman:.5f}", f">= {gate.spearman_min:g}"],
-            ["invariance", f"{measures.invariance_min:.7f}", f">= {gate.invariance_min:g}"],
-            ["norm error", f"{measures.norm_error_max:.1e}", f"<= {norm_limit(measures, gate):g}"],
-            ["max abs error", f"{measures.max_abs_error:.4f}", "-"],
-        ]
+        rows = [list(row) for row in shown(measures, gate)]
+    if report.exactness is not None:
+        found, limit = report.exactness.centred_cosine_min, gate.exactness_min
+        name = f"exactness: centred cosine with the QDQ model, worst of {report.exactness.texts}"
+        rows.append([name, f"{found:.5f}", f">= {limit:g}"])
     place = f"ran on {report.ran_on} ({report.machine})"
     kind = "texts" if isinstance(report.texts, TextSet) else "images"
     title = f"{report.target}: {report.status}, on {report.texts.count} {kind}, {place}"
+    if report.measured == "qdq-model":
+        title += "; against FP32: its QDQ model in ONNX Runtime"
     console.put_table(("measure", "value", "gate"), rows, title)
     console.put(f"end to end: {report.end_to_end.sentence}")
     for other in report.other_settings:
         if other.measures is None:
             console.put(f"with {other.name}: not measured, because {other.reason}")
         else:
-            found = f"cosine mean {other.measures.cosine_mean:.5f}, min {other.measures.cosine_min:.5f}"
-            console.put(f"with {other.name} ({other.ran_on}): {found}, top-10 {other.measures.top10_overlap:.4f}")
+            mean, least = other.measures.centred_cosine_mean, other.measures.centred_cosine_min
+            told = f"centred cosine mean {mean:.5f}, min {least:.5f}, regret@10 {other.measures.regret_mean:.5f}"
+            console.put(f"with {other.name} ({other.ran_on}): {told}")
     if measures is not None:
         console.put(f"farthest from FP32: {measures.worst_text}")
     if isinstance(report.texts, TextSet) and report.texts.truncated:

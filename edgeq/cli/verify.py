@@ -42,7 +42,7 @@ def verify(
     if found.max_abs_error is not None:
         told = f"the same vectors on {found.machine} ({found.ran_on}; max abs error {found.max_abs_error:.1e})"
     elif found.float32_cosine_min is not None:
-        told = f"cosine {found.float32_cosine_min:.6f} with FP32 or more on {found.machine} ({found.ran_on})"
+        told = f"centred cosine {found.float32_cosine_min:.6f} with FP32 or more on {found.machine} ({found.ran_on})"
     else:
         told = "no vectors, because they were not run"
         console.note(f"not run: {found.reason}")

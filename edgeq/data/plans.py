@@ -1,16 +1,22 @@
-"""Decide which texts calibrate and which validate; refuse one that would do both."""
+"""Decide which texts calibrate and which validate; refuse one that would do both, and fill up too few."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeq.data.splits import deduplicate, refuse_overlap, sample, sha256_text, split
+from edgeq.data.splits import deduplicate, refuse_overlap, sample, sha256_text, shared_texts, split
 from edgeq.data.text_files import default_texts, read_texts
 from edgeq.errors import ConfigError
 
 FEWEST_CALIBRATION = 16
 FEWEST_VALIDATION = 16
+FEWEST_JUDGED_TEXTS = 256  # that measures against FP32 are judged on
+DEFAULT = "default"  # the origin of edgeq's own texts
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,17 +47,18 @@ def plan_texts(
     """Read, split and sample the texts of an export.
 
     Without `texts` the default sets are used. With `texts` and without `validation`, a fifth of the texts validates,
-    chosen by the hash of each text.
+    chosen by the hash of each text. Fewer than 256 validation texts are filled up from the default set, with a warning:
+    a gate is judged on no fewer.
 
     Raises:
         ConfigError: a file cannot be read, too few texts are left, or a text would both calibrate and validate.
     """
     default_calibration, default_validation = default_texts()
     given = deduplicate(read_texts(texts or default_calibration, column if texts else None))
-    origin = texts.name if texts else "default"
+    origin = texts.name if texts else DEFAULT
     if validation is not None or texts is None:
         compared = deduplicate(read_texts(validation or default_validation, column if validation else None))
-        compared_origin = validation.name if validation else "default"
+        compared_origin = validation.name if validation else DEFAULT
         refuse_overlap(
             given,
             str(texts or "the default calibration texts"),
@@ -75,4 +82,29 @@ def plan_texts(
             f"{validation or texts}: {len(compared)} validation texts are left; {FEWEST_VALIDATION} are needed. "
             "Give more texts, or a file with --validation."
         )
+    if len(compared) < FEWEST_JUDGED_TEXTS:
+        _log.warning(
+            "%s: %d validation texts; a gate is judged on at least %d, so default texts are added. Give more of your "
+            "own with --texts or --validation.", compared_origin, len(compared), FEWEST_JUDGED_TEXTS,
+        )  # fmt: skip
+        compared, compared_origin = filled_up(compared, compared_origin, given)
     return TextPlan(tuple(chosen), tuple(compared), origin, compared_origin)
+
+
+def filled_up(own: Sequence[str], origin: str, calibration: Sequence[str] = ()) -> tuple[list[str], str]:
+    """Add default texts to fewer than 256 validation texts until there are enough to judge; none that calibrates.
+
+    Args:
+        own: the user's validation texts.
+        origin: of them.
+        calibration: texts that do not validate.
+
+    Returns:
+        All the texts, and the origin of all.
+    """
+    if len(own) >= FEWEST_JUDGED_TEXTS:
+        return list(own), origin
+    default = read_texts(default_texts()[1])
+    taken = {row for _, row, _ in shared_texts([*own, *calibration], default)}
+    more = [text for row, text in enumerate(default, start=1) if row not in taken][: FEWEST_JUDGED_TEXTS - len(own)]
+    return [*own, *more], f"{origin}, and {len(more)} default texts"

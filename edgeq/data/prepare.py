@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeq.data.batches import Samples
 from edgeq.data.plans import TextPlan
-from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokenizer import Tokenizer
 from edgeq.data.tokens import text_set
 from edgeq.records import ImageSet, TextSet
@@ -66,11 +65,3 @@ def prepare_images(files: Sequence[tuple[Path, str]], origin: str, config: Path)
     how = image_preprocessing.read(config / image_preprocessing.CONFIG)
     made = images.load_images([path for path, _ in files], how)
     return Prepared(made, tuple(name for _, name in files), made.record(origin))
-
-
-def limit_validation(plan: TextPlan | ImagePlan, most: int | None) -> TextPlan | ImagePlan:
-    """Keep at most `most` validation texts or images of a plan, evenly spaced in their order; None keeps all."""
-    rows = evenly_spaced(len(plan.validation), most)
-    if isinstance(plan, TextPlan):
-        return replace(plan, validation=tuple(plan.validation[row] for row in rows))
-    return replace(plan, validation=tuple(plan.validation[row] for row in rows))

@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from edgeq.bundle.golden import read_golden
 from edgeq.bundle.manifest import MANIFEST, load_manifest
 from edgeq.data.batches import AnyFeeds
-from edgeq.data.sessions import Embeddings, embed_batches, embed_by_bucket, unit
+from edgeq.data.sessions import Embeddings, embed_batches, embed_by_bucket
 from edgeq.data.tokens import Tokens, batches, bucket_lengths, token_limit
 from edgeq.devices.blobs import Blobs
 from edgeq.devices.contract import Job, Phone
-from edgeq.devices.report import Agreement, Conditions, DeviceMachine, DeviceReport, judged
+from edgeq.devices.report import Conditions, DeviceMachine, DeviceReport, judged
 from edgeq.errors import BundleCorrupt, ParityFailed, Unsupported
-from edgeq.evaluation import parity
-from edgeq.records import Manifest, Measures, RunsOn
+from edgeq.evaluation import parity, vector_measures
+from edgeq.records import Exactness, Manifest, Measures, RunsOn
 from edgeq.system.files import sha256_file, work_dir
 
 _INPUTS = ("input_ids", "attention_mask")
@@ -70,7 +70,9 @@ def validate_natively(phone: Phone, binary: Path, blobs: Blobs, folder: str, job
         measures = parity.measure(golden.reference, vectors, golden.texts, invariance)
     except ParityFailed as error:
         failures = (str(error),)
-    host = None if golden.embeddings is None or measures is None else _agreement(golden.embeddings, vectors)
+    host = None
+    if golden.embeddings is not None and measures is not None:
+        host = Exactness.model_validate(vector_measures.exactness(golden.embeddings, vectors))
     return _report(phone, manifest, sha256_file(job.bundle / MANIFEST), measures, host, failures)
 
 
@@ -136,18 +138,8 @@ class _Native:
         ]  # fmt: skip
 
 
-def _agreement(recorded: Embeddings, vectors: Embeddings) -> Agreement:
-    """Measure vectors against the exporting machine's."""
-    cosines = np.clip(np.sum(unit(recorded) * unit(vectors), axis=1), -1.0, 1.0)
-    return Agreement(
-        cosine_mean=float(cosines.mean()),
-        cosine_min=float(cosines.min()),
-        max_abs_error=float(np.abs(recorded.astype(np.float64) - vectors).max()),
-    )
-
-
 def _report(
-    phone: Phone, manifest: Manifest, sha256: str, measures: Measures | None, host: Agreement | None,
+    phone: Phone, manifest: Manifest, sha256: str, measures: Measures | None, host: Exactness | None,
     failures: tuple[str, ...],
 ) -> DeviceReport:  # fmt: skip
     """Judge the measures, and make the report with a description of the phone."""

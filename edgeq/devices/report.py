@@ -18,8 +18,8 @@ from edgeq.bundle.checksums import SUMS
 from edgeq.bundle.manifest import MANIFEST, load_manifest
 from edgeq.bundle.turns import Latency
 from edgeq.errors import BundleCorrupt, ConfigError
-from edgeq.evaluation.gate import judge
-from edgeq.records import Manifest, Measures, Placement, Record, RunKind, Sha256
+from edgeq.evaluation.gate import judge_there
+from edgeq.records import Exactness, Manifest, Measures, Record, RunKind, Sha256
 from edgeq.system.files import sha256_file, storage_errors, write_bytes
 
 REPORT = "device-report.json"
@@ -58,14 +58,6 @@ class Beside(Record):
     cells: tuple[BesideCell, ...]
 
 
-class Agreement(Record):
-    """Hold cosine and error against the vectors of the machine that exported the bundle."""
-
-    cosine_mean: float
-    cosine_min: float
-    max_abs_error: float
-
-
 class DeviceMachine(Record):
     """Describe the machine; `lacks` lists which of the target's demands it does not meet."""
 
@@ -97,7 +89,7 @@ class DeviceReport(Record):
     status: Literal["passed", "failed"]
     failures: tuple[str, ...]  # a sentence for each limit that is missed
     measures: Measures | None  # against FP32; None when the vectors could not be compared
-    host: Agreement | None  # against the exporting machine's vectors; None where it ran nothing
+    host: Exactness | None  # against the exporting machine's vectors; None where it ran nothing
     machine: DeviceMachine
     tools: dict[str, str]
     threads: int  # 0: the runtime's own choice
@@ -184,21 +176,7 @@ def judged(report: DeviceReport, manifest: Manifest) -> tuple[str, ...]:
     """Judge the measures of a report by its bundle's gate; give one sentence for each missed limit."""
     if report.measures is None:
         return report.failures or ("nothing was measured.",)
-    unplaced = Placement(integer_matmuls=0, float_by_scheme=(), float_fallbacks=(), operators={})
-    gate = manifest.target.gate
-    anywhere = gate.model_copy(update={"export_run_kinds": (report.ran_on,)})
-    failures = judge(report.measures, unplaced, anywhere, report.ran_on)
-    if report.host is None:
-        return failures
-    floors = {
-        "cosine mean": (report.host.cosine_mean, gate.cosine_mean_min),
-        "cosine min": (report.host.cosine_min, gate.cosine_min_min),
-    }
-    return failures + tuple(
-        f"{name} with the exporting machine is {value:.6f}; at least {limit:g} is needed."
-        for name, (value, limit) in floors.items()
-        if not value >= limit
-    )
+    return judge_there(report.measures, report.host, manifest.target.gate)
 
 
 def report_path(bundle: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Measure an artifact's float32 vectors against FP32's: cosine, neighbour overlap, Spearman, norms, invariance.
+"""Measure an artifact's float32 vectors against FP32's: centred cosine, regret, Spearman, norms, invariance.
 
 `measure` and `invariance` compute figures and know no limits; `edgeq.evaluation.gate` holds the figures against the
 limits. `report` does both and puts the result into a `ParityReport`.
@@ -7,6 +7,7 @@ limits. `report` does both and puts the result into a `ParityReport`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,32 +18,47 @@ from edgeq.data.sessions import unit
 from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokens import Feeds, Tokens, bucket_lengths
 from edgeq.errors import ConfigError, ParityFailed
-from edgeq.evaluation.gate import judge, judge_end_to_end, judge_placement, judge_settings
-from edgeq.records import EndToEnd, ImageSet, Measures, ParityReport, Placement, RunKind, SettingReport, Target, TextSet
+from edgeq.evaluation import vector_measures
+from edgeq.evaluation.gate import fewest_samples, judge_end_to_end, judge_placement, judge_report, judge_settings
+from edgeq.records import (
+    EndToEnd,
+    Exactness,
+    ImageSet,
+    Measures,
+    ParityReport,
+    Placement,
+    RunKind,
+    SettingReport,
+    Target,
+    TextSet,
+)
 from edgeq.system.host import describe
 
 if TYPE_CHECKING:
     from edgeq.data.sessions import Session
 
-_NEIGHBOURS = 10
 MIN_TEXTS = 3  # two texts have one similarity, which cannot be ranked
 _WORST_TEXT_CHARS = 80
 _INVARIANCE_TEXTS, _SLOW_INVARIANCE_TEXTS = 8, 3
-_UNIT_TOLERANCE = 1e-4
-_BLOCK_ROWS = 512
-_RANKED_TEXTS = 3000  # 4.5 million pairs; more take gigabytes and do not change the correlation
 
 NOT_COMPARED = EndToEnd(status="not compared", reason="nothing was given to compare with")
 FloatArray = NDArray[np.float32]
-DoubleArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class OwnVectors:
+    """Hold the artifact's vectors of those texts that it ran, float32[rows, dim]; `rows` are positions in the set."""
+
+    rows: tuple[int, ...]
+    embeddings: FloatArray
 
 
 def measure(reference: FloatArray, embeddings: FloatArray, texts: Sequence[str], invariance_min: float) -> Measures:
     """Compare an artifact's float32 vectors with FP32's, row by row and by their neighbours.
 
-    Top-10 overlap compares, as sets, the ten nearest other texts of each text by cosine (all others, where there are
-    fewer). Spearman correlates the cosines of all pairs of texts (of 3,000 evenly spaced texts, where there are more).
-    The norm error is relative to FP32's own norm, because not every model normalises.
+    Mean-centred cosine, regret@10 and its intervals: see `edgeq.evaluation.vector_measures`. The ten nearest are found
+    among all the texts (all others, where there are fewer). The norm error is relative to FP32's own norm, because not
+    every model normalises.
 
     Args:
         reference: float32[texts, dim], FP32's vectors.
@@ -55,25 +71,10 @@ def measure(reference: FloatArray, embeddings: FloatArray, texts: Sequence[str],
         ParityFailed: the vectors have another shape than FP32's, or hold NaN or infinity, or FP32's do.
     """
     _check_comparable(reference, embeddings, len(texts))
-    norms, own_norms = (np.linalg.norm(rows.astype(np.float64), axis=1) for rows in (reference, embeddings))
-    if not norms.all():
-        raise ParityFailed(
-            f"text {int(np.argmin(norms)) + 1}: FP32's vector is zero, so nothing can be compared with it. "
-            "Leave the text out, or check the model."
-        )
-    expected, found = unit(reference), unit(embeddings)
-    cosines = np.clip(np.sum(expected * found, axis=1), -1.0, 1.0)
-    return Measures(
-        texts=len(texts),
-        cosine_mean=float(cosines.mean()),
-        cosine_min=float(cosines.min()),
-        max_abs_error=float(np.abs(reference.astype(np.float64) - embeddings).max()),
-        top10_overlap=overlap(_neighbours(expected), _neighbours(found)),
-        spearman=_similarity_correlation(expected, found),
-        invariance_min=invariance_min,
-        norm_error_max=float(np.abs(own_norms / norms - 1.0).max()),
-        is_normalized=bool(np.abs(norms - 1.0).max() < _UNIT_TOLERANCE),
-        worst_text=texts[int(np.argmin(cosines))][:_WORST_TEXT_CHARS],
+    worst = int(np.argmin(vector_measures.centred_cosines(reference, embeddings)))
+    return Measures.model_validate(
+        vector_measures.measured(reference, embeddings)
+        | {"texts": len(texts), "invariance_min": invariance_min, "worst_text": texts[worst][:_WORST_TEXT_CHARS]}
     )
 
 
@@ -137,31 +138,65 @@ def report(
     invariance_min: float,
     other_settings: tuple[SettingReport, ...] = (),
     end_to_end: EndToEnd = NOT_COMPARED,
+    own: OwnVectors | None = None,
 ) -> ParityReport:
     """Measure vectors, judge the measures, and report; vectors that cannot be measured fail without measures.
+
+    Args:
+        target: with the gate.
+        ran_on: the kind of run that gave the artifact's vectors.
+        placement: of the artifact.
+        reference: float32[texts, dim], FP32's vectors.
+        embeddings: float32[texts, dim], the artifact's, or where `own` is given those of the QDQ model.
+        texts: in the order of the rows.
+        text_set: their record.
+        invariance_min: of the artifact.
+        other_settings: the measures with other runtime settings.
+        end_to_end: how the bundle's tokens compare with the source's own.
+        own: the artifact's vectors of some of the texts, where `embeddings` are the QDQ model's.
 
     Raises:
         ConfigError: fewer than three texts.
     """
-    measures: Measures | None = None
-    try:
-        measures = measure(reference, embeddings, texts, invariance_min)
-        failures = judge(measures, placement, target.gate, ran_on)
-    except ParityFailed as error:
-        failures = (str(error),)
-    failures += judge_settings(other_settings, target.gate) + judge_end_to_end(end_to_end)
-    return ParityReport(
+    found = ParityReport(
         target=target.name,
         ran_on=ran_on,
         machine=describe(),
-        status="failed" if failures else "passed",
-        measures=measures,
+        status="failed",
+        measures=None,
         gate=target.gate,
-        failures=failures,
+        failures=(),
         texts=text_set,
+        measured="artifact" if own is None else "qdq-model",
         other_settings=other_settings,
         end_to_end=end_to_end,
     )
+    try:
+        measures = measure(reference, embeddings, texts, invariance_min)
+        exactness = None
+        if own is not None:
+            exactness, norm_error = _exactness(reference, embeddings, own)
+            worse = max(norm_error, measures.norm_error_max)
+            measures = measures.model_copy(update={"norm_error_max": worse})
+        found = found.model_copy(update={"measures": measures, "exactness": exactness})
+        failures = judge_report(found, placement)
+    except ParityFailed as error:
+        settings = judge_settings(other_settings, target.gate, fewest_samples(text_set))
+        failures = (str(error), *settings, *judge_end_to_end(end_to_end))
+    return found.model_copy(update={"failures": failures, "status": "failed" if failures else "passed"})
+
+
+def _exactness(reference: FloatArray, qdq: FloatArray, own: OwnVectors) -> tuple[Exactness, float]:
+    """Compare the artifact's own vectors with the QDQ model's; give its largest error of the norm against FP32, too.
+
+    Raises:
+        ParityFailed: they have another shape, or hold NaN or infinity.
+    """
+    rows = list(own.rows)
+    _check_comparable(reference[rows], own.embeddings, len(rows))
+    norms, found = (np.linalg.norm(each.astype(np.float64), axis=1) for each in (reference[rows], own.embeddings))
+    exactness = Exactness.model_validate(vector_measures.exactness(qdq[rows], own.embeddings))
+    return exactness, float(np.abs(found / norms - 1.0).max())
 
 
 def not_run(
@@ -173,8 +208,8 @@ def not_run(
     end_to_end: EndToEnd = NOT_COMPARED,
 ) -> ParityReport:
     """Report an artifact that was not run, with the reason; its placement and other settings are judged."""
-    failures = judge_placement(placement, target.gate) + judge_settings(other_settings, target.gate)
-    failures += judge_end_to_end(end_to_end)
+    failures = judge_placement(placement, target.gate)
+    failures += judge_settings(other_settings, target.gate, fewest_samples(text_set)) + judge_end_to_end(end_to_end)
     return ParityReport(
         target=target.name,
         ran_on="not-run",
@@ -190,26 +225,8 @@ def not_run(
     )
 
 
-def rank_correlation(first: DoubleArray, second: DoubleArray) -> float:
-    """Give Spearman's rank correlation of two float64[n]; ties share their mean rank.
-
-    Returns:
-        In [-1, 1]; 0.0 where one side is constant.
-    """
-    ranks = [_ranks(values) for values in (first, second)]
-    centred = [values - values.mean() for values in ranks]
-    scale = float(np.sqrt(np.sum(centred[0] ** 2) * np.sum(centred[1] ** 2)))
-    return float(np.clip(np.sum(centred[0] * centred[1]) / scale, -1.0, 1.0)) if scale > 0.0 else 0.0
-
-
-def overlap(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
-    """Give the mean ratio of entries that each row of two int64[rows, k] has in common, whatever their order."""
-    shared = [len(np.intersect1d(a, b)) for a, b in zip(first, second, strict=True)]
-    return float(np.mean(shared) / first.shape[1])
-
-
 def _check_comparable(reference: FloatArray, embeddings: FloatArray, count: int) -> None:
-    """Refuse too few texts, vectors of another shape than FP32's, and NaN or infinity on either side."""
+    """Refuse too few texts, other shapes, NaN or infinity on either side, and FP32 vectors of one direction."""
     if count < MIN_TEXTS:
         raise ConfigError(
             f"parity: {count} texts; at least {MIN_TEXTS} are needed to rank similarities. Give more texts."
@@ -228,34 +245,17 @@ def _check_comparable(reference: FloatArray, embeddings: FloatArray, count: int)
                 f"{owner} gave NaN or infinity for {bad.size} of {count} texts, first for text {int(bad[0]) + 1}; "
                 "finite vectors are needed. Check the calibrated ranges and the mask."
             )
-
-
-def _neighbours(rows: DoubleArray) -> NDArray[np.int64]:
-    """Give the nearest other rows of each unit row by cosine, int64[rows, min(10, rows - 1)], unordered."""
-    count = len(rows)
-    nearest = min(_NEIGHBOURS, count - 1)
-    found = np.empty((count, nearest), np.int64)
-    for start in range(0, count, _BLOCK_ROWS):
-        similarities = rows[start : start + _BLOCK_ROWS] @ rows.T
-        here = np.arange(len(similarities))
-        similarities[here, start + here] = -np.inf
-        found[start : start + _BLOCK_ROWS] = np.argpartition(-similarities, nearest - 1, axis=1)[:, :nearest]
-    return found
-
-
-def _similarity_correlation(expected: DoubleArray, found: DoubleArray) -> float:
-    """Give Spearman's correlation of the cosines of all pairs of rows, of at most 3,000 evenly spaced rows."""
-    chosen = evenly_spaced(len(expected), _RANKED_TEXTS)
-    upper = np.triu_indices(len(chosen), k=1)
-    return rank_correlation(*((rows[chosen] @ rows[chosen].T)[upper] for rows in (expected, found)))
-
-
-def _ranks(values: DoubleArray) -> DoubleArray:
-    """Rank from 1, ties sharing the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks: DoubleArray = (last - (counts - 1) / 2.0)[inverse]
-    return ranks
+    norms = np.linalg.norm(reference.astype(np.float64), axis=1)
+    if not norms.all():
+        raise ParityFailed(
+            f"text {int(np.argmin(norms)) + 1}: FP32's vector is zero, so nothing can be compared with it. "
+            "Leave the text out, or check the model."
+        )
+    if vector_measures.is_constant(reference):
+        raise ParityFailed(
+            f"FP32 gives all {count} texts one direction, so nothing can be ranked. Give texts that differ, or check "
+            "the model."
+        )
 
 
 def _smallest(lengths: Sequence[int], size: int) -> int:

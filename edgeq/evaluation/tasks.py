@@ -12,7 +12,7 @@ from edgeq.data.sessions import unit
 from edgeq.data.text_input import Method
 from edgeq.errors import ConfigError
 from edgeq.evaluation.datasets import RetrievalSet, StsPairs, load_beir, load_sts
-from edgeq.evaluation.parity import overlap, rank_correlation
+from edgeq.evaluation.vector_measures import rank_correlation, shared_neighbours
 from edgeq.records import Record
 
 __all__ = [
@@ -139,7 +139,7 @@ def evaluate_retrieval(data: RetrievalSet, reference: Embed, artifact: Embed) ->
         queries=len(data.queries),
         ndcg_at_10=_compare("nDCG@10", before.ndcg_at_10, after.ndcg_at_10),
         recall_at_10=_compare("recall@10", before.recall_at_10, after.recall_at_10),
-        top10_overlap=overlap(before.ranking, after.ranking),
+        top10_overlap=float(shared_neighbours(before.ranking, after.ranking).mean()),
     )
 
 

@@ -135,7 +135,7 @@ def _from_torch(located: Located, out_dir: Path, raw_dir: Path, hidden_state: bo
     raw_dir.mkdir()
     _run_torch(located, raw_dir, hidden_state)
     record = Source.model_validate_json((raw_dir / torch_convert.SOURCE).read_bytes())
-    raw = external_data.load(raw_dir / torch_convert.RAW)
+    raw = external_data.load(raw_dir / torch_convert.RAW, is_mapped=True)
     feeds, expected = torch_convert.load_probes(raw_dir / torch_convert.PROBES)
     (raw_dir / CONFIG).rename(out_dir / CONFIG)
     return Raw(record, raw, feeds, expected)

@@ -87,8 +87,12 @@ def file_size_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in (path, path.with_name(path.name + DATA)) if file.is_file())
 
 
-def load(path: Path) -> onnx.ModelProto:
+def load(path: Path, is_mapped: bool = False) -> onnx.ModelProto:
     """Read a model; the weights of a large one stay in their file.
+
+    Args:
+        path: of the model.
+        is_mapped: leave the weights of a small one in files, too: those of `outside`, where they lie in the model.
 
     Raises:
         ConfigError: it is no ONNX model, or its weights do not lie in its folder.
@@ -104,6 +108,8 @@ def load(path: Path) -> onnx.ModelProto:
         if not file.is_relative_to(folder) or not file.is_file() or file.stat().st_size < offset + length:
             raise ConfigError(f"{path}: the weights of {tensor.name} are not in {location} beside it; fetch both again")
         _point(tensor, str(file), offset, length)
+    if is_mapped:
+        return moved_outside(model)
     return model if is_large(model) else inlined(model)
 
 
@@ -116,16 +122,21 @@ def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def save(model: onnx.ModelProto, path: Path) -> None:
+def save(model: onnx.ModelProto, path: Path, is_split: bool = False) -> None:
     """Write one self-contained file, or a large model's weights in a file beside it, one after the other.
 
     Equal models give equal bytes. The model is left as it is, but for the weights of a small one, which it takes in.
+
+    Args:
+        model: with its weights in it, or in files.
+        path: of the model.
+        is_split: write the weights of a small one into a file beside it, too.
 
     Raises:
         StorageFailed: the disk refuses.
     """
     with storage_errors(f"writing {path}"):
-        if not is_large(model):
+        if not is_split and not is_large(model):
             with replacing(path) as partial:
                 partial.write_bytes(inlined(model).SerializeToString(deterministic=True))
             return
@@ -207,9 +218,9 @@ def outside(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def outside_if_large(model: onnx.ModelProto, folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Open `outside` for a model over 2 GB; the weights of a smaller one stay in memory."""
-    return outside(folder) if is_large(model) else contextlib.nullcontext()
+def open_folder() -> Path | None:
+    """Give the folder of the innermost `outside` that is open, or None."""
+    return _folder.get()
 
 
 @contextlib.contextmanager
@@ -249,12 +260,10 @@ def _written(values: NDArray[Any]) -> str | None:
 
 
 def serialized(model: ir.Model) -> onnx.ModelProto:
-    """Turn `onnx_ir` into protobuf; weights of a model over 2 GB go to files first if `outside` is open."""
-    held = [value for value in model.graph.initializers.values() if value.const_value is not None]
-    if sum(value.const_value.nbytes for value in held if value.const_value is not None) > LARGE_BYTES:
-        for value in held:
-            if value.const_value is not None and value.const_value.nbytes >= KEPT_BYTES:
-                value.const_value = tensor_of(value.const_value.numpy(), str(value.name))
+    """Turn `onnx_ir` into protobuf; large weights go to files first if `outside` is open."""
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and value.const_value.nbytes >= KEPT_BYTES:
+            value.const_value = tensor_of(value.const_value.numpy(), str(value.name))
     return ir.to_proto(model)
 
 
@@ -270,3 +279,12 @@ def put_outside(model: onnx.ModelProto, folder: Path, least_bytes: int) -> onnx.
             _point(tensor, file.name, 0, len(tensor.raw_data))
             tensor.ClearField("raw_data")
     return model
+
+
+def moved_outside(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Give a model whose large weights lie in files, where `outside` is open; the given model loses them."""
+    folder = _folder.get()
+    if folder is None:
+        return model if is_large(model) else inlined(model)
+    with storage_errors(f"writing {folder}"):
+        return put_outside(model, folder, KEPT_BYTES)

@@ -94,14 +94,19 @@ def _pairs(light: ir.Graph, given: ir.Graph) -> dict[int, tuple[Tensor, Tensor]]
 def weights_outside(model: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
     """Keep the weights of a model in files meanwhile: every proof writes and loads it, and copying them takes longest.
 
+    Where `external_data.outside` is open they stay in its files; else they are gone behind this context.
+
     Args:
         model: loses its large weights to the files.
     """
+    kept = external_data.open_folder()
     if external_data.is_large(model):
         yield model
-        return
-    with files.work_dir() as folder:
-        yield external_data.put_outside(model, folder, _OUTSIDE_BYTES)
+    elif kept is not None:
+        yield external_data.put_outside(model, kept, _OUTSIDE_BYTES)
+    else:
+        with files.work_dir() as folder:
+            yield external_data.put_outside(model, folder, _OUTSIDE_BYTES)
 
 
 def apply(

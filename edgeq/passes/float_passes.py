@@ -95,4 +95,5 @@ def rewritten(model: onnx.ModelProto, feeds: Sequence[AnyFeeds]) -> tuple[onnx.M
         loaded = ir.from_proto(light)
         reports = apply(loaded, feeds, FLOAT_PASSES, None)
         proto = infer_shapes(ir.to_proto(loaded))
-        return proto if external_data.is_large(proto) else external_data.inlined(proto), reports
+        stays = external_data.open_folder() is not None or external_data.is_large(proto)
+        return proto if stays else external_data.inlined(proto), reports

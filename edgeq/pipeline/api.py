@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgeq.errors import ConfigError
 from edgeq.frontend.onnx.find import OnnxOptions, stated_limit, tokenizer_file
 from edgeq.pipeline import export as pipeline
-from edgeq.pipeline.export import Exported
+from edgeq.pipeline.bundling import Exported
 from edgeq.pipeline.request import ExportRequest
 from edgeq.records import Target
 from edgeq.system import files
@@ -49,6 +49,7 @@ def export(
     samples: int | None = None,
     seed: int = 0,
     scheme: str | Path | None = None,
+    promote: bool = True,
     hidden_state: bool = True,
     keep_failed: bool = False,
     overwrite: bool = False,
@@ -81,6 +82,7 @@ def export(
         samples: calibrate on so many of the texts, chosen at random.
         seed: of that choice.
         scheme: a file written by `edgeq analyze --auto`.
+        promote: where a gate is missed, promote weight products to 16-bit activations until it holds.
         hidden_state: keep the output last_hidden_state.
         keep_failed: write a bundle that misses its gate, and return its result instead of raising.
         overwrite: replace a bundle made from other inputs.
@@ -124,6 +126,7 @@ def export(
             samples=samples,
             seed=seed,
             scheme=Path(scheme) if scheme is not None else None,
+            promote=promote,
             hidden_state=hidden_state,
             keep_failed=keep_failed,
             overwrite=overwrite,

@@ -79,11 +79,13 @@ def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Pro
     seen, held = _hold_back(samples, seed)
     batches = equal_length_batches(seen, samples.longest)
     split = _split(model, samples, batches, seed, progress)
-    smoothing = _search(model, split, held, samples.longest, progress)
+    judging = equal_length_batches(held, samples.longest)
+    reference = embed_batches(FloatSession.of(model), judging, len(held))
+    smoothing = _search(split, judging, reference, progress)
     equalized = _equalize(split, smoothing.alphas)
     del split  # it holds the weights once more
     kept = _observe_all(equalized, batches, progress)
-    error = _largest_error(model, equalized.model, held, samples.longest)
+    error = _largest_error(model, equalized.model, judging, reference)
     return Observed(equalized.model, kept, smoothing, error)
 
 
@@ -229,14 +231,19 @@ def _vocabulary(graph: ir.Graph) -> int:
     )  # fmt: skip
 
 
-def _largest_error(before: onnx.ModelProto, after: onnx.ModelProto, held: Samples, longest: int) -> float:
+def _largest_error(before: onnx.ModelProto, after: onnx.ModelProto, batches: Sequence[Batch], old: Embeddings) -> float:
     """Check that equalising kept the FP32 embeddings of texts that were not observed, and give the largest error.
+
+    Args:
+        before: the float model.
+        after: the equalised one.
+        batches: of those texts.
+        old: what the float model gives for them, float32[texts, dim].
 
     Raises:
         EdgeqError: an embedding moved by more than 1e-5 of the largest value and 4 times the model's noise.
     """
-    batches = equal_length_batches(held, longest)
-    old, new = (embed_batches(FloatSession.of(model), batches, len(held)) for model in (before, after))
+    new = embed_batches(FloatSession.of(after), batches, len(old))
     error = float(np.abs(old - new).max()) / max(1.0, float(np.abs(old).max()))
     if not error <= TOLERANCE:
         moved = np.abs(old - new).max(axis=1)
@@ -300,15 +307,13 @@ def _hold_back(samples: SamplesT, seed: int) -> tuple[SamplesT, SamplesT]:
     return samples.chosen(parts[0]), samples.chosen(parts[1])
 
 
-def _search(model: onnx.ModelProto, split: _Split, held: Samples, longest: int, progress: Progress) -> Smoothing:
+def _search(split: _Split, batches: list[Batch], reference: Embeddings, progress: Progress) -> Smoothing:
     """Search SmoothQuant's alpha for each maker of tensors in turn, on the embeddings of texts that were not observed.
 
     The rounding error of the tensors themselves would overfit: a tensor whose channels all fill the range clips on
     every new text that passes an observed maximum. Half the score is the mean cosine, half that of the worst tenth: a
     mean hides a single bad text.
     """
-    batches = equal_length_batches(held, longest)
-    reference = embed_batches(FloatSession.of(model), batches, len(held))
     best = {maker: choices[0] for maker, choices in ALPHAS.items()}
     makers = {site.maker for site in sites(ir.from_proto(split.model).graph)}
     plan = [(maker, alpha) for maker in ALPHAS if maker in makers for alpha in ALPHAS[maker][1:]]

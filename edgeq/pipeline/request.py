@@ -32,6 +32,7 @@ class ExportRequest:
     samples: int | None = None
     seed: int = 0
     scheme: Path | None = None
+    promote: bool = True
     hidden_state: bool = True
     keep_failed: bool = False
     overwrite: bool = False
@@ -41,7 +42,7 @@ class ExportRequest:
 # The options that decide a bundle's content: fields of `ExportRequest` and `OnnxOptions`, in the order of the command.
 COMMAND_OPTIONS = (
     "texts", "column", "images", "tower", "validation", "pooling", "dim", "tokenizer", "max_sequence", "scheme",
-    "samples", "seed", "normalize", "hidden_state", "trust_remote_code",
+    "promote", "samples", "seed", "normalize", "hidden_state", "trust_remote_code",
 )  # fmt: skip
 # The other fields: what the command names without an option, and what leaves a bundle's content as it is.
 NOT_IN_COMMAND = frozenset(

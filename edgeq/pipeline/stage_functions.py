@@ -60,9 +60,9 @@ def _calibrate(request: CalibrationRequest, folder: Path, progress: Progress) ->
             "%d of %d calibration texts were cut at the model's limit of %d tokens",
             given.record.truncated, given.record.count, request.limit,
         )  # fmt: skip
-    model = external_data.load(Path(request.float_model.file.path))
-    _announce_memory(model, given.samples.longest)
-    with external_data.outside_if_large(model, folder / _WEIGHTS):
+    with external_data.outside(folder / _WEIGHTS):
+        model = external_data.load(Path(request.float_model.file.path), is_mapped=True)
+        _announce_memory(model, given.samples.longest)
         observed = calibrate.calibrate(model, given.samples, request.seed, progress)
         external_data.save(observed.model, folder / EQUALIZED)
         save(observed.statistics, folder / STATISTICS)
@@ -87,8 +87,8 @@ def _quantize(request: QdqRequest, folder: Path, progress: Progress) -> None:
     scheme, parent = request.scheme, request.equalized
     tokens = json.loads(Path(request.tokens.path).read_bytes()) if request.tokens is not None else []
     statistics = load(Path(request.calibration.file.path))
-    equalized = external_data.load(Path(parent.file.path))
-    with external_data.outside_if_large(equalized, folder / _WEIGHTS):
+    with external_data.outside(folder / _WEIGHTS):
+        equalized = external_data.load(Path(parent.file.path), is_mapped=True)
         model, integer, floats = quantize.quantize(equalized, statistics, scheme, feeds=_probes(tokens))
         external_data.save(model, folder / QDQ)
     unknown = sorted(set(scheme.promoted) - {node.name for node in model.graph.node})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -67,6 +68,11 @@ class Validation:
     samples: Samples
     record: TextSet | ImageSet
     reference: Embeddings
+
+    def chosen(self, rows: Sequence[int]) -> Validation:
+        """Give the samples at these positions; the record stays that of the whole set."""
+        texts = tuple(self.texts[row] for row in rows)
+        return Validation(texts, self.samples.chosen(rows), self.record, self.reference[list(rows)])
 
 
 def write_record(path: Path, record: Record) -> None:

@@ -5,14 +5,20 @@ A function here makes the stage's request from what the export holds; `edgeq.pip
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeq.data.prepare import prepare
+from edgeq.calibration.file import load
+from edgeq.data.batches import Samples
+from edgeq.data.sessions import Embeddings
 from edgeq.frontend.locate import Located
+from edgeq.graph import external_data
+from edgeq.pipeline.growing_validation import growing, sizes
 from edgeq.pipeline.stage_functions import (
     CALIBRATION,
     FEEDS,
@@ -25,7 +31,8 @@ from edgeq.pipeline.stage_functions import (
 )
 from edgeq.pipeline.stage_requests import CalibrationRequest, FloatModelRequest, QdqRequest, ReferenceRequest
 from edgeq.pipeline.stage_results import EQUALIZED, FLOAT, STATISTICS, Calibrated, Floats, Validation, read_record
-from edgeq.quantization import schemes
+from edgeq.quantization import schemes, sensitivity
+from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import Calibration, FloatModel, QdqModel, Scheme, Source, Target
 from edgeq.system.cache import Cache
 from edgeq.system.files import file_ref
@@ -102,16 +109,46 @@ def quantized(target: Target, calibrated: Calibrated, cache: Cache, given: Schem
     return found.model_copy(update={"feeds": found.feeds.model_copy(update={"path": str(folder / FEEDS)})})
 
 
+def sensitivities(
+    calibrated: Calibrated, model: QdqModel, samples: Samples, progress: Progress
+) -> sensitivity.Sensitivity:
+    """Measure what the codes of each product of a QDQ model cost, on a few of the samples."""
+    equalized = external_data.load(Path(calibrated.equalized.file.path))
+    statistics = load(Path(calibrated.calibration.file.path))
+    counterpart = QUANTIZERS[model.scheme.kind].rewrite(equalized, statistics, model.scheme)
+    coded = external_data.load(Path(model.file.path))
+    return sensitivity.measure(counterpart, coded, model.scheme, model.integer_matmuls, samples, progress)
+
+
 def validation(floats: Floats, plan: Plan, cache: Cache, limit: int) -> Validation:
-    """Embed validation texts (cut at `limit` tokens) or images in FP32, or read the vectors from the cache."""
-    given = prepare(plan.validation, plan.validation_origin, floats.config, limit)
-    texts, images = _samples(plan.validation)
-    request = ReferenceRequest(
-        made_by=own_code(), float_model=floats.model, config=input_files(floats.config), texts=texts, images=images,
-        limit=limit,
-    )  # fmt: skip
-    reference = np.load(cache.result(REFERENCE, request) / VECTORS, allow_pickle=False)
-    return Validation(given.names, given.samples, given.record, reference)
+    """Embed the first part of the validation texts (cut at `limit` tokens) or images, or read it from the cache."""
+    return next(growing_validation(floats, plan, cache, limit))
+
+
+def growing_validation(
+    floats: Floats, plan: Plan, cache: Cache, limit: int, first: int | None = None
+) -> Iterator[Validation]:
+    """Give the validation samples of a plan in growing parts, with FP32's vectors; each part's are cached.
+
+    Args:
+        floats: the float model.
+        plan: which texts or images validate.
+        cache: for the vectors.
+        limit: the most tokens of a text.
+        first: at most so many samples in the first part; None leaves it to the set.
+    """
+
+    def embed(items: Items, done: int) -> Embeddings:
+        texts, images = _samples(items)
+        request = ReferenceRequest(
+            made_by=own_code(), float_model=floats.model, config=input_files(floats.config), texts=texts, images=images,
+            limit=limit,
+        )  # fmt: skip
+        vectors: Embeddings = np.load(cache.result(REFERENCE, request) / VECTORS, allow_pickle=False)
+        return vectors
+
+    parts = sizes(len(plan.validation), plan.validation_origin, first)
+    return growing(plan.validation, parts, plan.validation_origin, floats.config, limit, embed)
 
 
 def _samples(items: Items) -> tuple[tuple[str, ...], tuple[InputFile, ...]]:

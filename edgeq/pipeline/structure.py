@@ -132,14 +132,9 @@ def island_refusals(islands: Iterable[Island], scheme: Scheme) -> list[str]:
     if QUANTIZERS[scheme.kind].keeps_float:
         return []
     return [
-        f"{island.operator} ({island.origin}{_further(island)}) has no integer form, and {scheme.name} leaves nothing "
-        "float."
+        f"{island.operator} ({island.place}): outside edgeq's dialect, and {scheme.name} leaves nothing float."
         for island in islands
     ]
-
-
-def _further(island: Island) -> str:
-    return f", and {island.count - 1} more" if island.count > 1 else ""
 
 
 def _way_out(islands: Sequence[Island]) -> str:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgeq.backends.registry import find
 from edgeq.bundle.embedder import Embedder
+from edgeq.bundle.float_model import cached
 from edgeq.bundle.load import load
 from edgeq.bundle.manifest import load_manifest, require_cpu
 from edgeq.data import end_to_end
 from edgeq.data.batches import PIXELS
-from edgeq.data.prepare import Prepared, prepare
+from edgeq.data.plans import DEFAULT
+from edgeq.data.prepare import prepare
 from edgeq.data.sessions import Embeddings, embed_batches
-from edgeq.data.splits import deduplicate, evenly_spaced
+from edgeq.data.splits import deduplicate
 from edgeq.data.text_files import default_texts, read_texts
 from edgeq.data.text_input import Method
 from edgeq.data.tokenizer import Tokenizer
@@ -22,10 +25,15 @@ from edgeq.data.tokens import batches, token_limit
 from edgeq.errors import ConfigError
 from edgeq.evaluation.tasks import Embed
 from edgeq.graph.float_session import FloatSession
+from edgeq.pipeline.growing_validation import growing, sizes
 from edgeq.pipeline.measure_parity import measure_parity
-from edgeq.pipeline.stage_results import Validation
+from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import Manifest, ParityReport
+from edgeq.system.cache import Cache
 from edgeq.system.progress import Progress
+
+if TYPE_CHECKING:
+    from edgeq.data.prepare import Items
 
 
 def validate(
@@ -54,37 +62,47 @@ def validate(
     manifest = load_manifest(bundle)
     target = manifest.target
     require_cpu(target)
-    given = _given(manifest, bundle, texts, column, images)
-    progress("float32", 0, 1)
-    reference = embed_batches(FloatSession.of(float_model), batches(given.samples), len(given.samples))
-    progress("float32", 1, 1)
+    require_kind(manifest, bundle, texts, images)
     backend = find(manifest.artifact.backend, str(bundle))
     limit = token_limit(target.buckets_tokens, manifest.source.max_sequence)
-    found, _ = measure_parity(
-        backend, manifest.artifact, bundle, target,
-        Validation(given.names, given.samples, given.record, reference),
-        manifest.source.max_sequence, partial(progress, "artifact"),
-        end_to_end.compare(bundle, manifest.source, limit),
-    )  # fmt: skip
-    return found
+    items, origin = _items(texts, column, images)
+    qdq = cached_qdq(manifest) if texts is None else None  # the artifact itself runs all of the user's own texts
+    few = target.gate.parity_texts if texts is None and qdq is None else None
+    session = FloatSession.of(float_model)
+
+    def embed(some: Items, done: int) -> Embeddings:
+        progress("float32", 0, 1)
+        given = prepare(some, origin, bundle, limit)
+        vectors = embed_batches(session, batches(given.samples), len(given.samples))
+        progress("float32", 1, 1)
+        return vectors
+
+    parts = growing(items, sizes(len(items), origin, few), origin, bundle, limit, embed)
+    return measure_parity(
+        backend, manifest.artifact, bundle, target, parts, manifest.source.max_sequence, partial(progress, "artifact"),
+        end_to_end.compare(bundle, manifest.source, limit), qdq,
+    ).report  # fmt: skip
 
 
-def _given(manifest: Manifest, bundle: Path, texts: Path | None, column: str | None, images: Path | None) -> Prepared:
-    """Prepare the texts or images to measure parity on.
+def cached_qdq(manifest: Manifest) -> Path | None:
+    """Find the QDQ model that a bundle was made from, where the cache still holds it and ONNX Runtime can run it."""
+    if not QUANTIZERS[manifest.qdq_model.scheme.kind].writes_integers:
+        return None
+    return cached(manifest.qdq_model.file, Cache().root)
+
+
+def _items(texts: Path | None, column: str | None, images: Path | None) -> tuple[Items, str]:
+    """Read the texts or list the images to measure parity on; give their origin, too.
 
     Raises:
-        ConfigError: they are not what the model takes.
+        ConfigError: they cannot be used.
     """
-    require_kind(manifest, bundle, texts, images)
     if images is not None:
         from edgeq.data.images import read_folder  # here: texts need no Pillow
 
-        return prepare(read_folder(images), images.name, bundle, manifest.source.max_sequence)
-    most = manifest.target.gate.parity_texts if texts is None else None  # the user's own texts all run
+        return read_folder(images), images.name
     given = deduplicate(read_texts(texts or default_texts()[1], column if texts else None))
-    chosen = tuple(given[row] for row in evenly_spaced(len(given), most))
-    limit = token_limit(manifest.target.buckets_tokens, manifest.source.max_sequence)
-    return prepare(chosen, texts.name if texts else "default", bundle, limit)
+    return given, texts.name if texts else DEFAULT
 
 
 def require_kind(manifest: Manifest, bundle: Path, texts: Path | None, images: Path | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -12,17 +11,18 @@ import onnx_ir as ir
 from edgeq.calibration.statistics import Statistics
 from edgeq.data.batches import AnyFeeds
 from edgeq.graph.edit import add_constant, add_node, checked, constant, dims, replace_uses
-from edgeq.graph.linear import Site, sites
-from edgeq.quantization import affine, ranges, weight_rounding
+from edgeq.graph.linear import Linear, Site, sites
+from edgeq.quantization import affine, promoted_products, ranges, weight_rounding
 from edgeq.quantization.convolution import quantize_convolutions
-from edgeq.quantization.qdq import LOWEST_IR_VERSION, QdqBuilder, Quantized, UnsignedQdqBuilder, int8_weight
+from edgeq.quantization.qdq import HEADROOM, LOWEST_IR_VERSION, QdqBuilder, Quantized, UnsignedQdqBuilder, int8_weight
+from edgeq.quantization.rewrites.mixed import mixed_form
 from edgeq.quantization.walk import Refusal
 from edgeq.records import Scheme
 
 
-def keep_model(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> onnx.ModelProto:
-    """Give the equalised float model itself: this kind of scheme rewrites nothing before it quantises."""
-    return model
+def rewrite_mixed(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> onnx.ModelProto:
+    """Give the float model whose weight products `quantize_mixed` quantises."""
+    return ir.to_proto(mixed_form(model, observed)[0])
 
 
 def quantize_mixed(
@@ -50,7 +50,7 @@ def quantize_mixed(
         observed: statistics of every tensor that a weight product reads.
         scheme: bits and signs.
         refusals: where refusals are collected; missing statistics are made up then. This kind refuses nothing.
-        feeds: not used: no rewrite is to be proved.
+        feeds: probe batches on which each rewrite is proved in FP32; none where the same was proved before.
         compensate: round weights with error compensation (GPTQ) where a second moment was observed; else to nearest.
 
     Returns:
@@ -58,17 +58,15 @@ def quantize_mixed(
         stay float by the scheme.
 
     Raises:
-        EdgeqError: a tensor has no statistics.
+        EdgeqError: a tensor has no statistics, or a rewrite changed the FP32 function.
     """
-    graph_model = ir.from_proto(model)
+    graph_model, seen = mixed_form(model, observed, feeds)
     graph = graph_model.graph
     kind = QdqBuilder if scheme.activations_signed else UnsignedQdqBuilder
-    builder = kind(graph, dict(observed), has_placeholders=refusals is not None)
+    builder = kind(graph, seen, has_placeholders=refusals is not None)
     integer: list[str] = []
     for site in list(sites(graph)):
-        site = replace(site, products=tuple(node for node in site.products if node.name not in scheme.promoted))
-        if site.products:
-            integer.extend(_quantize_site(builder, site, scheme, compensate))
+        integer.extend(_quantize_site(builder, site, scheme, compensate))
     integer += quantize_convolutions(builder, scheme)
     for node in list(graph):
         if node.op_type in ("Gather", "Slice"):
@@ -86,17 +84,27 @@ def quantize_mixed(
 def _quantize_site(builder: QdqBuilder, site: Site, scheme: Scheme, compensate: bool) -> list[str]:
     """Quantise a tensor once and the weight of each MatMul that reads it."""
     statistics = builder.statistics(site.tensor)
-    params = affine.asymmetric(*ranges.choose(statistics, scheme), scheme.activation_bits, scheme.activations_signed)
+    low, high = ranges.choose(statistics, scheme)
+    is_promoted = all(node.name in scheme.promoted for node in site.products)
+    room = HEADROOM if is_promoted else 1.0  # as 16-bit codes have it
+    params = affine.asymmetric(low * room, high * room, scheme.activation_bits, scheme.activations_signed)
     read = builder.quantize(site.products[0], site.tensor, params, scheme.activation_bits, site.name)
+    rest = None
+    made: list[str] = []
     for node in site.products:
         weight = constant(node.inputs[1])
         if weight is None or node.inputs[1] is None:
             continue
+        linear = Linear.of(node)
         seen = statistics if compensate else None
         values, scales = weight_rounding.rounded(weight, seen, params.scale, scheme.weight_bits)
         node.replace_input_with(0, read.value)
         node.replace_input_with(1, int8_weight(node, str(node.inputs[1].name), values, scales, axis=1))
-    return [str(node.name) for node in site.products]
+        made.append(str(node.name))
+        if node.name in scheme.promoted and linear is not None:
+            rest = rest or promoted_products.rest(builder, site, read)
+            made.append(promoted_products.add_rest(node, linear.end, rest))
+    return made
 
 
 def _quantize_table(graph: ir.Graph, node: ir.Node, bits: int) -> None:

@@ -12,9 +12,9 @@ from edgeq.data.batches import AnyFeeds
 from edgeq.errors import Unsupported
 from edgeq.quantization.htp.quantizer import quantize_htp, rewrite_htp
 from edgeq.quantization.integer.quantizer import quantize_integer, rewrite_integer
-from edgeq.quantization.mixed import keep_model, quantize_mixed
+from edgeq.quantization.mixed import quantize_mixed, rewrite_mixed
 from edgeq.quantization.qdq import Quantized
-from edgeq.quantization.vendor import prepare_for_vendor
+from edgeq.quantization.vendor import keep_model, prepare_for_vendor
 from edgeq.quantization.walk import Refusal
 from edgeq.records import Scheme, SchemeKind
 
@@ -42,7 +42,7 @@ class Quantizer:
 
 
 QUANTIZERS: Mapping[SchemeKind, Quantizer] = {
-    "mixed": Quantizer(quantize_mixed, keep_model, keeps_float=True, writes_integers=True, may_refuse=False),
+    "mixed": Quantizer(quantize_mixed, rewrite_mixed, keeps_float=True, writes_integers=True, may_refuse=False),
     "integer": Quantizer(quantize_integer, rewrite_integer, keeps_float=False, writes_integers=True, may_refuse=True),
     "htp": Quantizer(quantize_htp, rewrite_htp, keeps_float=False, writes_integers=True, may_refuse=True),
     "vendor": Quantizer(prepare_for_vendor, keep_model, keeps_float=True, writes_integers=False, may_refuse=True),

@@ -25,7 +25,7 @@ from edgeq.graph.float_session import FloatSession
 from edgeq.records import Record, Scheme
 from edgeq.system.progress import Progress
 
-PROBED, PROBED_TOKENS, _GROUPS = 12, 48, 3
+PROBED, PROBED_TOKENS, _GROUPS = 8, 32, 2
 SWITCHES = "promoted_products"  # float32[groups], an input of the model with switches: 1 is open, 0 is coded
 _PRODUCTS = ("Gemm", "MatMul")
 _CODERS = ("QuantizeLinear", "DequantizeLinear")
@@ -63,13 +63,13 @@ class Sensitivity(Record):
     sites: tuple[Site, ...]
     steps: tuple[Step, ...]
 
-    def share_left(self, promoted: int) -> float:
-        """Estimate the share of the loss that stays when so many of the most costly sites are promoted."""
+    def share_left(self, promoted: Iterable[Site]) -> float:
+        """Estimate the share of the loss that stays when these sites are promoted: losses add up."""
         whole = sum(item.loss for item in self.sites)
-        kept = sum(item.loss for item in self.sites[promoted:])
         if not self.loss > self.rest or not whole:
             return 1.0
-        return (self.rest + (self.loss - self.rest) * kept / whole) / self.loss
+        left = 1.0 - sum(item.loss for item in promoted) / whole
+        return (self.rest + (self.loss - self.rest) * left) / self.loss
 
 
 def measure(
@@ -132,13 +132,13 @@ def measure(
 
 
 def probes(samples: Samples) -> list[Batch]:
-    """Choose twelve texts of evenly spaced lengths, and cut them so that four at a time are equally long.
+    """Choose eight texts of evenly spaced lengths, and cut them so that four at a time are equally long.
 
     Args:
-        samples: any texts; or images, of which twelve are taken as they are.
+        samples: any texts; or images, of which eight are taken as they are.
 
     Returns:
-        Batches without padding, of at most 48 tokens a text.
+        Batches without padding, of at most 32 tokens a text.
     """
     if not isinstance(samples, Tokens):
         return samples.chosen(evenly_spaced(len(samples), PROBED)).batches(PROBED // _GROUPS, samples.longest * PROBED)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from edgeq.calibration.statistics import Statistics
 from edgeq.quantization import affine
 
-BLOCK = 128
+BLOCK = 64
 COLUMNS = 1 << 14
 DAMPING = 1e-4
 _SMALLEST_DAMPING = 1e-30  # of a tensor that is 0 on every sample, whose moment has no inverse
@@ -59,23 +59,36 @@ def compensated(
     damping = max(step * step / 12.0 + DAMPING * float(diagonal.mean()), _SMALLEST_DAMPING)
     hessian[np.diag_indices_from(hessian)] += damping
     order = np.argsort(-diagonal, kind="stable")
-    upper = np.linalg.cholesky(np.linalg.inv(hessian[np.ix_(order, order)])).T
-    left = weight.astype(np.float64)[order]
-    values = np.empty(left.shape, np.int8)
+    factor = _factor(hessian, order)
+    del hessian
+    factor /= np.diag(factor)[:, None].copy()
     scales = own_scales.astype(np.float64)
-    for start in range(0, len(left), BLOCK):
-        stop = min(start + BLOCK, len(left))
-        errors = np.empty((stop - start, left.shape[1]))
+    values = np.empty(weight.shape, np.int8)
+    lost = np.empty(weight.shape)  # float64[channels, out], in order: what rounding took from each channel so far
+    for start in range(0, len(order), BLOCK):
+        stop = min(start + BLOCK, len(order))
+        wanted = weight[order[start:stop]].astype(np.float64)
+        wanted += factor[start:stop, :start] @ lost[:start]
         for row in range(start, stop):
-            rounded = np.clip(np.rint(left[row] / scales), -limit, limit)
-            values[row] = rounded
-            error = (left[row] - rounded * scales) / upper[row, row]
-            left[row + 1 : stop] -= upper[row, row + 1 : stop, None] * error
-            errors[row - start] = error
-        left[stop:] -= upper[start:stop, stop:].T @ errors
-    back = np.empty_like(order)
-    back[order] = np.arange(len(order))
-    return values[back], own_scales
+            place = row - start
+            rounded = np.clip(np.rint(wanted[place] / scales), -limit, limit)
+            values[order[row]] = rounded
+            np.subtract(weight[order[row]], rounded * scales, out=lost[row])
+            wanted[place + 1 :] += factor[row + 1 : stop, row, None] * lost[row]
+    return values, own_scales
+
+
+def _factor(hessian: NDArray[np.float64], order: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Give the lower triangular L with Lᵀ L = H, float64[channels, channels], of a matrix H taken in this order.
+
+    GPTQ's errors are those of Babai's nearest plane in the lattice of L: channel i is rounded to what makes row i of
+    L (w - q) smallest, given the channels before. So one Cholesky factor serves, and no inverse: a seventh of the work.
+
+    Source: Chen et al. 2025, The geometry of LLM quantization: GPTQ as Babai's nearest plane algorithm.
+    """
+    back = order[::-1]
+    lower = np.linalg.cholesky(hessian[np.ix_(back, back)])
+    return np.ascontiguousarray(lower[::-1, ::-1].T, np.float64)
 
 
 def rounded(

@@ -10,15 +10,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from edgeq.records.parity import Exactness as Exactness
+from edgeq.records.parity import Gate as Gate
+from edgeq.records.parity import Measures as Measures
+from edgeq.records.parity import ParityReport as ParityReport
+from edgeq.records.parity import Promotion as Promotion
+from edgeq.records.parity import RunKind as RunKind
+from edgeq.records.parity import SettingReport as SettingReport
+from edgeq.records.parity import Status as Status
 from edgeq.records.record import FileRef as FileRef
 from edgeq.records.record import Positive as Positive
 from edgeq.records.record import Record as Record
 from edgeq.records.record import Sha256 as Sha256
+from edgeq.records.samples import ImageSet as ImageSet
+from edgeq.records.samples import TextSet as TextSet
 from edgeq.records.source import EndToEnd as EndToEnd
 from edgeq.records.source import Source as Source
 
-RunKind = Literal["device", "host-kernels", "emulator", "simulator", "not-run"]
-Status = Literal["passed", "failed", "not-run"]
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
 
 
@@ -38,6 +46,11 @@ class Island(Record):
     count: Positive
     origin: str  # module and line of Python of the first of them; else its node's name
 
+    @property
+    def place(self) -> str:
+        """Say where the nodes come from: the line of the first, and how many more there are."""
+        return f"{self.origin}, and {self.count - 1} more" if self.count > 1 else self.origin
+
 
 class FloatModel(Record):
     """Describe an FP32 ONNX file in the dialect, with pooling and L2 normalisation in the graph."""
@@ -51,26 +64,6 @@ class FloatModel(Record):
     max_abs_error: float  # against torch or the source ONNX file; of an equalised model against the float model
     passes: tuple[PassReport, ...]
     islands: tuple[Island, ...] = ()  # what only targets that keep floats can take
-
-
-class TextSet(Record):
-    """Describe a set of texts by hash and counts, without the texts."""
-
-    origin: str  # the user's file name, or "default"
-    sha256: Sha256  # over the texts in order
-    count: int
-    tokens: int
-    truncated: int  # number of texts cut at the model's limit
-
-
-class ImageSet(Record):
-    """Describe a set of images by hash and counts, without the images."""
-
-    origin: str  # name of the user's folder
-    sha256: Sha256  # over the pixels in order, resized and cropped
-    count: int
-    height: int
-    width: int
 
 
 class Smoothing(Record):
@@ -144,7 +137,7 @@ class Scheme(Record):
     range_method: RangeMethod = "minmax"
     spec: Annotated[MixedSpec | IntegerSpec | HtpSpec | VendorSpec, Field(discriminator="kind")] = MixedSpec()
     feeds: int = 0  # how many calibration texts, of evenly spread lengths, the compiler observes itself
-    promoted: tuple[str, ...] = ()  # weight products of higher precision: 16 bits, or float where other tensors are
+    promoted: tuple[str, ...] = ()  # weight products that read 16 bits; beside float tensors as two 8-bit products
 
     @property
     def kind(self) -> SchemeKind:
@@ -179,23 +172,6 @@ class RunsOn(Record):
     cpu_flags_all: tuple[str, ...]
     cpu_flags_any: tuple[str, ...]
     elsewhere: Literal["host-kernels", "emulator", "simulator"] = "host-kernels"  # the kind of run on any other machine
-
-
-class Gate(Record):
-    """Hold the limits that parity measures are judged by, and the kinds of run that suffice."""
-
-    cosine_mean_min: float
-    cosine_min_min: float
-    top10_overlap_min: float
-    spearman_min: float  # of pairwise similarities, artifact against FP32
-    invariance_min: float  # cosine of one text at other paddings and batches
-    norm_error_max: float  # relative to FP32's norm, for models that L2-normalise
-    norm_error_unnormalized_max: float  # the same for models that do not, whose norm has the vector's error
-    float_fallbacks_max: int
-    host_operators_max: int  # operators per file that an accelerator's compiler leaves to the CPU
-    export_run_kinds: tuple[RunKind, ...]
-    release_run_kinds: tuple[RunKind, ...]
-    parity_texts: int | None = None  # at most so many validation texts, where one run takes seconds; None: all
 
 
 class Target(Record):
@@ -259,50 +235,6 @@ class Artifact(Record):
     qdq_sha256: Sha256
     placement: Placement
     tools: dict[str, str]
-
-
-class Measures(Record):
-    """Hold the parity measures of an artifact's vectors against FP32's."""
-
-    texts: int
-    cosine_mean: float
-    cosine_min: float
-    max_abs_error: float
-    top10_overlap: float
-    spearman: float
-    invariance_min: float
-    norm_error_max: float  # relative to FP32's norm
-    is_normalized: bool  # whether all FP32 vectors have length 1
-    worst_text: str  # beginning of the text with the lowest cosine
-
-
-class SettingReport(Record):
-    """Hold the measures of the same artifact with another runtime setting, or the reason why there are none."""
-
-    name: str  # e.g. "inference_precision_hint=bf16"
-    ran_on: RunKind
-    measures: Measures | None  # None when not measured
-    reason: str | None  # why it was not measured
-
-
-class ParityReport(Record):
-    """Hold an artifact's parity measures, and one sentence for each limit of the gate that they miss.
-
-    A report without `measures` is `not-run` or `failed`, never `passed`. `other_settings` must meet the gate
-    except its limit on invariance, and do not replace a run with the target's own settings.
-    """
-
-    target: str
-    ran_on: RunKind
-    machine: str
-    status: Status
-    measures: Measures | None  # None when not run
-    gate: Gate
-    failures: tuple[str, ...]
-    texts: TextSet | ImageSet
-    reason: str | None = None  # why it was not run; such a bundle cannot be released
-    other_settings: tuple[SettingReport, ...] = ()
-    end_to_end: EndToEnd = EndToEnd(status="not compared", reason="the report was made without it")
 
 
 class Golden(Record):

@@ -10,7 +10,7 @@ from edgeq.bundle.manifest import load_manifest, load_report
 from edgeq.bundle.verify import read_whole
 from edgeq.devices.report import DeviceReport, reports_of
 from edgeq.errors import BundleCorrupt, ConfigError, EdgeqError
-from edgeq.evaluation.gate import judge
+from edgeq.evaluation.gate import judge_report
 from edgeq.records import Manifest, ParityReport, RunKind
 
 
@@ -102,5 +102,5 @@ def passed_on(candidate: Candidate) -> tuple[RunKind, ...]:
     report, placement = candidate.report, candidate.manifest.artifact.placement
     found = [device.ran_on for device in candidate.devices.values() if device.status == "passed"]
     if report.status == "passed" and report.measures is not None:
-        found += [] if judge(report.measures, placement, report.gate, report.ran_on) else [report.ran_on]
+        found += [] if judge_report(report, placement) else [report.ran_on]
     return tuple(dict.fromkeys(found))

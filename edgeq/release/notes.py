@@ -112,9 +112,9 @@ def _figures(packed: Packed) -> dict[str, tuple[float, str]]:
     figures: dict[str, tuple[float, str]] = {}
     if measures is not None:
         figures = {
-            "cosine with FP32, mean": (measures.cosine_mean, ".5f"),
-            "cosine with FP32, worst sample": (measures.cosine_min, ".5f"),
-            "top-10 overlap": (measures.top10_overlap, ".4f"),
+            "centred cosine with FP32, mean": (measures.centred_cosine_mean, ".5f"),
+            "centred cosine with FP32, worst sample": (measures.centred_cosine_min, ".5f"),
+            "regret@10, mean": (measures.regret_mean, ".5f"),
             "Spearman of pairwise similarities": (measures.spearman, ".5f"),
             "largest absolute error": (measures.max_abs_error, ".4f"),
         }

@@ -195,5 +195,6 @@ def _notes(found: Sequence[Found], chosen: Chosen, runs: Sequence[Run], limit: i
     if len({(item.path / "tokenizer.json").read_bytes() for item in found}) > 1:
         notes.append("The bundles' tokenizer.json differ; each runtime was given its own tokens.")
     notes += [f"{run.runner.name}: {run.figures_error}" for run in runs if run.figures_error is not None]
+    notes += [f"{item.name}: {item.report.promotion.sentence}" for item in found if item.report.promotion is not None]
     notes += [f"{item.name} missed its gate at export." for item in found if item.manifest.status == "failed"]
     return tuple(notes)

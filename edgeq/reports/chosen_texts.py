@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeq.bundle.golden import read_golden
+from edgeq.data.plans import DEFAULT, filled_up
 from edgeq.data.sessions import Embeddings
 from edgeq.data.splits import deduplicate, sha256_text, split
 from edgeq.data.text_files import default_texts, read_texts
 from edgeq.data.tokens import sha256_texts
 from edgeq.errors import ConfigError
+from edgeq.pipeline.growing_validation import sizes
 from edgeq.reports.bundles import Found
 
 
@@ -51,13 +53,16 @@ def choose(found: Sequence[Found], texts: Path | None, column: str | None) -> Ch
         ConfigError: the texts cannot be read.
     """
     given = deduplicate(read_texts(texts or default_texts()[1], column if texts else None))
-    origin = texts.name if texts else "default"
+    origin = texts.name if texts else DEFAULT
     wanted = {item.report.texts.sha256 for item in found}
     digest = sha256_texts(given)
-    if wanted == {digest}:
-        return Chosen(tuple(given), origin, None)
+    parts = [given[:size] for size in sizes(len(given), origin, None)]  # of the default set as few as an export took
+    for part, name in (*((part, origin) for part in parts), filled_up(given, origin)):
+        if wanted == {sha256_texts(part)}:
+            return Chosen(tuple(part), name, None)
+    given = given if texts else parts[0]
     fifth = split(given, sha256_text)[1]
-    if wanted == {sha256_texts(fifth)}:
+    if wanted <= {sha256_texts(fifth), sha256_texts(filled_up(fifth, origin, given)[0])}:
         note = f"{origin}: the export calibrated on four fifths of it; the fifth that validated there is compared."
         return Chosen(tuple(fifth), f"{origin} (a fifth, by hash)", note)
     if digest in {item.manifest.calibration.texts.sha256 for item in found}:

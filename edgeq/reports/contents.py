@@ -47,7 +47,9 @@ class Row(Record):
     reason: str | None  # why there are no measures
     size_bytes: int | None
     measures: Measures | None
-    cosine_percentiles: tuple[float, ...]  # with FP32, of the texts: percentile 0, 1, ... 100; empty without measures
+    cosine_percentiles: tuple[
+        float, ...
+    ]  # centred, with FP32, of the texts: percentile 0, 1, ... 100; empty without measures
     sts_spearman: float | None
     ndcg_at_10: float | None
     latency: tuple[RunTime, ...]
@@ -57,7 +59,7 @@ class Row(Record):
 
 
 class Pair(Record):
-    """Hold the cosines between the vectors of two runtimes."""
+    """Hold the centred cosines between the vectors of two runtimes."""
 
     first: str
     second: str
@@ -74,7 +76,7 @@ class TextError(Record):
 
 
 class WorstText(Record):
-    """Hold a text with a low cosine with FP32, and every artifact's error on it."""
+    """Hold a text with a low centred cosine with FP32, and every artifact's error on it."""
 
     text: str  # its beginning
     tokens: int

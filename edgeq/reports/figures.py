@@ -9,9 +9,10 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.data.sessions import Embeddings, unit
+from edgeq.data.sessions import Embeddings
 from edgeq.data.tokens import Tokens
 from edgeq.evaluation import parity
+from edgeq.evaluation.vector_measures import centred_cosines
 from edgeq.records import Measures
 from edgeq.reports.contents import Pair, TextError, WorstText
 
@@ -28,7 +29,7 @@ class Measured:
     name: str
     embeddings: Embeddings
     measures: Measures
-    cosines: DoubleArray  # float64[texts]
+    cosines: DoubleArray  # float64[texts], centred
 
 
 def measured(
@@ -44,9 +45,8 @@ def measured(
 
 
 def cosines(first: Embeddings, second: Embeddings) -> DoubleArray:
-    """Give the cosine of each text's two vectors, float64[texts]."""
-    found: DoubleArray = np.clip(np.sum(unit(first) * unit(second), axis=1), -1.0, 1.0)
-    return found
+    """Give the cosine of each text's two vectors, both less the mean of the first, float64[texts]."""
+    return centred_cosines(first, second)
 
 
 def percentiles(values: DoubleArray) -> tuple[float, ...]:
@@ -55,7 +55,7 @@ def percentiles(values: DoubleArray) -> tuple[float, ...]:
 
 
 def pairs(vectors: Sequence[tuple[str, Embeddings]]) -> tuple[Pair, ...]:
-    """Give mean and smallest cosine between the vectors of every two runtimes."""
+    """Give mean and smallest centred cosine between the vectors of every two runtimes."""
     made = []
     for (first, ours), (second, theirs) in combinations(vectors, 2):
         found = cosines(ours, theirs)
@@ -66,7 +66,7 @@ def pairs(vectors: Sequence[tuple[str, Embeddings]]) -> tuple[Pair, ...]:
 def worst_texts(
     artifacts: Sequence[Measured], reference: Embeddings, texts: Sequence[str], tokens: Tokens
 ) -> tuple[WorstText, ...]:
-    """Give the ten texts with the lowest cosine of any artifact with FP32, worst first, with every artifact's error."""
+    """Give the ten texts with the lowest centred cosine of any artifact with FP32, worst first, with all errors."""
     if not artifacts:
         return ()
     lowest = np.min([item.cosines for item in artifacts], axis=0)

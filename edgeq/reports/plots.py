@@ -69,7 +69,7 @@ def require() -> None:
 
 
 def distribution(card: Card) -> str | None:
-    """Draw the cumulative distribution over texts of 1 - cosine with FP32, one line per artifact; None without any."""
+    """Draw the distribution over texts of 1 - centred cosine with FP32, one line per artifact; None without any."""
     measured = [(position, row) for position, row in enumerate(card.artifacts()) if row.cosine_percentiles]
     if not measured:
         return None
@@ -80,7 +80,7 @@ def distribution(card: Card) -> str | None:
             errors = _errors(row.cosine_percentiles[::-1])
             axes.plot(errors, np.arange(101), color=_colour(position), label=row.name)
         _logarithmic(axes, "x")
-        axes.set_xlabel("distance from FP32: 1 - cosine")
+        axes.set_xlabel("distance from FP32: 1 - centred cosine")
         axes.set_ylabel("% of texts no farther")
         _legend(axes, len(measured))
 
@@ -115,7 +115,7 @@ def layers(card: Card) -> str | None:
 
 
 def latency(card: Card) -> str | None:
-    """Draw the median latency at the longest length against 1 - cosine with FP32; None where nothing was timed."""
+    """Draw the median latency at the longest length against 1 - centred cosine; None where nothing was timed."""
     timed = [
         (position, row, row.latency[-1].latency.p50_ms, row.measures)
         for position, row in enumerate(card.artifacts())
@@ -128,7 +128,7 @@ def latency(card: Card) -> str | None:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for position, row, milliseconds, measures in timed:
-            error = _errors([measures.cosine_mean])
+            error = _errors([measures.centred_cosine_mean])
             marker = _MARKERS[position % len(_MARKERS)]
             axes.plot([milliseconds], error, linestyle="none", marker=marker, markersize=10, color=_colour(position),
                       label=row.name)  # fmt: skip
@@ -139,14 +139,14 @@ def latency(card: Card) -> str | None:
         _logarithmic(axes, "y")
         axes.set_xlim(left=0.0)
         axes.set_xlabel(f"ms for one text of {timed[0][1].latency[-1].tokens} tokens, median")
-        axes.set_ylabel("1 - cosine with FP32, mean")
+        axes.set_ylabel("1 - centred cosine with FP32, mean")
         _legend(axes, len(timed) + 1)
 
     return _svg("latency", 4.0, draw)
 
 
 def worst(card: Card) -> str | None:
-    """Draw 1 - cosine with FP32 for each of the worst texts and each artifact; None without any."""
+    """Draw 1 - centred cosine with FP32 for each of the worst texts and each artifact; None without any."""
     if not card.worst_texts:
         return None
     positions = {row.name: position for position, row in enumerate(card.artifacts())}
@@ -162,7 +162,7 @@ def worst(card: Card) -> str | None:
         _logarithmic(axes, "x")
         axes.set_yticks(range(len(card.worst_texts)), [f"text {n + 1}" for n in range(len(card.worst_texts))])
         axes.invert_yaxis()
-        axes.set_xlabel("distance from FP32: 1 - cosine")
+        axes.set_xlabel("distance from FP32: 1 - centred cosine")
         _legend(axes, len(measured))
 
     return _svg("worst", 4.4, draw)

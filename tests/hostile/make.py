@@ -219,7 +219,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "golden/not-a-number.jsonl": lambda: b'{"text": "a", "weight": NaN}\n{"text": "b"}\n',
     "golden/number.jsonl": lambda: b'{"text": 1}\n{"text": "b"}\n',
     "records/nested.json": lambda: b'{"a":' * 5_000,
-    "records/not-a-number.json": lambda: b'{"target": "tiny-target", "ran_on": "device", "measures": {"cosine_min": NaN}}',
+    "records/not-a-number.json": lambda: b'{"target": "tiny-target", "ran_on": "device", "measures": {"spearman": NaN}}',
     "records/twice.json": lambda: b'{"format": 1, "format": 2}',
     "records/bytes.json": lambda: b"\x00\xff\xfe" * 100,
     "models/parent.onnx": lambda: onnx_file("../../../../etc/passwd"),
@@ -239,7 +239,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "tokenizers/no-vocabulary.json": lambda: tokenizer({}, None),
     "tokenizers/nested.json": lambda: b'{"model":' * 5_000,
     "targets/nested.toml": lambda: b"name = " + b"[" * 20_000,
-    "targets/not-a-number.toml": lambda: b'name = "not-a-number"\n[gate]\ncosine_mean_min = nan\ncosine_min_min = inf\n',
+    "targets/not-a-number.toml": lambda: b'name = "not-a-number"\n[gate]\nregret_mean_max = nan\nspearman_min = inf\n',
     "targets/bytes.toml": lambda: b"\xff\xfe\x00",
     "targets/digits.toml": lambda: b"a = " + b"9" * 5_000,
 }  # fmt: skip

@@ -109,6 +109,11 @@ def _figures(texts: Sequence[str], expected: Vectors, found: Vectors, smallest: 
     measures = parity.measure(stacked(expected, texts), stacked(found, texts), texts, smallest)
     return {
         "texts": len(texts),
+        "centred_cosine_mean": measures.centred_cosine_mean,
+        "centred_cosine_p01": measures.centred_cosine_p01,
+        "centred_cosine_min": measures.centred_cosine_min,
+        "regret_mean": measures.regret_mean,
+        "regret_p99": measures.regret_p99,
         "cosine_mean": measures.cosine_mean,
         "cosine_min": measures.cosine_min,
         "top10_overlap": measures.top10_overlap,

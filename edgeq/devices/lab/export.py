@@ -12,7 +12,7 @@ from edgeq.bundle.write import take
 from edgeq.devices.lab.cluster import RESTARTS, cluster, gathered, packed, require, said, unpack
 from edgeq.errors import DeviceUnavailable, EdgeqError
 from edgeq.pipeline import export
-from edgeq.pipeline.export import Exported, Shared
+from edgeq.pipeline.bundling import Exported, Shared, bundled
 from edgeq.pipeline.request import ExportRequest
 from edgeq.records import Target
 from edgeq.system.cache import Cache
@@ -82,7 +82,7 @@ def _made(
             request = replace(request, scheme=folder / request.scheme.name)
         request = replace(request, cache=cache, out=folder / "out", targets=(target,))
         try:
-            exported = export.bundled(target, local, request, lambda *_: None)
+            exported = bundled(target, local, request, lambda *_: None)
         except EdgeqError as error:
             return type(error).__name__, str(error), {}
         finally:

@@ -42,12 +42,16 @@ def render(results: Sequence[LabResult]) -> str:
 
 
 def cells(result: LabResult) -> list[str]:
-    """Give the cells of a row: device, result, kind of run, mean and smallest cosine, times, memory, CPU."""
+    """Give the cells of a row: device, result, kind of run, mean and smallest centred cosine, times, memory, CPU."""
     report = result.report
     if report is None:
         return [result.device, f"no report (exit code {result.exit_code})", *[_NONE] * 6]
     measures = report.measures
-    cosines = [_NONE] * 2 if measures is None else [f"{measures.cosine_mean:.6f}", f"{measures.cosine_min:.6f}"]
+    cosines = (
+        [_NONE] * 2
+        if measures is None
+        else [f"{measures.centred_cosine_mean:.6f}", f"{measures.centred_cosine_min:.6f}"]
+    )
     times = ", ".join(f"{cell.latency.p50_ms:.2f} ms at {cell.sequence}" for cell in report.cells)
     memory = _NONE if report.peak_memory_bytes is None else f"{report.peak_memory_bytes / 1e6:.0f} MB"
     return [result.device, report.status, report.ran_on, *cosines, times or _NONE, memory, report.machine.cpu]
