@@ -108,7 +108,7 @@ def calibrate_on_probes(model: onnx.ModelProto, samples: Samples) -> tuple[onnx.
         EdgeqError: FP32 gives NaN or infinity.
     """
     batches = equal_length_batches(samples, samples.longest)
-    split = _split(model, samples, batches, 0, silent)
+    split = _split(model, samples, batches, 0, silent, has_sweep=False)
     equalized = _equalize(split, {kind: choices[0] for kind, choices in ALPHAS.items()})
     return _observe_all(equalized, batches, silent, has_moments=False)
 
@@ -149,18 +149,30 @@ class _Equalized:
     maps: tuple[str, ...]
 
 
-def _split(model: onnx.ModelProto, samples: Samples, batches: Sequence[Batch], seed: int, progress: Progress) -> _Split:
-    """Observe what is smoothed, on samples and a sweep through the vocabulary; give outlier neurons their branches."""
+def _split(
+    model: onnx.ModelProto,
+    samples: Samples,
+    batches: Sequence[Batch],
+    seed: int,
+    progress: Progress,
+    has_sweep: bool = True,
+) -> _Split:
+    """Observe what is smoothed, on samples and a sweep through the vocabulary; give outlier neurons their branches.
+
+    Without a sweep through the vocabulary the samples stand in for it: it takes longer than they do.
+    """
     graph = ir.from_proto(model).graph
     wanted = [site.name for site in sites(graph)]
     hidden = [str(block.hidden.name) for block in feed_forwards(graph)]
     maps = map_tensors(graph)
     first_names = list(dict.fromkeys([*wanted, *hidden, *maps]))
     first = observe(model, first_names, batches, lambda done, total: progress("observe", done, total))
-    sweep = equal_length_batches(samples.swept(_vocabulary(graph), seed), samples.longest)
-    swept = observe(
-        model, list(dict.fromkeys([*wanted, *hidden])), sweep, lambda done, total: progress("sweep", done, total)
-    )
+    swept = first
+    if has_sweep:
+        sweep = equal_length_batches(samples.swept(_vocabulary(graph), seed), samples.longest)
+        swept = observe(
+            model, list(dict.fromkeys([*wanted, *hidden])), sweep, lambda done, total: progress("sweep", done, total)
+        )
     split = ir.from_proto(model)
     statistics = outlier_neurons.split_neurons(split.graph, first, swept)
     return _Split(ir.to_proto(split), statistics, swept, tuple(maps))
@@ -201,10 +213,28 @@ def _observe_all(
         equalized.expanded, list(dict.fromkeys([*names, *scores])), batches,
         lambda done, total: progress("calibrate", done, total),
         histograms=[*equalized.read, *equalized.maps], moments=equalized.read if has_moments else (),
-        means=_read_by_attention(equalized.expanded),
+        means=_read_by_attention(ir.from_proto(equalized.expanded).graph),
     )  # fmt: skip
     smooth_scales.size_mask(graph.graph, found)
     return ir.to_proto(graph), {name: found[name] for name in names}
+
+
+def decomposed(model: onnx.ModelProto) -> tuple[ir.Model, list[str], list[str]]:
+    """Give a float model with its norms decomposed, and the tensors that quantisers need statistics of, once each.
+
+    Args:
+        model: FP32 ONNX; not changed.
+
+    Returns:
+        The same function in other operators; the tensors in order; those whose mean is needed, too.
+    """
+    expanded = ir.from_proto(model)
+    read = [site.name for site in sites(expanded.graph)]
+    maps = map_tensors(expanded.graph)
+    for rewrite in (*DECOMPOSE, observe_row_maxima):
+        rewrite(expanded)
+    others = _float_tensors(expanded.graph, read)
+    return expanded, list(dict.fromkeys([*others, *maps])), _read_by_attention(expanded.graph)
 
 
 def _vocabulary(graph: ir.Graph) -> int:
@@ -284,9 +314,8 @@ def _is_real(value: ir.Value) -> bool:
     return value.dtype in (None, ir.DataType.FLOAT)
 
 
-def _read_by_attention(model: onnx.ModelProto) -> list[str]:
+def _read_by_attention(graph: ir.Graph) -> list[str]:
     """Name the outputs of the value projections."""
-    graph = ir.from_proto(model).graph
     return [str(values.output.name) for site in sites(graph) if (values := value_projection(site)) is not None]
 
 

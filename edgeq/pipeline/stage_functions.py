@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 
 def _write_float_model(request: FloatModelRequest, folder: Path, progress: Progress) -> None:
     """Export the source to a float model, and write its records beside it."""
-    source, model = write_float_model(request.located, folder, request.hidden_state, request.float_ops)
+    source, model = write_float_model(request.located, folder, request.hidden_state)
     write_record(folder / "source.json", source)
     write_record(folder / "model.json", model)
 
