@@ -301,6 +301,26 @@ def test_a_decoder_behind_an_encoder_is_refused_and_the_encoder_alone_exported(t
 
 
 @pytest.mark.export
+def test_a_model_that_mixes_padding_into_tokens_is_refused_before_it_is_traced(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    from edgeq.frontend import locate
+    from edgeq.frontend.torch import convert
+
+    config = transformers.ConvBertConfig(
+        vocab_size=600, hidden_size=64, embedding_size=64, num_hidden_layers=1, num_attention_heads=4, head_ratio=2,
+        intermediate_size=64, conv_kernel_size=3, initializer_range=0.2,
+    )  # fmt: skip
+    folder = with_tokenizer(tokenizer, tmp_path / "mixes", transformers.ConvBertModel(config))
+    (tmp_path / "raw").mkdir()
+    monkeypatch.setattr(convert, "trace", None)  # nothing is traced
+    with pytest.raises(Unsupported, match=r"mixes: padding moves a text's vector.*which mixes padding into tokens"):
+        convert.convert(locate.locate(str(folder), "mean"), tmp_path / "raw", hidden_state=False)
+
+
+@pytest.mark.export
 def test_images_of_any_size_and_files_of_images_are_refused(tokenizer: Path, tmp_path: Path) -> None:
     pytest.importorskip("PIL", reason="needs the extra `images`")
     import tiny_vision
