@@ -22,10 +22,10 @@ from edgeq.graph.edit import (
     replace_constant,
     required,
 )
-from edgeq.graph.linear import Linear, Site, bias_of, sites, value_projection
+from edgeq.graph.linear import Linear, Site, sites, value_projection
 from edgeq.graph.roles import Role
 from edgeq.quantization.rewrites.affine_statistics import affine
-from edgeq.quantization.rewrites.product_bias import bias_add
+from edgeq.quantization.rewrites.product_bias import add_to_bias, bias_add, biased_end, shift_input
 from edgeq.records import Scheme
 
 RESTORED = "/restored"  # ends the name of a LayerNormalization's output as the residual stream adds it
@@ -93,7 +93,7 @@ def center_ranges(model: ir.Model, statistics: Observed, scheme: Scheme) -> Rewr
         factor, shift = _best(seen, site.weights(), scheme, has_shift=has_biases)
         for node in site.products:
             if has_biases:
-                _shift_input(graph, node, shift / factor)
+                shift_input(graph, node, shift / factor)
             replace_constant(graph, node, 1, required(constant(node.inputs[1])) / factor[:, None])
         moved = affine(seen, factor, -shift)
         if norm is not None:
@@ -136,18 +136,7 @@ def _other_end(add: ir.Node, source: ir.Value) -> ir.Node | None:
     """Find the Add of the bias of what a residual sum adds to a tensor."""
     if add.op_type != "Add" or add.inputs[0] is add.inputs[1]:
         return None
-    return _biased_end(next(value for value in add.inputs if value is not source))
-
-
-def _biased_end(value: ir.Value | None) -> ir.Node | None:
-    """Find the Add of a product's bias that makes a value, looking through the sum with another branch."""
-    add = made_by(value, "Add")
-    if add is None or not is_read_once(add.outputs[0]):
-        return None
-    found = bias_of(add)
-    if found is not None:
-        return add if made_by(add.inputs[1 - found[0]], "MatMul") is not None else None
-    return next((end for operand in add.inputs if (end := _biased_end(operand)) is not None), None)
+    return biased_end(next(value for value in add.inputs if value is not source))
 
 
 def _values(site: Site) -> Linear | None:
@@ -171,7 +160,7 @@ def _into_norm(graph: ir.Graph, site: Site, norm: _Norm, factor: Vector, shift: 
     restoring = np.divide(1.0, whole)
     for product in norm.branches:
         weight = required(constant(product.inputs[1]))
-        _shift_input(graph, product, restoring * shift)
+        shift_input(graph, product, restoring * shift)
         replace_constant(graph, product, 1, weight * restoring[:, None])
     if norm.sums:
         adds = [add for add, _ in norm.sums]
@@ -180,23 +169,12 @@ def _into_norm(graph: ir.Graph, site: Site, norm: _Norm, factor: Vector, shift: 
         restored = add_node(first, "Mul", [output, scale], f"{output.name}{RESTORED}", like=output)
         for add, end in norm.sums:
             add.replace_input_with(next(i for i, value in enumerate(add.inputs) if value is output), restored)
-            _add_to_bias(graph, end, restoring * shift)
+            add_to_bias(graph, end, restoring * shift)
     for product in site.products:
         product.replace_input_with(0, output)
     replace_constant(graph, node, 1, required(constant(node.inputs[1])) * whole)
     replace_constant(graph, node, 2, required(constant(node.inputs[2])) * whole - shift)
     return str(output.name)
-
-
-def _shift_input(graph: ir.Graph, product: ir.Node, shift: Vector) -> None:
-    """Add `shift @ W` to the bias behind a product whose input loses `shift`: its output stays what it was."""
-    weight = required(constant(product.inputs[1]))
-    _add_to_bias(graph, required(bias_add(product)), shift @ weight.astype(np.float64))
-
-
-def _add_to_bias(graph: ir.Graph, add: ir.Node, shift: Vector) -> None:
-    position, bias = required(bias_of(add))
-    replace_constant(graph, add, position, bias + shift)
 
 
 def _best(

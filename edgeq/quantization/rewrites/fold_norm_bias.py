@@ -16,16 +16,14 @@ from edgeq.graph.edit import (
     add_node,
     constant,
     insert_after,
-    is_read_once,
     made_by,
     readers,
     required,
 )
-from edgeq.graph.linear import bias_of
 from edgeq.graph.roles import Role
 from edgeq.quantization.rewrites.affine_statistics import affine
 from edgeq.quantization.rewrites.norm_parts import GAINED, NORMALIZED
-from edgeq.quantization.rewrites.product_bias import add_to_bias, bias_add, shift_input
+from edgeq.quantization.rewrites.product_bias import add_to_bias, bias_add, biased_end, shift_input
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def _fold_behind_pooling(graph: ir.Graph, norm: _Norm, pooling: ir.Node, statist
 def _fold_into_sum(graph: ir.Graph, norm: _Norm, add: ir.Node, position: int, statistics: Observed) -> bool:
     """Let the other operand of a residual sum take the whole bias: the product that makes it has one."""
     other = required(add.inputs[1 - position])
-    end = _biased_end(other)
+    end = biased_end(other)
     if end is None:
         return False
     add_to_bias(graph, end, norm.bias.astype(np.float64))
@@ -138,14 +136,3 @@ def _fold_into_sum(graph: ir.Graph, norm: _Norm, add: ir.Node, position: int, st
         statistics[str(value.name)] = affine(statistics[str(value.name)], 1.0, norm.bias)
     add.replace_input_with(position, norm.gained)
     return True
-
-
-def _biased_end(value: ir.Value | None) -> ir.Node | None:
-    """Find the Add of a product's bias that makes a value, looking through the sum with an outlier branch."""
-    add = made_by(value, "Add")
-    if add is None or not is_read_once(add.outputs[0]):
-        return None
-    found = bias_of(add)
-    if found is not None:
-        return add if made_by(add.inputs[1 - found[0]], "MatMul") is not None else None
-    return next((end for operand in add.inputs if (end := _biased_end(operand)) is not None), None)

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.graph.edit import add_constant, constant, required
+from edgeq.graph.edit import add_constant, constant, is_read_once, made_by, required
 from edgeq.graph.linear import Linear, bias_of
 
 
@@ -14,6 +14,17 @@ def bias_add(product: ir.Node) -> ir.Node | None:
     """Give the Add of the bias that alone reads a product with a weight, or None."""
     linear = Linear.of(product)
     return linear.add if linear is not None else None
+
+
+def biased_end(value: ir.Value | None) -> ir.Node | None:
+    """Find the Add of a product's bias that makes a value, looking through the sum with another branch."""
+    add = made_by(value, "Add")
+    if add is None or not is_read_once(add.outputs[0]):
+        return None
+    found = bias_of(add)
+    if found is not None:
+        return add if made_by(add.inputs[1 - found[0]], "MatMul") is not None else None
+    return next((end for operand in add.inputs if (end := biased_end(operand)) is not None), None)
 
 
 def shift_input(graph: ir.Graph, product: ir.Node, shift: NDArray[np.floating]) -> bool:
