@@ -69,7 +69,7 @@ def test_a_smoothed_norm_scales_itself_and_the_residual_undoes_it(observed: cali
         assert {use.node.op_type for use in node.outputs[0].uses()} == {"Add"}
 
 
-@pytest.mark.parametrize("broken", ["_add_to_bias", "_shift_input"])
+@pytest.mark.parametrize("broken", ["add_to_bias", "shift_input"])
 def test_a_shift_that_nothing_undoes_is_found(
     observed: calibrate.Observed, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
