@@ -104,9 +104,19 @@ def test_where_all_products_do_not_suffice_the_last_attempt_is_refused_with_its_
 
 
 def test_the_share_that_may_stay_follows_from_the_limit_that_is_missed_most() -> None:
-    assert share_allowed(MEASURES, GATE) is None
-    assert share_allowed(losing(2.0), GATE) == pytest.approx(0.5)
+    def share(measures: Measures) -> float | None:
+        return share_allowed(attempt(measures).report)
+
+    assert share(MEASURES) is None
+    assert share(losing(2.0)) == pytest.approx(0.5)
     worse = losing(2.0).model_copy(update={"regret_p99": 4 * GATE.regret_p99_max})
-    assert share_allowed(worse, GATE) == pytest.approx(0.25)
+    assert share(worse) == pytest.approx(0.25)
     wide = MEASURES.model_copy(update={"centred_cosine_mean_low": 1.0 - 4 * (1.0 - GATE.centred_cosine_mean_min)})
-    assert share_allowed(wide, GATE) == pytest.approx(0.25)  # the worse end of the interval has to meet the limit
+    assert share(wide) == pytest.approx(0.25)  # the worse end of the interval has to meet the limit
+
+
+def test_a_failure_that_is_no_limit_on_many_texts_is_not_promoted_for() -> None:
+    report = attempt(losing(2.0)).report
+    fallback = report.model_copy(update={"failures": (*report.failures, "1 weight products run in float.")})
+    assert share_allowed(report) == pytest.approx(0.5)
+    assert share_allowed(fallback) is None

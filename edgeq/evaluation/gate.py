@@ -137,27 +137,32 @@ def further_texts(measures: Measures, gate: Gate) -> int | None:
     return max(each.further_texts(measures.texts) for each in limits)
 
 
-def share_allowed(measures: Measures, gate: Gate) -> float | None:
-    """Give the share of the quantisation loss that may stay for the missed limits to be met.
+def share_allowed(report: ParityReport) -> float | None:
+    """Give the share of the quantisation loss that may stay for all that a report missed to be met.
 
-    1 - cosine, 1 - Spearman and regret@10 go with the square of the vectors' error, so all shrink alike. None where no
-    such limit is missed, or invariance or the norm is, which do not follow from the loss.
+    1 - cosine, 1 - Spearman and regret@10 go with the square of the vectors' error, so all shrink alike. None where
+    nothing is missed, or anything that does not follow from the loss: invariance, norms, placement, exactness.
     """
-    missed = [each for each in _limits(measures, gate) if not each.is_met_by(each.end)]
-    if not missed or judge_constants(measures, gate):
+    missed = _missed_limits(report)
+    if not missed or len(missed) != len(report.failures):
         return None
     return min((1.0 - each.limit) / (1.0 - each.end) if each.is_floor else each.limit / each.end for each in missed)
 
 
 def is_undecided(report: ParityReport) -> bool:
     """Tell whether a report failed by nothing but the width of its intervals, so that more texts may let it pass."""
+    missed = _missed_limits(report)
+    return bool(missed) and len(missed) == len(report.failures) and all(limit.is_undecided for limit in missed)
+
+
+def _missed_limits(report: ParityReport) -> list[_Limit]:
+    """List the limits on many texts that the measures miss, those with other runtime settings, too."""
     all_measures = (report.measures, *(setting.measures for setting in report.other_settings))
-    open_limits = [
+    return [
         limit
         for measures in all_measures if measures is not None
-        for limit in _limits(measures, report.gate) if limit.is_undecided
+        for limit in _limits(measures, report.gate) if not limit.is_met_by(limit.end)
     ]  # fmt: skip
-    return bool(open_limits) and len(open_limits) == len(report.failures)
 
 
 def fewest_samples(samples: TextSet | ImageSet) -> int:

@@ -52,7 +52,7 @@ def until_passed(
     Returns:
         The attempt, and what was promoted; None where nothing was.
     """
-    allowed = _share(first)
+    allowed = share_allowed(first.report)
     if allowed is None:
         return first, None
     sensitivity = ranked()
@@ -66,19 +66,11 @@ def until_passed(
         _log.info("promoting %d of %d products", len(names), sum(len(site.names) for site in ordered))
         best = again(schemes.promote(scheme, names))
         promotion = _promotion(ordered, count, first, best)
-        left = _share(best)
-        if best.report.status != "failed" or left is None:
+        left = share_allowed(best.report)
+        if left is None:  # it passed, or no promotion mends what it misses
             break
         allowed *= left
     return best, promotion
-
-
-def _share(attempt: Attempt) -> float | None:
-    """Give the share of the loss that may stay; None where the attempt passed, or no promotion mends what it misses."""
-    report = attempt.report
-    if report.status != "failed" or report.measures is None:
-        return None
-    return share_allowed(report.measures, report.gate)
 
 
 def by_value(sites: Sequence[Site]) -> list[Site]:

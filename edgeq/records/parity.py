@@ -33,7 +33,7 @@ class Gate(Record):
 
 
 class Measures(Record):
-    """Hold the parity measures of an artifact's vectors against FP32's; the last three are shown and not judged.
+    """Hold the parity measures of an artifact's vectors against FP32's; the last four are shown and not judged.
 
     `_low` and `_high` are the ends of a mean's 95 % bootstrap interval.
     """
