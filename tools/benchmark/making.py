@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -93,13 +94,18 @@ class Workshop:
     def __init__(self, folder: Path, model: Subject | None = None) -> None:
         """Take a folder; what an earlier run made there with the same command is used again."""
         self.folder = folder
-        self.subject = model or subject(MINILM)
+        self._model = model
         self.cache = folder / "cache"
         self.cache.mkdir(parents=True, exist_ok=True)
         shared = Cache().root / environments.KIND
         shared.mkdir(parents=True, exist_ok=True)
         if not (self.cache / environments.KIND).exists():  # private environments are no part of an export's cost
             (self.cache / environments.KIND).symlink_to(shared)
+
+    @cached_property
+    def subject(self) -> Subject:
+        """Give the model: the given one, or all-MiniLM-L6-v2 in its package."""
+        return self._model or subject(MINILM)
 
     def export(self, out: Path, *targets: str, options: Sequence[str] = (), cache: Path | None = None) -> Ran:
         """Export the model for targets."""
