@@ -44,6 +44,7 @@ class Int32Sums:
         self._table_bits = table_bits
         self._promoted = promoted
         self._exact: set[ir.Value] = set()  # products and sums that are exact in int32
+        self._unrounded: dict[ir.Value, int] = {}  # sums whose differences from their mean read more bits: how many
         self._differences: dict[ir.Value, tuple[ir.Value, float]] = {}  # x less a finer mean, exact, and its step
 
     def takes(self, node: ir.Node) -> bool:
@@ -106,12 +107,13 @@ class Int32Sums:
             node.replace_input_with(0, source.value)
             builder.store(node, output, Affine(step, 0, _INT16.min, _INT16.max), 16)
             return
-        mean = builder.read(node.inputs[1], 16, node)
+        mean, whole = builder.read(node.inputs[1], 16, node), required(node.inputs[0])
         node.replace_input_with(0, source.value)
         if mean.params != source.params:
             difference = add_node(
-                node, "Sub", [source.value, mean.value], f"{output.name}/difference", role=Role.INT32_SUM
-            )
+                node, "Sub", [whole if whole in self._unrounded else source.value, mean.value],
+                f"{output.name}/difference", role=Role.INT32_SUM,
+            )  # fmt: skip
             self._differences[output] = difference, mean.params.scale
             mean = builder.requantize(mean, source.params, 16, f"{builder.name_of(mean)}/coarse")
         node.replace_input_with(1, mean.value)
@@ -120,7 +122,8 @@ class Int32Sums:
 
     def _finer_bits(self, node: ir.Node, source: QuantizedValue) -> int:
         """Give how many bits finer than x its mean is: as many as keep the mean in 16 bits and products in 31."""
-        builder, finer = self._builder, []
+        builder = self._builder
+        finer: list[float] = []
         for centring in readers(node.outputs[0]):
             for product in filter(_is_product_of_rows, readers(centring.outputs[0])):
                 inverse = required(required(made_by(product.inputs[1], "Mul")).inputs[0])
@@ -128,6 +131,7 @@ class Int32Sums:
                 finer.append(math.log2(2.0**30 * step / NORMALIZED_MOST))
         if not finer:
             return 0
+        finer.append(self._unrounded.get(required(node.inputs[0]), LARGEST_SHIFT))
         finer.append(math.log2(_INT16.max * source.params.scale / (builder.largest(node.outputs[0]) * HEADROOM)))
         return max(0, min(LARGEST_SHIFT, math.floor(min(finer))))
 
@@ -145,7 +149,10 @@ class Int32Sums:
         output = node.outputs[0]
         result = self.range_of_sum(output)
         terms = list(self._terms(node))
-        step = result.scale * 2.0 ** -self._shift(result, terms)
+        shift = self._shift(result, terms)
+        step = result.scale * 2.0**-shift
+        if self._gemm_bits == 16:
+            self._unrounded[output] = shift
         for reader, position, value in terms:
             product = made_by(value, "Mul")
             lookup = made_by(value, "Gather") if value in self._exact else None
