@@ -52,6 +52,9 @@ class Emitter:
         self.tensors: dict[ir.Value, Tensor] = {}
         self.adjoint: set[ir.Value] = set()  # quantised tensors written with their last two axes exchanged
         self.wide: dict[int, Tensor] = {}  # by a tensor's index: the same integers as int32
+        self.exact: dict[ir.Value, Tensor] = {}  # scores with their mask, int32
+        self.mask_rows: dict[ir.Value, Tensor] = {}  # what is added to them, int32, by the float mask
+        self.differences: dict[ir.Value, tuple[Tensor, float]] = {}  # exact int32 codes that are not stored, their step
         self.filled: dict[tuple[int, tuple[int, ...]], Tensor] = {}  # int32 tensors filled with one number
         self.ids = out.input("input_ids", (1, length), "int32")
         self.mask = out.input("attention_mask", (1, length), "int32")

@@ -24,6 +24,9 @@ _LIMITS = {"int8": (-128, 127), "int16": (-32768, 32767)}
 def exact_sum(emit: Emitter, node: ir.Node) -> None:
     """Write the sum whose codes stand behind a node; what has none is written with the sum that reads it."""
     following = readers(node.outputs[0])
+    if node.op_type == "Sub" and all(use.op_type == "Mul" for use in following):
+        _difference(emit, node)
+        return
     if len(following) != 1 or following[0].op_type != "QuantizeLinear":
         return
     if node.op_type == "Sub":
@@ -33,15 +36,35 @@ def exact_sum(emit: Emitter, node: ir.Node) -> None:
     total: Tensor | None = None
     step = 0.0
     for product in _products(node):
-        left, right = (emit.read(value) for value in product.inputs)
-        step = step or emit.step(left) * emit.step(right)
-        if not math.isclose(step, emit.step(left) * emit.step(right), rel_tol=1e-5):
+        (left, left_step), (right, right_step) = (_operand(emit, value) for value in product.inputs)
+        step = step or left_step * right_step
+        if not math.isclose(step, left_step * right_step, rel_tol=1e-5):
             raise LoweringFailed(f"{product.name}: its step differs from the other terms' of {node.name}")
-        term = raw(emit, "MUL", wide(emit, left), wide(emit, right))
+        term = raw(emit, "MUL", left, right)
         total = term if total is None else raw(emit, "ADD", total, term)
     if total is None:
         raise LoweringFailed(f"{node.name}: a sum of nothing")
     _store(emit, node, _shifted(emit, node, total, step))
+
+
+def _operand(emit: Emitter, value: ir.Value | None) -> tuple[Tensor, float]:
+    """Give the 32-bit codes of an operand and their step."""
+    if value in emit.differences:
+        return emit.differences[value]
+    tensor = emit.read(value)
+    return wide(emit, tensor), emit.step(tensor)
+
+
+def _difference(emit: Emitter, node: ir.Node) -> None:
+    """Subtract a mean of a finer step: x is multiplied by how many such steps make one of its own, a power of two."""
+    left, right = (emit.read(value) for value in node.inputs)
+    ratio = emit.step(left) / emit.step(right)
+    factor = round(ratio)
+    if not math.isclose(ratio, factor, rel_tol=1e-5) or factor & (factor - 1):
+        raise LoweringFailed(f"{node.name}: its operands' steps have a ratio of {ratio:.6g}, which is no power of two")
+    many = emit.out.constant(f"int32_{factor}", np.array([factor], np.int32))
+    finer = raw(emit, "MUL", wide(emit, left), many)
+    emit.differences[node.outputs[0]] = raw(emit, "SUB", finer, wide(emit, right)), emit.step(right)
 
 
 def outer_product(emit: Emitter, node: ir.Node) -> None:
@@ -118,13 +141,13 @@ def _store(emit: Emitter, node: ir.Node, total: Tensor) -> None:
     quantizer = emit.quantizer(node.outputs[0])
     result = emit.result(quantizer, total.shape)
     low, high = _LIMITS[result.dtype]
-    total = raw(emit, "MAXIMUM", total, _filled(emit, low, total.shape))
-    total = raw(emit, "MINIMUM", total, _filled(emit, high, total.shape))
+    total = raw(emit, "MAXIMUM", total, filled(emit, low, total.shape))
+    total = raw(emit, "MINIMUM", total, filled(emit, high, total.shape))
     emit.cast(total, result)
     emit.wide[result.index] = total
 
 
-def _filled(emit: Emitter, number: int, shape: Sequence[int]) -> Tensor:
+def filled(emit: Emitter, number: int, shape: Sequence[int]) -> Tensor:
     """Give a tensor of one number in the shape of what it is compared with: broadcasting takes ten times as long."""
     key = (number, tuple(shape))
     if key not in emit.filled:

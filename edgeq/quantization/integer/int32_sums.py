@@ -14,13 +14,14 @@ import onnx_ir as ir
 
 from edgeq.errors import Unsupported, UnsupportedRange
 from edgeq.graph import roles
-from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by, readers
+from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by, readers, required
 from edgeq.graph.roles import Role
 from edgeq.quantization import weight_rounding
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.qdq import HEADROOM, QdqBuilder, QuantizedValue, symmetric
 
 FACTOR_HEADROOM = 2.0  # of 1/sigma over what was observed: a row with a quarter of the variance
+NORMALIZED_MOST = 4.0  # at most, of a centred row divided by its length: exactly 1.0, and the length is rounded
 LARGEST_SHIFT = 16
 _LARGEST = 2.0**31 - 2.0**17  # of a 32-bit sum, less what rounding adds
 _INT16 = np.iinfo(np.int16)
@@ -43,6 +44,7 @@ class Int32Sums:
         self._table_bits = table_bits
         self._promoted = promoted
         self._exact: set[ir.Value] = set()  # products and sums that are exact in int32
+        self._differences: dict[ir.Value, tuple[ir.Value, float]] = {}  # x less a finer mean, exact, and its step
 
     def takes(self, node: ir.Node) -> bool:
         """Tell whether a node is a sum in int32, or a step on the way to one."""
@@ -90,14 +92,52 @@ class Int32Sums:
         return source if is_centred and source.params == self.range_of_sum(value) else None
 
     def _centre(self, node: ir.Node) -> None:
+        """Quantise the mean of x or x less its mean; where the mean has a finer step, keep the exact difference, too.
+
+        x less its mean rounded to the step of x has one error in all channels of a token. Products of weights add that
+        up, where errors of single channels average out.
+        """
         source = self._centring(node)
         if source is None:
             raise Unsupported(f"{node.name}: reads what is no exact sum")
+        builder, output = self._builder, node.outputs[0]
+        if node.op_type == "ReduceMean":
+            step = source.params.scale * 2.0 ** -self._finer_bits(node, source)
+            node.replace_input_with(0, source.value)
+            builder.store(node, output, Affine(step, 0, _INT16.min, _INT16.max), 16)
+            return
+        mean = builder.read(node.inputs[1], 16, node)
         node.replace_input_with(0, source.value)
-        if node.op_type == "Sub":
-            node.replace_input_with(1, self._builder.read(node.inputs[1], 16, node).value)
-            roles.give(node, Role.INT32_SUM)
-        self._builder.store(node, node.outputs[0], source.params, 16)
+        if mean.params != source.params:
+            difference = add_node(
+                node, "Sub", [source.value, mean.value], f"{output.name}/difference", role=Role.INT32_SUM
+            )
+            self._differences[output] = difference, mean.params.scale
+            mean = builder.requantize(mean, source.params, 16, f"{builder.name_of(mean)}/coarse")
+        node.replace_input_with(1, mean.value)
+        roles.give(node, Role.INT32_SUM)
+        builder.store(node, output, source.params, 16)
+
+    def _finer_bits(self, node: ir.Node, source: QuantizedValue) -> int:
+        """Give how many bits finer than x its mean is: as many as keep the mean in 16 bits and products in 31."""
+        builder, finer = self._builder, []
+        for centring in readers(node.outputs[0]):
+            for product in filter(_is_product_of_rows, readers(centring.outputs[0])):
+                inverse = required(required(made_by(product.inputs[1], "Mul")).inputs[0])
+                step = source.params.scale * builder.largest(inverse) * FACTOR_HEADROOM / _INT16.max
+                finer.append(math.log2(2.0**30 * step / NORMALIZED_MOST))
+        if not finer:
+            return 0
+        finer.append(math.log2(_INT16.max * source.params.scale / (builder.largest(node.outputs[0]) * HEADROOM)))
+        return max(0, min(LARGEST_SHIFT, math.floor(min(finer))))
+
+    def _rows_of(self, product: ir.Node) -> tuple[ir.Value, float]:
+        """Give the centred rows that a product multiplies by their factors, and their step."""
+        centred = required(product.inputs[0])
+        if centred in self._differences:
+            return self._differences[centred]
+        read = self._builder.read(centred, 16, product)
+        return read.value, read.params.scale
 
     # sums and products ----------------------------------------------------------------------------------------------
 
@@ -148,10 +188,12 @@ class Int32Sums:
                 largest += limit
                 shift = min(shift, math.floor(math.log2(_INT16.max * result.scale / (limit / 127.0))))
             elif product is not None and _is_product_of_rows(product):
-                centred = self._builder.home(product.inputs[0], product)
                 smallest = self._largest_factor(product) / _INT16.max  # scale of the factor
-                shift = min(shift, math.floor(math.log2(result.scale / (centred.params.scale * smallest))))
-                fixed += 2.0**30
+                shift = min(shift, math.floor(math.log2(result.scale / (self._rows_of(product)[1] * smallest))))
+                if product.inputs[0] in self._differences:
+                    largest += NORMALIZED_MOST * _largest_gain(product)
+                else:
+                    fixed += 2.0**30
             else:
                 is_scaled = product is not None and value in self._exact
                 source = product.inputs[0] if is_scaled and product is not None else value
@@ -170,9 +212,8 @@ class Int32Sums:
         bits = self._gemm_bits if all(map(self._is_at_gemm_bits, readers(output))) else 16
         headroom = HEADROOM if bits == 16 else 1.0
         result = symmetric(self._builder.largest(output) * headroom, bits)
-        centred = self._builder.home(node.inputs[0], node)
         smallest = self._largest_factor(node) / _INT16.max
-        shift = math.floor(math.log2(result.scale / (centred.params.scale * smallest)))
+        shift = math.floor(math.log2(result.scale / (self._rows_of(node)[1] * smallest)))
         if shift < 1:
             raise UnsupportedRange(f"{node.name}: its factors are too large for its range")
         self._write_product(node, result.scale * 2.0**-shift)
@@ -180,7 +221,7 @@ class Int32Sums:
 
     def _write_product(self, node: ir.Node, step: float) -> None:
         """Quantise the factors of rows to int16 so that the int32 products have the given scale."""
-        centred = self._builder.read(node.inputs[0], 16, node)
+        centred, centred_step = self._rows_of(node)
         factor = made_by(node.inputs[1], "Mul")
         if factor is None:
             raise Unsupported(f"{node.name}: is no product of rows")
@@ -188,9 +229,9 @@ class Int32Sums:
         gain = constant(factor.inputs[1])
         factor.replace_input_with(0, inverse.value)
         factor.replace_input_with(1, self._gain(factor, gain))  # type: ignore[arg-type]
-        params = Affine(float(np.float32(step / centred.params.scale)), 0, _INT16.min, _INT16.max)
+        params = Affine(float(np.float32(step / centred_step)), 0, _INT16.min, _INT16.max)
         written = self._builder.store(factor, factor.outputs[0], params, 16)
-        node.replace_input_with(0, centred.value)
+        node.replace_input_with(0, centred)
         node.replace_input_with(1, written.value)
         roles.give(node, Role.INT32_SUM)
 
@@ -224,11 +265,10 @@ class Int32Sums:
         factor = made_by(product.inputs[1], "Mul")
         if factor is None or factor.inputs[0] is None:
             raise Unsupported(f"{product.name}: is no product of rows")
-        gain = constant(factor.inputs[1])
         inverse = self._builder.home(factor.inputs[0], factor)
         seen = self._builder.statistics(self._builder.name_of(inverse))
         largest = min(float(seen.maximum.max()) * FACTOR_HEADROOM, inverse.params.scale * _INT16.max)
-        return largest * max(float(np.abs(gain).max()), 1e-12)  # type: ignore[arg-type]
+        return largest * _largest_gain(product)
 
     def _gain(self, node: ir.Node, gain: np.ndarray) -> ir.Value:
         """Store a gain as int8 weights of 127 or -127 with a scale for each channel."""
@@ -284,6 +324,11 @@ def _is_factor(node: ir.Node) -> bool:
 def _is_product_of_rows(node: ir.Node) -> bool:
     factor = made_by(node.inputs[1], "Mul")
     return node.op_type == "Mul" and factor is not None and _is_factor(factor)
+
+
+def _largest_gain(product: ir.Node) -> float:
+    gain = constant(required(made_by(product.inputs[1], "Mul")).inputs[1])
+    return max(float(np.abs(gain).max()), 1e-12)  # type: ignore[arg-type]
 
 
 def _is_sum(node: ir.Node) -> bool:
