@@ -20,12 +20,13 @@ from edgeq.calibration.statistics import Statistics
 from edgeq.data.batches import Batch, Samples
 from edgeq.data.plans import FEWEST_CALIBRATION
 from edgeq.data.sessions import Embeddings, embed_batches
-from edgeq.errors import ConfigError, EdgeqError
-from edgeq.graph import external_data, float_noise, operators
+from edgeq.errors import ConfigError
+from edgeq.graph import external_data, operators
 from edgeq.graph.dataflow import mask_values, shape_values
 from edgeq.graph.edit import constant, dims, readers
 from edgeq.graph.float_session import FloatSession
 from edgeq.graph.linear import feed_forwards, sites, value_projection
+from edgeq.pipeline.equalizing_error import equalizing_error
 from edgeq.quantization.convolution import map_tensors
 from edgeq.quantization.mixed import quantize_mixed
 from edgeq.quantization.rewrites.decompose import DECOMPOSE, has_derived_statistics
@@ -46,8 +47,6 @@ ALPHAS: dict[str, tuple[float, ...]] = {
 SEARCH_SCHEME = "w8a8-gemm"  # alpha serves every scheme; this one quantises what all of them quantise
 HELD_BACK_RATIO = 8  # one calibration text in so many judges alpha and is never observed
 HELD_BACK_MOST = 48
-TOLERANCE = 1e-5  # more where the model's own FP32 is noisier
-_NOISE_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Pro
     memory.trim()
     made, kept = _observe_all(equalized, batches, progress)
     memory.trim()
-    error = _largest_error(model, made, judging, reference)
+    error = equalizing_error(model, made, judging, reference)
     return Observed(made, kept, smoothing, error)
 
 
@@ -248,43 +247,6 @@ def _vocabulary(graph: ir.Graph) -> int:
         ),
         default=0,
     )  # fmt: skip
-
-
-def _largest_error(before: onnx.ModelProto, after: onnx.ModelProto, batches: Sequence[Batch], old: Embeddings) -> float:
-    """Check that equalising kept the FP32 embeddings of texts that were not observed, and give the largest error.
-
-    Args:
-        before: the float model.
-        after: the equalised one.
-        batches: of those texts.
-        old: what the float model gives for them, float32[texts, dim].
-
-    Raises:
-        EdgeqError: an embedding moved by more than 1e-5 of the largest value and 4 times the model's noise.
-    """
-    new = embed_batches(FloatSession.of(after), batches, len(old))
-    error = float(np.abs(old - new).max()) / max(1.0, float(np.abs(old).max()))
-    if not error <= TOLERANCE:
-        moved = np.abs(old - new).max(axis=1)
-        most = sorted(batches, key=lambda batch: float(moved[list(batch.rows)].max()), reverse=True)[:_NOISE_BATCHES]
-        noise = max(_noise(before, most, old), _noise(after, most, new))
-        if not error <= float_noise.allowed(noise, TOLERANCE):
-            raise EdgeqError(
-                f"equalising moved the FP32 embeddings by {error:.2e}; at most "
-                f"{float_noise.allowed(noise, TOLERANCE):.1e} is allowed, where the model's own FP32 differs from its "
-                f"FP64 by {noise:.1e}: please report the model"
-            )
-    return error
-
-
-def _noise(model: onnx.ModelProto, batches: Sequence[Batch], vectors: Embeddings) -> float:
-    """Give how far the FP32 vectors of a model are from FP64, of the largest value.
-
-    Texts differ tenfold in it, and so do two forms of one function on one text: so it is measured on the batches that
-    moved most, and in both forms.
-    """
-    given = [{"sentence_embedding": vectors[list(batch.rows)]} for batch in batches]
-    return float_noise.noise(model, [batch.feeds for batch in batches], given, least=1.0)["sentence_embedding"]
 
 
 def _float_tensors(graph: ir.Graph, read: list[str]) -> list[str]:

@@ -12,22 +12,12 @@ from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.graph.edit import Rewrites, constant
 from edgeq.graph.linear import feed_forwards
 from edgeq.graph.neuron_groups import Branch, move_neurons
-from edgeq.quantization import range_groups
 
 WIDE = "/wide"  # ends the names of what belongs to the neurons with wide ranges
-GAIN = 1.8  # times less predicted error is worth two products and an Add
-
-
 Choose = Callable[[Statistics, NDArray[np.float32]], Sequence[NDArray[np.int64]]]
 
 
-def by_gain(statistics: Statistics, weight: NDArray[np.float32]) -> list[NDArray[np.int64]]:
-    """Choose one group with a range of its own where the predicted error falls enough."""
-    wide = range_groups.widest(statistics, weight, GAIN)
-    return [] if wide is None else [wide]
-
-
-def split_ranges(model: ir.Model, observed: Observed, choose: Choose = by_gain) -> Rewrites:
+def split_ranges(model: ir.Model, observed: Observed, choose: Choose) -> Rewrites:
     """Move the neurons with wide ranges into products of their own, so that both tensors get a scale that fits.
 
     The activation's output is sparse: a few neurons reach ten times what the others do, and all share one scale.
