@@ -68,13 +68,26 @@ def test_onnxruntime_takes_every_operator(path: Path, tmp_path: Path) -> None:
     assert {item.why for item in found.operators} == {"an integer product", "stays float"}
 
 
-def test_an_operator_outside_the_dialect_is_refused(path: Path, tmp_path: Path) -> None:
+def test_an_operator_outside_the_dialect_stays_float_or_is_refused(path: Path, tmp_path: Path) -> None:
     model = onnx.load(path)
-    next(node for node in model.graph.node if node.op_type == "Gelu").op_type = "Sinh"
+    gelu = next(node for node in model.graph.node if node.op_type == "Gelu")
+    gelu.op_type = "Atan"
     onnx.save(model, path)
     found = check(path, targets.load_target(ORT), tmp_path)
-    assert [item.operator for item in found.operators if item.verdict == "refused"] == ["Sinh"]
-    with pytest.raises(Unsupported, match=r"x86-64-onnxruntime: the graph leaves the dialect .*gelu: op Sinh"):
+    assert [item.why for item in found.operators if item.operator == "Atan"] == [
+        "a float island: outside the dialect, it stays float"
+    ]
+    assert not found.problems
+    refused = check(path, targets.load_target("android-litert"), tmp_path)
+    assert [item.operator for item in refused.operators if item.verdict == "refused"] == ["Atan"]
+    with pytest.raises(Unsupported, match=r"android-litert: Atan \(layer\.0\.gelu\): outside .* leaves nothing float"):
+        checking.require((refused,))
+    gelu.domain = "own"
+    model.opset_import.add(domain="own", version=1)
+    onnx.save(model, path)
+    found = check(path, targets.load_target(ORT), tmp_path)
+    assert [item.operator for item in found.operators if item.verdict == "refused"] == ["Atan"]
+    with pytest.raises(Unsupported, match=r"x86-64-onnxruntime: the graph leaves the dialect .*gelu: op own::Atan"):
         checking.require((found,))
 
 
@@ -123,12 +136,13 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         checking.check(str(tmp_path / "nowhere"), (targets.load_target(ORT),), None, Cache(tmp_path))
 
 
-@pytest.mark.parametrize(("op_type", "code"), [("Gelu", 0), ("Sinh", 4)])
+@pytest.mark.parametrize(("domain", "code"), [("", 0), ("own", 4)])
 def test_the_verb_exits_with_what_it_found(
-    path: Path, op_type: str, code: int, capsys: pytest.CaptureFixture[str]
+    path: Path, domain: str, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = onnx.load(path)
-    next(node for node in model.graph.node if node.op_type == "Gelu").op_type = op_type
+    next(node for node in model.graph.node if node.op_type == "Gelu").domain = domain
+    model.opset_import.add(domain="own", version=1)
     onnx.save(model, path)
     assert cli.run(["check", str(path), "--target", ORT]) == code
     out, err = capsys.readouterr()

@@ -31,7 +31,7 @@ def test_every_field_is_in_the_command_or_is_said_not_to_be() -> None:
 
 @pytest.mark.parametrize(("front_end", "singular"), [(export_verb, True), (export_function, False)])
 def test_every_field_is_reached_from_the_front_ends(front_end: object, singular: bool) -> None:
-    names = {"targets": "target", "float_ops": "float_op", "cache": "no_cache"} if singular else {}
+    names = {"targets": "target", "cache": "no_cache"} if singular else {}
     parameters = set(inspect.signature(front_end).parameters)  # type: ignore[arg-type]
     made_by_code = {"onnx", "kind"}  # composed of other options; set where a module is given
     assert {names.get(field, field) for field in FIELDS - made_by_code} <= parameters
@@ -46,12 +46,12 @@ def test_the_command_has_every_option_that_decides_the_bundle(tmp_path: Path) ->
     request = request_of(
         tmp_path, options, texts=tmp_path / "a.jsonl", column="body", validation=tmp_path / "b.txt", pooling="mean",
         dim=16, tower="text", samples=99, seed=3, scheme=tmp_path / "s.json", hidden_state=False,
-        float_ops=("Erf", "Sin"), images=tmp_path / "pictures", evaluation=(tmp_path / "e",), keep_failed=True,
+        images=tmp_path / "pictures", evaluation=(tmp_path / "e",), keep_failed=True,
         overwrite=True, dry_run=True, trust_remote_code=True,
     )  # fmt: skip
     assert command(request, "m", TARGET)[5:] == (
         "--texts", "a.jsonl", "--column", "body", "--images", "pictures", "--tower", "text", "--validation", "b.txt",
         "--pooling", "mean", "--dim", "16", "--tokenizer", "tokenizer.json", "--max-sequence", "64",
-        "--scheme", "s.json", "--samples", "99", "--seed", "3", "--float-op", "Erf", "--float-op", "Sin",
+        "--scheme", "s.json", "--samples", "99", "--seed", "3", 
         "--no-normalize", "--no-hidden-state", "--trust-remote-code",
     )  # fmt: skip

@@ -38,7 +38,7 @@ from edgeq.frontend.torch import convert as torch_convert  # noqa: E402
 from edgeq.graph import dialect  # noqa: E402
 from edgeq.graph.float_session import FloatSession  # noqa: E402
 from edgeq.passes import float_passes  # noqa: E402
-from edgeq.pipeline import calibrate, check, validate  # noqa: E402
+from edgeq.pipeline import calibrate, structure, validate  # noqa: E402
 from edgeq.pipeline.export import export  # noqa: E402
 from edgeq.pipeline.request import ExportRequest  # noqa: E402
 from edgeq.quantization import quantize, schemes  # noqa: E402
@@ -257,7 +257,7 @@ def test_backends_of_tokens_refuse_images_before_anything_is_calibrated(made) ->
     for name in ("raspberry-pi-litert", "ethos-u55-256", "snapdragon-8-gen-3", "intel-openvino-npu"):
         target = load_target(name)
         scheme = schemes.find(target.scheme, name)
-        found = find(target.backend, name).rejections(check.unquantised(model.file, model.inputs, scheme), target)
+        found = find(target.backend, name).rejections(structure.unquantised(model.file, model.inputs, scheme), target)
         assert any("pixel_values" in item.detail for item in found), name
 
 

@@ -21,7 +21,7 @@ from edgeq.graph.edit import Rewrites
 from edgeq.graph.float_session import FloatSession
 from edgeq.passes.apply import apply_to, without_statistics
 from edgeq.passes.proof import FLOOR, Proof
-from edgeq.pipeline import calibrate
+from edgeq.pipeline.equalizing_error import equalizing_error
 
 FEEDS = probe_feeds(encoder.VOCABULARY, 40)
 Damage = Callable[[dict[str, np.ndarray]], None]
@@ -117,7 +117,7 @@ EQUAL_LENGTHS = [damage for damage in DAMAGES if damage is not open_mask]  # the
 
 def largest_error(before: onnx.ModelProto, after: onnx.ModelProto, held: Tokens) -> float:
     groups = equal_length_batches(held, held.longest)
-    return calibrate._largest_error(before, after, groups, embed_batches(FloatSession.of(before), groups, len(held)))
+    return equalizing_error(before, after, groups, embed_batches(FloatSession.of(before), groups, len(held)))
 
 
 @pytest.mark.parametrize("damage", [None, *EQUAL_LENGTHS], ids=lambda damage: damage.__name__ if damage else "rounding")

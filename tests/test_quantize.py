@@ -23,9 +23,8 @@ from edgeq.graph.linear import sites
 from edgeq.graph.roles import Role
 from edgeq.pipeline import calibrate
 from edgeq.pipeline.calibrate import Observed
-from edgeq.quantization import ranges, weight_rounding
+from edgeq.quantization import range_groups, ranges, weight_rounding
 from edgeq.quantization.quantize import quantize
-from edgeq.quantization.rewrites import split_ranges
 from edgeq.quantization.rewrites.split_ranges import WIDE
 from edgeq.quantization.schemes import SCHEMES
 
@@ -130,7 +129,7 @@ def test_integer_products_are_near_fp32(model: onnx.ModelProto, observed: Observ
 def test_quantising_without_equalising_is_worse(
     model: onnx.ModelProto, observed: Observed, held_out: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(split_ranges, "GAIN", np.inf)  # which would serve the outlier neurons of the plain model, too
+    monkeypatch.setattr(range_groups, "LEAST", np.inf)  # which would serve the outlier neurons of the plain model, too
     names = [site.name for site in sites(ir.from_proto(model).graph)]
     plain = observe(model, names, equal_length_batches(Tokens(encoder.tokens(1, 96), 0, 0), 48), lambda d, t: None)
     reference = embed(model, held_out)

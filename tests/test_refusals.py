@@ -12,7 +12,13 @@ import pytest
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.frontend.torch import errors
 from edgeq.graph import dialect, origins
-from edgeq.pipeline import stages
+from edgeq.pipeline import stages, structure
+from edgeq.quantization import schemes
+from edgeq.records import FloatModel
+from edgeq.system.files import file_ref
+from edgeq.targets import load_target
+
+TARGETS = ("x86-64-onnxruntime", "android-litert", "ethos-u85-256")
 
 TRACE = """File "/home/someone/work/my_encoder.py", line 88, in forward
     x = torch.atan(x)
@@ -36,20 +42,61 @@ def test_an_operator_outside_the_dialect_names_module_and_line_without_folders()
     model = noted()
     origins.keep(model)
     assert b"/home" not in model.SerializeToString()
-    with pytest.raises(dialect.OutsideDialect) as found:
+    dialect.verify(model, "model")  # it stays float
+    (island,) = dialect.islands(model)
+    assert (island.operator, island.count) == ("Atan", 1)
+    assert island.origin == "module layer.0.mlp, my_encoder.py line 88 `x = torch.atan(x)`"
+    next(node for node in model.graph.node if node.op_type == "Atan").domain = "own"
+    with pytest.raises(Unsupported) as found:
         dialect.verify(model, "model")
-    assert "(module layer.0.mlp, my_encoder.py line 88 `x = torch.atan(x)`): op Atan" in str(found.value)
-    assert found.value.operators == ("Atan",)
-    dialect.verify(model, "model", float_ops=["Atan"])
+    assert "(module layer.0.mlp, my_encoder.py line 88 `x = torch.atan(x)`): op own::Atan; an op" in str(found.value)
     origins.strip(model)
     assert not any(node.metadata_props for node in model.graph.node)
 
 
-def test_the_ways_out_name_the_targets_that_keep_floats() -> None:
-    said = stages._ways_out(["Atan"])
-    assert "x86-64-onnxruntime" in said and "--float-op Atan" in said and "exclude" in said
-    assert "litert" not in said and "ethos" not in said
-    assert "opset 21" in stages._ways_out([])
+@pytest.mark.parametrize(
+    ("operator", "said"),
+    [
+        ("If", "control flow has graphs inside"),
+        ("RandomNormalLike", "draws at random"),
+        ("DynamicQuantizeLinear", "quantised already"),
+        ("SequenceAt", "only tensors"),
+        ("NoSuchOperator", "opset 21 has no such operator"),
+    ],
+)
+def test_what_cannot_even_stay_float_is_refused_with_the_reason(operator: str, said: str) -> None:
+    model = noted()
+    node = next(node for node in model.graph.node if node.op_type == "Atan")
+    node.op_type = operator
+    if operator == "If":
+        node.attribute.append(onnx.helper.make_attribute("then_branch", onnx.GraphProto()))
+    assert dialect.islands(model) == ()
+    with pytest.raises(Unsupported, match=f"op {operator}; .*{said}.*\n.*edgeq.graph.operators.DIALECT"):
+        dialect.verify(model, "model")
+
+
+def test_what_a_target_refuses_is_told_for_all_targets_before_anything_is_calibrated(tmp_path: Path) -> None:
+    import encoder
+
+    model = noted()
+    origins.keep(model)
+    dialect_model = encoder.encoder()
+    path = tmp_path / "float.onnx"
+    onnx.save(model, path)
+    record = FloatModel(
+        file=file_ref(path), source_sha256="0" * 64, inputs=("input_ids", "attention_mask"),
+        outputs=("sentence_embedding",), dim=encoder.DIM, max_sequence=32, max_abs_error=0.0, passes=(),
+        islands=dialect.islands(model),
+    )  # fmt: skip
+    asked = [(target, schemes.find(target.scheme, target.name)) for target in map(load_target, TARGETS)]
+    with pytest.raises(Unsupported) as found:
+        structure.require(model, record, asked)
+    said = str(found.value)
+    assert said.count("Atan (module layer.0.mlp, my_encoder.py line 88") == 2  # one for each scheme
+    assert "android-litert: " in said and "ethos-u85-256: " in said and "x86-64-onnxruntime: " not in said
+    assert "take Atan as float islands: " in said and "x86-64-onnxruntime" in said
+    structure.require(model, record, [pair for pair in asked if pair[0].name == "x86-64-onnxruntime"])
+    structure.require(dialect_model, record.model_copy(update={"islands": ()}), asked)  # made-up ranges refuse nothing
 
 
 def test_a_failure_of_torch_becomes_reason_line_and_way_out() -> None:
@@ -158,7 +205,6 @@ def export(module: torch.nn.Module, tokenizer: Path, tmp_path: Path, **options: 
         (Custom, r"no fake impl registered.*bent.*test_refusals\.py line \d+.*No backend has that operator.*ONNX file"),
         (Broken, r"running it on the example inputs failed: KeyError: .*test_refusals\.py line \d+"),
         (Shorter, r"a vector for each token, padding included, is needed"),
-        (Island, r"test_refusals\.py line \d+(.|\n)*op Atan\n.*--float-op Atan"),
     ],
 )
 def test_a_module_that_cannot_be_exported_says_why(
@@ -170,14 +216,19 @@ def test_a_module_that_cannot_be_exported_says_why(
 
 
 @pytest.mark.export
-def test_a_float_island_is_taken_by_targets_that_keep_floats(tokenizer: Path, tmp_path: Path) -> None:
+def test_a_float_island_is_taken_by_targets_that_keep_floats(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = Island().train()
-    (made,) = export(module, tokenizer, tmp_path, float_ops=["Atan"])
+    (made,) = export(module, tokenizer, tmp_path)
     assert made.parity is not None and made.parity.cosine_mean > 0.999 and module.training
     manifest = (Path(made.path) / "manifest.json").read_text(encoding="utf-8")
     assert '"kind": "module"' in manifest and str(tmp_path) not in manifest and '"integer_matmuls": 2' in manifest
-    with pytest.raises(Unsupported, match="leaves nothing float, so Atan cannot stay"):
-        export(module, tokenizer, tmp_path, float_ops=["Atan"], targets=["android-litert"])
+    assert '"operator": "Atan"' in manifest and [island.operator for island in made.islands] == ["Atan"]
+    assert "`Atan` is outside edgeq's dialect and stays float" in (Path(made.path) / "README.md").read_text("utf-8")
+    monkeypatch.setattr(stages, "calibrated", None)  # nothing is calibrated
+    with pytest.raises(Unsupported, match=r"android-litert: (.|\n)*Atan \(test_refusals.py line \d+ .*nothing float"):
+        export(module, tokenizer, tmp_path, targets=["x86-64-avx2-onnxruntime", "android-litert"])
 
 
 @pytest.mark.export

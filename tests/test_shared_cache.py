@@ -123,7 +123,7 @@ def test_only_the_files_of_the_key_can_be_read(model: Path, tmp_path: Path, monk
 def request(*given: object, **options: object) -> FloatModelRequest:
     located = locate.locate(*given, **options)  # type: ignore[arg-type]
     named = replace(located, name=located.display_name)
-    return FloatModelRequest(made_by=own_code(), located=named, hidden_state=True, float_ops=())
+    return FloatModelRequest(made_by=own_code(), located=named, hidden_state=True)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from edgeq.pipeline.stage_functions import CALIBRATION, QDQ_MODEL, REFERENCE
 from edgeq.pipeline.stage_requests import CalibrationRequest, FloatModelRequest, QdqRequest, ReferenceRequest
 from edgeq.pipeline.stage_results import Floats
 from edgeq.quantization import schemes
-from edgeq.records import Calibration, FileRef, FloatModel, PassReport, Record, Smoothing, Source, TextSet
+from edgeq.records import Calibration, FileRef, FloatModel, Island, PassReport, Record, Smoothing, Source, TextSet
 from edgeq.system import made_by
 from edgeq.system.cache import Cache
 from edgeq.system.files import file_ref
@@ -55,7 +55,7 @@ def full() -> dict[str, Request]:
     passed = PassReport(name="fold", rewrites=1, max_abs_error=0.5, near_misses=("why",))
     model = FloatModel(
         file=ref("/m/model.onnx"), source_sha256=SHA, inputs=("input_ids",), outputs=("sentence_embedding",), dim=4,
-        max_sequence=64, max_abs_error=0.5, passes=(passed,),
+        max_sequence=64, max_abs_error=0.5, passes=(passed,), islands=(Island(operator="Pad", count=2, origin="a"),),
     )  # fmt: skip
     calibration = Calibration(
         file=ref("/m/calibration.npz"), float_model_sha256=SHA, seed=1,
@@ -66,7 +66,7 @@ def full() -> dict[str, Request]:
     samples = {"float_model": model, "config": files, "texts": ("a", "b"), "images": files, "limit": 64}
     scheme = schemes.promote(schemes.find("w8a8-int", ""), ["product"])
     return {
-        "float-model": FloatModelRequest(made_by=made, located=located, hidden_state=True, float_ops=("Atan",)),
+        "float-model": FloatModelRequest(made_by=made, located=located, hidden_state=True),
         "calibration": CalibrationRequest(made_by=made, **samples, origin="a", seed=1),
         "qdq-model": QdqRequest(
             made_by=made, equalized=model, calibration=calibration, tokens=ref("/m/tokens.json"), scheme=scheme

@@ -13,11 +13,12 @@ from edgeq.data.batches import Batch, Samples
 from edgeq.errors import EdgeqError
 from edgeq.graph import channel_axis, external_data
 from edgeq.graph.float_session import FloatSession
+from edgeq.system import memory
 from edgeq.system.progress import StageProgress
 
 MOMENT_ROWS = 4096  # tokens that enter a second moment: more do not change the rounding that follows from it
 MOMENT_BLOCK = 512
-GROUP_BYTES = 512 << 20  # of observed tensors handed over by one run
+GROUP_BYTES = 1 << 30  # of observed tensors handed over by one run, and of their second moments
 LOWEST, HIGHEST = "/lowest", "/highest"
 _FLOAT_BYTES = 4
 _ATTENTION_COPIES = 3  # scores, masked scores and probabilities live at once
@@ -85,6 +86,7 @@ def observe(
     runs = len(groups) * len(batches)
     for number, group in enumerate(groups):
         ends = [] if number else [end for name in whole for end in (name + LOWEST, name + HIGHEST)]
+        memory.trim()
         session = observing(model, group, () if number else whole)
         for done, batch in enumerate(batches, start=1):
             names = [*group, *ends]

@@ -67,10 +67,6 @@ def export(
     hidden_state: Annotated[
         bool, typer.Option("--hidden-state/--no-hidden-state", help="Keep the output last_hidden_state.")
     ] = True,
-    float_op: Annotated[
-        list[str] | None,
-        typer.Option(metavar="OP", help="Let this operator outside the dialect stay in float; repeatable."),
-    ] = None,
     keep_failed: Annotated[
         bool, typer.Option("--keep-failed", help="Write a bundle that misses its gate, marked so.")
     ] = False,
@@ -117,7 +113,6 @@ def export(
         scheme=scheme,
         promote=promote,
         hidden_state=hidden_state,
-        float_ops=tuple(float_op or ()),
         keep_failed=keep_failed,
         overwrite=overwrite,
         dry_run=dry_run,
@@ -151,6 +146,7 @@ def _bundle(exported: Exported) -> dict[str, Any]:
         "parity": None if exported.parity is None else exported.parity.model_dump(mode="json"),
         "size_bytes": exported.size_bytes,
         "other_settings": [setting.model_dump(mode="json") for setting in exported.other_settings],
+        "islands": [island.model_dump(mode="json") for island in exported.islands],
         "promotion": None if exported.promotion is None else exported.promotion.model_dump(mode="json"),
         "end_to_end": None if exported.end_to_end is None else exported.end_to_end.model_dump(mode="json"),
     }
@@ -185,6 +181,8 @@ def _put_bundles(bundles: tuple[Exported, ...]) -> None:
     for sentence in dict.fromkeys(item.end_to_end.sentence for item in bundles if item.end_to_end is not None):
         console.put(f"end to end: {sentence}")
     for bundle in bundles:
+        for island in bundle.islands:
+            console.put(f"{bundle.target}: {island.operator} stays float, outside the dialect ({island.place})")
         if bundle.promotion is not None:
             console.put(f"{bundle.target}: {bundle.promotion.sentence}")
         console.put(f"{bundle.target}: {bundle.path or 'no bundle was written'}")

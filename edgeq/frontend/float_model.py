@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,16 +35,13 @@ MODEL, CONFIG = "model.onnx", torch_convert.CONFIG
 _LOG_LINES = 15
 
 
-def write_float_model(
-    located: Located, out_dir: Path, hidden_state: bool = True, float_ops: Sequence[str] = ()
-) -> tuple[Source, FloatModel]:
+def write_float_model(located: Located, out_dir: Path, hidden_state: bool = True) -> tuple[Source, FloatModel]:
     """Write `model.onnx` and the folder `config/` below `out_dir`.
 
     Args:
         located: the model.
         out_dir: an existing empty folder.
         hidden_state: also give `last_hidden_state`, float32[batch, sequence, hidden], for tools that pool themselves.
-        float_ops: operators outside the dialect that may stay in the graph, for targets that keep floats.
 
     Returns:
         The records. Outputs: `sentence_embedding`, float32[batch, dim], and `last_hidden_state` if asked for.
@@ -52,7 +49,7 @@ def write_float_model(
     Raises:
         ToolMissing: torch, or for an ONNX file onnxscript, is not installed.
         ConfigError: the model cannot be loaded.
-        Unsupported: torch cannot trace it, or the graph has operators outside the dialect.
+        Unsupported: torch cannot trace it, or the graph has what no target takes.
         ParityFailed: its tokens or vectors differ from those of the source's own path.
         EdgeqError: its vectors differ from those of torch, or of the ONNX file, by more than 1e-5 and 4 times the
             model's noise.
@@ -65,7 +62,7 @@ def write_float_model(
                 raw = convert(seen, seen.onnx, out_dir / CONFIG, hidden_state)
             else:
                 raw = _from_torch(seen, out_dir, raw_dir, hidden_state)
-            model = _float_model(seen, raw, out_dir / MODEL, float_ops)
+            model = _float_model(seen, raw, out_dir / MODEL)
             own_path.compare(own_path.of(seen, raw_dir), raw.source, out_dir / CONFIG, out_dir / MODEL)
             return raw.source, model
 
@@ -101,11 +98,12 @@ def _told_as(located: Located, seen: Located) -> Iterator[None]:
         raise
 
 
-def _float_model(located: Located, raw: Raw, path: Path, float_ops: Sequence[str]) -> FloatModel:
+def _float_model(located: Located, raw: Raw, path: Path) -> FloatModel:
     """Apply the float passes to a graph, compare its vectors with the source's, and write it."""
     rewritten, reports = float_passes.rewritten(raw.model, raw.feeds)
     name = located.display_name if located.onnx is not None else located.name
-    dialect.verify(rewritten, name, float_ops)
+    dialect.verify(rewritten, name)
+    found = dialect.islands(rewritten)
     origins.strip(rewritten)
     error = _largest_error(rewritten, raw.feeds, raw.expected)
     if not error <= TOLERANCE:
@@ -128,6 +126,7 @@ def _float_model(located: Located, raw: Raw, path: Path, float_ops: Sequence[str
         max_sequence=raw.source.max_sequence,
         max_abs_error=error,
         passes=reports,
+        islands=found,
     )
 
 

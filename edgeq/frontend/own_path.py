@@ -19,6 +19,7 @@ from edgeq.frontend.torch import own_path
 from edgeq.graph.float_session import FloatSession
 from edgeq.records import Source
 
+_BATCH_TOKENS = 512  # few: a batch is padded to its longest text, and most texts are short
 _known: dict[tuple[object, ...], OwnPath] = {}  # several graphs may share a tokenizer
 
 
@@ -58,7 +59,7 @@ def compare(found: tuple[OwnPath, own_path.Vectors], source: Source, config_dir:
     distances: list[Distance] = []
     for method, rows in vectors.items():
         tokens = inputs.tokens([own.texts[row] for row in rows], method)
-        made = embed_batches(session, batches(tokens), len(tokens))
+        made = embed_batches(session, batches(tokens, max_tokens=_BATCH_TOKENS), len(tokens))
         distances += [end_to_end.distance(method, row, mine, rows[row]) for row, mine in zip(rows, made, strict=True)]
     end_to_end.write(end_to_end.with_distances(own, distances), config_dir)
     end_to_end.require_same(end_to_end.compare(config_dir, source, source.max_sequence), source.name)

@@ -11,7 +11,7 @@ from collections.abc import Set as AbstractSet
 import numpy as np
 import onnx_ir as ir
 
-from edgeq.graph.edit import constant
+from edgeq.graph.edit import constant, is_constant
 
 MASK = "attention_mask"
 
@@ -23,7 +23,7 @@ def follows_from_sizes(value: ir.Value | None) -> bool:
     has_size = False
     while waiting:
         each = waiting.pop()
-        if each is None or each in seen or constant(each) is not None:
+        if each is None or each in seen or is_constant(each):
             continue
         seen.add(each)
         node = each.producer()
@@ -86,7 +86,7 @@ def mask_values(graph: ir.Graph, with_rows: bool = True) -> set[ir.Value]:
 
 def _variable(node: ir.Node, fixed: AbstractSet[ir.Value]) -> list[ir.Value]:
     """List the operands that are no constants."""
-    return [value for value in node.inputs if value is not None and value not in fixed and constant(value) is None]
+    return [value for value in node.inputs if value is not None and value not in fixed and not is_constant(value)]
 
 
 def _begins_integers(node: ir.Node) -> bool:

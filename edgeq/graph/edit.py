@@ -36,6 +36,14 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
     return None
 
 
+def is_constant(value: ir.Value | None) -> bool:
+    """Tell whether a value is an initializer or what a Constant node gives, without reading it."""
+    if value is None or value.const_value is not None:
+        return value is not None
+    node = value.producer()
+    return node is not None and node.op_type == "Constant" and "value" in node.attributes
+
+
 def scalar(value: ir.Value | None) -> float | None:
     """Give the number of a constant with one element, or None."""
     array = constant(value)

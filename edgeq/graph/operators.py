@@ -200,6 +200,15 @@ def _with_htp(*supports: Support) -> frozenset[str]:
 DIALECT: Mapping[str, str] = {name: row.why for name, row in OPERATORS.items() if row.why}
 OBSERVED = frozenset(name for name, row in OPERATORS.items() if row.observed)
 
+# What a model that is quantised already holds, besides the operators of kind "quantization".
+QUANTIZED = of_kind("quantization") | {
+    "ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul",
+}  # fmt: skip
+# What draws anew each time; Dropout does where it is left in training mode.
+RANDOM = frozenset({
+    "Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
+})  # fmt: skip
+
 ACTIVATIONS = of_kind("activation")
 ELEMENTWISE = of_kind("arithmetic", "function", "activation")
 BROADCASTING = of_kind("arithmetic")  # without comparisons: what makes masks is recognised with its Expand

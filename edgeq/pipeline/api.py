@@ -51,7 +51,6 @@ def export(
     scheme: str | Path | None = None,
     promote: bool = True,
     hidden_state: bool = True,
-    float_ops: Sequence[str] = (),
     keep_failed: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -85,7 +84,6 @@ def export(
         scheme: a file written by `edgeq analyze --auto`.
         promote: where a gate is missed, promote weight products to 16-bit activations until it holds.
         hidden_state: keep the output last_hidden_state.
-        float_ops: operators outside the dialect that may stay in float.
         keep_failed: write a bundle that misses its gate, and return its result instead of raising.
         overwrite: replace a bundle made from other inputs.
         dry_run: check everything, convert nothing.
@@ -130,7 +128,6 @@ def export(
             scheme=Path(scheme) if scheme is not None else None,
             promote=promote,
             hidden_state=hidden_state,
-            float_ops=tuple(float_ops),
             keep_failed=keep_failed,
             overwrite=overwrite,
             dry_run=dry_run,

@@ -26,6 +26,7 @@ from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import (
     Artifact,
     EndToEnd,
+    Island,
     Measures,
     ParityReport,
     Promotion,
@@ -60,6 +61,7 @@ class Exported(Record):
     end_to_end: EndToEnd | None = None
     other_settings: tuple[SettingReport, ...] = ()  # the same artifact with other runtime settings
     promotion: Promotion | None = None
+    islands: tuple[Island, ...] = ()  # operators outside the dialect that stay float
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ def bundled(target: Target, shared: Shared, request: ExportRequest, progress: Pr
         other_settings=found.other_settings,
         end_to_end=found.end_to_end,
         promotion=found.promotion,
+        islands=floats.model.islands,
     )
 
 

@@ -20,18 +20,20 @@ from edgeq.calibration.statistics import Statistics
 from edgeq.data.batches import Batch, Samples
 from edgeq.data.plans import FEWEST_CALIBRATION
 from edgeq.data.sessions import Embeddings, embed_batches
-from edgeq.errors import ConfigError, EdgeqError
-from edgeq.graph import external_data, float_noise, operators
+from edgeq.errors import ConfigError
+from edgeq.graph import external_data, operators
 from edgeq.graph.dataflow import mask_values, shape_values
 from edgeq.graph.edit import constant, dims, readers
 from edgeq.graph.float_session import FloatSession
 from edgeq.graph.linear import feed_forwards, sites, value_projection
+from edgeq.pipeline.equalizing_error import equalizing_error
 from edgeq.quantization.convolution import map_tensors
 from edgeq.quantization.mixed import quantize_mixed
 from edgeq.quantization.rewrites.decompose import DECOMPOSE, has_derived_statistics
 from edgeq.quantization.rewrites.observe_row_maxima import observe_row_maxima
 from edgeq.quantization.schemes import SCHEMES
 from edgeq.records import Smoothing
+from edgeq.system import memory
 from edgeq.system.progress import Progress, silent
 
 SamplesT = TypeVar("SamplesT", bound=Samples)
@@ -45,8 +47,6 @@ ALPHAS: dict[str, tuple[float, ...]] = {
 SEARCH_SCHEME = "w8a8-gemm"  # alpha serves every scheme; this one quantises what all of them quantise
 HELD_BACK_RATIO = 8  # one calibration text in so many judges alpha and is never observed
 HELD_BACK_MOST = 48
-TOLERANCE = 1e-5  # more where the model's own FP32 is noisier
-_NOISE_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,11 @@ def calibrate(model: onnx.ModelProto, samples: Samples, seed: int, progress: Pro
     smoothing = _search(split, judging, reference, progress)
     equalized = _equalize(split, smoothing.alphas)
     del split  # it holds the weights once more
-    kept = _observe_all(equalized, batches, progress)
-    error = _largest_error(model, equalized.model, judging, reference)
-    return Observed(equalized.model, kept, smoothing, error)
+    memory.trim()
+    made, kept = _observe_all(equalized, batches, progress)
+    memory.trim()
+    error = equalizing_error(model, made, judging, reference)
+    return Observed(made, kept, smoothing, error)
 
 
 def calibrate_on_probes(model: onnx.ModelProto, samples: Samples) -> tuple[onnx.ModelProto, dict[str, Statistics]]:
@@ -105,9 +107,9 @@ def calibrate_on_probes(model: onnx.ModelProto, samples: Samples) -> tuple[onnx.
         EdgeqError: FP32 gives NaN or infinity.
     """
     batches = equal_length_batches(samples, samples.longest)
-    split = _split(model, samples, batches, 0, silent)
+    split = _split(model, samples, batches, 0, silent, has_sweep=False)
     equalized = _equalize(split, {kind: choices[0] for kind, choices in ALPHAS.items()})
-    return equalized.model, _observe_all(equalized, batches, silent, has_moments=False)
+    return _observe_all(equalized, batches, silent, has_moments=False)
 
 
 @dataclass(frozen=True)
@@ -146,21 +148,32 @@ class _Equalized:
     maps: tuple[str, ...]
 
 
-def _split(model: onnx.ModelProto, samples: Samples, batches: Sequence[Batch], seed: int, progress: Progress) -> _Split:
-    """Observe what is smoothed, give outlier neurons their branches, and the mask its size."""
+def _split(
+    model: onnx.ModelProto,
+    samples: Samples,
+    batches: Sequence[Batch],
+    seed: int,
+    progress: Progress,
+    has_sweep: bool = True,
+) -> _Split:
+    """Observe what is smoothed, on samples and a sweep through the vocabulary; give outlier neurons their branches.
+
+    Without a sweep through the vocabulary the samples stand in for it: it takes longer than they do.
+    """
     graph = ir.from_proto(model).graph
     wanted = [site.name for site in sites(graph)]
     hidden = [str(block.hidden.name) for block in feed_forwards(graph)]
     maps = map_tensors(graph)
-    first_names = list(dict.fromkeys([*wanted, *hidden, *smooth_scales.score_tensors(graph), *maps]))
+    first_names = list(dict.fromkeys([*wanted, *hidden, *maps]))
     first = observe(model, first_names, batches, lambda done, total: progress("observe", done, total))
-    sweep = equal_length_batches(samples.swept(_vocabulary(graph), seed), samples.longest)
-    swept = observe(
-        model, list(dict.fromkeys([*wanted, *hidden])), sweep, lambda done, total: progress("sweep", done, total)
-    )
+    swept = first
+    if has_sweep:
+        sweep = equal_length_batches(samples.swept(_vocabulary(graph), seed), samples.longest)
+        swept = observe(
+            model, list(dict.fromkeys([*wanted, *hidden])), sweep, lambda done, total: progress("sweep", done, total)
+        )
     split = ir.from_proto(model)
     statistics = outlier_neurons.split_neurons(split.graph, first, swept)
-    smooth_scales.size_mask(split.graph, first)
     return _Split(ir.to_proto(split), statistics, swept, tuple(maps))
 
 
@@ -178,14 +191,49 @@ def _equalize(split: _Split, alphas: Mapping[str, float]) -> _Equalized:
 
 def _observe_all(
     equalized: _Equalized, batches: Sequence[Batch], progress: Progress, has_moments: bool = True
-) -> dict[str, Statistics]:
-    """Observe every tensor that a quantiser needs statistics of; second moments serve the rounding of weights alone."""
-    return observe(
-        equalized.expanded, list(dict.fromkeys([*equalized.others, *equalized.maps])), batches,
+) -> tuple[onnx.ModelProto, dict[str, Statistics]]:
+    """Observe every tensor that a quantiser needs statistics of, and give the attention mask its size.
+
+    Without padding the mask is 0, whatever its size: so the scores that decide it are observed in the same run.
+
+    Args:
+        equalized: the model.
+        batches: of the samples.
+        progress: see `calibrate`.
+        has_moments: observe second moments, too; they serve the rounding of weights alone.
+
+    Returns:
+        The model with its mask, and the statistics.
+    """
+    names = list(dict.fromkeys([*equalized.others, *equalized.maps]))
+    graph = ir.from_proto(equalized.model)
+    scores = smooth_scales.score_tensors(graph.graph)
+    found = observe(
+        equalized.expanded, list(dict.fromkeys([*names, *scores])), batches,
         lambda done, total: progress("calibrate", done, total),
         histograms=[*equalized.read, *equalized.maps], moments=equalized.read if has_moments else (),
-        means=_read_by_attention(equalized.expanded),
+        means=_read_by_attention(ir.from_proto(equalized.expanded).graph),
     )  # fmt: skip
+    smooth_scales.size_mask(graph.graph, found)
+    return ir.to_proto(graph), {name: found[name] for name in names}
+
+
+def decomposed(model: onnx.ModelProto) -> tuple[ir.Model, list[str], list[str]]:
+    """Give a float model with its norms decomposed, and the tensors that quantisers need statistics of, once each.
+
+    Args:
+        model: FP32 ONNX; not changed.
+
+    Returns:
+        The same function in other operators; the tensors in order; those whose mean is needed, too.
+    """
+    expanded = ir.from_proto(model)
+    read = [site.name for site in sites(expanded.graph)]
+    maps = map_tensors(expanded.graph)
+    for rewrite in (*DECOMPOSE, observe_row_maxima):
+        rewrite(expanded)
+    others = _float_tensors(expanded.graph, read)
+    return expanded, list(dict.fromkeys([*others, *maps])), _read_by_attention(expanded.graph)
 
 
 def _vocabulary(graph: ir.Graph) -> int:
@@ -199,43 +247,6 @@ def _vocabulary(graph: ir.Graph) -> int:
         ),
         default=0,
     )  # fmt: skip
-
-
-def _largest_error(before: onnx.ModelProto, after: onnx.ModelProto, batches: Sequence[Batch], old: Embeddings) -> float:
-    """Check that equalising kept the FP32 embeddings of texts that were not observed, and give the largest error.
-
-    Args:
-        before: the float model.
-        after: the equalised one.
-        batches: of those texts.
-        old: what the float model gives for them, float32[texts, dim].
-
-    Raises:
-        EdgeqError: an embedding moved by more than 1e-5 of the largest value and 4 times the model's noise.
-    """
-    new = embed_batches(FloatSession.of(after), batches, len(old))
-    error = float(np.abs(old - new).max()) / max(1.0, float(np.abs(old).max()))
-    if not error <= TOLERANCE:
-        moved = np.abs(old - new).max(axis=1)
-        most = sorted(batches, key=lambda batch: float(moved[list(batch.rows)].max()), reverse=True)[:_NOISE_BATCHES]
-        noise = max(_noise(before, most, old), _noise(after, most, new))
-        if not error <= float_noise.allowed(noise, TOLERANCE):
-            raise EdgeqError(
-                f"equalising moved the FP32 embeddings by {error:.2e}; at most "
-                f"{float_noise.allowed(noise, TOLERANCE):.1e} is allowed, where the model's own FP32 differs from its "
-                f"FP64 by {noise:.1e}: please report the model"
-            )
-    return error
-
-
-def _noise(model: onnx.ModelProto, batches: Sequence[Batch], vectors: Embeddings) -> float:
-    """Give how far the FP32 vectors of a model are from FP64, of the largest value.
-
-    Texts differ tenfold in it, and so do two forms of one function on one text: so it is measured on the batches that
-    moved most, and in both forms.
-    """
-    given = [{"sentence_embedding": vectors[list(batch.rows)]} for batch in batches]
-    return float_noise.noise(model, [batch.feeds for batch in batches], given, least=1.0)["sentence_embedding"]
 
 
 def _float_tensors(graph: ir.Graph, read: list[str]) -> list[str]:
@@ -265,9 +276,8 @@ def _is_real(value: ir.Value) -> bool:
     return value.dtype in (None, ir.DataType.FLOAT)
 
 
-def _read_by_attention(model: onnx.ModelProto) -> list[str]:
+def _read_by_attention(graph: ir.Graph) -> list[str]:
     """Name the outputs of the value projections."""
-    graph = ir.from_proto(model).graph
     return [str(values.output.name) for site in sites(graph) if (values := value_projection(site)) is not None]
 
 
@@ -306,7 +316,7 @@ def _score(
     graph = ir.from_proto(split.model)
     moved = smooth_scales.smooth(graph.graph, split.statistics, split.swept, alphas)
     observed, scheme = {**split.statistics, **moved}, SCHEMES[SEARCH_SCHEME]
-    candidate = quantize_mixed(ir.to_proto(graph), observed, scheme, compensate=False)[0]
+    candidate = quantize_mixed(ir.to_proto(graph), observed, scheme, compensate=False, has_tables=False)[0]
     cosines = np.sort(_cosines(reference, embed_batches(FloatSession.of(candidate), batches, len(reference))))
     if not np.isfinite(cosines).all():
         return -1.0, -1.0

@@ -15,26 +15,23 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from edgeq.backends.contract import Plan, PlansOperators
-from edgeq.backends.registry import find
 from edgeq.calibration.statistics import Observed
 from edgeq.data.batches import PIXELS, Samples
 from edgeq.data.probes import random_images, random_texts
-from edgeq.data.tokens import bucket_lengths
-from edgeq.errors import ToolMissing, Unsupported
+from edgeq.errors import Unsupported
 from edgeq.frontend import locate
 from edgeq.frontend.model_kind import refuse_around
 from edgeq.frontend.onnx.foreign_inputs import refuse_bag
 from edgeq.graph import dialect, external_data
 from edgeq.graph.edit import constant, dims
 from edgeq.graph.read import read_onnx
-from edgeq.pipeline import stages
+from edgeq.pipeline import stages, structure
 from edgeq.pipeline.calibrate import calibrate_on_probes
 from edgeq.quantization import schemes
 from edgeq.quantization.qdq import Quantized
-from edgeq.quantization.quantize import QUANTIZERS, quantize
+from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.quantization.walk import Refusal
-from edgeq.records import FileRef, QdqModel, Record, Scheme, Target
+from edgeq.records import FileRef, Island, Record, Scheme, Target
 from edgeq.system.cache import Cache
 from edgeq.system.files import file_ref
 
@@ -80,7 +77,8 @@ class _Subject:
         file: that it was read from.
         max_sequence: its limit in tokens.
         equalized: the equalised model with statistics of random texts; None where the model leaves the dialect.
-        outside: what leaves the dialect.
+        outside: what no target takes.
+        islands: what only targets that keep floats take.
     """
 
     model: onnx.ModelProto
@@ -88,6 +86,7 @@ class _Subject:
     max_sequence: int
     equalized: tuple[onnx.ModelProto, Observed] | None
     outside: tuple[Refusal, ...]
+    islands: tuple[Island, ...]
 
 
 def check(
@@ -122,11 +121,15 @@ def check(
     located = locate.locate(model, pooling, tower=tower, trust_remote_code=trust_remote_code)
     floats = stages.float_model(located, True, cache)
     loaded = external_data.load(Path(floats.model.file.path))
-    return check_float_model(loaded, floats.model.file, floats.model.max_sequence, targets)
+    return check_float_model(loaded, floats.model.file, floats.model.max_sequence, targets, floats.model.islands)
 
 
 def check_float_model(
-    model: onnx.ModelProto, file: FileRef, max_sequence: int | None, targets: Sequence[Target]
+    model: onnx.ModelProto,
+    file: FileRef,
+    max_sequence: int | None,
+    targets: Sequence[Target],
+    islands: tuple[Island, ...] | None = None,
 ) -> tuple[Checked, ...]:
     """Check a float model that is loaded already, for each target.
 
@@ -135,8 +138,9 @@ def check_float_model(
         file: that it was read from.
         max_sequence: its limit in tokens; None takes that of its table of positions.
         targets: to check the model for.
+        islands: what stays float, with its lines of Python; None looks for it.
     """
-    subject = _subject(model, file, max_sequence)
+    subject = _subject(model, file, max_sequence, dialect.islands(model) if islands is None else islands)
     return tuple(_check(subject, target) for target in targets)
 
 
@@ -151,14 +155,13 @@ def require(checks: Iterable[Checked]) -> None:
         raise Unsupported("the model cannot be converted as the targets ask:\n" + "\n".join(problems))
 
 
-def _subject(model: onnx.ModelProto, file: FileRef, max_sequence: int | None) -> _Subject:
+def _subject(model: onnx.ModelProto, file: FileRef, max_sequence: int | None, islands: tuple[Island, ...]) -> _Subject:
     """Verify the dialect, equalise, and observe a few random texts or images."""
     outside = tuple(_outside(item) for item in dialect.violations(model))
     graph = ir.from_proto(model).graph
     limit = max_sequence or _positions(graph)
-    return _Subject(
-        model, file, limit, None if outside else calibrate_on_probes(model, _samples(graph, limit)), outside
-    )
+    equalized = None if outside else calibrate_on_probes(model, _samples(graph, limit))
+    return _Subject(model, file, limit, equalized, outside, islands)
 
 
 def _outside(item: dialect.Violation) -> Refusal:
@@ -193,65 +196,51 @@ def _positions(graph: ir.Graph) -> int:
 
 
 def _check(subject: _Subject, target: Target) -> Checked:
-    backend, scheme = find(target.backend, target.name), schemes.find(target.scheme, target.name)
+    scheme = schemes.find(target.scheme, target.name)
     stored = {tensor.name for tensor in subject.model.graph.initializer}
     inputs = tuple(item.name for item in subject.model.graph.input if item.name not in stored)
-    rejected = backend.rejections(unquantised(subject.file, inputs, scheme), target)
-    problems = [f"{item.rule} Found: {item.detail}" for item in rejected]
-    rows: list[CheckedOperator] = []
-    plan, refusals = Plan(), list(subject.outside)
-    quantized: Quantized | None = None
-    if subject.equalized is not None and not rejected:
-        quantized = quantize(*subject.equalized, scheme, refusals)
-        if not refusals and isinstance(backend, PlansOperators):
-            bucket = max(bucket_lengths(target.buckets_tokens, subject.max_sequence))
-            try:
-                plan = backend.planned(ir.from_proto(quantized.model), bucket, target)
-            except ToolMissing as error:
-                rows.append(CheckedOperator(operator="-", count=0, verdict="unknown", why=str(error), nodes=()))
-    problems += [*(item.sentence for item in refusals if item.is_certain), *plan.problems]
+    islands = structure.island_refusals(subject.islands, scheme)
+    equalized = None if islands else subject.equalized
+    trial = structure.tried(equalized, subject.file, inputs, subject.max_sequence, scheme, target)
+    refusals = [*subject.outside, *trial.refusals]
+    problems = [*islands, *(item.sentence for item in subject.outside), *trial.problems(target)]
     possible = [item.sentence for item in refusals if not item.is_certain]
-    if len(plan.on_host) > target.gate.host_operators_max:
-        named = ", ".join(f"{item.operator} ({item.output})" for item in plan.on_host)
-        problems.append(
-            f"{len(plan.on_host)} operators stay on the host ({named}); at most {target.gate.host_operators_max} may."
-        )
-    rows += _of_model(subject.model, quantized, scheme, refusals)
-    rows += _grouped((item.operator, item.output, "on-host", item.why) for item in plan.on_host)
+    on_host = trial.plan.on_host
+    rows: list[CheckedOperator] = []
+    if trial.missing:
+        rows.append(CheckedOperator(operator="-", count=0, verdict="unknown", why=trial.missing, nodes=()))
+    rows += _of_model(subject, trial.quantized, scheme, refusals)
+    rows += _grouped((item.operator, item.output, "on-host", item.why) for item in on_host)
     return Checked(
         target=target.name,
         operators=tuple(rows),
-        host_operators=tuple(f"{item.operator} ({item.output})" for item in plan.on_host),
+        host_operators=tuple(f"{item.operator} ({item.output})" for item in on_host),
         problems=tuple(dict.fromkeys(problems)),
-        possible_problems=tuple(dict.fromkeys([*possible, *plan.possible])),
+        possible_problems=tuple(dict.fromkeys([*possible, *trial.plan.possible])),
     )
 
 
-def unquantised(file: FileRef, inputs: tuple[str, ...], scheme: Scheme) -> QdqModel:
-    """Give a record of a model that is not quantised yet, for the rules that read inputs, scheme and target alone."""
-    return QdqModel(
-        file=file, float_model_sha256=file.sha256, calibration_sha256=file.sha256, scheme=scheme,
-        inputs=inputs, outputs=("sentence_embedding",), dim=1, max_sequence=1,
-        integer_matmuls=(), float_matmuls=(),
-    )  # fmt: skip
-
-
 def _of_model(
-    model: onnx.ModelProto, quantized: Quantized | None, scheme: Scheme, refusals: Sequence[Refusal]
+    subject: _Subject, quantized: Quantized | None, scheme: Scheme, refusals: Sequence[Refusal]
 ) -> tuple[CheckedOperator, ...]:
     """Give the rows of the float model's own operators, and of the refused ones that a rewrite wrote."""
     refused = {item.node: item for item in refusals}
-    names = {node.name or node.output[0] for node in model.graph.node}
+    nodes = {node.name or node.output[0]: node for node in subject.model.graph.node}
+    islands = {node.name or node.output[0] for node in dialect.island_nodes(subject.model)}
+    keeps_float = QUANTIZERS[scheme.kind].keeps_float
     found: list[tuple[str, str, Verdict, str]] = []
-    for node in model.graph.node:
-        name = node.name or node.output[0]
+    for name, node in nodes.items():
         if name in refused:
             found.append(_refused(refused[name]))
+        elif name in islands and not keeps_float:
+            found.append((node.op_type, name, "refused", "outside the dialect: it has no integer form"))
         elif quantized is None or refusals:
             found.append((node.op_type, name, "unknown", "nothing was quantised; see the problems"))
+        elif name in islands:
+            found.append((node.op_type, name, "supported", "a float island: outside the dialect, it stays float"))
         else:
             found.append((node.op_type, name, "supported", _becomes(node, quantized, scheme)))
-    found += [_refused(item) for item in refusals if item.node not in names]
+    found += [_refused(item) for item in refusals if item.node not in nodes]
     return _grouped(found)
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeq.backends.registry import find
 from edgeq.bundle.write import require_replaceable
 from edgeq.data.plans import plan_texts
-from edgeq.errors import ConfigError, ParityFailed, Unsupported
+from edgeq.errors import ConfigError, ParityFailed
 from edgeq.frontend import locate, settings
-from edgeq.pipeline import check, stages
-from edgeq.pipeline.bundling import Exported, Shared, bundled, refuse, scheme_of
+from edgeq.graph import external_data
+from edgeq.pipeline import stages, structure
+from edgeq.pipeline.bundling import Exported, Shared, bundled, scheme_of
 from edgeq.pipeline.measure_parity import require_device
 from edgeq.pipeline.request import ExportRequest
-from edgeq.quantization import schemes
-from edgeq.quantization.quantize import QUANTIZERS
 from edgeq.records import (
     Source,
     Target,
@@ -60,7 +60,6 @@ def export(request: ExportRequest, progress: Progress, run_targets: RunTargets =
     located = located_source(request)
     plan = _plan(request, located)
     for target in request.targets:
-        _refuse_islands(request, target)
         scheme_of(request, target)
         backend = find(target.backend, target.name)
         backend.tools()
@@ -71,12 +70,11 @@ def export(request: ExportRequest, progress: Progress, run_targets: RunTargets =
     if request.dry_run:
         return tuple(_not_run(target) for target in request.targets)
     progress("export", 0, 1)
-    floats = stages.float_model(located, request.hidden_state, request.cache, request.float_ops)
+    floats = stages.float_model(located, request.hidden_state, request.cache)
     _warn_of_unknown(floats.source)
     progress("export", 1, 1)
-    for target in request.targets if floats.takes_images else ():
-        as_given = check.unquantised(floats.model.file, floats.model.inputs, scheme_of(request, target))
-        refuse(find(target.backend, target.name), as_given, target)
+    asked = [(target, scheme_of(request, target)) for target in request.targets]
+    structure.require(external_data.load(Path(floats.model.file.path), is_mapped=True), floats.model, asked)
     calibrated = stages.calibrated(floats, plan, request.seed, request.cache, progress)
     return run_targets(Shared(floats, calibrated, plan), request, progress)
 
@@ -123,15 +121,6 @@ def _plan(request: ExportRequest, located: locate.Located) -> Plan:
     from edgeq.data.image_plans import plan_images  # here: texts need no Pillow
 
     return plan_images(request.images, request.validation, request.samples, request.seed)
-
-
-def _refuse_islands(request: ExportRequest, target: Target) -> None:
-    """Refuse --float-op for a target whose scheme is integer-only."""
-    if request.float_ops and not QUANTIZERS[schemes.find(target.scheme, target.name).kind].keeps_float:
-        raise Unsupported(
-            f"{target.name}: its scheme {target.scheme} leaves nothing float, so {', '.join(request.float_ops)} cannot "
-            "stay. Choose a target that keeps floats (`edgeq targets`), or write the model without."
-        )
 
 
 def require_passed(results: Sequence[Exported]) -> None:

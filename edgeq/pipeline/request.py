@@ -34,7 +34,6 @@ class ExportRequest:
     scheme: Path | None = None
     promote: bool = True
     hidden_state: bool = True
-    float_ops: tuple[str, ...] = ()
     keep_failed: bool = False
     overwrite: bool = False
     dry_run: bool = False
@@ -43,7 +42,7 @@ class ExportRequest:
 # The options that decide a bundle's content: fields of `ExportRequest` and `OnnxOptions`, in the order of the command.
 COMMAND_OPTIONS = (
     "texts", "column", "images", "tower", "validation", "pooling", "dim", "tokenizer", "max_sequence", "scheme",
-    "promote", "samples", "seed", "float_ops", "normalize", "hidden_state", "trust_remote_code",
+    "promote", "samples", "seed", "normalize", "hidden_state", "trust_remote_code",
 )  # fmt: skip
 # The other fields: what the command names without an option, and what leaves a bundle's content as it is.
 NOT_IN_COMMAND = frozenset(
@@ -73,8 +72,5 @@ def _words(field: str, value: object) -> Iterator[str]:
     option = field.replace("_", "-")
     if isinstance(value, bool):
         yield f"--{option}" if value else f"--no-{option}"
-    elif isinstance(value, tuple):  # repeatable: the option is the singular of the field
-        for item in value:
-            yield from (f"--{option.removesuffix('s')}", str(item))
     else:
         yield from (f"--{option}", value.name if isinstance(value, Path) else str(value))

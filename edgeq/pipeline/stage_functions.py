@@ -33,7 +33,7 @@ from edgeq.pipeline.stage_requests import (
 from edgeq.pipeline.stage_results import EQUALIZED, STATISTICS, write_record
 from edgeq.quantization import quantize
 from edgeq.records import Calibration, QdqModel, TextSet
-from edgeq.system import files
+from edgeq.system import files, memory
 from edgeq.system.progress import Progress
 from edgeq.system.stage import Stage, folder_of
 
@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 
 def _write_float_model(request: FloatModelRequest, folder: Path, progress: Progress) -> None:
     """Export the source to a float model, and write its records beside it."""
-    source, model = write_float_model(request.located, folder, request.hidden_state, request.float_ops)
+    source, model = write_float_model(request.located, folder, request.hidden_state)
     write_record(folder / "source.json", source)
     write_record(folder / "model.json", model)
 
@@ -64,8 +64,10 @@ def _calibrate(request: CalibrationRequest, folder: Path, progress: Progress) ->
         model = external_data.load(Path(request.float_model.file.path), is_mapped=True)
         _announce_memory(model, given.samples.longest)
         observed = calibrate.calibrate(model, given.samples, request.seed, progress)
-        external_data.save(observed.model, folder / EQUALIZED)
         save(observed.statistics, folder / STATISTICS)
+        observed.statistics.clear()
+        memory.trim()
+        external_data.save(observed.model, folder / EQUALIZED)
     if isinstance(given.samples, Tokens):  # a vendor's compiler that calibrates itself reads them
         files.write_bytes(folder / TOKENS, json.dumps(given.samples.ids).encode())
     equalized = request.float_model.model_copy(

@@ -12,7 +12,6 @@ class FloatModelRequest(Request):
 
     located: Located  # named as the bundle shows it: how the user spelled its path decides nothing
     hidden_state: bool
-    float_ops: tuple[str, ...]
 
 
 class SamplesRequest(Request):

@@ -5,7 +5,7 @@ A function here makes the stage's request from what the export holds; `edgeq.pip
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,10 +16,8 @@ import numpy as np
 from edgeq.calibration.file import load
 from edgeq.data.batches import Samples
 from edgeq.data.sessions import Embeddings
-from edgeq.errors import Unsupported
 from edgeq.frontend.locate import Located
-from edgeq.graph import dialect, external_data
-from edgeq.graph.dialect import OutsideDialect
+from edgeq.graph import external_data
 from edgeq.pipeline.growing_validation import growing, sizes
 from edgeq.pipeline.stage_functions import (
     CALIBRATION,
@@ -41,7 +39,6 @@ from edgeq.system.files import file_ref
 from edgeq.system.made_by import foreign_code, own_code
 from edgeq.system.progress import Progress
 from edgeq.system.stage import InputFile, input_file, input_files
-from edgeq.targets import list_targets
 
 if TYPE_CHECKING:
     from edgeq.data.prepare import Items, Plan
@@ -50,41 +47,18 @@ if TYPE_CHECKING:
 EXPORT_TOOLS = ("torch", "transformers", "sentence-transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
 
 
-def float_model(located: Located, has_hidden_state: bool, cache: Cache, float_ops: tuple[str, ...] = ()) -> Floats:
+def float_model(located: Located, has_hidden_state: bool, cache: Cache) -> Floats:
     """Export the model, or take it from the cache.
 
     Raises:
-        Unsupported: the graph leaves the dialect; the message says where, who could take it, and the way out.
+        Unsupported: the graph holds what no target takes; the message says where, and the way out.
         EdgeqError: any other failure of `edgeq.frontend.float_model.write_float_model`.
     """
     named = replace(located, name=located.display_name)
-    request = FloatModelRequest(
-        made_by=foreign_code(), located=named, hidden_state=has_hidden_state, float_ops=float_ops
-    )
-    try:
-        folder = cache.result(FLOAT_MODEL, request)
-    except OutsideDialect as error:
-        raise Unsupported(f"{error}\n{_ways_out(error.operators)}") from error
+    request = FloatModelRequest(made_by=foreign_code(), located=named, hidden_state=has_hidden_state)
+    folder = cache.result(FLOAT_MODEL, request)
     source = Source.model_validate_json((folder / "source.json").read_bytes())
     return Floats(source, read_record(FloatModel, folder / "model.json", folder / FLOAT), folder)
-
-
-def _ways_out(operators: Sequence[str]) -> str:
-    """Give the ways to convert a model with operators outside the dialect: which targets, with which option.
-
-    Args:
-        operators: of ONNX's standard, that a float island may hold; empty where no target takes the graph.
-    """
-    rewrite = "Write the line with operators of edgeq.graph.operators.DIALECT"
-    if not operators:
-        return f"{rewrite}, or export with opset {dialect.OPSET} and without optimisation."
-    keep_floats = [each for each in list_targets() if QUANTIZERS[schemes.find(each.scheme, each.name).kind].keeps_float]
-    options = " ".join(f"--float-op {name}" for name in operators)
-    names = ", ".join(each.name for each in keep_floats)
-    return (
-        f"Integer-only targets cannot take that. Those that keep floats can ({names}): "
-        f"give {options}, and it stays a float island. Else: {rewrite[0].lower()}{rewrite[1:]}, or exclude that module."
-    )
 
 
 def calibrated(floats: Floats, plan: Plan, seed: int, cache: Cache, progress: Progress) -> Calibrated:

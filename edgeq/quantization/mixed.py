@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from edgeq.calibration.statistics import Statistics
 from edgeq.data.batches import AnyFeeds
-from edgeq.graph.edit import add_constant, add_node, checked, constant, dims, replace_uses
+from edgeq.graph.edit import add_constant, add_node, checked, constant, dims, infer_shapes, replace_uses
 from edgeq.graph.linear import Linear, Site, sites
 from edgeq.quantization import affine, promoted_products, ranges, weight_rounding
 from edgeq.quantization.convolution import quantize_convolutions
@@ -21,8 +21,8 @@ from edgeq.records import Scheme
 
 
 def rewrite_mixed(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> onnx.ModelProto:
-    """Give the float model whose weight products `quantize_mixed` quantises."""
-    return ir.to_proto(mixed_form(model, observed)[0])
+    """Give the float model whose tensors the QDQ model holds as integers."""
+    return infer_shapes(ir.to_proto(mixed_form(model, observed, scheme)[0]))
 
 
 def quantize_mixed(
@@ -32,6 +32,7 @@ def quantize_mixed(
     refusals: list[Refusal] | None = None,
     feeds: Sequence[AnyFeeds] = (),
     compensate: bool = True,
+    has_tables: bool = True,
 ) -> Quantized:
     """Put QuantizeLinear and DequantizeLinear around every token-level weight product and the embedding tables.
 
@@ -50,8 +51,9 @@ def quantize_mixed(
         observed: statistics of every tensor that a weight product reads.
         scheme: bits and signs.
         refusals: where refusals are collected; missing statistics are made up then. This kind refuses nothing.
-        feeds: probe batches on which each rewrite is proved in FP32; none where the same was proved before.
+        feeds: probe batches on which the rewrites are proved; none where the same was proved before.
         compensate: round weights with error compensation (GPTQ) where a second moment was observed; else to nearest.
+        has_tables: quantise the tables of embeddings, too; trials that differ in the products alone need not.
 
     Returns:
         The QDQ model (opset 21, IR version 10), the names of the integer products, and those of weight products that
@@ -60,16 +62,16 @@ def quantize_mixed(
     Raises:
         EdgeqError: a tensor has no statistics, or a rewrite changed the FP32 function.
     """
-    graph_model, seen = mixed_form(model, observed, feeds)
+    graph_model, statistics = mixed_form(model, observed, scheme, feeds)
     graph = graph_model.graph
     kind = QdqBuilder if scheme.activations_signed else UnsignedQdqBuilder
-    builder = kind(graph, seen, has_placeholders=refusals is not None)
+    builder = kind(graph, statistics, has_placeholders=refusals is not None)
     integer: list[str] = []
     for site in list(sites(graph)):
         integer.extend(_quantize_site(builder, site, scheme, compensate))
     integer += quantize_convolutions(builder, scheme)
     for node in list(graph):
-        if node.op_type in ("Gather", "Slice"):
+        if has_tables and node.op_type in ("Gather", "Slice"):
             _quantize_table(graph, node, scheme.embedding_bits)
     floats = tuple(
         str(node.name)

@@ -29,6 +29,7 @@ class Quantizer:
         rewrite: gives the float model whose tensors that QDQ model holds as integers: what layer errors compare with.
         keeps_float: whether tensors stay float beside the integer ones.
         writes_integers: whether the QDQ model holds integers; else a vendor's compiler makes them from the float model.
+        may_refuse: whether it refuses models of the dialect for their structure.
     """
 
     quantize: Callable[
@@ -37,13 +38,14 @@ class Quantizer:
     rewrite: Callable[[onnx.ModelProto, Mapping[str, Statistics], Scheme], onnx.ModelProto]
     keeps_float: bool
     writes_integers: bool
+    may_refuse: bool
 
 
 QUANTIZERS: Mapping[SchemeKind, Quantizer] = {
-    "mixed": Quantizer(quantize_mixed, rewrite_mixed, keeps_float=True, writes_integers=True),
-    "integer": Quantizer(quantize_integer, rewrite_integer, keeps_float=False, writes_integers=True),
-    "htp": Quantizer(quantize_htp, rewrite_htp, keeps_float=False, writes_integers=True),
-    "vendor": Quantizer(prepare_for_vendor, keep_model, keeps_float=True, writes_integers=False),
+    "mixed": Quantizer(quantize_mixed, rewrite_mixed, keeps_float=True, writes_integers=True, may_refuse=False),
+    "integer": Quantizer(quantize_integer, rewrite_integer, keeps_float=False, writes_integers=True, may_refuse=True),
+    "htp": Quantizer(quantize_htp, rewrite_htp, keeps_float=False, writes_integers=True, may_refuse=True),
+    "vendor": Quantizer(prepare_for_vendor, keep_model, keeps_float=True, writes_integers=False, may_refuse=True),
 }
 
 

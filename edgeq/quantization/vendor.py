@@ -24,7 +24,7 @@ _IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10}  # Source: onnx 1.23, docs/V
 
 
 def keep_model(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> onnx.ModelProto:
-    """Give the equalised float model itself: a vendor's compiler makes the codes from it."""
+    """Give the equalised float model itself: this kind of scheme rewrites nothing before its compiler quantises."""
     return model
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import onnx_ir as ir
 
 from edgeq.errors import Unsupported, UnsupportedRange
-from edgeq.graph.edit import constant, made_by, scalar
+from edgeq.graph.edit import constant, is_constant, made_by, scalar
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.qdq import HEADROOM, QdqBuilder, QuantizedValue
 from edgeq.quantization.rewrites.observe_row_maxima import ROW_MAXIMUM
@@ -101,7 +101,7 @@ def quantize_nodes(
 
 def _follows_from_inputs(walk: Walk, node: ir.Node) -> bool:
     """Tell whether a node's values follow from sizes, or from the attention mask, alone, and note it."""
-    variable = [value for value in node.inputs if value is not None and constant(value) is None]
+    variable = [value for value in node.inputs if value is not None and not is_constant(value)]
     if node.op_type == "Shape" or (variable and all(value in walk.of_sizes for value in variable)):
         walk.of_sizes.update(node.outputs)
         return True

@@ -39,6 +39,19 @@ class PassReport(Record):
     near_misses: tuple[str, ...]
 
 
+class Island(Record):
+    """Count the nodes of one operator outside the dialect that stay float: a float island."""
+
+    operator: str  # of ONNX's own
+    count: Positive
+    origin: str  # module and line of Python of the first of them; else its node's name
+
+    @property
+    def place(self) -> str:
+        """Say where the nodes come from: the line of the first, and how many more there are."""
+        return f"{self.origin}, and {self.count - 1} more" if self.count > 1 else self.origin
+
+
 class FloatModel(Record):
     """Describe an FP32 ONNX file in the dialect, with pooling and L2 normalisation in the graph."""
 
@@ -50,6 +63,7 @@ class FloatModel(Record):
     max_sequence: Positive
     max_abs_error: float  # against torch or the source ONNX file; of an equalised model against the float model
     passes: tuple[PassReport, ...]
+    islands: tuple[Island, ...] = ()  # what only targets that keep floats can take
 
 
 class Smoothing(Record):

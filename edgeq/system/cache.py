@@ -12,6 +12,7 @@ from pathlib import Path
 import platformdirs
 from filelock import FileLock
 
+from edgeq.system import memory
 from edgeq.system.files import PREFIX, TemporaryFolder, replacing_dir, sha256_file, storage_errors
 from edgeq.system.progress import Progress, silent
 from edgeq.system.stage import RequestT, Stage, key, require_unchanged
@@ -71,6 +72,7 @@ class Cache:
 
         def make(folder: Path) -> None:
             stage.make(request, folder, progress)
+            memory.trim()
             require_unchanged(request)
 
         return self.entry(stage.kind, key(request), make)

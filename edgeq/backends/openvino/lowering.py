@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeq.backends.openvino.pad_keys import pad_keys
 from edgeq.errors import EdgeqError, LoweringFailed
 from edgeq.system.files import work_dir
 
@@ -29,8 +30,12 @@ def refusals(what: str, kind: type[EdgeqError], advice: str) -> Iterator[None]:
         raise kind(f"{what}: OpenVINO refuses it: {_reason(error)}. {advice}") from error
 
 
-def read_qdq(path: Path) -> Any:
+def read_qdq(path: Path, has_dynamic_keys: bool = False) -> Any:
     """Read a QDQ ONNX file as an OpenVINO model, with names that do not depend on models read before.
+
+    Args:
+        path: of the file.
+        has_dynamic_keys: whether texts of any length run in it: then attention is padded inside, see `pad_keys`.
 
     Raises:
         LoweringFailed: OpenVINO lacks one of its operators, which the message names, or refuses it otherwise.
@@ -40,6 +45,8 @@ def read_qdq(path: Path) -> Any:
     with refusals(path.name, LoweringFailed, "Report the model, with what `edgeq inspect` says about the file."):
         model = ov.Core().read_model(path)
     turn_keys_inside(model)
+    if has_dynamic_keys:
+        pad_keys(model)
     _name(model)
     for key, value in _IN_THE_FILE.items():
         model.set_rt_info(value, ["runtime_options", key])

@@ -72,19 +72,22 @@ def convert(located: Located, out_dir: Path, hidden_state: bool) -> Source:
 
 
 def _require_own_vectors(model: SentenceTransformer, feeds: Feeds, name: str) -> None:
-    """Refuse a model without an attention mask whose vectors depend on padding.
+    """Refuse a model whose vectors depend on padding: it has no attention mask, or mixes tokens without it.
 
     Raises:
         Unsupported: a padded text has another vector than the text alone.
     """
-    if sentence_transformers.takes_mask(model):
+    if getattr(model[0], "padded_to", 0):  # padding counts as tokens, and every text has the same length
         return
     length = int(feeds.attention_mask[0].sum())
     alone = Feeds(feeds.input_ids[:1, :length], feeds.attention_mask[:1, :length])
     if sentence_transformers.depends_on_padding(torch_embeddings(model, (alone, feeds))):
+        takes_mask = sentence_transformers.takes_mask(model)
+        why = "mixes padding into tokens (a convolution over them does)" if takes_mask else "has no attention mask"
         raise Unsupported(
-            f"{name}: the model has no input for an attention mask, and padding moves a text's vector: it would depend "
-            "on the other texts of its batch. A model that takes attention_mask is needed."
+            f"{name}: padding moves a text's vector: it would depend on the other texts of its batch, in the model "
+            f"itself, too, which {why}. A model that takes attention_mask and masks padding out wherever it mixes "
+            "tokens is needed."
         )
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 IDS, VECTORS = "own_path.json", "own_path.npz"
 _LONGEST_VECTOR = 512  # tokens; of longer texts the ids are compared alone, which takes no time
-_LONG, _LONG_VECTORS = 128, 3  # of so many texts of more than so many tokens vectors are made
+_LONG, _LONG_VECTORS = 128, 1  # of so many texts of more than so many tokens vectors are made
 _ALWAYS = 4  # texts whose vectors are made by each method, even where the ids are those of encode
 FloatArray = NDArray[np.float32]
 Arrays = dict[str, NDArray[Any]]

@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 from edgeq.errors import EdgeqError
 from edgeq.graph import double_precision
 from edgeq.graph.dataflow import follows_from_sizes
-from edgeq.graph.edit import constant, dims
+from edgeq.graph.edit import constant, dims, is_constant
 from edgeq.graph.operators import LINEAR_IN_FIRST
 
 # What has no integer form among channels:
@@ -72,7 +72,7 @@ def _is_zero(value: ir.Value) -> bool:
 
 
 def _is_fixed(value: ir.Value) -> bool:
-    return constant(value) is not None or follows_from_sizes(value)
+    return is_constant(value) or follows_from_sizes(value)
 
 
 def _moves(value: ir.Value) -> bool:

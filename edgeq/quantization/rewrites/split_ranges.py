@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -10,13 +12,12 @@ from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.graph.edit import Rewrites, constant
 from edgeq.graph.linear import feed_forwards
 from edgeq.graph.neuron_groups import Branch, move_neurons
-from edgeq.quantization import range_groups
 
 WIDE = "/wide"  # ends the names of what belongs to the neurons with wide ranges
-GAIN = 1.8  # times less predicted error is worth two products and an Add
+Choose = Callable[[Statistics, NDArray[np.float32]], Sequence[NDArray[np.int64]]]
 
 
-def split_ranges(model: ir.Model, observed: Observed) -> Rewrites:
+def split_ranges(model: ir.Model, observed: Observed, choose: Choose) -> Rewrites:
     """Move the neurons with wide ranges into products of their own, so that both tensors get a scale that fits.
 
     The activation's output is sparse: a few neurons reach ten times what the others do, and all share one scale.
@@ -33,7 +34,7 @@ def split_ranges(model: ir.Model, observed: Observed) -> Rewrites:
     Args:
         model: equalised float model; edited in place.
         observed: statistics by tensor; those of the parts are added.
-
+        choose: gives the neurons of each group that gets products of its own.
     """
     count = 0
     for block in list(feed_forwards(model.graph)):
@@ -41,14 +42,18 @@ def split_ranges(model: ir.Model, observed: Observed) -> Rewrites:
         weight = constant(block.second.inputs[1])
         if statistics is None or weight is None or len(statistics.minimum) != len(weight):
             continue
-        wide = range_groups.widest(statistics, weight, GAIN)
-        if wide is None:
-            continue
-        rest = np.setdiff1d(np.arange(len(weight)), wide)
-        hidden = move_neurons(model.graph, block, wide, rest, Branch(WIDE))
-        observed[str(hidden.name)] = _of(statistics, wide)
-        observed[str(block.hidden.name)] = _of(statistics, rest)
-        count += 1
+        groups = choose(statistics, weight)
+        left = np.arange(len(weight))
+        for number, group in enumerate(groups, start=1):
+            few, rest = np.searchsorted(left, group), np.flatnonzero(~np.isin(left, group))
+            suffix = WIDE if number == 1 else f"{WIDE}_{number}"
+            hidden = move_neurons(model.graph, block, few, rest, Branch(suffix))
+            observed[str(hidden.name)] = _of(statistics, group)
+            left = left[rest]
+            block = next(each for each in feed_forwards(model.graph) if each.second is block.second)
+        if groups:
+            observed[str(block.hidden.name)] = _of(statistics, left)
+        count += len(groups)
     return Rewrites(count)
 
 
