@@ -23,7 +23,7 @@ from edgeq.data.sessions import Embeddings, embed_batches  # noqa: E402
 from edgeq.data.tokens import Tokens, batches  # noqa: E402
 from edgeq.frontend import locate  # noqa: E402
 from edgeq.pipeline import golden_samples, stages  # noqa: E402
-from edgeq.quantization.rewrites.split_ranges import WIDE
+from edgeq.quantization.rewrites.split_ranges import WIDE  # noqa: E402
 from edgeq.records import QdqModel  # noqa: E402
 from edgeq.system.cache import Cache  # noqa: E402
 from edgeq.system.host import meets  # noqa: E402
