@@ -18,6 +18,15 @@ from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, mad
 from edgeq.graph.roles import Role
 from edgeq.quantization import weight_rounding
 from edgeq.quantization.affine import Affine
+from edgeq.quantization.integer.sum_nodes import (
+    is_factor,
+    is_product_of_rows,
+    is_sum,
+    is_table,
+    is_term,
+    largest_gain,
+    subtracts,
+)
 from edgeq.quantization.qdq import HEADROOM, QdqBuilder, QuantizedValue, symmetric
 
 FACTOR_HEADROOM = 2.0  # of 1/sigma over what was observed: a row with a quarter of the variance
@@ -50,9 +59,9 @@ class Int32Sums:
     def takes(self, node: ir.Node) -> bool:
         """Tell whether a node is a sum in int32, or a step on the way to one."""
         if node.op_type == "Gather":
-            return _is_table(node) and is_read_once(node.outputs[0]) and _is_sum(readers(node.outputs[0])[0])
+            return is_table(node) and is_read_once(node.outputs[0]) and is_sum(readers(node.outputs[0])[0])
         if node.op_type == "Mul":
-            return _is_factor(node) or _is_product_of_rows(node) or _is_term(node, self._builder)
+            return is_factor(node) or is_product_of_rows(node) or is_term(node, self._builder)
         if node.op_type == "Add":
             return any(value in self._exact for value in node.inputs) or self._is_inner(node)
         return node.op_type in ("ReduceMean", "Sub") and self._centring(node) is not None
@@ -62,9 +71,9 @@ class Int32Sums:
         output = node.outputs[0]
         if node.op_type in ("ReduceMean", "Sub"):
             self._centre(node)
-        elif node.op_type == "Mul" and _is_factor(node):
+        elif node.op_type == "Mul" and is_factor(node):
             return  # its scale follows from the sum's
-        elif is_read_once(output) and _is_sum(readers(output)[0]):
+        elif is_read_once(output) and is_sum(readers(output)[0]):
             self._exact.add(output)
         elif node.op_type == "Add":
             self._sum(node)
@@ -86,7 +95,7 @@ class Int32Sums:
         if source is None or source.bits != 16 or value is None:
             return None
         if node.op_type == "ReduceMean":
-            is_centred = all(_subtracts(use, value, node.outputs[0]) for use in readers(node.outputs[0]))
+            is_centred = all(subtracts(use, value, node.outputs[0]) for use in readers(node.outputs[0]))
         else:
             mean = made_by(node.inputs[1], "ReduceMean")
             is_centred = mean is not None and mean.inputs[0] is source.value
@@ -125,7 +134,7 @@ class Int32Sums:
         builder = self._builder
         finer: list[float] = []
         for centring in readers(node.outputs[0]):
-            for product in filter(_is_product_of_rows, readers(centring.outputs[0])):
+            for product in filter(is_product_of_rows, readers(centring.outputs[0])):
                 inverse = required(required(made_by(product.inputs[1], "Mul")).inputs[0])
                 step = source.params.scale * builder.largest(inverse) * FACTOR_HEADROOM / _INT16.max
                 finer.append(math.log2(2.0**30 * step / NORMALIZED_MOST))
@@ -158,7 +167,7 @@ class Int32Sums:
             lookup = made_by(value, "Gather") if value in self._exact else None
             if lookup is not None:
                 reader.replace_input_with(position, self._rows(lookup, step))
-            elif product is not None and _is_product_of_rows(product):
+            elif product is not None and is_product_of_rows(product):
                 self._write_product(product, step)
             elif product is not None and value in self._exact:
                 source = self._builder.read(product.inputs[0], self._bits(product.inputs[0]), product)
@@ -194,11 +203,11 @@ class Int32Sums:
                 limit = float(np.abs(constant(lookup.inputs[0])).max())  # type: ignore[arg-type]
                 largest += limit
                 shift = min(shift, math.floor(math.log2(_INT16.max * result.scale / (limit / 127.0))))
-            elif product is not None and _is_product_of_rows(product):
+            elif product is not None and is_product_of_rows(product):
                 smallest = self._largest_factor(product) / _INT16.max  # scale of the factor
                 shift = min(shift, math.floor(math.log2(result.scale / (self._rows_of(product)[1] * smallest))))
                 if product.inputs[0] in self._differences:
-                    largest += NORMALIZED_MOST * _largest_gain(product)
+                    largest += NORMALIZED_MOST * largest_gain(product)
                 else:
                     fixed += 2.0**30
             else:
@@ -275,7 +284,7 @@ class Int32Sums:
         inverse = self._builder.home(factor.inputs[0], factor)
         seen = self._builder.statistics(self._builder.name_of(inverse))
         largest = min(float(seen.maximum.max()) * FACTOR_HEADROOM, inverse.params.scale * _INT16.max)
-        return largest * _largest_gain(product)
+        return largest * largest_gain(product)
 
     def _gain(self, node: ir.Node, gain: np.ndarray) -> ir.Value:
         """Store a gain as int8 weights of 127 or -127 with a scale for each channel."""
@@ -314,42 +323,6 @@ class Int32Sums:
     def _is_inner(self, node: ir.Node) -> bool:
         """Tell whether an Add of two quantised tensors is a term of an int32 sum."""
         output = node.outputs[0]
-        if not is_read_once(output) or not _is_sum(readers(output)[0]):
+        if not is_read_once(output) or not is_sum(readers(output)[0]):
             return False
         return any(value in self._exact for value in readers(output)[0].inputs)
-
-
-def _is_table(node: ir.Node) -> bool:
-    table = constant(node.inputs[0])
-    return table is not None and table.dtype == np.float32 and table.ndim == 2
-
-
-def _is_factor(node: ir.Node) -> bool:
-    return roles.has(node, Role.ROW_FACTOR)
-
-
-def _is_product_of_rows(node: ir.Node) -> bool:
-    factor = made_by(node.inputs[1], "Mul")
-    return node.op_type == "Mul" and factor is not None and _is_factor(factor)
-
-
-def _largest_gain(product: ir.Node) -> float:
-    gain = constant(required(made_by(product.inputs[1], "Mul")).inputs[1])
-    return max(float(np.abs(gain).max()), 1e-12)  # type: ignore[arg-type]
-
-
-def _is_sum(node: ir.Node) -> bool:
-    return node.op_type == "Add" and all(constant(value) is None for value in node.inputs)
-
-
-def _is_term(node: ir.Node, builder: QdqBuilder) -> bool:
-    """Tell whether a node is a quantised tensor times a constant, which a sum alone reads."""
-    output, source = node.outputs[0], node.inputs[0]
-    is_scaled = constant(node.inputs[1]) is not None and source in builder.quantized
-    if not is_scaled or source is None or not is_read_once(output) or not _is_sum(readers(output)[0]):
-        return False
-    return builder.quantized[source].params.zero_point == 0
-
-
-def _subtracts(node: ir.Node, value: ir.Value, mean: ir.Value) -> bool:
-    return node.op_type == "Sub" and node.inputs[0] is value and node.inputs[1] is mean
