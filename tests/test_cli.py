@@ -184,7 +184,8 @@ def test_export_as_json_is_the_documented_document(
     found = capsys.readouterr()
     first, second = json.loads(found.out)["bundles"]
     assert list(first) == [
-        "target", "path", "status", "ran_on", "parity", "size_bytes", "other_settings", "promotion", "end_to_end",
+        "target", "path", "status", "ran_on", "parity", "size_bytes", "other_settings", "islands", "promotion",
+        "end_to_end",
     ]  # fmt: skip
     assert first["parity"]["centred_cosine_mean"] == MEASURES.centred_cosine_mean
     assert (second["path"], second["parity"], second["status"]) == (None, None, "not-run")

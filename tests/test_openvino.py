@@ -33,7 +33,7 @@ from edgeq.system.files import file_ref
 pytestmark = pytest.mark.openvino
 
 TOKENS = Tokens(encoder.tokens(3, 40), 0, 0)
-PRODUCTS = 14  # of which two are the wide neurons of one block
+PRODUCTS = 12
 CPU = targets.load_target("intel-openvino-cpu")
 NPU = targets.load_target("intel-openvino-npu").model_copy(update={"buckets_tokens": (8, 16, 48)})
 
