@@ -32,7 +32,8 @@ from edgeq.quantization.schemes import SCHEMES
 TOKENS = Tokens(encoder.tokens(3, 40), 0, 0)
 # What 32 bits hold exactly, by the end of a node's name, and what reads it.
 EXACT = {
-    "centred/difference": {"Mul"}, ".masked": {"QuantizeLinear", "ReduceMax", "Sub"}, "softmax/difference": {"Exp", "QuantizeLinear"},
+    "centred/difference": {"Mul"}, ".masked": {"QuantizeLinear", "ReduceMax", "Sub"},
+    "softmax/difference": {"Exp", "QuantizeLinear"},
     "softmax/inverse_3": {"Mul"},
 }  # fmt: skip
 INTEGER = ("w8a8-int", "w8a8-int-npu", "w8a16-int")
