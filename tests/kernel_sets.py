@@ -174,6 +174,7 @@ _MICRO_LACKS = frozenset(
         "GATHER 2 int16 int32 int16",
         "GELU 2 int16 int16",
         "GELU 2 int8 int8",
+        "REDUCE_MAX 2 int32 int32",
         "REDUCE_MAX 3 int16 int16",
         "RIGHT_SHIFT 1 int32 int32 int32",
         "SUM 1 int32 int32",

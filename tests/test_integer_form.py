@@ -20,6 +20,7 @@ from edgeq.graph.dataflow import mask_values
 from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline import calibrate
 from edgeq.quantization import quantize
+from edgeq.quantization.integer import exact_softmax
 from edgeq.quantization.qdq import QdqBuilder, symmetric
 from edgeq.quantization.rewrites.affine_statistics import affine
 from edgeq.quantization.rewrites.center_values import center_values
@@ -29,6 +30,12 @@ from edgeq.quantization.rewrites.scale_outputs import scale_outputs
 from edgeq.quantization.schemes import SCHEMES
 
 TOKENS = Tokens(encoder.tokens(3, 40), 0, 0)
+# What 32 bits hold exactly, by the end of a node's name, and what reads it.
+EXACT = {
+    "centred/difference": {"Mul"}, ".masked": {"QuantizeLinear", "ReduceMax", "Sub"},
+    "softmax/difference": {"Exp", "QuantizeLinear"},
+    "softmax/inverse_3": {"Mul"},
+}  # fmt: skip
 INTEGER = ("w8a8-int", "w8a8-int-npu", "w8a16-int")
 
 
@@ -111,6 +118,12 @@ def test_every_operator_reads_and_writes_codes(qdq: onnx.ModelProto) -> None:
     for node in qdq.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node.op_type)
+    followers: dict[str, list[str]] = {}
+    for node in qdq.graph.node:
+        for name in node.input:
+            followers.setdefault(name, []).append(node.name)
+    without_codes = {node.output[0] for node in qdq.graph.node if any(map(node.name.endswith, EXACT))}
+    without_codes |= {node.input[0] for node in qdq.graph.node if node.name.endswith("centred/difference")}
     stored = {tensor.name for tensor in qdq.graph.initializer}
     of_mask = {value.name for value in mask_values(ir.from_proto(qdq).graph)}
     for node in qdq.graph.node:
@@ -122,13 +135,17 @@ def test_every_operator_reads_and_writes_codes(qdq: onnx.ModelProto) -> None:
         if "/sum" in node.name and node.op_type in ("ReduceSum", "Mul", "Round", "Cast", "Div", "Min"):
             assert node.name.startswith("layer."), node.name  # whole numbers: the sum of a row's codes, to look up by
             continue
-        # A bias; codes; the second half of one root. A term of an exact sum has no codes, and the sum has.
-        ends = {"Add"} if node.op_type == "Mul" and "Add" in readers[node.output[0]] else {"QuantizeLinear"}
+        # A bias; codes; the second half of one root. A term of an exact sum has no codes, and the sum has; x less a
+        # finer mean is exact, and so are masked scores less the largest and one over their sum.
+        known = next((ends for ending, ends in EXACT.items() if node.name.endswith(ending)), None)
+        ends = {"Add"} if node.op_type == "Mul" and "Add" in readers[node.output[0]] else known or {"QuantizeLinear"}
         halves = {"MatMul": {"Add"}, "Sqrt": {"Reciprocal"}, "Add": {"Add"}}.get(node.op_type, set())
-        assert set(readers[node.output[0]]) <= ends | halves, node.name
+        whole = {"Sub"} if "centred/difference" in "".join(followers.get(node.output[0], ())) else set()
+        assert set(readers[node.output[0]]) <= ends | halves | whole, node.name
         for name in variable:
             begins = {"Add": {"MatMul", "Mul", "Add"}, "Reciprocal": {"Sqrt"}}.get(node.op_type, set())
-            assert made[name] in {"DequantizeLinear", *begins}, (node.name, name)
+            exact = {"Add", "Sub"} if name in without_codes else set()
+            assert made[name] in {"DequantizeLinear", *begins, *exact}, (node.name, name)
 
 
 @pytest.mark.parametrize(
@@ -233,3 +250,45 @@ def test_a_right_operand_is_read_without_a_zero_point_once_for_all_readers() -> 
         assert builder.read_without_zero_point(node.outputs[0], 8, readers[1]) is found
         assert builder.read(node.outputs[0], 8, readers[0]).params.zero_point != 0  # who may have one keeps it
         assert builder.read_without_zero_point(node.outputs[0], 16, readers[0]).params.zero_point == 0
+
+
+def test_a_mean_is_finer_than_what_it_is_subtracted_from(calibrated: calibrate.Observed) -> None:
+    qdq = quantize.quantize(calibrated.model, calibrated.statistics, SCHEMES["w8a8-int"])[0]
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in qdq.graph.initializer}
+    made = {node.output[0]: node for node in qdq.graph.node}
+    found = [node for node in qdq.graph.node if node.name.endswith("/centred/difference")]
+    assert found  # the test encoder has one residual whose largest values dwarf most tokens
+    for node in found:
+        whole, mean = (float(stored[made[name].input[1]]) for name in node.input)
+        assert np.log2(whole / mean) == round(np.log2(whole / mean)) >= 1.0
+        inverse = calibrated.statistics[node.name.replace("/centred/difference", "/inverse")].largest
+        channels = calibrated.statistics[node.name.removesuffix("/difference")].minimum.size
+        # The error that a token's channels share, over their standard deviation: in a token of little variance.
+        assert mean / 2.0 * inverse * np.sqrt(channels) < 2.0**-14 * np.sqrt(channels)
+
+
+def test_one_level_holds_one_over_each_sum() -> None:
+    # Every sum that rows of 1 to 4,095 keys can have, thinned out: exactly one level holds it.
+    sums = np.unique(np.geomspace(exact_softmax.UNIT, exact_softmax.UNIT * 4_095, 20_000).astype(np.int64))
+    total = np.zeros(len(sums))
+    for level in range(exact_softmax.SUM_LEVELS):
+        table = exact_softmax.table_of_inverses(level)
+        index = np.minimum(sums // exact_softmax.divisor(level), len(table) - 1)
+        step = exact_softmax.INVERSE_STEP * (2.0 if level == 0 else 1.0)
+        values = table[index] * step
+        assert not np.any((values > 0.0) & (total > 0.0))
+        total += values
+    exact = exact_softmax.UNIT / sums
+    rounding = exact_softmax.INVERSE_STEP * 1.01
+    assert (np.abs(total - exact) <= exact * 2.0**-11 + rounding).all()
+
+
+def test_small_sums_of_squares_have_a_range_of_their_own(calibrated: calibrate.Observed) -> None:
+    qdq = quantize.quantize(calibrated.model, calibrated.statistics, SCHEMES["w8a16-int"])[0]
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in qdq.graph.initializer}
+    split = [node.name.removesuffix("/low") for node in qdq.graph.node if node.name.endswith("/squares/low")]
+    assert split
+    for name in split:
+        least = float(calibrated.statistics[name].minimum.min())
+        steps = [least / float(stored[f"{each}/scale"]) for each in (name, f"{name}/low")]
+        assert steps[0] < 2_048 and steps[1] > 4.0 * steps[0]

@@ -116,7 +116,8 @@ def test_vectors_are_those_of_the_qdq_model(model: QdqModel, tmp_path: Path, run
 
 def test_a_text_has_one_vector_in_every_bucket(model: QdqModel, tmp_path: Path) -> None:
     run = session(model, tmp_path)
-    assert parity.invariance(run, TOKENS, encoder.LONGEST, BUCKETS) > 0.999
+    least = 0.999 if model.scheme.name == "w8a8-int-npu" else 0.999999  # whatever is masked has exactly 0
+    assert parity.invariance(run, TOKENS, encoder.LONGEST, BUCKETS) > least
 
 
 def test_a_swapped_bucket_shows(model: QdqModel, tmp_path: Path) -> None:

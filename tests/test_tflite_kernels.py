@@ -336,6 +336,9 @@ def weights() -> Iterator[Case]:
     largest = scores.real().max(axis=-1, keepdims=True)
     parameters = scores.parameters
     yield Case("", "REDUCE_MAX", 2, [scores, axis], largest, "int8", parameters, options, tolerance=0)
+    whole = Operand(scores.codes.astype(np.int32) * 1_001)
+    exact = whole.codes.max(axis=-1, keepdims=True).astype(np.float64)
+    yield Case("", "REDUCE_MAX", 2, [whole, axis], exact, "int32", None, options, tolerance=0)
     column = Operand(scores.codes.max(axis=-1, keepdims=True), parameters)
     below, options = QuantParams.of(0.05, 127), ("SubOptions", {"potScaleInt16": False})
     exact = scores.real() - largest

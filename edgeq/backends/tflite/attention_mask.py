@@ -63,25 +63,33 @@ def _quantize_mask(emit: Emitter, node: ir.Node) -> None:
         raise LoweringFailed(f"{node.name}: {maker.op_type} is no form of the attention mask")
     params = emit.params(node)
     name = str(node.outputs[0].name).removesuffix("/quantized")
+    if params.zero_points[0] <= 0:
+        raise LoweringFailed(f"{node.name}: an attention mask without a zero point")
     allowed = _allowed(maker)
     if allowed is not None:
         _limited(emit, node, params, pooling.of_inputs(allowed, np.ones((1, emit.length), np.int64)))
         return
-    if params.zero_points[0] > 0 and emit.settings.upcast == "quantize":
+    if emit.settings.upcast == "quantize":
         _bias(emit, node, params)
         return
-    if params.zero_points[0] > 0:  # the value 0 means -size, and the zero point means 0
-        flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int8", params)
-        one = emit.out.constant(f"int32_{params.zero_points[0]}", np.array([params.zero_points[0]], np.int32))
-        emit.cast(raw(emit, "MUL", emit.mask, one), flat)
-        emit.tensors[node.outputs[0]] = emit.reshaped(flat, (1, 1, 1, emit.length), name)
-        return
-    size = params.scales[0] * 32767.0
-    flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int16", QuantParams.of(float(np.float32(size))))
-    emit.cast(emit.mask, flat)
-    shaped = emit.reshaped(flat, (1, 1, 1, emit.length), f"{name}/shaped")
-    result = emit.result(node, (1, 1, 1, emit.length))
-    emit.requantized(shaped, result)
+    # The value 0 means -size, and the zero point means 0.
+    flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int8", params)
+    one = emit.out.constant(f"int32_{params.zero_points[0]}", np.array([params.zero_points[0]], np.int32))
+    emit.cast(raw(emit, "MUL", emit.mask, one), flat)
+    emit.tensors[node.outputs[0]] = emit.reshaped(flat, (1, 1, 1, emit.length), name)
+
+
+def kept(emit: Emitter, mask: ir.Value) -> Tensor:
+    """Give int32 1 where a query may look; 0 for padding and where a causal or local pattern shuts it out."""
+    maker = mask.producer()
+    if maker is None or maker.op_type != "Mul":
+        raise LoweringFailed(f"{mask.name}: is no attention mask of the form (mask - 1) * size")
+    allowed = _allowed(maker)
+    if allowed is None:
+        return emit.mask
+    pattern = pooling.of_inputs(allowed, np.ones((1, emit.length), np.int64))
+    stored = emit.out.constant(f"{mask.name}/allowed", np.rint(pattern).astype(np.int32))
+    return raw(emit, "MUL", emit.mask, stored)
 
 
 def _positions(emit: Emitter, node: ir.Node) -> None:
@@ -99,10 +107,10 @@ def _positions(emit: Emitter, node: ir.Node) -> None:
 
 
 def _allowed(maker: ir.Node) -> ir.Value | None:
-    """Find the causal or local pattern `allowed` in (mask * allowed - 1) * size or mask * allowed * size."""
+    """Find the causal or local pattern `allowed` in (mask * allowed - 1) * size."""
     for value in maker.inputs:
         shifted = made_by(value, "Sub")
-        product = made_by(shifted.inputs[0] if shifted is not None else value, "Mul")
+        product = made_by(shifted.inputs[0], "Mul") if shifted is not None else None
         if product is not None:
             return next((item for item in product.inputs if follows_from_sizes(item)), None)
     return None
@@ -111,11 +119,9 @@ def _allowed(maker: ir.Node) -> ir.Value | None:
 def _limited(emit: Emitter, node: ir.Node, params: QuantParams, allowed: NDArray[np.float32]) -> None:
     """Multiply the mask by a constant causal or local pattern: [1, 1, sequence, sequence], quantised."""
     name = str(node.outputs[0].name).removesuffix("/quantized")
-    size = params.zero_points[0] if params.zero_points[0] > 0 else 32767
-    dtype = "int8" if params.zero_points[0] > 0 else "int16"
-    stored = emit.out.constant(f"{name}/allowed", np.rint(allowed * size).astype(np.int32))
+    stored = emit.out.constant(f"{name}/allowed", np.rint(allowed * params.zero_points[0]).astype(np.int32))
     product = raw(emit, "MUL", emit.mask, stored)
-    result = emit.out.tensor(name, product.shape, dtype, params)
+    result = emit.out.tensor(name, product.shape, "int8", params)
     emit.cast(product, result)
     emit.tensors[node.outputs[0]] = result
 

@@ -52,6 +52,10 @@ class Emitter:
         self.tensors: dict[ir.Value, Tensor] = {}
         self.adjoint: set[ir.Value] = set()  # quantised tensors written with their last two axes exchanged
         self.wide: dict[int, Tensor] = {}  # by a tensor's index: the same integers as int32
+        self.exact: dict[ir.Value, Tensor] = {}  # scores with their mask, int32
+        self.mask_rows: dict[ir.Value, Tensor] = {}  # what is added to them, int32, by the float mask
+        self.totals: dict[ir.Value, tuple[Tensor, float]] = {}  # int32 sums before they are rounded, and their step
+        self.differences: dict[ir.Value, tuple[Tensor, float]] = {}  # exact int32 codes that are not stored, their step
         self.filled: dict[tuple[int, tuple[int, ...]], Tensor] = {}  # int32 tensors filled with one number
         self.ids = out.input("input_ids", (1, length), "int32")
         self.mask = out.input("attention_mask", (1, length), "int32")
@@ -82,8 +86,8 @@ class Emitter:
 
     def quantizer(self, value: ir.Value) -> ir.Node:
         """Find the QuantizeLinear behind an operator's float result."""
-        following = readers(value)
-        if len(following) != 1 or following[0].op_type != "QuantizeLinear":
+        following = [use for use in readers(value) if use.op_type == "QuantizeLinear"]
+        if len(following) != 1:
             raise LoweringFailed(f"{value.name}: no codes stand behind it")
         return following[0]
 

@@ -24,7 +24,10 @@ _LIMITS = {"int8": (-128, 127), "int16": (-32768, 32767)}
 def exact_sum(emit: Emitter, node: ir.Node) -> None:
     """Write the sum whose codes stand behind a node; what has none is written with the sum that reads it."""
     following = readers(node.outputs[0])
-    if len(following) != 1 or following[0].op_type != "QuantizeLinear":
+    if node.op_type == "Sub" and all(use.op_type == "Mul" for use in following):
+        _difference(emit, node)
+        return
+    if not any(use.op_type == "QuantizeLinear" for use in following):
         return
     if node.op_type == "Sub":
         left, right = (wide(emit, emit.read(value)) for value in node.inputs)
@@ -33,15 +36,50 @@ def exact_sum(emit: Emitter, node: ir.Node) -> None:
     total: Tensor | None = None
     step = 0.0
     for product in _products(node):
-        left, right = (emit.read(value) for value in product.inputs)
-        step = step or emit.step(left) * emit.step(right)
-        if not math.isclose(step, emit.step(left) * emit.step(right), rel_tol=1e-5):
+        (left, left_step), (right, right_step) = (_operand(emit, value) for value in product.inputs)
+        step = step or left_step * right_step
+        if not math.isclose(step, left_step * right_step, rel_tol=1e-5):
             raise LoweringFailed(f"{product.name}: its step differs from the other terms' of {node.name}")
-        term = raw(emit, "MUL", wide(emit, left), wide(emit, right))
+        term = raw(emit, "MUL", left, right)
         total = term if total is None else raw(emit, "ADD", total, term)
     if total is None:
         raise LoweringFailed(f"{node.name}: a sum of nothing")
-    _store(emit, node, _shifted(emit, node, total, step))
+    if any(use.op_type == "Sub" for use in following):
+        emit.totals[node.outputs[0]] = total, step
+    _store(emit, node, _shifted(emit, node, total, emit.result_step(node.outputs[0]) / step))
+
+
+def _operand(emit: Emitter, value: ir.Value | None) -> tuple[Tensor, float]:
+    """Give the 32-bit codes of an operand and their step."""
+    if value in emit.differences:
+        return emit.differences[value]
+    tensor = emit.read(value)
+    return wide(emit, tensor), emit.step(tensor)
+
+
+def _difference(emit: Emitter, node: ir.Node) -> None:
+    """Subtract a mean from x in its finer step: x before it was rounded to 16 bits, or 2^k times its codes."""
+    whole, mean = required(node.inputs[0]), emit.read(node.inputs[1])
+    step = emit.step(mean)
+    if whole in emit.totals:
+        total, own = emit.totals[whole]
+        rounded = total if math.isclose(step, own, rel_tol=1e-5) else _shifted(emit, node, total, step / own)
+        factor = _whole(node, emit.result_step(whole) / step)
+        low, high = (limit * factor for limit in _LIMITS["int16"])
+        finer = _between(emit, rounded, low, high)
+    else:
+        left = emit.read(whole)
+        factor = _whole(node, emit.step(left) / step)
+        many = emit.out.constant(f"int32_{factor}", np.array([factor], np.int32))
+        finer = raw(emit, "MUL", wide(emit, left), many)
+    emit.differences[node.outputs[0]] = raw(emit, "SUB", finer, wide(emit, mean)), step
+
+
+def _whole(node: ir.Node, ratio: float) -> int:
+    factor = round(ratio)
+    if not math.isclose(ratio, factor, rel_tol=1e-5) or factor & (factor - 1):
+        raise LoweringFailed(f"{node.name}: its operands' steps have a ratio of {ratio:.6g}, which is no power of two")
+    return factor
 
 
 def outer_product(emit: Emitter, node: ir.Node) -> None:
@@ -101,11 +139,11 @@ def _products(node: ir.Node) -> Iterator[ir.Node]:
         yield from _products(inner)
 
 
-def _shifted(emit: Emitter, node: ir.Node, total: Tensor, step: float) -> Tensor:
-    """Bring a sum from its own step to that of the codes behind it, a power of two larger; half a step rounds."""
-    shift = math.log2(emit.result_step(node.outputs[0]) / step)
+def _shifted(emit: Emitter, node: ir.Node, total: Tensor, ratio: float) -> Tensor:
+    """Bring a sum from its own step to one that is a power of two larger; half a step rounds."""
+    shift = math.log2(ratio)
     if abs(shift - round(shift)) > 1e-4 or round(shift) < 1:
-        raise LoweringFailed(f"{node.name}: its result's step is {2.0**shift:.6g} of its own, which is no power of two")
+        raise LoweringFailed(f"{node.name}: its result's step is {ratio:.6g} of its own, which is no power of two")
     bits = round(shift)
     half = emit.out.constant(f"int32_{2 ** (bits - 1)}", np.array([2 ** (bits - 1)], np.int32))
     total = raw(emit, "ADD", total, half)
@@ -117,14 +155,18 @@ def _store(emit: Emitter, node: ir.Node, total: Tensor) -> None:
     """Let a 32-bit result saturate where its codes do, and write both: the next sum reads the wide one."""
     quantizer = emit.quantizer(node.outputs[0])
     result = emit.result(quantizer, total.shape)
-    low, high = _LIMITS[result.dtype]
-    total = raw(emit, "MAXIMUM", total, _filled(emit, low, total.shape))
-    total = raw(emit, "MINIMUM", total, _filled(emit, high, total.shape))
+    total = _between(emit, total, *_LIMITS[result.dtype])
     emit.cast(total, result)
     emit.wide[result.index] = total
 
 
-def _filled(emit: Emitter, number: int, shape: Sequence[int]) -> Tensor:
+def _between(emit: Emitter, total: Tensor, low: int, high: int) -> Tensor:
+    """Let 32-bit codes saturate."""
+    total = raw(emit, "MAXIMUM", total, filled(emit, low, total.shape))
+    return raw(emit, "MINIMUM", total, filled(emit, high, total.shape))
+
+
+def filled(emit: Emitter, number: int, shape: Sequence[int]) -> Tensor:
     """Give a tensor of one number in the shape of what it is compared with: broadcasting takes ten times as long."""
     key = (number, tuple(shape))
     if key not in emit.filled:

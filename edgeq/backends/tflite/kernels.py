@@ -79,7 +79,7 @@ LITERT: dict[str, dict[int, frozenset[Dtypes]]] = {
     "MINIMUM": {1: _WHOLE, 2: _PAIRS},
     "MUL": {1: _WHOLE, 2: _PAIRS},
     "QUANTIZE": {1: frozenset({("int8", "int16"), ("int16", "int8"), _I16, _I8})},
-    "REDUCE_MAX": {2: frozenset({_I8}), 3: frozenset({_I16})},
+    "REDUCE_MAX": {2: frozenset({_I8, ("int32", "int32")}), 3: frozenset({_I16})},
     "RELU": {2: _BOTH},
     "RESHAPE": {1: _BOTH},
     "RIGHT_SHIFT": {1: _WHOLE},

@@ -6,7 +6,15 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from edgeq.backends.tflite import activations, attention_mask, data_movement, deferred_softmax, pooling, products
+from edgeq.backends.tflite import (
+    activations,
+    attention_mask,
+    data_movement,
+    deferred_softmax,
+    exact_softmax,
+    pooling,
+    products,
+)
 from edgeq.backends.tflite.emitter import Emitter, Settings
 from edgeq.backends.tflite.writer import ModelWriter
 from edgeq.errors import LoweringFailed
@@ -73,7 +81,7 @@ def _lower_graph(graph: ir.Graph, emit: Emitter) -> None:
             continue  # stored where it is read
         if node in left_out:
             deferred_softmax.unchanged(emit, node)
-        elif (writer := deferred_softmax.writer_of(node)) is not None:
+        elif (writer := exact_softmax.writer_of(node) or deferred_softmax.writer_of(node)) is not None:
             writer(emit, node)
         elif node.op_type in WRITERS:
             WRITERS[node.op_type](emit, node)

@@ -14,13 +14,23 @@ import onnx_ir as ir
 
 from edgeq.errors import Unsupported, UnsupportedRange
 from edgeq.graph import roles
-from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by, readers
+from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by, readers, required
 from edgeq.graph.roles import Role
 from edgeq.quantization import weight_rounding
 from edgeq.quantization.affine import Affine
+from edgeq.quantization.integer.sum_nodes import (
+    is_factor,
+    is_product_of_rows,
+    is_sum,
+    is_table,
+    is_term,
+    largest_gain,
+    subtracts,
+)
 from edgeq.quantization.qdq import HEADROOM, QdqBuilder, QuantizedValue, symmetric
 
 FACTOR_HEADROOM = 2.0  # of 1/sigma over what was observed: a row with a quarter of the variance
+NORMALIZED_MOST = 4.0  # at most, of a centred row divided by its length: exactly 1.0, and the length is rounded
 LARGEST_SHIFT = 16
 _LARGEST = 2.0**31 - 2.0**17  # of a 32-bit sum, less what rounding adds
 _INT16 = np.iinfo(np.int16)
@@ -43,13 +53,15 @@ class Int32Sums:
         self._table_bits = table_bits
         self._promoted = promoted
         self._exact: set[ir.Value] = set()  # products and sums that are exact in int32
+        self._unrounded: dict[ir.Value, int] = {}  # sums whose differences from their mean read more bits: how many
+        self._differences: dict[ir.Value, tuple[ir.Value, float]] = {}  # x less a finer mean, exact, and its step
 
     def takes(self, node: ir.Node) -> bool:
         """Tell whether a node is a sum in int32, or a step on the way to one."""
         if node.op_type == "Gather":
-            return _is_table(node) and is_read_once(node.outputs[0]) and _is_sum(readers(node.outputs[0])[0])
+            return is_table(node) and is_read_once(node.outputs[0]) and is_sum(readers(node.outputs[0])[0])
         if node.op_type == "Mul":
-            return _is_factor(node) or _is_product_of_rows(node) or _is_term(node, self._builder)
+            return is_factor(node) or is_product_of_rows(node) or is_term(node, self._builder)
         if node.op_type == "Add":
             return any(value in self._exact for value in node.inputs) or self._is_inner(node)
         return node.op_type in ("ReduceMean", "Sub") and self._centring(node) is not None
@@ -59,9 +71,9 @@ class Int32Sums:
         output = node.outputs[0]
         if node.op_type in ("ReduceMean", "Sub"):
             self._centre(node)
-        elif node.op_type == "Mul" and _is_factor(node):
+        elif node.op_type == "Mul" and is_factor(node):
             return  # its scale follows from the sum's
-        elif is_read_once(output) and _is_sum(readers(output)[0]):
+        elif is_read_once(output) and is_sum(readers(output)[0]):
             self._exact.add(output)
         elif node.op_type == "Add":
             self._sum(node)
@@ -83,21 +95,62 @@ class Int32Sums:
         if source is None or source.bits != 16 or value is None:
             return None
         if node.op_type == "ReduceMean":
-            is_centred = all(_subtracts(use, value, node.outputs[0]) for use in readers(node.outputs[0]))
+            is_centred = all(subtracts(use, value, node.outputs[0]) for use in readers(node.outputs[0]))
         else:
             mean = made_by(node.inputs[1], "ReduceMean")
             is_centred = mean is not None and mean.inputs[0] is source.value
         return source if is_centred and source.params == self.range_of_sum(value) else None
 
     def _centre(self, node: ir.Node) -> None:
+        """Quantise the mean of x or x less its mean; where the mean has a finer step, keep the exact difference, too.
+
+        x less its mean rounded to the step of x has one error in all channels of a token. Products of weights add that
+        up, where errors of single channels average out.
+        """
         source = self._centring(node)
         if source is None:
             raise Unsupported(f"{node.name}: reads what is no exact sum")
+        builder, output = self._builder, node.outputs[0]
+        if node.op_type == "ReduceMean":
+            step = source.params.scale * 2.0 ** -self._finer_bits(node, source)
+            node.replace_input_with(0, source.value)
+            builder.store(node, output, Affine(step, 0, _INT16.min, _INT16.max), 16)
+            return
+        mean, whole = builder.read(node.inputs[1], 16, node), required(node.inputs[0])
         node.replace_input_with(0, source.value)
-        if node.op_type == "Sub":
-            node.replace_input_with(1, self._builder.read(node.inputs[1], 16, node).value)
-            roles.give(node, Role.INT32_SUM)
-        self._builder.store(node, node.outputs[0], source.params, 16)
+        if mean.params != source.params:
+            difference = add_node(
+                node, "Sub", [whole if whole in self._unrounded else source.value, mean.value],
+                f"{output.name}/difference", role=Role.INT32_SUM,
+            )  # fmt: skip
+            self._differences[output] = difference, mean.params.scale
+            mean = builder.requantize(mean, source.params, 16, f"{builder.name_of(mean)}/coarse")
+        node.replace_input_with(1, mean.value)
+        roles.give(node, Role.INT32_SUM)
+        builder.store(node, output, source.params, 16)
+
+    def _finer_bits(self, node: ir.Node, source: QuantizedValue) -> int:
+        """Give how many bits finer than x its mean is: as many as keep the mean in 16 bits and products in 31."""
+        builder = self._builder
+        finer: list[float] = []
+        for centring in readers(node.outputs[0]):
+            for product in filter(is_product_of_rows, readers(centring.outputs[0])):
+                inverse = required(required(made_by(product.inputs[1], "Mul")).inputs[0])
+                step = source.params.scale * builder.largest(inverse) * FACTOR_HEADROOM / _INT16.max
+                finer.append(math.log2(2.0**30 * step / NORMALIZED_MOST))
+        if not finer:
+            return 0
+        finer.append(self._unrounded.get(required(node.inputs[0]), LARGEST_SHIFT))
+        finer.append(math.log2(_INT16.max * source.params.scale / (builder.largest(node.outputs[0]) * HEADROOM)))
+        return max(0, min(LARGEST_SHIFT, math.floor(min(finer))))
+
+    def _rows_of(self, product: ir.Node) -> tuple[ir.Value, float]:
+        """Give the centred rows that a product multiplies by their factors, and their step."""
+        centred = required(product.inputs[0])
+        if centred in self._differences:
+            return self._differences[centred]
+        read = self._builder.read(centred, 16, product)
+        return read.value, read.params.scale
 
     # sums and products ----------------------------------------------------------------------------------------------
 
@@ -105,13 +158,16 @@ class Int32Sums:
         output = node.outputs[0]
         result = self.range_of_sum(output)
         terms = list(self._terms(node))
-        step = result.scale * 2.0 ** -self._shift(result, terms)
+        shift = self._shift(result, terms)
+        step = result.scale * 2.0**-shift
+        if self._gemm_bits == 16:
+            self._unrounded[output] = shift
         for reader, position, value in terms:
             product = made_by(value, "Mul")
             lookup = made_by(value, "Gather") if value in self._exact else None
             if lookup is not None:
                 reader.replace_input_with(position, self._rows(lookup, step))
-            elif product is not None and _is_product_of_rows(product):
+            elif product is not None and is_product_of_rows(product):
                 self._write_product(product, step)
             elif product is not None and value in self._exact:
                 source = self._builder.read(product.inputs[0], self._bits(product.inputs[0]), product)
@@ -147,11 +203,13 @@ class Int32Sums:
                 limit = float(np.abs(constant(lookup.inputs[0])).max())  # type: ignore[arg-type]
                 largest += limit
                 shift = min(shift, math.floor(math.log2(_INT16.max * result.scale / (limit / 127.0))))
-            elif product is not None and _is_product_of_rows(product):
-                centred = self._builder.home(product.inputs[0], product)
+            elif product is not None and is_product_of_rows(product):
                 smallest = self._largest_factor(product) / _INT16.max  # scale of the factor
-                shift = min(shift, math.floor(math.log2(result.scale / (centred.params.scale * smallest))))
-                fixed += 2.0**30
+                shift = min(shift, math.floor(math.log2(result.scale / (self._rows_of(product)[1] * smallest))))
+                if product.inputs[0] in self._differences:
+                    largest += NORMALIZED_MOST * largest_gain(product)
+                else:
+                    fixed += 2.0**30
             else:
                 is_scaled = product is not None and value in self._exact
                 source = product.inputs[0] if is_scaled and product is not None else value
@@ -170,9 +228,8 @@ class Int32Sums:
         bits = self._gemm_bits if all(map(self._is_at_gemm_bits, readers(output))) else 16
         headroom = HEADROOM if bits == 16 else 1.0
         result = symmetric(self._builder.largest(output) * headroom, bits)
-        centred = self._builder.home(node.inputs[0], node)
         smallest = self._largest_factor(node) / _INT16.max
-        shift = math.floor(math.log2(result.scale / (centred.params.scale * smallest)))
+        shift = math.floor(math.log2(result.scale / (self._rows_of(node)[1] * smallest)))
         if shift < 1:
             raise UnsupportedRange(f"{node.name}: its factors are too large for its range")
         self._write_product(node, result.scale * 2.0**-shift)
@@ -180,7 +237,7 @@ class Int32Sums:
 
     def _write_product(self, node: ir.Node, step: float) -> None:
         """Quantise the factors of rows to int16 so that the int32 products have the given scale."""
-        centred = self._builder.read(node.inputs[0], 16, node)
+        centred, centred_step = self._rows_of(node)
         factor = made_by(node.inputs[1], "Mul")
         if factor is None:
             raise Unsupported(f"{node.name}: is no product of rows")
@@ -188,9 +245,9 @@ class Int32Sums:
         gain = constant(factor.inputs[1])
         factor.replace_input_with(0, inverse.value)
         factor.replace_input_with(1, self._gain(factor, gain))  # type: ignore[arg-type]
-        params = Affine(float(np.float32(step / centred.params.scale)), 0, _INT16.min, _INT16.max)
+        params = Affine(float(np.float32(step / centred_step)), 0, _INT16.min, _INT16.max)
         written = self._builder.store(factor, factor.outputs[0], params, 16)
-        node.replace_input_with(0, centred.value)
+        node.replace_input_with(0, centred)
         node.replace_input_with(1, written.value)
         roles.give(node, Role.INT32_SUM)
 
@@ -224,11 +281,10 @@ class Int32Sums:
         factor = made_by(product.inputs[1], "Mul")
         if factor is None or factor.inputs[0] is None:
             raise Unsupported(f"{product.name}: is no product of rows")
-        gain = constant(factor.inputs[1])
         inverse = self._builder.home(factor.inputs[0], factor)
         seen = self._builder.statistics(self._builder.name_of(inverse))
         largest = min(float(seen.maximum.max()) * FACTOR_HEADROOM, inverse.params.scale * _INT16.max)
-        return largest * max(float(np.abs(gain).max()), 1e-12)  # type: ignore[arg-type]
+        return largest * largest_gain(product)
 
     def _gain(self, node: ir.Node, gain: np.ndarray) -> ir.Value:
         """Store a gain as int8 weights of 127 or -127 with a scale for each channel."""
@@ -267,37 +323,6 @@ class Int32Sums:
     def _is_inner(self, node: ir.Node) -> bool:
         """Tell whether an Add of two quantised tensors is a term of an int32 sum."""
         output = node.outputs[0]
-        if not is_read_once(output) or not _is_sum(readers(output)[0]):
+        if not is_read_once(output) or not is_sum(readers(output)[0]):
             return False
         return any(value in self._exact for value in readers(output)[0].inputs)
-
-
-def _is_table(node: ir.Node) -> bool:
-    table = constant(node.inputs[0])
-    return table is not None and table.dtype == np.float32 and table.ndim == 2
-
-
-def _is_factor(node: ir.Node) -> bool:
-    return roles.has(node, Role.ROW_FACTOR)
-
-
-def _is_product_of_rows(node: ir.Node) -> bool:
-    factor = made_by(node.inputs[1], "Mul")
-    return node.op_type == "Mul" and factor is not None and _is_factor(factor)
-
-
-def _is_sum(node: ir.Node) -> bool:
-    return node.op_type == "Add" and all(constant(value) is None for value in node.inputs)
-
-
-def _is_term(node: ir.Node, builder: QdqBuilder) -> bool:
-    """Tell whether a node is a quantised tensor times a constant, which a sum alone reads."""
-    output, source = node.outputs[0], node.inputs[0]
-    is_scaled = constant(node.inputs[1]) is not None and source in builder.quantized
-    if not is_scaled or source is None or not is_read_once(output) or not _is_sum(readers(output)[0]):
-        return False
-    return builder.quantized[source].params.zero_point == 0
-
-
-def _subtracts(node: ir.Node, value: ir.Value, mean: ir.Value) -> bool:
-    return node.op_type == "Sub" and node.inputs[0] is value and node.inputs[1] is mean

@@ -14,27 +14,27 @@ from edgeq.calibration.statistics import Statistics
 from edgeq.data.batches import AnyFeeds
 from edgeq.errors import EdgeqError, Unsupported
 from edgeq.graph import roles
-from edgeq.graph.edit import constant, dims, readers
+from edgeq.graph.edit import constant, dims, readers, required
 from edgeq.graph.linear import Linear
 from edgeq.graph.operators import INTEGER_COPIED
 from edgeq.graph.roles import Role
 from edgeq.quantization import affine, weight_rounding
 from edgeq.quantization.affine import Affine
-from edgeq.quantization.integer.attention_mask import non_negative_mask
 from edgeq.quantization.integer.deferred_softmax import DeferredSoftmax
 from edgeq.quantization.integer.elementwise import arithmetic, inverse_root, minimum, rewritten, sigmoid
 from edgeq.quantization.integer.embedding_rows import is_pooled, scaled_rows
+from edgeq.quantization.integer.exact_softmax import replace_softmax
 from edgeq.quantization.integer.int32_sums import Int32Sums
 from edgeq.quantization.integer.walk import POOLING_WEIGHT, IntegerWalk, attention_bits, is_single_token
 from edgeq.quantization.output_precision import output_params
-from edgeq.quantization.qdq import HEADROOM, QdqBuilder, Quantized, finished, int32_bias, symmetric
+from edgeq.quantization.qdq import QdqBuilder, Quantized, finished, int32_bias, symmetric
 from edgeq.quantization.ranges import GELU_FLOOR, MASKED_BELOW
 from edgeq.quantization.rewrites.integer import integer_form
 from edgeq.quantization.rewrites.npu_operators import npu_operators
 from edgeq.quantization.walk import Refusal, mask_size, move, name_output, pointwise, quantize_nodes, score_params
 from edgeq.records import IntegerSpec, Scheme
 
-SOFTMAX = {8: Affine(1 / 256, -128, -128, 127), 16: Affine(1 / 32768, 0, -32768, 32767)}
+SOFTMAX = Affine(1 / 256, -128, -128, 127)
 
 
 def quantize_integer(
@@ -229,16 +229,21 @@ def _is_16bit(walk: IntegerWalk, node: ir.Node) -> bool:
 
 
 def _softmax(walk: IntegerWalk, node: ir.Node) -> None:
-    bits = attention_bits(walk, node)
-    if walk.softmaxes is not None and bits == 8:
+    bits, source = attention_bits(walk, node), node.inputs[0]
+    if bits == 16 and source in walk.masked:
+        replace_softmax(walk.builder, node, required(source), walk.masked[source])
+    elif bits == 16:
+        scores = walk.builder.read(source, 16, node)
+        replace_softmax(walk.builder, node, scores.value, scores.params)
+    elif walk.softmaxes is not None:
         walk.softmaxes.replace_softmax(node)
-        return
-    node.replace_input_with(0, walk.builder.read(node.inputs[0], bits, node).value)
-    walk.builder.store(node, node.outputs[0], SOFTMAX[bits], bits)
+    else:
+        node.replace_input_with(0, walk.builder.read(source, 8, node).value)
+        walk.builder.store(node, node.outputs[0], SOFTMAX, 8)
 
 
 def _add(walk: IntegerWalk, node: ir.Node) -> None:
-    """Quantise Add: of the mask to scores in the bits of attention, else in 16 bits."""
+    """Quantise Add: of the mask to scores in 8 bits, or unrounded in front of a 16-bit Softmax; else in 16 bits."""
     position = next((place for place, value in enumerate(node.inputs) if value in walk.of_mask), None)
     if position is None:
         arithmetic(walk, node)
@@ -246,17 +251,20 @@ def _add(walk: IntegerWalk, node: ir.Node) -> None:
     builder, bits = walk.builder, attention_bits(walk, node)
     scores, mask = node.inputs[1 - position], node.inputs[position]
     size = mask_size(mask)
-    node.replace_input_with(1 - position, builder.read(scores, bits, node).value)
-    if bits == 8 and mask is not None:
-        # One step for the whole size would be right too, but XNNPACK adds only what differs by less than 256 in scale.
-        steps = Affine(float(np.float32(size / 127)), 127, -128, 127)
-        node.replace_input_with(position, builder.quantize_once(mask, steps, 8, node).value)
-        params = _score_params(walk, node, bits)
-    else:
-        positive = non_negative_mask(walk.of_mask, mask)
-        node.replace_input_with(position, builder.quantize_once(positive, symmetric(size, 16), 16, node).value)
-        params = symmetric(size + builder.largest(node.outputs[0]) * HEADROOM, 16)
-    builder.store(node, node.outputs[0], params, bits)
+    read = builder.read(scores, bits, node)
+    if bits == 16:
+        if any(use.op_type != "Softmax" for use in readers(node.outputs[0])):
+            raise Unsupported(builder.refusal(node, "adds the mask to what is read by something else than a Softmax"))
+        node.replace_input_with(0, read.value)
+        node.replace_input_with(1, mask)
+        roles.give(node, Role.MASKED_SCORES)
+        walk.masked[node.outputs[0]] = read.params
+        return
+    node.replace_input_with(1 - position, read.value)
+    # One step for the whole size would be right too, but XNNPACK adds only what differs by less than 256 in scale.
+    steps = Affine(float(np.float32(size / 127)), 127, -128, 127)
+    node.replace_input_with(position, builder.quantize_once(required(mask), steps, 8, node).value)
+    builder.store(node, node.outputs[0], _score_params(walk, node, 8), 8)
 
 
 def _score_params(walk: IntegerWalk, masked: ir.Node, bits: int) -> Affine:

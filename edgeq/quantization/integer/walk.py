@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
@@ -26,12 +26,14 @@ class IntegerWalk(Walk):
         promoted: names of the weight products that read and give 16 bits.
         sums: writes sums in int32, where the scheme has them.
         softmaxes: writes softmax with its division behind the product with the values, where the scheme has it.
+        masked: sums of 16-bit scores and the mask, which are not rounded, with the parameters of the scores.
     """
 
     spec: IntegerSpec
     promoted: frozenset[str]
     sums: Int32Sums | None
     softmaxes: DeferredSoftmax | None
+    masked: dict[ir.Value, Affine] = field(default_factory=dict)
 
 
 def is_single_token(node: ir.Node, spec: IntegerSpec) -> bool:

@@ -61,6 +61,8 @@ def npu_operators(graph: ir.Graph, statistics: Observed, spec: IntegerSpec) -> F
             continue
         if node.op_type == "ReduceSumSquare" and not spec.has_16bit_matmul:
             _sum_squares(rewriting, node, spec.has_16bit_tables)
+        elif node.op_type == "ReduceSumSquare" and spec.gemm_bits == 16:
+            _square_twice(rewriting, node)
         elif node.op_type == "MatMul" and not spec.has_16bit_matmul and node.inputs[0] in of_mask:
             _pool(rewriting, node)
         elif node.op_type == "Gelu" and roles.has(node, Role.OUTLIER_BRANCH) and not spec.has_16bit_gelu:
@@ -149,7 +151,34 @@ def _sum_squares(rewriting: _Rewriting, node: ir.Node, has_tables: bool) -> None
     step = symmetric(float(sums.maximum.max()) * HEADROOM, 16).scale
     if not has_tables and least / step < _EXACT_CODE:
         middle = max(1.0, float(np.rint(np.sqrt(least / step * _CODES) / _TABLE_STEP))) * _TABLE_STEP * step
-        _split_root(rewriting, total, parts, middle, least)
+        low = _total(rewriting, readers(total)[0], parts, str(total.name), "/low")
+        rewriting.fixed |= {f"{part.name}/low{CHOICE}": _to(middle) for part in parts}
+        _split_root(rewriting, total, low, middle, least)
+
+
+def _square_twice(rewriting: _Rewriting, node: ir.Node) -> None:
+    """Square a row in two ranges where the sums of some tokens have few steps in that of the largest.
+
+    Before::
+
+        x ─ ReduceSumSquare ─ Sqrt ─ Reciprocal
+
+    After (m is the middle)::
+
+        x ─┬─ ReduceSumSquare, up to m ─ Sqrt ─ Reciprocal ─ Sub(1/√m) ─ Add
+           └─ ReduceSumSquare ─ Sqrt ─ Reciprocal, up to 1/√m ───────────┘
+    """
+    whole, name = node.outputs[0], str(node.outputs[0].name)
+    sums = rewriting.seen(whole)
+    step = symmetric(float(sums.maximum.max()) * HEADROOM, 16).scale
+    least = max(float(sums.minimum.min()) / ROOT_HEADROOM, _SMALLEST_RATIO * float(sums.maximum.max()))
+    if least / step >= _EXACT_CODE:
+        return
+    # With a power of four between the middle and the step, 1 / sqrt is the same table for many norms.
+    middle = 4.0 ** max(1.0, float(np.rint(np.log2(least / step * _CODES) / 4.0))) * step
+    low = rewriting.add(node, "ReduceSumSquare", list(map(required, node.inputs)), f"{name}/low", whole)
+    rewriting.fixed[f"{name}/low"] = _to(middle)
+    _split_root(rewriting, whole, low, middle, least)
 
 
 def _limit(largest: NDArray[np.float64], smallest_sum: float, width: int) -> float:
@@ -196,7 +225,7 @@ def _total(rewriting: _Rewriting, before: ir.Node, parts: list[ir.Value], name: 
     return total
 
 
-def _split_root(rewriting: _Rewriting, total: ir.Value, parts: list[ir.Value], middle: float, least: float) -> None:
+def _split_root(rewriting: _Rewriting, total: ir.Value, low: ir.Value, middle: float, least: float) -> None:
     """Take 1/sqrt of small and of large sums with a scale each: an interpolated table is off for small integers.
 
     Before::
@@ -214,8 +243,6 @@ def _split_root(rewriting: _Rewriting, total: ir.Value, parts: list[ir.Value], m
     floor = following.inputs[1] if following.op_type == "Add" else None
     root = readers(following.outputs[0])[0] if floor is not None else following
     inverse = readers(root.outputs[0])[0]
-    low = _total(rewriting, root, parts, name, "/low")
-    rewriting.fixed |= {f"{part.name}/low{CHOICE}": _to(middle) for part in parts}
     if floor is not None:
         rewriting.observed[str(low.name)] = rewriting.observed[name]
         rewriting.fixed[str(low.name)] = _to(middle)
