@@ -21,6 +21,7 @@ from edgeq.graph.linear import sites, value_projection
 from edgeq.graph.roles import Role
 from edgeq.passes.apply import apply_to
 from edgeq.pipeline import calibrate
+from edgeq.quantization import channel_factors
 from edgeq.quantization.mixed import quantize_mixed
 from edgeq.quantization.rewrites import center_ranges as rewrite
 from edgeq.quantization.rewrites.center_ranges import RESTORED, center_ranges
@@ -120,8 +121,8 @@ def test_a_one_sided_channel_costs_less_when_it_is_centred() -> None:
     weight = rng.standard_normal((32, 16)).astype(np.float32)
     reach = {}
     for has_shift in (False, True):
-        factor, shift = rewrite._best(seen, [weight], SCHEMES["w8a8-gemm"], has_shift)
+        factor, shift = channel_factors.centred(seen, [weight], SCHEMES["w8a8-gemm"], has_shift)
         ends = low * factor - shift, high * factor - shift
         reach[has_shift] = (ends[1].max() - ends[0].min()) / factor.min()
     assert reach[True] < reach[False] * 0.8
-    assert np.abs(rewrite._best(seen, [weight], SCHEMES["w8a8-gemm"], has_shift=False)[1]).max() == 0.0
+    assert np.abs(channel_factors.centred(seen, [weight], SCHEMES["w8a8-gemm"], has_shift=False)[1]).max() == 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,16 +23,13 @@ from edgeq.graph.edit import (
 )
 from edgeq.graph.linear import Linear, Site, sites, value_projection
 from edgeq.graph.roles import Role
+from edgeq.quantization import channel_factors
 from edgeq.quantization.rewrites.affine_statistics import affine
 from edgeq.quantization.rewrites.product_bias import add_to_bias, bias_add, biased_end, shift_input
 from edgeq.records import Scheme
 
 RESTORED = "/restored"  # ends the name of a LayerNormalization's output as the residual stream adds it
-EXPONENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of a channel's range: how much of it moves into weights
-LEAST_RANGE = 0.1  # of the median: a channel that hardly moves on the calibration texts may move on others
-COMPENSATED = 0.5  # of the error of weights rounded to nearest is left when they are rounded with compensation (GPTQ)
 BEYOND = 0.5  # of the way from what contexts reached to what the values reach: a text of one word comes near the latter
-_DEVIATIONS = 6.0  # between the middle of a channel's range and its end, where no second moment was observed
 
 Vector = NDArray[np.float64]
 
@@ -92,7 +88,7 @@ def center_ranges(model: ir.Model, statistics: Observed, scheme: Scheme) -> Rewr
             continue
         has_biases = all(bias_add(node) is not None for node in site.products)
         reached = seen if values is None else _toward(seen, statistics.get(str(values.output.name)))
-        factor, shift = _best(reached, site.weights(), scheme, has_shift=has_biases)
+        factor, shift = channel_factors.centred(reached, site.weights(), scheme, has_shift=has_biases)
         for node in site.products:
             if has_biases:
                 shift_input(graph, node, shift / factor)
@@ -193,39 +189,3 @@ def _toward(context: Statistics, values: Statistics | None) -> Statistics:
         minimum=context.minimum + BEYOND * (low - context.minimum),
         maximum=context.maximum + BEYOND * (high - context.maximum),
     )
-
-
-def _best(
-    seen: Statistics, weights: Sequence[NDArray[np.float32]], scheme: Scheme, has_shift: bool
-) -> tuple[Vector, Vector]:
-    """Choose the factors whose codes are predicted to give the least error at the products, and the shifts behind."""
-    low, high = seen.minimum.astype(np.float64), seen.maximum.astype(np.float64)
-    middle = (low + high) / 2.0 if has_shift else np.zeros(len(low))
-    reach = np.maximum(high - middle, middle - low)
-    reach = np.maximum(reach, LEAST_RANGE * max(float(np.median(reach)), 1e-9))
-    even = np.exp(np.mean(np.log(reach)))
-    choices = [(even / reach) ** exponent for exponent in EXPONENTS]
-    square = _squares(seen, reach)
-    stacked = np.concatenate(weights, axis=1).astype(np.float64)
-    errors = [_error(low - middle, high - middle, square, stacked, factor, scheme) for factor in choices]
-    factor = choices[int(np.argmin(errors))]
-    return factor, middle * factor
-
-
-def _squares(seen: Statistics, reach: Vector) -> Vector:
-    """Give each channel's variance, float64[channels]."""
-    if seen.moment is None or seen.mean is None:
-        return (reach / _DEVIATIONS) ** 2
-    return np.maximum(np.diag(seen.moment).astype(np.float64) - seen.mean.astype(np.float64) ** 2, 0.0)
-
-
-def _error(low: Vector, high: Vector, square: Vector, weight: Vector, factor: Vector, scheme: Scheme) -> float:
-    """Predict the squared error at the products' outputs, of the tensor's codes and of the weights' together.
-
-    Rounding to a step s has a variance of s^2 / 12 in each channel, which its row of the weight passes on.
-    """
-    scaled = weight / factor[:, None]
-    step = ((high * factor).max() - (low * factor).min()) / (2**scheme.activation_bits - 1)
-    steps = np.abs(scaled).max(axis=0) / (2 ** (scheme.weight_bits - 1) - 1)
-    of_weights = COMPENSATED * float((steps**2).sum()) * float((square * factor**2).sum())
-    return float(step**2 * (scaled**2).sum() + of_weights)
