@@ -63,9 +63,9 @@ def test_queries_keys_and_values_are_one_site(calibrated: calibrate.Observed) ->
 
 
 def test_losses_add_up_to_that_of_the_model(calibrated: calibrate.Observed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensitivity, "PROBED", 96)  # random weights: a few texts would show noise
+    monkeypatch.setattr(sensitivity, "PROBED", 400)  # random weights: a few texts would show noise
     counterpart, model, products = parts(calibrated, "w8a8-gemm")
-    tokens = Tokens(encoder.tokens(3, 96), 0, 0)
+    tokens = Tokens(encoder.tokens(3, 400), 0, 0)
     found = sensitivity.measure(counterpart, model, SCHEMES["w8a8-gemm"], products, tokens, silent)
     assert found.loss == pytest.approx(found.rest + sum(site.loss for site in found.sites), rel=0.25)
     assert found.share_left(()) == pytest.approx(1.0)
