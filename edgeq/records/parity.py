@@ -78,19 +78,32 @@ class SettingReport(Record):
 
 
 class Promotion(Record):
-    """Say which weight products an export promoted to 16-bit activations so that the gate holds, and what that cost."""
+    """Say which weight products an export promoted so that the gate holds, which stay float, and what that cost.
 
-    products: tuple[str, ...]
+    `extra_multiplications` estimates the time: a promoted product counts twice, a float one as four integer ones.
+    """
+
+    products: tuple[str, ...]  # promoted
+    floats: tuple[str, ...] = ()  # the last resort: with float weights and inputs
+    has_float_tables: bool = False  # whether the embedding tables stay float, too
     of_products: int
+    promoted_to: str = "16-bit activations"
     extra_bytes: int  # of the artifact's files
-    extra_multiplications: float  # a promoted product counts twice: the share that this adds to all products'
+    extra_multiplications: float  # the share that this adds to all products'
     missed_before: tuple[str, ...]  # the limits that the artifact misses without
 
     @property
     def sentence(self) -> str:
         """Say what was promoted and what it cost."""
+        done = []
+        if self.products:
+            done.append(f"promoted {len(self.products)} of {self.of_products} products to {self.promoted_to}")
+        if self.floats:
+            tables = " and the embedding tables" if self.has_float_tables else ""
+            named = "" if self.has_float_tables else f" ({', '.join(self.floats)})"
+            done.append(f"left {len(self.floats)} of {self.of_products} products{tables} in float{named}")
         return (
-            f"promoted {len(self.products)} of {self.of_products} products to 16-bit activations "
+            f"{' and '.join(done)} "
             f"({self.extra_bytes / 1e6:+.2f} MB, {100 * self.extra_multiplications:+.0f} % multiplications); without, "
             f"{' '.join(self.missed_before)}"
         )
