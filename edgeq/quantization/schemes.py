@@ -51,7 +51,7 @@ FLOAT_BITS = 32  # of a table that is not quantised
 ALL = "16bit"  # in their place, where every activation has 16 bits
 
 # What computes every activation in 16 bits on the same hardware. Ethos-U has no product of two 16-bit tensors.
-_WIDE = {"w8a8-int": "w8a16-int", "w8a8-htp": "w8a16-htp"}
+_WIDE = {"w8a8-int": "w8a16-int", "w8a8-htp": "w8a16-htp", "rockchip-int8": "rockchip-float16"}
 
 
 def base_name(scheme: Scheme) -> str:
@@ -80,7 +80,7 @@ def promote(
 
 
 def widened(scheme: Scheme) -> Scheme | None:
-    """Give the form of an integer-only scheme with 16 bits in every activation, or None where its target has none."""
+    """Give the form of a scheme with 16 bits in every activation, or None where its hardware has none."""
     base = base_name(scheme)
     if base not in _WIDE:
         return None

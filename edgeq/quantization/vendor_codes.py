@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -21,6 +22,8 @@ _BITS = 8
 
 def coded(model: onnx.ModelProto, observed: Mapping[str, Statistics], products: Collection[str]) -> onnx.ModelProto:
     """Let products read and give 8 bits, with one range for each tensor and int8 weights rounded to nearest.
+
+    What a Gather looks up in a table has 8 bits, too, with the table's range.
 
     Before::
 
@@ -52,16 +55,20 @@ def coded(model: onnx.ModelProto, observed: Mapping[str, Statistics], products: 
             values, scales = weight_rounding.nearest(weight, _BITS)
             node.replace_input_with(0, read.value)
             node.replace_input_with(1, int8_weight(node, f"{node.name}/weight", values, scales, axis=1))
-            _code_output(builder, linear.end)
+            _code_output(builder, linear.end, _range(builder, linear.output))
+    for node in list(graph_model.graph):
+        table = constant(node.inputs[0]) if node.op_type == "Gather" else None
+        if table is not None and table.dtype == np.float32 and table.ndim == 2:
+            _code_output(builder, node, affine.asymmetric(float(table.min()), float(table.max()), _BITS))
     graph_model.ir_version = LOWEST_IR_VERSION
     return checked(graph_model)
 
 
-def _code_output(builder: UnsignedQdqBuilder, end: ir.Node) -> None:
-    """Let every reader of a product's result read its codes."""
+def _code_output(builder: UnsignedQdqBuilder, end: ir.Node, params: affine.Affine) -> None:
+    """Let every reader of a node's result read its codes."""
     output = end.outputs[0]
     readers = tuple(output.uses())
-    given = builder.pair(end, output, f"{output.name}/given", _range(builder, output), _BITS)
+    given = builder.pair(end, output, f"{output.name}/given", params, _BITS)
     for use in readers:
         use.node.replace_input_with(use.idx, given)
 
