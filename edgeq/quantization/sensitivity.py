@@ -239,6 +239,7 @@ def with_switches(model: onnx.ModelProto, groups: Sequence[Sequence[str]]) -> on
     stored = {tensor.name: tensor for tensor in graph.initializer}
     behind: dict[str, list[onnx.NodeProto]] = {}  # blends by the coded tensor behind which they stand
     renamed: dict[str, str] = {}
+    cuts: dict[str, str] = {}
     for node in graph.node:
         coder = made.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
         if coder is None or coder.op_type != "QuantizeLinear" or coder.input[0] not in made:
@@ -246,7 +247,7 @@ def with_switches(model: onnx.ModelProto, groups: Sequence[Sequence[str]]) -> on
         (coded,) = node.output
         real, cut = coder.input[0], list[onnx.NodeProto]()
         if made[real].op_type == "Conv":  # its codes may stand for the Relu or Clip behind it
-            real = f"{coded}/cut"
+            cuts[real] = real = f"{coded}/cut"
             limits = _limits(coder, stored)
             names = [f"{real}/low", f"{real}/high"]
             graph.initializer.extend(map(numpy_helper.from_array, limits, names))
@@ -256,7 +257,8 @@ def with_switches(model: onnx.ModelProto, groups: Sequence[Sequence[str]]) -> on
     for product in products:
         coded = product.input[0]
         if coded in renamed:
-            blend = _blend(_uncoded(made, coded), coded, switch_of[product.name], f"{product.name}/as_read")
+            real = _uncoded(made, coded)
+            blend = _blend(cuts.get(real, real), coded, switch_of[product.name], f"{product.name}/as_read")
             behind[coded] += blend
             product.input[0] = blend[-1].output[0]
     for node in graph.node:
