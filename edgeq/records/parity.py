@@ -94,6 +94,11 @@ class Promotion(Record):
 
     @property
     def sentence(self) -> str:
+        """Say what was promoted, what it cost, and what was missed without."""
+        return f"{self.done}; without, {' '.join(self.missed_before)}"
+
+    @property
+    def done(self) -> str:
         """Say what was promoted and what it cost."""
         done = []
         if self.products:
@@ -104,8 +109,7 @@ class Promotion(Record):
             done.append(f"left {len(self.floats)} of {self.of_products} products{tables} in float{named}")
         return (
             f"{' and '.join(done)} "
-            f"({self.extra_bytes / 1e6:+.2f} MB, {100 * self.extra_multiplications:+.0f} % multiplications); without, "
-            f"{' '.join(self.missed_before)}"
+            f"({self.extra_bytes / 1e6:+.2f} MB, {100 * self.extra_multiplications:+.0f} % multiplications)"
         )
 
 
