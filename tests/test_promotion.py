@@ -12,7 +12,7 @@ from edgeq.pipeline import promotion
 from edgeq.quantization import schemes
 from edgeq.quantization.schemes import SCHEMES
 from edgeq.quantization.sensitivity import Sensitivity, Site
-from edgeq.records import Measures, ParityReport, Scheme
+from edgeq.records import Measures, ParityReport, Promotion, Scheme
 
 SITES = (
     Site(names=("ffn_out",), channels=40, outputs=10, loss=4e-4),
@@ -161,6 +161,17 @@ def test_the_last_try_is_fp32_with_its_tables() -> None:
     assert model.schemes[-1].name == "w8a8-gemm+0+4float+tables" and schemes.is_form(model.schemes[-1], SCHEME)
     assert made is not None and made.has_float_tables and made.extra_multiplications == pytest.approx(3.0)
     assert made.sentence.startswith("left 4 of 4 products and the embedding tables in float (+0.00 MB")
+
+
+def test_a_sentence_names_eight_float_products_and_counts_the_rest() -> None:
+    made = Promotion(
+        products=(), floats=tuple("abcdefghij"), of_products=12, extra_bytes=0, extra_multiplications=0.5,
+        missed_before=("everything.",),
+    )  # fmt: skip
+    assert made.sentence == (
+        "left 10 of 12 products in float (a, b, c, d, e, f, g, h, and 2 more) (+0.00 MB, +50 % multiplications); "
+        "without, everything."
+    )
 
 
 def test_an_estimate_that_was_too_good_takes_twice_as_many_float_products() -> None:

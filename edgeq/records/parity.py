@@ -12,6 +12,9 @@ RunKind = Literal["device", "host-kernels", "emulator", "simulator", "not-run"]
 Status = Literal["passed", "failed", "not-run"]
 
 
+_NAMED = 8  # float products in a sentence; the record holds all
+
+
 class Gate(Record):
     """Hold the limits that parity measures are judged by, and the kinds of run that suffice."""
 
@@ -105,7 +108,9 @@ class Promotion(Record):
             done.append(f"promoted {len(self.products)} of {self.of_products} products to {self.promoted_to}")
         if self.floats:
             tables = " and the embedding tables" if self.has_float_tables else ""
-            named = "" if self.has_float_tables else f" ({', '.join(self.floats)})"
+            shown = ", ".join(self.floats[:_NAMED])
+            more = f", and {len(self.floats) - _NAMED} more" if len(self.floats) > _NAMED else ""
+            named = "" if self.has_float_tables else f" ({shown}{more})"
             done.append(f"left {len(self.floats)} of {self.of_products} products{tables} in float{named}")
         return (
             f"{' and '.join(done)} "
