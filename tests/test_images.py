@@ -41,7 +41,7 @@ from edgeq.passes import float_passes  # noqa: E402
 from edgeq.pipeline import calibrate, structure, validate  # noqa: E402
 from edgeq.pipeline.export import export  # noqa: E402
 from edgeq.pipeline.request import ExportRequest  # noqa: E402
-from edgeq.quantization import quantize, schemes  # noqa: E402
+from edgeq.quantization import quantize, schemes, sensitivity, weight_losses  # noqa: E402
 from edgeq.records import QdqModel  # noqa: E402
 from edgeq.system.cache import Cache  # noqa: E402
 from edgeq.system.files import file_ref  # noqa: E402
@@ -108,6 +108,7 @@ def test_integer_models_keep_the_vectors_apart(floats, tmp_path: Path) -> None: 
         integer_matmuls=integer, float_matmuls=floating,
     )  # fmt: skip
     assert len(integer) > 3
+    _require_ranked(observed, made, integer, compared)
     reference = embed_batches(FloatSession.of(model), batches(compared), COMPARED)
     for name in TARGETS:
         target = load_target(name)
@@ -126,6 +127,28 @@ def test_integer_models_keep_the_vectors_apart(floats, tmp_path: Path) -> None: 
         swapped = vectors[[1, 0, *range(2, COMPARED)]]
         assert np.sum(centred(reference) * centred(swapped), axis=1).min() < 0.9
         assert parity.invariance(session, compared, 1) > 0.99999
+
+
+def _require_ranked(
+    observed: calibrate.Observed, made: onnx.ModelProto, integer: tuple[str, ...], compared: images.Images
+) -> None:
+    """Rank products and convolutions by their codes and their weights, and let all stay float."""
+    scheme = schemes.SCHEMES["w8a8-gemm"]
+    counterpart = quantize.QUANTIZERS[scheme.kind].rewrite(observed.model, observed.statistics, scheme)
+    ranked = sensitivity.measure(counterpart, made, scheme, integer, compared, silent)
+    assert sorted(name for site in ranked.sites for name in site.names) == sorted(integer)
+    convolutions = {node.name for node in made.graph.node if node.op_type == "Conv"}
+    assert {name for site in ranked.sites if site.is_convolution for name in site.names} == convolutions
+    weights = weight_losses.measure(counterpart, made, [site.names for site in ranked.sites], compared, silent)
+    assert ranked.rest < ranked.loss  # no activation has codes, and what a Relu cut off is cut off
+    assert 0.1 < sum(weights) / ranked.rest < 10.0 and min(weights) > 0.0
+    form = schemes.promote(scheme, (), integer, has_float_tables=True)
+    floated = quantize.quantize(observed.model, observed.statistics, form)
+    assert floated.integer_products == ()
+    first, second = (
+        embed_batches(FloatSession.of(each), batches(compared), COMPARED) for each in (counterpart, floated.model)
+    )
+    assert np.abs(unit(first) - unit(second)).max() < 1e-4
 
 
 def processors() -> list[object]:

@@ -13,6 +13,9 @@ from edgeq.errors import ConfigError, ParityFailed
 from edgeq.evaluation import gate, parity
 from edgeq.evaluation.vector_measures import mean_interval, rank_correlation
 from edgeq.graph.float_session import FloatSession
+from edgeq.quantization import schemes
+from edgeq.quantization.quantize import QUANTIZERS
+from edgeq.records import Gate
 from edgeq.targets import list_targets
 
 COUNT, DIM = 300, 64
@@ -36,12 +39,20 @@ def near(reference: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
+def ran_on_a_device(limits: Gate) -> Gate:
+    return limits.model_copy(update={"export_run_kinds": ("device",)})
+
+
 def texts(count: int = COUNT) -> list[str]:
     return [f"text {number}" for number in range(count)]
 
 
 # One target for each gate: targets of one kind of scheme share it.
 TARGETS = {target.name: target for target in {target.gate: target for target in list_targets()}.values()}
+# Whose artifacts may be held against a QDQ model that is measured in their place.
+JUDGED_BY_CODES = tuple(
+    name for name, target in TARGETS.items() if QUANTIZERS[schemes.find(target.scheme, name).kind].writes_integers
+)
 REFERENCES = {"everywhere": unit_rows(), "one way": one_way(unit_rows())}
 
 
@@ -123,36 +134,64 @@ def lost(rows: np.ndarray, cosine: float) -> np.ndarray:
     return changed / np.linalg.norm(changed, axis=1, keepdims=True)
 
 
+DAMAGES = (
+    (swapped, "cosine min"),
+    (np.negative, "cosine mean"),
+    (sign_of_one_channel, "cosine m"),
+    (scale_of_one_channel, "norm error"),
+    (scale_of_one_channel_normalised, "cosine m"),
+    (scale_of_each_channel, "cosine m"),
+    (lambda rows: rows * np.float32(1.01), "norm error"),
+    (lambda rows: rows[::-1], "cosine mean"),
+    (lambda rows: np.roll(rows, 1, axis=1), "cosine mean"),
+    (one_nan, "NaN or infinity for 1 of 300 texts, first for text 12"),
+    (one_infinity, "NaN or infinity"),
+    (constant, "Spearman"),
+    (lambda rows: lost(rows, 0.955), "centred cosine min"),
+    (zeros, "cosine mean"),
+    (lambda rows: rows[:-1], "shape (299, 64)"),
+    (lambda rows: rows[:, :-1], "shape (300, 63)"),
+    (lambda rows: rows[:, None, :], "shape (300, 1, 64)"),
+    (lambda rows: rows.ravel(), "shape (19200,)"),
+)
+
+
 @pytest.mark.parametrize("spread", REFERENCES)
 @pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize(
-    ("damage", "named"),
-    [
-        (swapped, "cosine min"),
-        (np.negative, "cosine mean"),
-        (sign_of_one_channel, "cosine m"),
-        (scale_of_one_channel, "norm error"),
-        (scale_of_one_channel_normalised, "cosine m"),
-        (scale_of_each_channel, "cosine m"),
-        (lambda rows: rows * np.float32(1.01), "norm error"),
-        (lambda rows: rows[::-1], "cosine mean"),
-        (lambda rows: np.roll(rows, 1, axis=1), "cosine mean"),
-        (one_nan, "NaN or infinity for 1 of 300 texts, first for text 12"),
-        (one_infinity, "NaN or infinity"),
-        (constant, "Spearman"),
-        (lambda rows: lost(rows, 0.955), "centred cosine min"),
-        (zeros, "cosine mean"),
-        (lambda rows: rows[:-1], "shape (299, 64)"),
-        (lambda rows: rows[:, :-1], "shape (300, 63)"),
-        (lambda rows: rows[:, None, :], "shape (300, 1, 64)"),
-        (lambda rows: rows.ravel(), "shape (19200,)"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "named"), DAMAGES)
 def test_every_damage_fails_the_gate(damage, named: str, name: str, spread: str) -> None:  # type: ignore[no-untyped-def]
     reference = REFERENCES[spread]
     missed = failures(reference, damage(near(reference)), name=name)
     # Where all point one way, another limit may be the one that is missed.
     assert any(named in sentence or spread == "one way" for sentence in missed), missed
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("invariance_min", [0.98, 0.0])
+def test_a_vector_that_moves_with_its_padding_fails_each_gate(name: str, invariance_min: float) -> None:
+    reference = unit_rows()
+    missed = failures(reference, near(reference), invariance_min, name)
+    assert [line.split(" is ")[0] for line in missed] == ["invariance"]
+
+
+@pytest.mark.parametrize("spread", REFERENCES)
+@pytest.mark.parametrize("damage", [damage for damage, _ in DAMAGES])
+def test_every_damage_of_the_artifact_alone_fails_each_gate(damage, spread: str) -> None:  # type: ignore[no-untyped-def]
+    """Measure the sound QDQ model in the artifact's place, as on emulators: what ran must be exact."""
+    reference = REFERENCES[spread]
+
+    def refused_by(vectors: np.ndarray) -> set[str]:
+        held = parity.OwnVectors(tuple(range(COUNT)), vectors)
+        report = parity.report(
+            make_target(), "device", PLACEMENT, reference, near(reference), texts(), TEXT_SET, 1.0, own=held
+        )  # fmt: skip
+        return {
+            name for name in JUDGED_BY_CODES
+            if gate.judge_report(report.model_copy(update={"gate": ran_on_a_device(TARGETS[name].gate)}), PLACEMENT)
+        }  # fmt: skip
+
+    assert refused_by(near(reference)) == set()
+    assert refused_by(damage(near(reference))) == set(JUDGED_BY_CODES)
 
 
 @pytest.mark.parametrize("invariance_min", [0.9999, 0.0])

@@ -112,6 +112,27 @@ def test_a_missed_gate_is_met_by_promoting(request_: ExportRequest, tmp_path: Pa
     assert again == (made,)
 
 
+@pytest.mark.parametrize("share", [0.15, 1e-4])
+def test_a_gate_that_promoting_misses_is_met_by_float_products(
+    request_: ExportRequest, tmp_path: Path, share: float
+) -> None:
+    (plain,) = export.export(request_, silent)
+    assert plain.parity is not None
+    limit = 1.0 - share * (1.0 - plain.parity.centred_cosine_mean_low)
+    target = request_.targets[0].model_copy(update={"gate": EASY.model_copy(update={"centred_cosine_mean_min": limit})})
+    wanted = replace(request_, targets=(target,), out=tmp_path / "floats")
+    (made,) = export.export(wanted, silent)
+    assert (made.status, made.failures) == ("passed", ())
+    assert made.promotion is not None and made.promotion.floats
+    bundle = Path(made.path)
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["qdq_model"]["scheme"]["floats"] == list(made.promotion.floats)
+    assert set(made.promotion.floats) <= set(manifest["artifact"]["placement"]["float_by_scheme"])
+    assert made.promotion.extra_bytes > 0 and made.promotion.has_float_tables == (share < 0.1)
+    assert made.promotion.sentence[1:] in (bundle / "README.md").read_text(encoding="utf-8")
+    assert verify(bundle).status == "passed"
+
+
 def test_a_scheme_with_promoted_products_makes_a_bundle_that_verifies(request_: ExportRequest, tmp_path: Path) -> None:
     (plain,) = export.export(request_, silent)
     own = schemes.find(request_.targets[0].scheme, "")

@@ -6,13 +6,15 @@ import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
 from edgeq.errors import ConfigError, Unsupported
 from edgeq.frontend.torch import errors
 from edgeq.graph import dialect, origins
-from edgeq.pipeline import stages, structure
+from edgeq.graph.float_session import FloatSession
+from edgeq.pipeline import check, stages, structure
 from edgeq.quantization import schemes
 from edgeq.records import FloatModel
 from edgeq.system.files import file_ref
@@ -97,6 +99,46 @@ def test_what_a_target_refuses_is_told_for_all_targets_before_anything_is_calibr
     assert "take Atan as float islands: " in said and "x86-64-onnxruntime" in said
     structure.require(model, record, [pair for pair in asked if pair[0].name == "x86-64-onnxruntime"])
     structure.require(dialect_model, record.model_copy(update={"islands": ()}), asked)  # made-up ranges refuse nothing
+
+
+def grouped() -> onnx.ModelProto:
+    """Give an encoder that normalises groups of the pooled vector: GroupNormalization of two axes."""
+    import encoder
+
+    model = encoder.encoder()
+    pooled = next(node for node in model.graph.node if "pooled" in node.output)
+    pooled.output[0] = "ungrouped"
+    for name, number in (("group_gain", 1.0), ("group_bias", 0.0)):
+        array = np.full(encoder.DIM, number, np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    inputs = ["ungrouped", "group_gain", "group_bias"]
+    node = onnx.helper.make_node("GroupNormalization", inputs, ["pooled"], "groups", num_groups=4)
+    model.graph.node.insert(list(model.graph.node).index(pooled) + 1, node)
+    return model
+
+
+def test_an_island_that_the_runtime_lacks_is_refused_before_anything_is_calibrated(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="needs the extra `openvino`")
+    model = grouped()
+    path = tmp_path / "float.onnx"
+    onnx.save(model, path)
+    assert FloatSession.of(model).names == ["sentence_embedding"]  # ONNX Runtime has it
+    record = FloatModel(
+        file=file_ref(path), source_sha256="0" * 64, inputs=("input_ids", "attention_mask"),
+        outputs=("sentence_embedding",), dim=64, max_sequence=32, max_abs_error=0.0, passes=(),
+        islands=dialect.islands(model),
+    )  # fmt: skip
+    names = ("x86-64-onnxruntime", "intel-openvino-cpu")
+    asked = [(target, schemes.find(target.scheme, target.name)) for target in map(load_target, names)]
+    with pytest.raises(Unsupported) as found:
+        structure.require(model, record, asked)
+    said = str(found.value)
+    assert said.startswith("intel-openvino-cpu: cannot take this model:\n  - float islands: GroupNormalization. ")
+    assert "Unsupported operation of type: GroupNormalization" in said and "Nothing was calibrated" in said
+    assert "x86-64-onnxruntime" in said.split("as float islands: ")[1] and said.count("openvino") == 1
+    structure.require(model, record, asked[:1])
+    (ran, refused) = check.check_float_model(model, record.file, 32, [target for target, _ in asked])
+    assert ran.problems == () and "GroupNormalization" in refused.problems[0]
 
 
 def test_a_failure_of_torch_becomes_reason_line_and_way_out() -> None:

@@ -12,11 +12,11 @@ import pytest
 from edgeq.analysis import layer_errors, scheme_search
 from edgeq.data.batches import Batch
 from edgeq.data.sessions import embed_batches
-from edgeq.data.tokens import Tokens
+from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import ConfigError, EdgeqError
 from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline import calibrate
-from edgeq.quantization import quantize, schemes, sensitivity
+from edgeq.quantization import quantize, schemes, sensitivity, weight_losses
 from edgeq.quantization.schemes import SCHEMES
 from edgeq.quantization.sensitivity import Site
 
@@ -79,7 +79,7 @@ def test_with_all_switches_closed_the_model_is_itself_and_open_it_has_no_codes(c
 
     def embed(switch: float) -> np.ndarray:
         switches = np.full(len(products) + 1, switch, np.float32)
-        feeds = [Batch(batch.rows, sensitivity._SwitchedFeeds(batch.feeds, switches)) for batch in batches]
+        feeds = [Batch(batch.rows, sensitivity.SwitchedFeeds(batch.feeds, switches)) for batch in batches]
         return embed_batches(session, feeds, sensitivity.PROBED)
 
     coded, uncoded = (
@@ -113,6 +113,70 @@ def test_a_product_with_a_wrong_scale_comes_first(calibrated: calibrate.Observed
     found = sensitivity.measure(counterpart, model, SCHEMES["w8a8-gemm"], products, TOKENS, silent)
     assert found.sites[0].names == (node.name,)
     assert found.sites[0].loss > 10 * found.sites[1].loss
+
+
+def planted(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    """Make one weight of each output channel 60 times as large as the rest, in another input channel each time."""
+    (stored,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+    weight = onnx.numpy_helper.to_array(stored).copy()
+    channels, outputs = weight.shape
+    weight[7 * np.arange(outputs) % channels, np.arange(outputs)] = 60 * weight.std() * (-1.0) ** np.arange(outputs)
+    stored.CopyFrom(onnx.numpy_helper.from_array(weight, name))
+    return model
+
+
+def test_weights_with_outliers_lose_most_and_float_they_lose_nothing() -> None:
+    model = planted(encoder.encoder(), "layer.0.out.weight")
+    found = calibrate.calibrate(model, Tokens(encoder.tokens(1, 64), 0, 0), 0, silent)
+    counterpart, coded, products = parts(found, "w8a8-gemm")
+    groups = [[name] for name in products]
+    losses = weight_losses.measure(counterpart, coded, groups, TOKENS, silent)
+    by_loss = sorted(zip(losses, products, strict=True), reverse=True)
+    assert by_loss[0][1] == "layer.0.out" and by_loss[0][0] > 2 * by_loss[1][0]
+
+    held, lost = Tokens(encoder.tokens(3, 96), 0, 0), []
+    reference = embed_batches(FloatSession.of(model), batches(held), len(held.ids))
+    for floats in ([], ["layer.0.out"]):
+        scheme = schemes.promote(SCHEMES["w8a8-gemm"], set(products) - set(floats), floats, has_float_tables=True)
+        made = quantize.quantize(found.model, found.statistics, scheme).model
+        vectors = embed_batches(FloatSession.of(made), batches(held), len(held.ids))
+        lost.append(sensitivity.loss(reference, reference, vectors))
+    assert lost[1] < 0.7 * lost[0]
+
+
+def test_coded_weights_are_those_of_the_qdq_model(calibrated: calibrate.Observed) -> None:
+    counterpart, model, products = parts(calibrated, "w8a8-gemm")
+    probes = sensitivity.probes(TOKENS)
+    session = FloatSession.of(
+        weight_losses.with_coded_weights(counterpart, model, [[name] for name in products]), optimize=False
+    )
+
+    def embed(switch: float) -> np.ndarray:
+        switches = np.full(len(products), switch, np.float32)
+        feeds = [Batch(batch.rows, sensitivity.SwitchedFeeds(batch.feeds, switches)) for batch in probes]
+        return embed_batches(session, feeds, sensitivity.PROBED)
+
+    real = embed_batches(FloatSession.of(counterpart, optimize=False), probes, sensitivity.PROBED)
+    np.testing.assert_array_equal(embed(0.0), real)
+    scheme = schemes.promote(SCHEMES["w8a8-gemm"], (), (), has_float_tables=True)
+    coded = without_codes(quantize.quantize(calibrated.model, calibrated.statistics, scheme).model)
+    found = embed_batches(FloatSession.of(coded, optimize=False), probes, sensitivity.PROBED)
+    np.testing.assert_allclose(embed(1.0), found, atol=1e-6)
+    assert np.abs(found - real).max() > 1e-3
+    with pytest.raises(EdgeqError, match="no product with stored codes is named nothing"):
+        weight_losses.with_coded_weights(counterpart, model, [["nothing"]])
+
+
+def test_products_and_tables_that_stay_float_leave_fp32(calibrated: calibrate.Observed) -> None:
+    _, products, floats = quantize.quantize(calibrated.model, calibrated.statistics, SCHEMES["w8a8-gemm"])
+    scheme = schemes.promote(SCHEMES["w8a8-gemm"], (), products, has_float_tables=True)
+    model, integer, kept = quantize.quantize(calibrated.model, calibrated.statistics, scheme)
+    assert integer == () and set(kept) == {*products, *floats}
+    assert not any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    vectors = [
+        embed_batches(FloatSession.of(each), batches(TOKENS), len(TOKENS.ids)) for each in (encoder.encoder(), model)
+    ]
+    np.testing.assert_allclose(*vectors, atol=1e-5)
 
 
 def test_an_unknown_product_is_named(calibrated: calibrate.Observed) -> None:

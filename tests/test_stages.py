@@ -64,7 +64,7 @@ def full() -> dict[str, Request]:
     )  # fmt: skip
     located = Located("name", Path("/m"), True, "mean", SHA, onnx_file, 16, "text", files, {"modeling.py": SHA})
     samples = {"float_model": model, "config": files, "texts": ("a", "b"), "images": files, "limit": 64}
-    scheme = schemes.promote(schemes.find("w8a8-int", ""), ["product"])
+    scheme = schemes.promote(schemes.find("w8a8-int", ""), ["product"], ["float"])
     return {
         "float-model": FloatModelRequest(made_by=made, located=located, hidden_state=True),
         "calibration": CalibrationRequest(made_by=made, **samples, origin="a", seed=1),

@@ -17,8 +17,8 @@ from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import Unsupported
 from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline import stage_functions
-from edgeq.quantization import quantize
-from edgeq.quantization.schemes import SCHEMES, promote
+from edgeq.quantization import quantize, sensitivity, vendor_codes
+from edgeq.quantization.schemes import SCHEMES, promote, widened
 from edgeq.quantization.vendor import rewrite_for_vendor
 from edgeq.records import QdqModel, Scheme, VendorSpec
 
@@ -99,6 +99,35 @@ def test_promoted_products_stay_float() -> None:
     observed = tiny_integer.calibrated()
     _, integer, floats = quantize.quantize(observed.model, observed.statistics, scheme)
     assert "layer.1.ffn_out" in floats and len(integer) == 11
+
+
+def test_a_vendors_codes_rank_its_products_and_tables() -> None:
+    scheme, observed = SCHEMES["rockchip-int8"], tiny_integer.calibrated()
+    products = quantize.quantize(observed.model, SEEN, scheme).integer_products
+    coded = vendor_codes.coded(observed.model, SEEN, products)
+    found = kinds(coded)
+    assert found["QuantizeLinear"] == 8 + len(products) + kinds(observed.model)["Gather"]  # read, given, looked up
+    assert np.abs(embed(coded) - embed(observed.model)).max() > 1e-3
+    ranked = sensitivity.measure(observed.model, coded, scheme, products, TOKENS, lambda *_: None)
+    assert sorted(name for site in ranked.sites for name in site.names) == sorted(products)
+    assert ranked.loss > ranked.rest > 0.0
+
+    hundred = dict(SEEN)  # a hundredfold range: its codes lose most
+    hundred["layer.1.ffn_out.out"] = Statistics(
+        SEEN["layer.1.ffn_out.out"].minimum * 100, SEEN["layer.1.ffn_out.out"].maximum * 100
+    )
+    wide = vendor_codes.coded(observed.model, hundred, products)
+    ranked = sensitivity.measure(observed.model, wide, scheme, products, TOKENS, lambda *_: None)
+    assert ranked.sites[0].names == ("layer.1.ffn_out",)
+
+
+def test_the_last_resort_is_16_bit_floating_point_in_all() -> None:
+    form = widened(SCHEMES["rockchip-int8"])
+    assert form is not None and form.name == "rockchip-int8+16bit" and form.feeds == 0
+    observed = tiny_integer.calibrated()
+    made, asked = (quantize.quantize(observed.model, SEEN, each) for each in (form, SCHEMES["rockchip-float16"]))
+    assert made.model.SerializeToString(deterministic=True) == asked.model.SerializeToString(deterministic=True)
+    assert made.integer_products == ()
 
 
 def test_feeds_are_spread_over_the_lengths() -> None:

@@ -80,26 +80,26 @@ def analyze(request: AnalysisRequest, progress: Progress) -> Analysis:
         progress: called as `progress(stage, done, total)`.
 
     Raises:
-        Unsupported: the target's codes are made by a vendor's compiler.
+        Unsupported: the target's scheme has no integer product.
         ParityFailed: automatic, and the gate does not hold with every product promoted either.
         EdgeqError: any stage of an export.
     """
     (target,) = request.export.targets
     own = schemes.find(target.scheme, target.name)
-    if not QUANTIZERS[own.kind].writes_integers:
+    if not QUANTIZERS[own.kind].writes_integers and not schemes.reads_8bits(own):
         raise Unsupported(
-            f"{target.name}: the scheme {own.name} leaves the codes to the vendor's compiler; one whose codes edgeq "
-            "makes is needed. Analyse the model for another target."
+            f"{target.name}: the scheme {own.name} has no integer product; one that has some is needed. Analyse the "
+            "model for another target."
         )
     found = _sensitivity(request.export, target, progress)
-    integer = not QUANTIZERS[own.kind].keeps_float
+    changes = {"mixed": "16-bit activations, as two 8-bit products", "vendor": QUANTIZERS[own.kind].promoted_to}
     with files.work_dir() as folder:
         trials = _Trials(request.export, folder, progress)
         costs = _costs(found.sites, trials) if request.is_costed or request.is_automatic else ()
         scheme = _cheapest(found.sites, costs, trials) if request.is_automatic else None
     return Analysis(
         target=target.name,
-        change="16-bit activations in and out" if integer else "16-bit activations, as two 8-bit products",
+        change=changes.get(own.kind, "16-bit activations in and out"),
         sensitivity=found,
         costs=costs,
         trials=tuple(trials.done),

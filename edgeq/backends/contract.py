@@ -73,6 +73,19 @@ class PlansOperators(Protocol):
         ...
 
 
+@runtime_checkable
+class LoadsFloatModels(Protocol):
+    """A backend that can say whether its runtime has every operator of a float model, before that is quantised."""
+
+    def refused_operator(self, path: Path) -> str | None:
+        """Load a float model, and give the runtime's reason why it cannot, or None.
+
+        Raises:
+            ToolMissing: the runtime is not installed.
+        """
+        ...
+
+
 # A rule gives the offending detail, or None where it is met; its docstring is the sentence shown to the user.
 Rule = Callable[[QdqModel, Target], str | None]
 

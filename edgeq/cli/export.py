@@ -61,7 +61,8 @@ def export(
     promote: Annotated[
         bool,
         typer.Option(
-            "--promote/--no-promote", help="Where the gate is missed: promote products to 16 bits until it holds."
+            "--promote/--no-promote",
+            help="Where the gate is missed: promote products to 16 bits or float until it holds.",
         ),
     ] = True,
     hidden_state: Annotated[

@@ -120,11 +120,15 @@ def bundled(target: Target, shared: Shared, request: ExportRequest, progress: Pr
     with files.work_dir() as work:
         attempt = first = _attempted(target, shared, request, scheme, compared, work, progress)
         promoted = None
-        if request.promote and request.scheme is None and QUANTIZERS[scheme.kind].writes_integers:
+        if request.promote and request.scheme is None:
+            few, quantizer = first.measured.validation.samples, QUANTIZERS[scheme.kind]
+            weighed = partial(stages.weight_losses, calibrated, first.model, few, progress)
             attempt, promoted = promotion.until_passed(
                 first, scheme,
                 lambda more: _attempted(target, shared, request, more, compared, work, progress),
-                lambda: stages.sensitivities(calibrated, first.model, first.measured.validation.samples, progress),
+                lambda: stages.sensitivities(calibrated, first.model, few, progress),
+                weighed if quantizer.keeps_float and quantizer.writes_integers else None,  # a vendor has
+                quantizer.promoted_to,
             )  # fmt: skip
         found = attempt.report.model_copy(update={"promotion": promoted})
         path = request.out / target.name
@@ -192,7 +196,7 @@ def scheme_of(request: ExportRequest, target: Target) -> Scheme:
     if request.scheme is None:
         return own
     given = schemes.read(request.scheme)
-    if given != schemes.promote(own, given.promoted):
+    if not schemes.is_form(given, own):
         raise ConfigError(
             f"{request.scheme}: is a form of {schemes.base_name(given)}; {target.name} takes {own.name}. "
             "Leave --scheme out, or choose another target."

@@ -199,7 +199,7 @@ def _check(subject: _Subject, target: Target) -> Checked:
     scheme = schemes.find(target.scheme, target.name)
     stored = {tensor.name for tensor in subject.model.graph.initializer}
     inputs = tuple(item.name for item in subject.model.graph.input if item.name not in stored)
-    islands = structure.island_refusals(subject.islands, scheme)
+    islands = structure.island_refusals(subject.islands, scheme, target, Path(subject.file.path))
     equalized = None if islands else subject.equalized
     trial = structure.tried(equalized, subject.file, inputs, subject.max_sequence, scheme, target)
     refusals = [*subject.outside, *trial.refusals]

@@ -131,11 +131,15 @@ def require_passed(results: Sequence[Exported]) -> None:
     """
     failed = [item for item in results if item.status == "failed"]
     if failed:
-        missed = " ".join(f"{item.target}: {' '.join(item.failures)} {_kept(item)}" for item in failed)
+        missed = " ".join(f"{item.target}: {' '.join(item.failures)}{_tried(item)} {_kept(item)}" for item in failed)
         raise ParityFailed(
             f"{missed} Calibrate on --texts like your own, on more --samples, or choose another target; "
             "--keep-failed writes such a bundle to look into."
         )
+
+
+def _tried(exported: Exported) -> str:
+    return "" if exported.promotion is None else f" That is with the most that can be: {exported.promotion.done}."
 
 
 def _kept(exported: Exported) -> str:

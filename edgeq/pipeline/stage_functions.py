@@ -93,7 +93,7 @@ def _quantize(request: QdqRequest, folder: Path, progress: Progress) -> None:
         equalized = external_data.load(Path(parent.file.path), is_mapped=True)
         model, integer, floats = quantize.quantize(equalized, statistics, scheme, feeds=_probes(tokens))
         external_data.save(model, folder / QDQ)
-    unknown = sorted(set(scheme.promoted) - {node.name for node in model.graph.node})
+    unknown = sorted({*scheme.promoted, *scheme.floats} - {node.name for node in model.graph.node})
     if unknown:
         raise ConfigError(
             f"the scheme {scheme.name} promotes {', '.join(unknown)}, which this model does not have. "

@@ -5,13 +5,14 @@ A function here makes the stage's request from what the export holds; `edgeq.pip
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 
 from edgeq.calibration.file import load
 from edgeq.data.batches import Samples
@@ -31,8 +32,9 @@ from edgeq.pipeline.stage_functions import (
 )
 from edgeq.pipeline.stage_requests import CalibrationRequest, FloatModelRequest, QdqRequest, ReferenceRequest
 from edgeq.pipeline.stage_results import EQUALIZED, FLOAT, STATISTICS, Calibrated, Floats, Validation, read_record
-from edgeq.quantization import schemes, sensitivity
+from edgeq.quantization import schemes, sensitivity, vendor_codes
 from edgeq.quantization.quantize import QUANTIZERS
+from edgeq.quantization.weight_losses import measure as measure_weights
 from edgeq.records import Calibration, FloatModel, QdqModel, Scheme, Source, Target
 from edgeq.system.cache import Cache
 from edgeq.system.files import file_ref
@@ -112,12 +114,31 @@ def quantized(target: Target, calibrated: Calibrated, cache: Cache, given: Schem
 def sensitivities(
     calibrated: Calibrated, model: QdqModel, samples: Samples, progress: Progress
 ) -> sensitivity.Sensitivity:
-    """Measure what the codes of each product of a QDQ model cost, on a few of the samples."""
+    """Measure what the codes of each product of a QDQ model cost, on a few of the samples.
+
+    Where a vendor's compiler makes the codes, ONNX Runtime gets such codes in its place.
+    """
+    counterpart, coded = _counterparts(calibrated, model)
+    return sensitivity.measure(counterpart, coded, model.scheme, model.integer_matmuls, samples, progress)
+
+
+def weight_losses(
+    calibrated: Calibrated, model: QdqModel, samples: Samples, progress: Progress, sites: Sequence[sensitivity.Site]
+) -> tuple[float, ...]:
+    """Measure what the 8-bit weights of each site of a QDQ model cost, on a few of the samples."""
+    counterpart, coded = _counterparts(calibrated, model)
+    return measure_weights(counterpart, coded, [site.names for site in sites], samples, progress)
+
+
+def _counterparts(calibrated: Calibrated, model: QdqModel) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """Give the float model whose tensors a QDQ model holds as integers, and a model with the codes."""
     equalized = external_data.load(Path(calibrated.equalized.file.path))
     statistics = load(Path(calibrated.calibration.file.path))
-    counterpart = QUANTIZERS[model.scheme.kind].rewrite(equalized, statistics, model.scheme)
-    coded = external_data.load(Path(model.file.path))
-    return sensitivity.measure(counterpart, coded, model.scheme, model.integer_matmuls, samples, progress)
+    quantizer = QUANTIZERS[model.scheme.kind]
+    counterpart = quantizer.rewrite(equalized, statistics, model.scheme)
+    if not quantizer.writes_integers:
+        return counterpart, vendor_codes.coded(equalized, statistics, model.integer_matmuls)
+    return counterpart, external_data.load(Path(model.file.path))
 
 
 def validation(floats: Floats, plan: Plan, cache: Cache, limit: int) -> Validation:

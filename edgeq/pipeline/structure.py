@@ -6,14 +6,15 @@ is left to the calibration, which knows them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from edgeq.backends.contract import Backend, Plan, PlansOperators, Rejection
+from edgeq.backends.contract import Backend, LoadsFloatModels, Plan, PlansOperators, Rejection
 from edgeq.backends.registry import find
 from edgeq.calibration.observe import tensor_shapes
 from edgeq.calibration.statistics import Observed, Statistics
@@ -110,8 +111,11 @@ def require(model: onnx.ModelProto, record: FloatModel, asked: Sequence[tuple[Ta
     statistics: Observed | None = None
     trials: dict[str, Trial] = {}  # targets of one scheme and backend share one
     said: dict[str, list[str]] = {}
+    refusing: set[str] = set()  # backends that leave tensors float and lack an island's operator
     for target, scheme in asked:
-        floats = island_refusals(record.islands, scheme)
+        floats = island_refusals(record.islands, scheme, target, Path(record.file.path))
+        if floats:
+            refusing.add(target.backend)
         key = f"{target.backend} {scheme.model_dump_json()} {target.buckets_tokens} {target.runtime}"
         if key not in trials:
             is_needed = not floats and QUANTIZERS[scheme.kind].may_refuse
@@ -124,23 +128,38 @@ def require(model: onnx.ModelProto, record: FloatModel, asked: Sequence[tuple[Ta
             said.setdefault("\n".join(f"  - {problem}" for problem in problems), []).append(target.name)
     if said:
         listed = "\n".join(f"{', '.join(names)}: cannot take this model:\n{why}" for why, names in said.items())
-        raise Unsupported(f"{listed}\nNothing was calibrated. {_way_out(record.islands)}")
+        raise Unsupported(f"{listed}\nNothing was calibrated. {_way_out(record.islands, refusing)}")
 
 
-def island_refusals(islands: Iterable[Island], scheme: Scheme) -> list[str]:
-    """Refuse operators outside the dialect where a scheme leaves nothing float."""
+def island_refusals(islands: Sequence[Island], scheme: Scheme, target: Target, model: Path) -> list[str]:
+    """Refuse operators outside the dialect where a scheme leaves nothing float, or the runtime lacks one of them.
+
+    Args:
+        islands: of the float model.
+        scheme: of the target.
+        target: whose runtime loads the float model, if it has islands.
+        model: the float model's file.
+    """
     if QUANTIZERS[scheme.kind].keeps_float:
-        return []
+        backend = find(target.backend, target.name)
+        if not islands or not isinstance(backend, LoadsFloatModels):
+            return []
+        try:
+            reason = backend.refused_operator(model)
+        except ToolMissing:  # lowering says so
+            return []
+        return [] if reason is None else [f"float islands: {', '.join(item.operator for item in islands)}. {reason}"]
     return [
         f"{island.operator} ({island.place}): outside edgeq's dialect, and {scheme.name} leaves nothing float."
         for island in islands
     ]
 
 
-def _way_out(islands: Sequence[Island]) -> str:
+def _way_out(islands: Sequence[Island], refusing: Collection[str]) -> str:
     if not islands:
         return "`edgeq check MODEL --target NAME` says which other targets take it."
-    keep_floats = [each for each in list_targets() if QUANTIZERS[schemes.find(each.scheme, each.name).kind].keeps_float]
+    others = [each for each in list_targets() if each.backend not in refusing]
+    keep_floats = [each for each in others if QUANTIZERS[schemes.find(each.scheme, each.name).kind].keeps_float]
     return (
         f"Targets that keep floats take {', '.join(item.operator for item in islands)} as float islands: "
         f"{', '.join(each.name for each in keep_floats)}. Else write that part with operators of "

@@ -64,7 +64,7 @@ def quantize_convolutions(builder: QdqBuilder, scheme: Scheme) -> list[str]:
     Raises:
         EdgeqError: a feature map has no statistics.
     """
-    found = [node for node in convolutions(builder.graph) if node.name not in scheme.promoted]
+    found = [node for node in convolutions(builder.graph) if node.name not in (*scheme.promoted, *scheme.floats)]
     params: dict[ir.Value, Affine] = {}
     for node in found:
         for value in (node.inputs[0], _output_map(node)):

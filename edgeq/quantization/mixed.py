@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ from edgeq.quantization import affine, promoted_products, ranges, weight_roundin
 from edgeq.quantization.convolution import quantize_convolutions
 from edgeq.quantization.qdq import HEADROOM, LOWEST_IR_VERSION, QdqBuilder, Quantized, UnsignedQdqBuilder, int8_weight
 from edgeq.quantization.rewrites.mixed import mixed_form
+from edgeq.quantization.schemes import FLOAT_BITS
 from edgeq.quantization.walk import Refusal
 from edgeq.records import Scheme
 
@@ -70,6 +72,7 @@ def quantize_mixed(
     for site in list(sites(graph)):
         integer.extend(_quantize_site(builder, site, scheme, compensate))
     integer += quantize_convolutions(builder, scheme)
+    has_tables = has_tables and scheme.embedding_bits != FLOAT_BITS
     for node in list(graph):
         if has_tables and node.op_type in ("Gather", "Slice"):
             _quantize_table(graph, node, scheme.embedding_bits)
@@ -84,7 +87,10 @@ def quantize_mixed(
 
 
 def _quantize_site(builder: QdqBuilder, site: Site, scheme: Scheme, compensate: bool) -> list[str]:
-    """Quantise a tensor once and the weight of each MatMul that reads it."""
+    """Quantise a tensor once and the weight of each MatMul that reads it and does not stay float."""
+    site = replace(site, products=tuple(node for node in site.products if node.name not in scheme.floats))
+    if not site.products:
+        return []
     statistics = builder.statistics(site.tensor)
     low, high = ranges.choose(statistics, scheme)
     is_promoted = all(node.name in scheme.promoted for node in site.products)

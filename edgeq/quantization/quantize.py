@@ -30,6 +30,7 @@ class Quantizer:
         keeps_float: whether tensors stay float beside the integer ones.
         writes_integers: whether the QDQ model holds integers; else a vendor's compiler makes them from the float model.
         may_refuse: whether it refuses models of the dialect for their structure.
+        promoted_to: what a promoted product has.
     """
 
     quantize: Callable[
@@ -39,13 +40,21 @@ class Quantizer:
     keeps_float: bool
     writes_integers: bool
     may_refuse: bool
+    promoted_to: str = "16-bit activations"
 
 
 QUANTIZERS: Mapping[SchemeKind, Quantizer] = {
     "mixed": Quantizer(quantize_mixed, rewrite_mixed, keeps_float=True, writes_integers=True, may_refuse=False),
     "integer": Quantizer(quantize_integer, rewrite_integer, keeps_float=False, writes_integers=True, may_refuse=True),
     "htp": Quantizer(quantize_htp, rewrite_htp, keeps_float=False, writes_integers=True, may_refuse=True),
-    "vendor": Quantizer(prepare_for_vendor, keep_model, keeps_float=True, writes_integers=False, may_refuse=True),
+    "vendor": Quantizer(
+        prepare_for_vendor,
+        keep_model,
+        keeps_float=True,
+        writes_integers=False,
+        may_refuse=True,
+        promoted_to="16-bit floating point",
+    ),
 }
 
 

@@ -47,6 +47,11 @@ SCHEMES: dict[str, Scheme] = {
 
 
 SEPARATOR = "+"  # between the name of a scheme and how many products are promoted
+FLOAT_BITS = 32  # of a table that is not quantised
+ALL = "16bit"  # in their place, where every activation has 16 bits
+
+# What computes every activation in 16 bits on the same hardware. Ethos-U has no product of two 16-bit tensors.
+_WIDE = {"w8a8-int": "w8a16-int", "w8a8-htp": "w8a16-htp", "rockchip-int8": "rockchip-float16"}
 
 
 def base_name(scheme: Scheme) -> str:
@@ -54,12 +59,46 @@ def base_name(scheme: Scheme) -> str:
     return scheme.name.split(SEPARATOR)[0]
 
 
-def promote(scheme: Scheme, products: Iterable[str]) -> Scheme:
-    """Give a scheme that computes these weight products at higher precision, and is named after their number."""
-    names = tuple(sorted(products))
+def promote(
+    scheme: Scheme, products: Iterable[str], floats: Iterable[str] = (), has_float_tables: bool = False
+) -> Scheme:
+    """Give a scheme that computes some weight products at higher precision, and is named after their numbers.
+
+    Args:
+        scheme: of a target, or a form of it.
+        products: names of those that read 16 bits.
+        floats: names of those that keep float32 weights and inputs; only schemes that leave tensors float can.
+        has_float_tables: whether the embedding tables stay float32, too.
+    """
+    names, kept = tuple(sorted(products)), tuple(sorted(floats))
+    numbers = ([f"{len(names)}"] if names or kept else []) + ([f"{len(kept)}float"] if kept else [])
+    name = SEPARATOR.join([base_name(scheme), *numbers, *(["tables"] if has_float_tables else [])])
+    changed: dict[str, object] = {"name": name, "promoted": names, "floats": kept}
+    if has_float_tables:
+        changed["embedding_bits"] = FLOAT_BITS
+    return scheme.model_copy(update=changed)
+
+
+def widened(scheme: Scheme) -> Scheme | None:
+    """Give the form of a scheme with 16 bits in every activation, or None where its hardware has none."""
     base = base_name(scheme)
-    name = f"{base}{SEPARATOR}{len(names)}" if names else base
-    return scheme.model_copy(update={"name": name, "promoted": names})
+    if base not in _WIDE:
+        return None
+    wide = {"name": f"{base}{SEPARATOR}{ALL}", "promoted": (), "floats": ()}
+    return SCHEMES[_WIDE[base]].model_copy(update=wide)
+
+
+def is_form(scheme: Scheme, of: Scheme) -> bool:
+    """Tell whether one scheme differs from another in nothing but what is promoted or stays float."""
+    has_float_tables = scheme.embedding_bits == FLOAT_BITS
+    return scheme in (promote(of, scheme.promoted, scheme.floats, has_float_tables), widened(of))
+
+
+def reads_8bits(scheme: Scheme) -> bool:
+    """Tell whether some weight products of a scheme read 8 bits, so that there is something to promote."""
+    if isinstance(scheme.spec, IntegerSpec | HtpSpec):
+        return scheme.spec.gemm_bits == 8
+    return scheme.activation_bits == 8
 
 
 def read(path: Path) -> Scheme:
@@ -75,7 +114,7 @@ def read(path: Path) -> Scheme:
     except ValidationError as error:
         raise ConfigError(f"{path}: is no scheme: {error}. Give a file that edgeq analyze --auto wrote.") from error
     base = SCHEMES.get(base_name(found))
-    if base is None or found != promote(base, found.promoted):
+    if base is None or not is_form(found, base):
         raise ConfigError(
             f'{path}: the scheme "{found.name}" differs from those of this edgeq in more than its promoted products. '
             "Run edgeq analyze --auto again."

@@ -7,6 +7,7 @@ quantised or loaded again. Products that read one tensor share a switch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from pydantic import Field
 
 from edgeq.data.batches import AnyFeeds, Batch, Samples
 from edgeq.data.sessions import Embeddings, embed_batches, unit
@@ -27,7 +29,7 @@ from edgeq.system.progress import Progress
 
 PROBED, PROBED_TOKENS, _GROUPS = 8, 32, 2
 SWITCHES = "promoted_products"  # float32[groups], an input of the model with switches: 1 is open, 0 is coded
-_PRODUCTS = ("Gemm", "MatMul")
+_PRODUCTS = ("Conv", "Gemm", "MatMul")
 _CODERS = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -35,9 +37,10 @@ class Site(Record):
     """Hold what the codes of the weight products that read one tensor cost: 1 - the mean cosine of centred vectors."""
 
     names: tuple[str, ...]
-    channels: int  # of the tensor
+    channels: int  # of the tensor; of a convolution all that one number is summed from
     outputs: int  # of all its products
     loss: float
+    is_convolution: bool = Field(default=False, exclude_if=lambda found: not found)
 
 
 class Step(Record):
@@ -98,34 +101,42 @@ def measure(
         switches = np.zeros(len(groups) + 1, np.float32)
         switches[list(promoted)] = 1.0
         return embed_batches(
-            session, [Batch(batch.rows, _SwitchedFeeds(batch.feeds, switches)) for batch in batches], texts
+            session, [Batch(batch.rows, SwitchedFeeds(batch.feeds, switches)) for batch in batches], texts
         )
 
     reference = embed_batches(FloatSession.of(float_model), batches, texts)
     every = range(len(groups))
+    convolutions = {node.name for node in qdq_model.graph.node if node.op_type == "Conv"}
     opened = embed([*every, len(groups)])  # weights and tables alone have codes: other roundings would hide one site's
     found = []
     for done, group in enumerate(groups):
         progress("sensitivity", done, len(groups))
         vectors = embed(row for row in range(len(groups) + 1) if row != done)
         shapes = [_shape(qdq_model, name) for name in group]
-        loss = _loss(reference, opened, vectors)
-        found.append(Site(names=group, channels=shapes[0][0], outputs=sum(shape[1] for shape in shapes), loss=loss))
+        found.append(
+            Site(
+                names=group,
+                channels=shapes[0][0],
+                outputs=sum(shape[1] for shape in shapes),
+                loss=loss(reference, opened, vectors),
+                is_convolution=any(name in convolutions for name in group),
+            )
+        )
     ranked = sorted(found, key=lambda item: (-item.loss, item.names))
     order = [groups.index(item.names) for item in ranked]
     steps, before = [], 0
     counts = [2**power for power in range(len(ranked).bit_length()) if 2**power < len(ranked)]
     for count in [*counts, len(ranked)]:
-        loss = _loss(reference, reference, embed(order[:count]))
         added = tuple(name for item in ranked[before:count] for name in item.names)
-        steps.append(Step(promoted=count, added=added, loss=loss))
+        left = loss(reference, reference, embed(order[:count]))
+        steps.append(Step(promoted=count, added=added, loss=left))
         before = count
     progress("sensitivity", len(groups), len(groups))
     return Sensitivity(
         scheme=scheme.name,
         texts=texts,
-        loss=_loss(reference, reference, embed(())),
-        rest=_loss(reference, reference, embed(every)),
+        loss=loss(reference, reference, embed(())),
+        rest=loss(reference, reference, embed(every)),
         sites=tuple(ranked),
         steps=tuple(steps),
     )
@@ -152,7 +163,7 @@ def probes(samples: Samples) -> list[Batch]:
 
 
 @dataclass(frozen=True)
-class _SwitchedFeeds:
+class SwitchedFeeds:
     """Hold the input arrays of one batch, and which groups of products are promoted, float32[groups]."""
 
     feeds: AnyFeeds
@@ -168,7 +179,7 @@ class _SwitchedFeeds:
         return {**self.feeds.named([name for name in inputs if name != SWITCHES]), SWITCHES: self.switches}
 
 
-def _loss(reference: Embeddings, one: Embeddings, other: Embeddings) -> float:
+def loss(reference: Embeddings, one: Embeddings, other: Embeddings) -> float:
     """Give 1 - the mean cosine of two sets of vectors, each less the mean of the reference."""
     mean = unit(reference).mean(axis=0)
     first, second = (unit(unit(rows) - mean) for rows in (one, other))
@@ -225,19 +236,29 @@ def with_switches(model: onnx.ModelProto, groups: Sequence[Sequence[str]]) -> on
     switch_of = {name: switch for switch, group in zip(switches, groups, strict=False) for name in group}
     products = [node for node in graph.node if node.name in switch_of]
     by_result = {_coded_result(node, reading): switch_of[node.name] for node in products}
+    stored = {tensor.name: tensor for tensor in graph.initializer}
     behind: dict[str, list[onnx.NodeProto]] = {}  # blends by the coded tensor behind which they stand
     renamed: dict[str, str] = {}
+    cuts: dict[str, str] = {}
     for node in graph.node:
         coder = made.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
         if coder is None or coder.op_type != "QuantizeLinear" or coder.input[0] not in made:
             continue
         (coded,) = node.output
-        blend = _blend(coder.input[0], coded, by_result.get(coded, switches[-1]), f"{coded}/as_given")
-        behind[coded], renamed[coded] = blend, blend[-1].output[0]
+        real, cut = coder.input[0], list[onnx.NodeProto]()
+        if made[real].op_type == "Conv":  # its codes may stand for the Relu or Clip behind it
+            cuts[real] = real = f"{coded}/cut"
+            limits = _limits(coder, stored)
+            names = [f"{real}/low", f"{real}/high"]
+            graph.initializer.extend(map(numpy_helper.from_array, limits, names))
+            cut = [helper.make_node("Clip", [coder.input[0], *names], [real])]
+        blend = _blend(real, coded, by_result.get(coded, switches[-1]), f"{coded}/as_given")
+        behind[coded], renamed[coded] = [*cut, *blend], blend[-1].output[0]
     for product in products:
         coded = product.input[0]
         if coded in renamed:
-            blend = _blend(_uncoded(made, coded), coded, switch_of[product.name], f"{product.name}/as_read")
+            real = _uncoded(made, coded)
+            blend = _blend(cuts.get(real, real), coded, switch_of[product.name], f"{product.name}/as_read")
             behind[coded] += blend
             product.input[0] = blend[-1].output[0]
     for node in graph.node:
@@ -260,6 +281,13 @@ def _blend(real: str, coded: str, switch: str, stem: str) -> list[onnx.NodeProto
     ]
 
 
+def _limits(coder: onnx.NodeProto, stored: Mapping[str, TensorProto]) -> tuple[NDArray[np.float32], ...]:
+    """Give the smallest and the largest number that a QuantizeLinear of one scale has a code for, each float32[]."""
+    scale, zero = (numpy_helper.to_array(stored[name]).reshape(()) for name in coder.input[1:3])
+    codes = np.iinfo(zero.dtype)
+    return tuple(np.array((float(code) - float(zero)) * float(scale), np.float32) for code in (codes.min, codes.max))
+
+
 def _uncoded(made: dict[str, onnx.NodeProto], name: str) -> str:
     """Give the tensor before one or more pairs of QuantizeLinear and DequantizeLinear."""
     while name in made and made[name].op_type in _CODERS and made[name].input[0] in made:
@@ -279,14 +307,14 @@ def _coded_result(product: onnx.NodeProto, reading: Mapping[str, Sequence[onnx.N
 
 
 def _shape(model: onnx.ModelProto, name: str) -> tuple[int, int]:
-    """Give the channels and outputs of a product whose weights have codes."""
+    """Give the channels and outputs of a product whose weights have codes; a kernel's places count as channels."""
     dims = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     made = {node.output[0]: node for node in model.graph.node}
     node = next(node for node in model.graph.node if node.name == name)
     weight = node.input[1]
     while weight in made:
         weight = made[weight].input[0]
-    if len(dims.get(weight, ())) != 2:
+    if len(dims.get(weight, ())) < 2:
         raise EdgeqError(f"{name}: reads no stored matrix of weights in the QDQ model")
-    channels, outputs = dims[weight]
-    return channels, outputs
+    first, *others = dims[weight]
+    return (math.prod(others), first) if node.op_type == "Conv" else (first, others[0])

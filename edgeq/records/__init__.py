@@ -138,6 +138,7 @@ class Scheme(Record):
     spec: Annotated[MixedSpec | IntegerSpec | HtpSpec | VendorSpec, Field(discriminator="kind")] = MixedSpec()
     feeds: int = 0  # how many calibration texts, of evenly spread lengths, the compiler observes itself
     promoted: tuple[str, ...] = ()  # weight products that read 16 bits; beside float tensors as two 8-bit products
+    floats: tuple[str, ...] = Field(default=(), exclude_if=lambda names: not names)  # weight products without any codes
 
     @property
     def kind(self) -> SchemeKind:

@@ -12,6 +12,9 @@ RunKind = Literal["device", "host-kernels", "emulator", "simulator", "not-run"]
 Status = Literal["passed", "failed", "not-run"]
 
 
+_NAMED = 8  # float products in a sentence; the record holds all
+
+
 class Gate(Record):
     """Hold the limits that parity measures are judged by, and the kinds of run that suffice."""
 
@@ -78,21 +81,40 @@ class SettingReport(Record):
 
 
 class Promotion(Record):
-    """Say which weight products an export promoted to 16-bit activations so that the gate holds, and what that cost."""
+    """Say which weight products an export promoted so that the gate holds, which stay float, and what that cost.
 
-    products: tuple[str, ...]
+    `extra_multiplications` estimates the time: a promoted product counts twice, a float one as four integer ones.
+    """
+
+    products: tuple[str, ...]  # promoted
+    floats: tuple[str, ...] = ()  # the last resort: with float weights and inputs
+    has_float_tables: bool = False  # whether the embedding tables stay float, too
     of_products: int
+    promoted_to: str = "16-bit activations"
     extra_bytes: int  # of the artifact's files
-    extra_multiplications: float  # a promoted product counts twice: the share that this adds to all products'
+    extra_multiplications: float  # the share that this adds to all products'
     missed_before: tuple[str, ...]  # the limits that the artifact misses without
 
     @property
     def sentence(self) -> str:
+        """Say what was promoted, what it cost, and what was missed without."""
+        return f"{self.done}; without, {' '.join(self.missed_before)}"
+
+    @property
+    def done(self) -> str:
         """Say what was promoted and what it cost."""
+        done = []
+        if self.products:
+            done.append(f"promoted {len(self.products)} of {self.of_products} products to {self.promoted_to}")
+        if self.floats:
+            tables = " and the embedding tables" if self.has_float_tables else ""
+            shown = ", ".join(self.floats[:_NAMED])
+            more = f", and {len(self.floats) - _NAMED} more" if len(self.floats) > _NAMED else ""
+            named = "" if self.has_float_tables else f" ({shown}{more})"
+            done.append(f"left {len(self.floats)} of {self.of_products} products{tables} in float{named}")
         return (
-            f"promoted {len(self.products)} of {self.of_products} products to 16-bit activations "
-            f"({self.extra_bytes / 1e6:+.2f} MB, {100 * self.extra_multiplications:+.0f} % multiplications); without, "
-            f"{' '.join(self.missed_before)}"
+            f"{' and '.join(done)} "
+            f"({self.extra_bytes / 1e6:+.2f} MB, {100 * self.extra_multiplications:+.0f} % multiplications)"
         )
 
 

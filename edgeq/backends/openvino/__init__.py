@@ -116,6 +116,20 @@ def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
     return rejected(RULES, model, target)
 
 
+def refused_operator(path: Path) -> str | None:
+    """Compile a float model for the CPU, and give OpenVINO's reason why it cannot run it, or None.
+
+    OpenVINO reads operators that its CPU plugin has no kernel for, and says so when it compiles.
+
+    Raises:
+        ToolMissing: OpenVINO is not installed.
+    """
+    tools()
+    from edgeq.backends.openvino.lowering import compiling_error
+
+    return compiling_error(path)
+
+
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     """Write the IR below `out_dir`: one with dynamic shapes for a CPU; for an NPU one per bucket, with a shared .bin.
 

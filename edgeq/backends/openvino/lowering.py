@@ -53,6 +53,19 @@ def read_qdq(path: Path, has_dynamic_keys: bool = False) -> Any:
     return model
 
 
+def compiling_error(path: Path) -> str | None:
+    """Compile an ONNX file for the CPU, and give OpenVINO's reason why it cannot, or None."""
+    import openvino as ov
+
+    core = ov.Core()
+    try:
+        with refusals(path.name, LoweringFailed, "Take ONNX Runtime, or write that part with other operators."):
+            core.compile_model(core.read_model(path), "CPU")
+    except LoweringFailed as error:
+        return str(error)
+    return None
+
+
 def turn_keys_inside(model: Any) -> int:
     """Replace the keys' Transpose [0, 2, 3, 1] by [0, 2, 1, 3] and transpose_b; give the number of MatMuls changed.
 
