@@ -106,7 +106,8 @@ def _heading(results: Figures) -> str:
         "# edgeq beside its peers\n\n"
         f"Written by `tools/bench` on {results['date']}: {results.get('model', MINILM)}, "
         f"one run on {results['machine']}.\n\n{versions}.\n\n"
-        "A cell in brackets is blank, for the reason of that number below."
+        "A table that names another date comes from a run of its own. A cell in brackets is blank, for the reason of "
+        "that number below."
     )
 
 
