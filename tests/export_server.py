@@ -3,7 +3,7 @@
 edgeq exports a torch model in a process of its own, `python -m ...torch.convert REQUEST`, which spends most of its time
 on importing torch, transformers and what torch's exporter needs. `forked` puts a fork of one such process in its place.
 The fork runs the same module with the same arguments, folder, environment and output; tests/test_export_server.py shows
-that it writes the same bytes.
+that it writes the same bytes. A fork that hangs is killed, and a process of its own exports then.
 
     python tests/export_server.py     answers requests on standard input, a line of JSON each, until it ends
 """
@@ -13,15 +13,19 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 MODULE = "edgeq.frontend.torch.convert"
+LONGEST_S = 240.0  # of one export, of a few seconds: a fork may wait for a lock that a thread of its parent held
+HUNG = -signal.SIGKILL
 
 
 class Server:
@@ -68,7 +72,9 @@ def forked(server: Server, below: Path, run: Callable[..., Any] = subprocess.run
         if isinstance(command, list) and command[:2] == [sys.executable, "-m"] and command[2] == MODULE:
             directory = Path(json.loads(command[3])["located"]["directory"])
             if directory.is_relative_to(below) and set(options) <= {"capture_output", "text", "errors", "check"}:
-                return server.call(command[2:])
+                done = server.call(command[2:])
+                if done.returncode != HUNG:
+                    return done
         return run(command, *positional, **options)
 
     return replaced
@@ -124,6 +130,18 @@ def _run(request: dict[str, Any]) -> None:
         os._exit(code)
 
 
+def _ended(child: int, longest_s: float = LONGEST_S) -> int:
+    """Give a child's exit code; HUNG for one that took too long and was killed."""
+    last = time.monotonic() + longest_s
+    while time.monotonic() < last:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def main() -> None:
     """Warm up, and fork for each line."""
     answers = os.fdopen(os.dup(1), "w")
@@ -133,8 +151,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             _run(json.loads(line))
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+        print(_ended(child), file=answers, flush=True)
 
 
 if __name__ == "__main__":

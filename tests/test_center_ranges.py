@@ -11,14 +11,17 @@ import pytest
 
 from edgeq.calibration.statistics import Statistics
 from edgeq.data.probes import probe_feeds
-from edgeq.data.tokens import Tokens
+from edgeq.data.sessions import embed_batches, unit
+from edgeq.data.tokens import Tokens, batches
 from edgeq.errors import EdgeqError
 from edgeq.graph import roles
 from edgeq.graph.edit import constant, made_by
-from edgeq.graph.linear import sites
+from edgeq.graph.float_session import FloatSession
+from edgeq.graph.linear import sites, value_projection
 from edgeq.graph.roles import Role
 from edgeq.passes.apply import apply_to
 from edgeq.pipeline import calibrate
+from edgeq.quantization.mixed import quantize_mixed
 from edgeq.quantization.rewrites import center_ranges as rewrite
 from edgeq.quantization.rewrites.center_ranges import RESTORED, center_ranges
 from edgeq.quantization.schemes import SCHEMES
@@ -48,7 +51,9 @@ def test_channels_are_centred_and_the_products_keep_their_function(observed: cal
         if site.maker == "activation":
             continue
         seen = statistics[site.name]
-        np.testing.assert_allclose(seen.minimum, -seen.maximum, atol=1e-4 * seen.magnitudes.max())
+        middles = np.abs(seen.minimum + seen.maximum) / 2.0
+        # A context's middle is that of a range that reaches toward its values'.
+        assert middles.max() < (1e-4 if value_projection(site) is None else 0.25) * seen.magnitudes.max()
         assert seen.moment is not None and seen.mean is not None
         assert (np.diag(seen.moment) <= seen.magnitudes**2 * 1.001 + 1e-6).all()
         found += 1
@@ -67,6 +72,23 @@ def test_a_smoothed_norm_scales_itself_and_the_residual_undoes_it(observed: cali
     for node in restored:
         assert made_by(node.inputs[0], "LayerNormalization") is not None
         assert {use.node.op_type for use in node.outputs[0].uses()} == {"Add"}
+
+
+def test_a_text_that_repeats_one_word_keeps_its_vector(
+    observed: calibrate.Observed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention gives such a text the values themselves, where contexts of other texts are means of many."""
+    words = Tokens(tuple((word,) * 40 for word in range(3, encoder.VOCABULARY)), 0, 0)
+    fed = batches(words)
+    reference = unit(embed_batches(FloatSession.of(observed.model), fed, len(words.ids)))
+    worst = {}
+    for beyond in (0.0, rewrite.BEYOND):
+        monkeypatch.setattr(rewrite, "BEYOND", beyond)
+        made = quantize_mixed(observed.model, observed.statistics, SCHEMES["w8a8-gemm"])
+        found = unit(embed_batches(FloatSession.of(made.model), fed, len(words.ids)))
+        worst[beyond] = 1.0 - float((reference * found).sum(axis=1).min())
+    assert worst[rewrite.BEYOND] < 0.6 * worst[0.0]
+    assert worst[rewrite.BEYOND] < 0.005
 
 
 @pytest.mark.parametrize("broken", ["add_to_bias", "shift_input"])

@@ -59,3 +59,16 @@ def test_what_lies_elsewhere_gets_a_new_process(tmp_path: Path) -> None:
     ):
         run([sys.executable, *words], capture_output=True)
     assert len(asked) == 2
+
+
+def test_a_fork_that_hangs_is_killed_and_a_new_process_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = REAL_RUN([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert export_server._ended(child.pid, 0.1) == export_server.HUNG
+    child.wait()  # it was waited for already: gives no code of its own
+    server, asked = export_server.Server(), []
+    hung = subprocess.CompletedProcess([], export_server.HUNG, "", "")
+    monkeypatch.setattr(server, "call", lambda arguments: hung)
+    run = export_server.forked(server, tmp_path, lambda *given, **_: asked.append(given))
+    request = json.dumps({"located": {"directory": str(tmp_path / "model")}})
+    run([sys.executable, "-m", convert.__name__, request], capture_output=True)
+    assert len(asked) == 1

@@ -111,11 +111,12 @@ def test_shapes_stay_symbolic(qdq: Path) -> None:
 
 def test_a_bias_that_does_not_fit_stays_an_add(qdq: Path, tmp_path: Path) -> None:
     model = onnx.load(qdq)
-    for tensor in model.graph.initializer:
-        if tensor.name == "layer.1.ffn.bias":
-            array = onnx.numpy_helper.to_array(tensor).copy()
-            array[0] = 1e9
-            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    (product,) = (node for node in model.graph.node if node.name == "layer.1.ffn")
+    (add,) = (node for node in model.graph.node if product.output[0] in node.input)
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name in add.input)
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    array[0] = 1e9
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
     onnx.save(model, tmp_path / "large.onnx")
     plain, large = (
         Counter(node.op_type for node in backend.flattened(path).graph.node) for path in (qdq, tmp_path / "large.onnx")

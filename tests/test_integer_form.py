@@ -179,6 +179,21 @@ def test_masked_positions_leave_nothing(qdq: onnx.ModelProto) -> None:
     assert cosines(alone, padded).min() > 0.9999
 
 
+@pytest.mark.parametrize("attention", ["causal", "local"])
+def test_what_a_mask_takes_away_widens_no_16bit_scores(attention: str) -> None:
+    """A pattern masks scores of every text, so that -10,000 is among those observed; padding does not."""
+    tokens = Tokens(encoder.tokens(1, 64), 0, 0)
+    seen = calibrate.calibrate(encoder.encoder(attention=attention), tokens, 0, lambda *_: None)
+    assert min(float(seen.statistics[f"layer.{layer}.masked"].minimum.min()) for layer in (0, 1)) < -9000.0
+    model = quantize.quantize(seen.model, seen.statistics, SCHEMES["w8a16-int"])[0]
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    steps = [
+        float(stored[node.input[1]]) for node in model.graph.node
+        if node.op_type == "QuantizeLinear" and node.input[0].endswith(".scores")
+    ]  # fmt: skip
+    assert len(steps) == 2 and max(steps) < 0.002
+
+
 def test_a_tensor_without_statistics_is_named(calibrated: calibrate.Observed) -> None:
     seen = {name: item for name, item in calibrated.statistics.items() if not name.endswith("/centred")}
     with pytest.raises(EdgeqError, match="/centred: the calibration has no statistics"):

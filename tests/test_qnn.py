@@ -363,10 +363,11 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, real_model_cache: Path) ->
 )
 def test_the_real_model_keeps_its_vectors(bundles: Path, name: str, mean: float, low: float, megabytes: float) -> None:
     report = json.loads((bundles / name / "parity.json").read_text(encoding="utf-8"))
-    measures = report["measures"]
-    assert (report["status"], report["ran_on"]) == ("passed", "emulator")
-    assert measures["texts"] == report["texts"]["count"] == 16
+    measures, exactness = report["measures"], report["exactness"]
+    assert (report["status"], report["ran_on"], report["measured"]) == ("passed", "emulator", "qdq-model")
+    assert measures["texts"] == report["texts"]["count"] == 512
     assert measures["cosine_mean"] >= mean and measures["cosine_min"] >= low
+    assert exactness["texts"] == 16 and exactness["centred_cosine_min"] >= report["gate"]["exactness_min"] > 0.99
     binaries = sorted((bundles / name / "qnn").glob("*.bin"))
     assert len(binaries) == 2 and all(path.stat().st_size <= megabytes * 1e6 for path in binaries)
 

@@ -155,9 +155,10 @@ def score_params(walk: Walk, masked: ir.Node, bits: int, below: float) -> Affine
     if value is None:
         raise Unsupported(walk.builder.refusal(masked, ""))
     seen, rows = walk.builder.statistics(value), walk.builder.statistics(f"{value.name}{ROW_MAXIMUM}")
-    low, high = float(rows.minimum.min()), float(seen.maximum.max())
-    room = (HEADROOM - 1.0) * (high - float(seen.minimum.min())) if bits == 16 else 0.0
-    return walk.builder.cover(low - below - room, high + room, bits)
+    low, high = float(rows.minimum.min()) - below, float(seen.maximum.max())
+    # A causal mask puts scores of every text far below: they need no room.
+    room = (HEADROOM - 1.0) * (high - max(float(seen.minimum.min()), low)) if bits == 16 else 0.0
+    return walk.builder.cover(low - room, high + room, bits)
 
 
 def mask_size(mask: ir.Value | None) -> float:

@@ -268,10 +268,7 @@ def _add(walk: IntegerWalk, node: ir.Node) -> None:
 
 
 def _score_params(walk: IntegerWalk, masked: ir.Node, bits: int) -> Affine:
-    if bits == 8:
-        return score_params(walk, masked, 8, MASKED_BELOW[walk.spec.softmax])
-    value = masked.outputs[0] if masked.op_type == "Add" else masked.inputs[0]
-    return walk.builder.range(value, 16)  # type: ignore[arg-type]
+    return score_params(walk, masked, bits, MASKED_BELOW["normalized" if bits == 16 else walk.spec.softmax])
 
 
 def _unless_int32(quantize: Callable[[IntegerWalk, ir.Node], None]) -> Callable[[IntegerWalk, ir.Node], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -32,6 +32,7 @@ RESTORED = "/restored"  # ends the name of a LayerNormalization's output as the 
 EXPONENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of a channel's range: how much of it moves into weights
 LEAST_RANGE = 0.1  # of the median: a channel that hardly moves on the calibration texts may move on others
 COMPENSATED = 0.5  # of the error of weights rounded to nearest is left when they are rounded with compensation (GPTQ)
+BEYOND = 0.5  # of the way from what contexts reached to what the values reach: a text of one word comes near the latter
 _DEVIATIONS = 6.0  # between the middle of a channel's range and its end, where no second moment was observed
 
 Vector = NDArray[np.float64]
@@ -90,7 +91,8 @@ def center_ranges(model: ir.Model, statistics: Observed, scheme: Scheme) -> Rewr
             near.append(f"{site.name}: no LayerNormalization or values of attention can take in a shift")
             continue
         has_biases = all(bias_add(node) is not None for node in site.products)
-        factor, shift = _best(seen, site.weights(), scheme, has_shift=has_biases)
+        reached = seen if values is None else _toward(seen, statistics.get(str(values.output.name)))
+        factor, shift = _best(reached, site.weights(), scheme, has_shift=has_biases)
         for node in site.products:
             if has_biases:
                 shift_input(graph, node, shift / factor)
@@ -175,6 +177,22 @@ def _into_norm(graph: ir.Graph, site: Site, norm: _Norm, factor: Vector, shift: 
     replace_constant(graph, node, 1, required(constant(node.inputs[1])) * whole)
     replace_constant(graph, node, 2, required(constant(node.inputs[2])) * whole - shift)
     return str(output.name)
+
+
+def _toward(context: Statistics, values: Statistics | None) -> Statistics:
+    """Widen the ranges of contexts toward those of the values: no mean of values lies outside of these.
+
+    Attention mixes the values of many tokens, so contexts of most texts lie close together, and channels scaled to no
+    more than that would saturate where a text repeats one word.
+    """
+    if values is None or len(values.minimum) != len(context.minimum):
+        return context
+    low, high = np.minimum(values.minimum, context.minimum), np.maximum(values.maximum, context.maximum)
+    return replace(
+        context,
+        minimum=context.minimum + BEYOND * (low - context.minimum),
+        maximum=context.maximum + BEYOND * (high - context.maximum),
+    )
 
 
 def _best(
