@@ -12,6 +12,7 @@ import pytest
 from tiny_bundle import make_bundle, make_target
 
 from edgeq.bundle.golden import GoldenData
+from edgeq.data.sessions import unit
 from edgeq.errors import ParityFailed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
@@ -50,7 +51,7 @@ def test_texts_go_into_the_smallest_length_that_holds_them_and_cut_ones_keep_the
 def test_equal_codes_pass_and_one_step_is_seen() -> None:
     codes = make_codes()
     figures = arm64_compare.measure(make_golden(codes), codes)
-    assert figures.code_difference_max == 0 and figures.cosine_x86_min == pytest.approx(1.0)
+    assert figures.code_difference_max == 0 and figures.centred_cosine_x86_min == pytest.approx(1.0)
     assert arm64_compare.failure(figures) is None
     moved = codes.codes.copy()
     moved[2, 3] += 1
@@ -62,7 +63,7 @@ def test_vectors_that_are_no_codes_have_no_difference_of_codes() -> None:
     golden = make_golden(codes)
     golden = dataclasses.replace(golden, embeddings=golden.embeddings * np.float32(0.737))
     figures = arm64_compare.measure(golden, codes)
-    assert figures.code_difference_max is None and figures.cosine_x86_min == pytest.approx(1.0)
+    assert figures.code_difference_max is None and figures.centred_cosine_x86_min == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
@@ -98,10 +99,20 @@ def test_what_cannot_be_compared_is_refused(damage: Callable[[Codes], Codes], me
         arm64_compare.measure(make_golden(codes), damage(codes))
 
 
+def test_swapped_rows_of_vectors_that_all_point_one_way_miss_the_limit() -> None:
+    codes = make_codes()
+    alike = dataclasses.replace(codes, codes=(codes.codes // 20 + 100).astype(np.int8))
+    swapped = dataclasses.replace(alike, codes=np.roll(alike.codes, 1, axis=0))
+    golden = make_golden(alike)
+    assert arm64_compare.failure(arm64_compare.measure(golden, alike)) is None
+    assert (unit(golden.embeddings) * unit(swapped.vectors())).sum(1).mean() > arm64_compare.COSINE_MEAN_MIN
+    assert arm64_compare.failure(arm64_compare.measure(golden, swapped)) is not None
+
+
 def test_nan_meets_no_limit() -> None:
     codes = make_codes()
     figures = arm64_compare.measure(make_golden(codes), codes)
-    assert arm64_compare.failure(dataclasses.replace(figures, cosine_x86_mean=float("nan"))) is not None
+    assert arm64_compare.failure(dataclasses.replace(figures, centred_cosine_x86_mean=float("nan"))) is not None
 
 
 @pytest.mark.parametrize(

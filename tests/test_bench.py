@@ -49,32 +49,90 @@ def test_thinning_by_one_changes_nothing() -> None:
     assert samples.thinned(whole(), 1).retrieval == whole().retrieval
 
 
+def test_a_killed_run_goes_on_at_the_model_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FP32 and the first model were done when it was killed: neither is embedded again."""
+    embedded: list[str] = []
+    vectors = np.random.default_rng(0).normal(size=(120, 8)).astype(np.float32)
+    killed = {"two"}
+
+    class Runner(AbstractContextManager[Any]):
+        buckets = ()
+
+        def __init__(self, item: making.Made, threads: int) -> None:
+            self.name = item.row.name
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    def embed(session: Runner, tokenizer: object, texts: Sequence[str]) -> quality.Vectors:
+        if session.name in killed:
+            raise KeyboardInterrupt
+        embedded.append(session.name)
+        return dict(zip(texts, vectors + 0.01 * len(session.name), strict=False))
+
+    class Tokenizer:
+        max_sequence = 256
+
+        def encode(self, texts: Sequence[str]) -> None:
+            pass
+
+    monkeypatch.setattr(quality, "Runner", Runner)
+    monkeypatch.setattr(quality, "embedded", embed)
+    monkeypatch.setattr(quality.parity, "invariance", lambda *given: 0.5)
+    made = []
+    for name in ("base", "first", "two"):
+        (tmp_path / name).write_text(name)
+        made.append(making.Made(rows.Row(name, "onnxruntime"), tmp_path / name, {}))
+    given: Any = (made[1:], made[0], whole(30), Tokenizer(), 120, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        quality.compare(*given)
+    killed.clear()
+    found = quality.compare(*given)
+    assert embedded == ["base", "first", "two"]
+    assert found["first"].figures == quality.compare(*given)["first"].figures
+    assert found["first"].figures["invariance"] == 0.5 and found["first"].figures["texts"] == 120
+    (tmp_path / "first").write_text("another model")
+    quality.compare(*given)
+    assert embedded == ["base", "first", "two", "first"]
+
+
 def compared(vectors: dict[str, Sequence[float]]) -> quality.Compared:
     return quality.Compared({}, {text: np.array(vector, np.float32) for text, vector in vectors.items()})
 
 
 def test_pairs_are_compared_on_the_texts_both_saw() -> None:
+    # Around the mean (0, 0): two texts that `turned` swaps, and two that stay; `spun` has seen the first two alone.
+    there = {"w": (1, 0), "x": (-1, 0), "y": (0, 1), "z": (0, -1)}
     models = {
-        "float": compared({"x": (1, 0), "y": (0, 1), "z": (0, 1)}),
-        "one": compared({"x": (1, 0), "y": (0, 2), "z": (1, 0)}),
-        "two": compared({"y": (0, 1), "x": (0, 1)}),
-        "other": compared({"x": (3, 4)}),
+        "float": compared(there),
+        "one": compared({text: (2 * first, 2 * second) for text, (first, second) in there.items()}),
+        "turned": compared({**there, "w": (-1, 0), "x": (1, 0)}),
+        "spun": compared({"x": (-3, 4), "w": (3, -4)}),
         "peer": compared({"x": (-1, 0)}),
         "gone": quality.Compared({"texts": Blank("no such target")}, {}),
     }
-    found = quality.pairwise(models, "float", {"one": "a", "two": "a", "other": "b", "gone": "b"})
+    found = quality.pairwise(models, "float", {"one": "a", "turned": "a", "spun": "b", "gone": "b"})
     assert [(pair["first"], pair["second"], pair["texts"]) for pair in found["pairs"]] == [
-        ("one", "two", 2), ("one", "other", 1), ("two", "other", 1),
+        ("one", "turned", 4), ("one", "spun", 2), ("turned", "spun", 2),
     ]  # fmt: skip
-    assert found["shared"] == {"a": pytest.approx(0.5)}  # x is orthogonal, y the same
-    # On x alone, the one text of both: `one` is FP32's vector there, `two` is orthogonal to it, `other` has 0.6.
-    assert [pair["product"] for pair in found["pairs"][1:]] == [pytest.approx(1.0 * 0.6), pytest.approx(0.0 * 0.6)]
-    assert found["across"] == pytest.approx(min(0.6 - 0.6, 0.8 - 0.0))
+    assert found["shared"] == {"a": pytest.approx(0.0)}  # two point the other way, two the same
+    # On the two texts of all: `one` points as FP32 there, `turned` the other way, `spun` has 0.6.
+    assert [pair["product"] for pair in found["pairs"][1:]] == [pytest.approx(1.0 * 0.6), pytest.approx(-1.0 * 0.6)]
+    assert found["across"] == pytest.approx(0.0)  # 0.6 of `one` and `spun`, -0.6 of `turned` and `spun`
+
+
+def test_pairs_of_vectors_that_all_point_one_way_are_told_apart() -> None:
+    texts = [str(number) for number in range(8)]
+    vectors = np.random.default_rng(0).normal(0.0, 0.01, (8, 4)) + 5.0
+    swapped = vectors[[1, 0, 3, 2, 5, 4, 7, 6]]
+    models = {name: compared(dict(zip(texts, rows.tolist(), strict=True))) for name, rows in
+              (("float", vectors), ("one", vectors), ("two", swapped))}  # fmt: skip
+    assert quality.pairwise(models, "float", {"one": "a", "two": "a"})["shared"]["a"] < 0.9
 
 
 def test_the_worst_pair_decides_and_one_scheme_has_none_across() -> None:
     pair: dict[str, Any] = {"is_shared": True, "scheme": "a", "product": 0.5}
-    found = quality.worst([pair | {"cosine_mean": 0.9}, pair | {"cosine_mean": 0.7}])
+    found = quality.worst([pair | {"centred_cosine_mean": 0.9}, pair | {"centred_cosine_mean": 0.7}])
     assert found["shared"] == {"a": 0.7}
     assert isinstance(found["across"], Blank)
 
@@ -136,6 +194,20 @@ def test_blanks_stay_blanks_in_json_and_come_back() -> None:
     assert restored(read) == {"a": Blank("why"), "b": [1.0, Blank("how")], "16": ["x", 2]}
 
 
+def compared_quality(centred: float, date: str = "2026-01-02") -> dict[str, Any]:
+    return {
+        "run": {"date": date, "machine": "a machine", "versions": {"tool": "1.2"}}, "every": 1,
+        "rows": {
+            rows.GEMM: {"texts": 9, "centred_cosine_mean": centred, "centred_cosine_min": 0.99, "regret_mean": 0.0008,
+                        "sts_percent": 100.1, "ndcg_percent": 99.0, "invariance": 1.0, "cosine_mean": 0.9991,
+                        "promoted": 0, "size_mb": 23.5},
+            rows.NNCF: {"texts": Blank("pip failed")},
+        },
+        "pairs": [{"first": rows.GEMM, "second": rows.INT, "texts": 9, "is_shared": False, "scheme": "a",
+                   "centred_cosine_mean": 0.99, "product": 0.98}], "shared": {}, "across": 0.01,
+    }  # fmt: skip
+
+
 RATIO = {"size": 30, "median": 2.6, "low": 2.5, "high": 2.75, "level": 0.95, "verdict": "faster"}
 
 
@@ -148,13 +220,7 @@ def results() -> dict[str, Any]:
             rows.GEMM: {"seconds": 12.345, "peak_gb": 0.5, "size_mb": 23.5, "ran_on": "device"},
             rows.NNCF: dict.fromkeys(("seconds", "peak_gb", "size_mb"), Blank("pip failed")),
         },
-        "quality": {
-            rows.GEMM: {"texts": 9, "cosine_mean": 0.9991, "cosine_min": 0.99, "sts_percent": 100.1,
-                        "ndcg_percent": 99.0, "top10_overlap": 0.97, "invariance": 1.0},
-            rows.NNCF: {"texts": Blank("pip failed")},
-        },
-        "pairs": {"pairs": [{"first": rows.GEMM, "second": rows.INT, "texts": 9, "is_shared": False, "scheme": "a",
-                             "cosine_mean": 0.99, "product": 0.98}], "shared": {}, "across": 0.01},
+        "quality": {making.MINILM: compared_quality(0.9987)},
         "latency": {
             "models": {"16": {rows.GEMM: 1.2345, rows.NNCF: Blank("pip failed"), rows.INT: 3.0}},
             "ratios": {"16": {"openvino_of_nncf": Blank("pip failed")}},
@@ -164,7 +230,10 @@ def results() -> dict[str, Any]:
 
 
 def npu_results() -> dict[str, Any]:
-    vectors = {"texts": 200, "cosine_mean": 0.99941, "cosine_min": 0.9983, "top10_overlap": 0.95, "invariance": 0.9999}
+    vectors = {
+        "texts": 200, "centred_cosine_mean": 0.99921, "centred_cosine_min": 0.9973, "regret_mean": 0.0009,
+        "cosine_mean": 0.99941, "cosine_min": 0.9983, "invariance": 0.9999,
+    }  # fmt: skip
     compiled = {"seconds": 3.21, "partitions": 1, "cpu_nodes": 0, "size_mb": 23.2}
     estimate = {
         "estimated_ms": 16.65, "clock_mhz": 1000.0, "cycles": 16650000, "system_config": "Mid",
@@ -175,6 +244,7 @@ def npu_results() -> dict[str, Any]:
         "tools": {"QAIRT": "v2"},
         "quality": {
             rows.HTP16: {"size_mb": 23.2, "ran_on": "emulator", **vectors},
+            rows.HTP8: {"size_mb": 23.2, "ran_on": "emulator", "texts": 200, "cosine_mean": 0.99831},
             rows.RK_PLAIN: {"size_mb": Blank("no toolkit"), "ran_on": "", "texts": Blank("no toolkit")},
         },
         "compiling": {rows.HTP16: {"32": compiled, "128": compiled}},
@@ -188,7 +258,9 @@ def alone(date: str = "2026-02-03") -> dict[str, Any]:
 
 def test_what_stands_for_an_npu_is_shown_as_emulated_or_estimated() -> None:
     text = report.markdown(results() | {"npu": npu_results()})
-    assert f"| {rows.HTP16} | emulator | 200 | 0.99941 | 0.9983 |" in text
+    assert f"| {rows.HTP16} | emulator | 200 | 0.99921 | 0.9973 | 0.0009 | 0.9999 | 0.99941 |" in text
+    assert "| 0.99831 |" in text and "200 | 200" not in text  # of an earlier run: what it did not give is blank
+    assert "measured by a version that did not give it" in text
     assert f"| {rows.U85} | 128 | 16.65 | 1000 | Mid | Dedicated |" in text and "Vela *estimates*" in text
     assert f"| {rows.RK_PLAIN} |  | (" in text and ") no toolkit" in text
     blocks = [block for block in text.split("\n\n") if block.startswith("|")]
@@ -199,30 +271,72 @@ def test_what_stands_for_an_npu_is_shown_as_emulated_or_estimated() -> None:
 
 def test_a_part_measured_later_stands_beside_the_others_with_its_own_date_and_machine(tmp_path: Path) -> None:
     report.write(results(), tmp_path)
-    merged = merging.merged(report.read(tmp_path), alone())
+    merged = merging.merged(report.read(tmp_path), alone(), ["npu"])
     assert merged["npu"] == npu_results() and merged["quality"] == restored(plain(results()["quality"]))
     assert (merged["date"], merged["machine"]) == ("2026-01-02", "a machine")
     text = report.markdown(merged)
     assert "apart from the rest on 2026-02-03, on another machine" in text
     before = report.markdown(results())
     assert text.startswith(before.split("## Goals")[0]) and "## Throughput" in text
-    again = merging.merged(merged, alone("2026-03-04"))
+    again = merging.merged(merged, alone("2026-03-04"), ["npu"])
     assert again["parts"]["npu"]["date"] == "2026-03-04" and again["date"] == "2026-01-02"
 
 
 def test_rows_measured_again_stand_beside_the_others_of_the_same_day_and_machine() -> None:
-    merged = merging.merged(results(), alone())
+    merged = merging.merged(results(), alone(), ["npu"])
     again = alone()
     again["npu"] = {"tools": {}, "quality": {rows.HTP16: {"texts": 3}}, "compiling": {}, "estimates": {}}
-    found = merging.merged(merged, again, are_rows=True)["npu"]
+    found = merging.merged(merged, again, ["npu"], are_rows=True)["npu"]
     assert found["quality"] == npu_results()["quality"] | {rows.HTP16: {"texts": 3}}
     assert found["estimates"] == npu_results()["estimates"]
     for other in (alone("2026-02-04"), alone() | {"machine": "a third machine"}):
         with pytest.raises(SystemExit, match="measure all of it"):
-            merging.merged(merged, other, are_rows=True)
+            merging.merged(merged, other, ["npu"], are_rows=True)
 
 
-@pytest.mark.parametrize("words", [["--only", "quality"], [], ["--only", "npu", "--only", "latency"]])
+def test_quality_of_each_model_stands_beside_that_of_others_and_replaces_its_own() -> None:
+    base = {"machine": "another machine", "date": "2026-02-03", "versions": {"tool": "1.3"}}
+    other = {**base, "model": "other", "quality": {"other": compared_quality(0.9)}, "making": {}, "threads": {}}
+    merged = merging.merged(results(), other, ["quality"])
+    assert {key: value for key, value in merged.items() if key not in ("quality", "parts")} == {
+        key: value for key, value in results().items() if key != "quality"
+    }  # making and threads belong to the latency of the run before; so does the heading's model
+    assert merged["quality"] == results()["quality"] | other["quality"]
+    text = report.markdown(merged)
+    assert text.index(f"### {making.MINILM}") < text.index("### other") and f"| {rows.GEMM} | 9 | 0.9 |" in text
+    own = {**base, "model": making.MINILM, "quality": {making.MINILM: compared_quality(0.8, "2026-05-06")}}
+    again = merging.merged(merged, own, ["quality"])
+    assert again["quality"] == own["quality"] | other["quality"]
+    assert "2026-05-06, a machine; all texts." in report.markdown(again)
+    with pytest.raises(SystemExit, match="npu: the report is of all-MiniLM-L6-v2; quality alone"):
+        merging.merged(results(), {**alone(), "model": "other"}, ["npu"])
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--model", "all-minilm"], "--model is 'all-minilm'; all-MiniLM-L6-v2, all-mpnet-base-v2 or paraphrase-"),
+    (["--model", "all-mpnet-base-v2"], "model.safetensors is missing; run tools/real_models all-mpnet-base-v2"),
+    (["--data", "nowhere"], "nowhere/sts_dev.jsonl: is not there; --data needs sts_dev.jsonl, squad11dev"),
+    (["--merge", "--only", "quality"], "bench.json: is not there; --data needs"),
+])  # fmt: skip
+def test_what_is_not_there_is_said_in_one_line_before_anything_is_made(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(*given: object) -> None:
+        raise AssertionError("made something first")
+
+    for name in samples.FILES:
+        (tmp_path / "data" / name).mkdir(parents=True)
+    monkeypatch.setattr(making.Workshop, "export", make)
+    monkeypatch.setattr(making, "folder_of", lambda name: tmp_path / "models" / name)
+    monkeypatch.setattr(making, "packaged_minilm", lambda: tmp_path)
+    given = ["bench", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), *words]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert isinstance(ended.value.code, str) and said in ended.value.code and "\n" not in ended.value.code
+
+
+@pytest.mark.parametrize("words", [["--only", "latency"], [], ["--only", "npu", "--only", "latency"]])
 def test_parts_that_share_models_are_not_merged(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.options_of(["--data", "d", "--out", "o", "--merge", *words])
@@ -253,7 +367,7 @@ def test_each_text_runs_in_the_smallest_length_that_it_fits() -> None:
 def test_a_blank_cell_shows_its_reason_below_and_once() -> None:
     text = report.markdown(results())
     assert f"| {rows.NNCF} |  | (1) | (1) | (1) |" in text
-    assert f"| {rows.NNCF} | (1) | (1) | (1) | (1) | (1) | (1) | (1) |" in text
+    assert f"| {rows.NNCF} |{' (1) |' * 10}" in text
     assert text.count("(1) pip failed") == 1
     assert "(2) its shapes are static with batch 1" in text
     assert f"| {rows.INT} | (2) |" in text
@@ -265,7 +379,7 @@ def test_the_tables_hold_date_machine_versions_and_figures() -> None:
         "2026-01-02",
         "a machine",
         "tool 1.2",
-        f"| {rows.GEMM} | 9 | 0.9991 |",
+        f"| {rows.GEMM} | 9 | 0.9987 | 0.99 | 0.0008 | 100.1 | 99 | 1 | 0.9991 | 0 | 23.5 |",
         f"| {rows.GEMM} | 2 | 1.23 |",
         f"| {rows.GEMM} / {rows.FLOAT} | 2.6 [2.5, 2.75] faster |",
     ):

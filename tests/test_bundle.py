@@ -34,7 +34,7 @@ from edgeq.bundle.verify import judge_golden, verify
 from edgeq.bundle.write import write
 from edgeq.data.tokens import token_limit
 from edgeq.errors import BundleCorrupt, ConfigError, EdgeqError, ParityFailed, Unsupported
-from edgeq.records import Manifest, RunsOn
+from edgeq.records import Manifest, RunsOn, SettingReport
 
 FILES = {
     "1_Pooling/config.json",
@@ -509,6 +509,19 @@ def test_bad_golden_texts_are_named(tmp_path: Path, content: str) -> None:
     (path / "golden.jsonl").write_text(content, encoding="utf-8")
     with pytest.raises(BundleCorrupt, match="golden"):
         read_golden(path)
+
+
+def test_the_card_shows_what_is_judged_with_other_settings_too(tmp_path: Path) -> None:
+    other = SettingReport(name="hint=bf16", ran_on="device", measures=MEASURES, reason=None)
+    report = make_report(make_target()).model_copy(update={"other_settings": (other,)})
+    path, _ = make_bundle(tmp_path / "out", report=report)
+    card = " ".join((path / "README.md").read_text(encoding="utf-8").split())
+    found = MEASURES
+    assert (
+        f"With hint=bf16 (device): centred cosine {found.centred_cosine_mean:.5f} mean, "
+        f"{found.centred_cosine_min:.5f} worst text, regret@10 {found.regret_mean:.5f}, other padding"
+    ) in card
+    assert "overlap" not in card.partition("With hint=bf16")[2]
 
 
 def code_blocks(card: str) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("psutil", reason="needs the extra `dev`")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
-from benchmark import clock, goals, rows  # noqa: E402
+from benchmark import clock, goals, making, rows  # noqa: E402
 from benchmark.figures import Blank  # noqa: E402
 
 
@@ -54,15 +54,31 @@ def test_a_blank_is_not_met_and_says_why() -> None:
 
 def test_a_model_that_is_blank_as_a_whole_leaves_its_goals_unmet() -> None:
     goal = next(goal for goal in goals.GOALS if goal.path[0] == "quality")
-    assert goal.judge({"quality": {goal.path[1]: Blank("gone")}}) == Blank("gone")
+    assert goal.judge({"quality": {goal.path[1]: {"rows": {goal.path[3]: Blank("gone")}}}}) == Blank("gone")
+
+
+def test_vectors_are_judged_by_centred_cosine_and_regret_alone() -> None:
+    of_vectors = [goal.path[-1] for goal in goals.GOALS if "cosine" in goal.path[-1] or "regret" in goal.path[-1]]
+    assert {"centred_cosine_mean", "centred_cosine_min", "regret_mean"} == set(of_vectors)
+    assert not [goal for goal in goals.GOALS if "overlap" in goal.path[-1]]
+
+
+def test_speed_and_size_of_another_model_meet_no_goal() -> None:
+    found = goals.judged(results(1.0) | {"model": "all-mpnet-base-v2"})
+    measured = [row[0] for row, goal in zip(found, goals.GOALS, strict=True) if row[3] != "not measured"]
+    assert measured == [goal.what for goal in goals.GOALS if goal.path[0] == "quality"]
+    assert {row[3] for row in goals.judged(results(1.0))} == {"met", "MISSED"}
 
 
 def test_every_goal_names_what_the_tables_hold() -> None:
     models = {row.name for row in (*rows.OWN, *rows.PEERS, *rows.MIRRORS)}
     compiled = {row.name for row in rows.NPU}
     for goal in goals.GOALS:
-        if goal.path[0] in ("quality", "making"):
+        if goal.path[0] == "making":
             assert goal.path[1] in models
+        if goal.path[0] == "quality":
+            assert goal.path[1] in making.MODELS
+            assert goal.path[2] in ("shared", "across") or (goal.path[2] == "rows" and goal.path[3] in models)
         if goal.path[0] == "npu":
             assert goal.path[1] in ("quality", "compiling", "estimates") and goal.path[2] in compiled
         if goal.path[:2] == ("latency", "ratios"):

@@ -97,5 +97,5 @@ def validate_lab(
 def _put_lab(results: tuple[LabResult, ...]) -> None:
     from edgeq.devices.lab.results_page import cells
 
-    columns = "bundle,device,result,ran on,cosine mean,cosine min,p50 at tokens,peak memory,CPU".split(",")
+    columns = "bundle,device,result,ran on,centred cosine mean,min,p50 at tokens,peak memory,CPU".split(",")
     console.put_table(columns, [[item.bundle, *cells(item)] for item in results])

@@ -18,13 +18,15 @@ from benchmark import clock, cost, device, integer_only, merging, npu, quality, 
 from benchmark.figures import Figures
 from benchmark.goals import judged
 from benchmark.making import MINILM, MODELS, Made, Workshop, mirror, note, reference, subject
+from benchmark.merging import QUALITY, RUN
 from benchmark.rows import GEMM, INT, MIRRORS, OWN, PEERS, chosen, private
 from edgeq.bundle.manifest import load_manifest
 from edgeq.system.host import describe, run_kind
 
-PARTS = ("export", "device", "latency", "throughput", "tflite", "calibration", "quality", "npu")
+PARTS = ("export", "device", "latency", "throughput", "tflite", "calibration", QUALITY, "npu")
 Part = Callable[[str, Callable[[], Figures]], None]
 ALONE = frozenset({"export", "device", "npu"})  # parts that share no models with the others
+MERGED = ALONE | {QUALITY}  # whose tables say which run they come from
 _OWN_TOOLS = ("edgeq", "onnxruntime", "ai-edge-litert")
 _PEER_TOOLS = (
     "openvino", "nncf", "litert-torch", "ai-edge-quantizer", "sentence-transformers", "optimum-intel", "optimum-onnx",
@@ -37,8 +39,9 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="sts_dev.jsonl, squad11dev/, calib_20k.jsonl.gz")
     parser.add_argument("--out", type=Path, required=True, help="folder for bench.md and bench.json")
     parser.add_argument(
-        "--model", choices=MODELS, default=MINILM, help="the trained model; tools/real_models fetches it"
-    )
+        "--model", default=MINILM, metavar="NAME",
+        help=f"the trained model: {', '.join(MODELS)}; tools/real_models fetches all but the first",
+    )  # fmt: skip
     parser.add_argument("--every", type=int, default=1, help="compare quality on every so-many-th text")
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this part; repeatable")
     parser.add_argument("--row", action="append", help="take models whose name holds this only; repeatable")
@@ -46,23 +49,42 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="make models in this folder, and use again what lies there")
     parser.add_argument(
         "--merge", action="store_true",
-        help="put the parts of --only (device, export, npu) into the report in --out, beside what other runs measured",
+        help="put the parts of --only (device, export, npu, quality) into the report in --out, beside what other runs "
+        "measured; quality beside that of other models",
     )  # fmt: skip
     options = parser.parse_args(words)
-    if options.merge and not set(options.only or PARTS) <= ALONE:
-        parser.error(f"--merge takes parts that share no models with others: --only {' or '.join(sorted(ALONE))}")
-    if options.merge and options.row and options.only != ["npu"]:
-        parser.error("--merge takes single rows of the part npu alone: --only npu")
+    if options.merge and not set(options.only or PARTS) <= MERGED:
+        parser.error(f"--merge takes parts that share no models with others: --only {' or '.join(sorted(MERGED))}")
+    if options.merge and options.row and options.only not in (["npu"], [QUALITY]):
+        parser.error("--merge takes single rows of one of the parts npu and quality: --only npu")
+    if options.every < 1:
+        parser.error(f"--every is {options.every}; 1 or more is needed")
     return options
+
+
+def require_files(options: argparse.Namespace) -> None:
+    """Look for what is read at the end, before an hour of work.
+
+    Raises:
+        SystemExit: a file of --data, or the report that --merge adds to, is not there.
+    """
+    read = [options.data / name for name in samples.FILES]
+    missing = [path for path in (read + [options.out / report.JSON] * options.merge) if not path.exists()]
+    if missing:
+        raise SystemExit(
+            f"{missing[0]}: is not there; --data needs {', '.join(samples.FILES)}, --merge a report in --out"
+        )
 
 
 def main() -> int:
     """Measure what is asked for; exit 1 when a goal is missed."""
     options = options_of()
+    model = subject(options.model)
+    require_files(options)
     with tempfile.TemporaryDirectory() as name:
-        results = measured(options, Workshop((options.work or Path(name)).resolve(), subject(options.model)))
+        results = measured(options, Workshop((options.work or Path(name)).resolve(), model))
     if options.merge:
-        results = merging.merged(report.read(options.out), results, bool(options.row))
+        results = merging.merged(report.read(options.out), results, options.only or PARTS, bool(options.row))
     report.write(results, options.out)
     sys.stdout.write(report.markdown(results))
     return int(any(row[3] == "MISSED" for row in judged(results)))
@@ -107,8 +129,10 @@ def compare_models(options: argparse.Namespace, workshop: Workshop, results: Fig
         whole = samples.thinned(samples.load(options.data), options.every)
         rows = [*made[1:], *(mirror(row, own, workshop) for row in MIRRORS if row.mirrors in own)]
         compared = quality.compare(rows, base, whole, workshop.tokenizer(), options.limit, workshop.folder)
-        results["pairs"] = quality.pairwise(compared, base.row.name, schemes(own))
-        return {item.row.name: compared[item.row.name].figures for item in rows}
+        figures = {item.row.name: compared[item.row.name].figures | shape_of(item) for item in rows}
+        pairs = quality.pairwise(compared, base.row.name, schemes(own))
+        run = {key: results[key] for key in RUN}
+        return {options.model: {"run": run, "every": options.every, "rows": figures, **pairs}}
 
     # What other work on the machine disturbs comes first; quality takes longest, and does not depend on it.
     part("latency", lambda: clock.latencies(made))
@@ -116,7 +140,7 @@ def compare_models(options: argparse.Namespace, workshop: Workshop, results: Fig
     if INT in own:
         part("tflite", lambda: integer_only.costs(own[INT], workshop))
     part("calibration", lambda: cost.calibration(workshop, options.data))
-    part("quality", compare)
+    part(QUALITY, compare)
 
 
 def schemes(own: dict[str, Made]) -> dict[str, str]:
@@ -130,6 +154,16 @@ def place_of(made: Made) -> Figures:
     if not made.row.target or made.path is None:
         return {}
     return {"ran_on": run_kind(load_manifest(made.path).target.runs_on)}
+
+
+def shape_of(made: Made) -> Figures:
+    """Give the size of what a runtime loads, and of edgeq's bundles how many products were promoted to 16 bits."""
+    if made.path is None:
+        return {}
+    if made.row.mirrors:
+        return {"promoted": "", "size_mb": ""}  # the same model's other row says it
+    promoted = len(load_manifest(made.path).qdq_model.scheme.promoted) if made.row.target else ""
+    return {"promoted": promoted, "size_mb": made.figures["size_mb"]}
 
 
 def versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ from benchmark.figures import Blank, Figures
 from benchmark.making import Workshop, note
 from benchmark.processes import last_line
 from benchmark.rows import GEMM, OWN
+from benchmark.samples import FILES
 from edgeq.data.splits import deduplicate
 
 SAMPLES = 512
@@ -52,7 +53,7 @@ def export(workshop: Workshop) -> Figures:
 
 def calibration(workshop: Workshop, data: Path) -> Figures:
     """Calibrate on few and on many texts, each in a process of its own, and compare the peaks of their memory."""
-    with gzip.open(data / "calib_20k.jsonl.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(data / FILES[2], "rt", encoding="utf-8") as file:
         texts = deduplicate([json.loads(line)["text"] for line in file])
     longest = sorted(texts, key=len)[-64:]  # in both: the longest text alone decides the largest batch
     others = np.random.default_rng(0).permutation(sorted(set(texts) - set(longest))).tolist()

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmark.figures import Blank, Figures
 from benchmark.processes import Ran, first_line, last_line, measured
-from benchmark.real_models import PACKAGED, folder_of, packaged_minilm
+from benchmark.real_models import PACKAGED, damage, folder_of, packaged_minilm
 from benchmark.rows import BUCKETS, FLOAT, OWN, Row, private
 from edgeq.backends.tflite import TFLITE_RUNTIME
 from edgeq.bundle.float_model import float_model
@@ -74,13 +74,16 @@ def subject(name: str) -> Subject:
     """Find a trained model.
 
     Raises:
-        SystemExit: it was not fetched.
+        SystemExit: there is no such model, or it was not fetched, or its files are not the known ones.
     """
     if name == MINILM:
         return Subject(name, name, (), packaged_minilm())
+    if name not in PACKAGED:
+        raise SystemExit(f"--model is {name!r}; {', '.join(MODELS[:-1])} or {MODELS[-1]} is needed")
     folder, model = folder_of(name), PACKAGED[name]
-    if not folder.is_dir():
-        raise SystemExit(f"{name}: is not in {folder}; run tools/real_models {name}")
+    problem = damage(folder, model)
+    if problem is not None:
+        raise SystemExit(f"{name}: {folder}: {problem}; run tools/real_models {name}")
     if model.has_own_tokenizer:
         return Subject(name, str(folder), (), folder)
     tokenizer = packaged_minilm() / "tokenizer.json"
@@ -142,8 +145,9 @@ class Workshop:
         return float_model(load_manifest(self._any_bundle()), None, self.cache)
 
     def tokenizer(self) -> Tokenizer:
-        """Give the model's tokenizer."""
-        return Tokenizer.from_file(self._any_bundle() / "tokenizer.json", MAX_SEQUENCE)
+        """Give the model's tokenizer; it cuts texts at 256 tokens, or at the model's own limit where that is less."""
+        longest = load_manifest(self._any_bundle()).source.max_sequence
+        return Tokenizer.from_file(self._any_bundle() / "tokenizer.json", min(longest, MAX_SEQUENCE))
 
     def _any_bundle(self) -> Path:
         return self.folder / "bundles" / OWN[0].target

