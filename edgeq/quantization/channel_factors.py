@@ -55,7 +55,8 @@ def _best(
     square = _squares(seen, reach)
     stacked = np.concatenate(weights, axis=1).astype(np.float64)
     errors = [_error(low, high, square, stacked, factor, scheme) for factor in choices]
-    return choices[int(np.argmin(errors))]
+    best: Vector = choices[int(np.argmin(errors))]
+    return best
 
 
 def _squares(seen: Statistics, reach: Vector) -> Vector:
