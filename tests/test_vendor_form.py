@@ -7,6 +7,7 @@ from collections import Counter
 import encoder
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import tiny_integer
 from onnx import helper
@@ -18,6 +19,7 @@ from edgeq.errors import Unsupported
 from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline import stage_functions
 from edgeq.quantization import quantize, sensitivity, vendor_codes
+from edgeq.quantization.rewrites.cast_before_unsqueeze import cast_before_unsqueeze
 from edgeq.quantization.schemes import SCHEMES, promote, widened
 from edgeq.quantization.vendor import rewrite_for_vendor
 from edgeq.records import QdqModel, Scheme, VendorSpec
@@ -140,3 +142,30 @@ def test_a_scheme_of_a_vendor_is_read_back_as_it_was() -> None:
     given = SCHEMES["rockchip-int8"]
     assert Scheme.model_validate_json(given.model_dump_json()) == given
     assert QdqModel.model_fields["feeds"].default is None
+
+
+@pytest.mark.parametrize("first", ["cast", "unsqueeze"])
+def test_the_mask_is_converted_once(first: str) -> None:
+    """Whichever of the two readers stands first in the graph."""
+    attention = [
+        helper.make_node("Cast", ["attention_mask"], ["mask"], "mask", to=onnx.TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["mask", "axes"], ["bias"], "bias"),
+    ]
+    pooling = [
+        helper.make_node("Unsqueeze", ["attention_mask", "axes"], ["wide"], "wide"),
+        helper.make_node("Cast", ["wide"], ["weights"], "weights", to=onnx.TensorProto.FLOAT),
+    ]
+    nodes = [*attention, *pooling] if first == "cast" else [*pooling, *attention]
+    graph = helper.make_graph(
+        [*nodes, helper.make_node("Sub", ["weights", "bias"], ["both"], "both")],
+        "masks",
+        [helper.make_tensor_value_info("attention_mask", onnx.TensorProto.INT64, ["batch", "sequence"])],
+        [helper.make_tensor_value_info("both", onnx.TensorProto.FLOAT, ["batch", "sequence", 1])],
+        [helper.make_tensor("axes", onnx.TensorProto.INT64, [1], [2])],
+    )
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]))
+    assert cast_before_unsqueeze(model).count == 1
+    made = ir.to_proto(model)
+    onnx.checker.check_model(made, full_check=True)
+    (cast,) = (node for node in made.graph.node if node.op_type == "Cast")
+    assert cast.input[0] == "attention_mask"
