@@ -33,11 +33,10 @@ def test_a_sum_beyond_the_last_level_has_none() -> None:
     assert not inverses(np.array([256 * RATIO**LEVELS])).any()
 
 
-def test_weights_fill_their_codes_and_no_softmax_is_left(tmp_path: Path) -> None:
-    exact, softmax = (onnx.load(make_model(name, tmp_path).file.path) for name in ("w8a8-int", "w8a16-int"))
-    kinds = [node.op_type for node in exact.graph.node]
+@pytest.mark.parametrize("scheme", ["w8a8-int", "w8a16-int"])
+def test_weights_fill_their_codes_and_no_softmax_is_left(scheme: str, tmp_path: Path) -> None:
+    kinds = [node.op_type for node in onnx.load(make_model(scheme, tmp_path).file.path).graph.node]
     assert kinds.count("Exp") == 2 and "Softmax" not in kinds
-    assert [node.op_type for node in softmax.graph.node].count("Softmax") == 2
 
 
 @pytest.mark.tflite

@@ -367,7 +367,7 @@ def test_the_real_model_keeps_its_vectors(bundles: Path, name: str, mean: float,
     assert (report["status"], report["ran_on"], report["measured"]) == ("passed", "emulator", "qdq-model")
     assert measures["texts"] == report["texts"]["count"] == 512
     assert measures["cosine_mean"] >= mean and measures["cosine_min"] >= low
-    assert exactness["texts"] == 16 and exactness["centred_cosine_min"] >= report["gate"]["exactness_min"] > 0.99
+    assert exactness["texts"] == 16 and exactness["centred_cosine_min"] >= report["gate"]["exactness_min"] > 0.98
     binaries = sorted((bundles / name / "qnn").glob("*.bin"))
     assert len(binaries) == 2 and all(path.stat().st_size <= megabytes * 1e6 for path in binaries)
 

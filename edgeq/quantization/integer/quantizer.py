@@ -253,7 +253,8 @@ def _add(walk: IntegerWalk, node: ir.Node) -> None:
     size = mask_size(mask)
     read = builder.read(scores, bits, node)
     if bits == 16:
-        if any(use.op_type != "Softmax" for use in readers(node.outputs[0])):
+        others = {use.op_type for use in readers(node.outputs[0])} - {"Softmax"}
+        if others & INTEGER_QUANTIZERS.keys():  # any other operator is refused by its own name
             raise Unsupported(builder.refusal(node, "adds the mask to what is read by something else than a Softmax"))
         node.replace_input_with(0, read.value)
         node.replace_input_with(1, mask)
