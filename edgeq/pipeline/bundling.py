@@ -122,13 +122,14 @@ def bundled(target: Target, shared: Shared, request: ExportRequest, progress: Pr
         promoted = None
         if request.promote and request.scheme is None:
             few, quantizer = first.measured.validation.samples, QUANTIZERS[scheme.kind]
-            weighed = partial(stages.weight_losses, calibrated, first.model, few, progress)
+            weighed = None
+            if quantizer.keeps_float and quantizer.writes_integers:  # a compiler's promoted products are float
+                weighed = partial(stages.weight_losses, calibrated, first.model, few, progress)
             attempt, promoted = promotion.until_passed(
                 first, scheme,
                 lambda more: _attempted(target, shared, request, more, compared, work, progress),
                 lambda: stages.sensitivities(calibrated, first.model, few, progress),
-                weighed if quantizer.keeps_float and quantizer.writes_integers else None,  # a vendor has
-                quantizer.promoted_to,
+                weighed, quantizer.promoted_to,
             )  # fmt: skip
         found = attempt.report.model_copy(update={"promotion": promoted})
         path = request.out / target.name

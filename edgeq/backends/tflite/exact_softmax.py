@@ -65,13 +65,17 @@ def _scores(emit: Emitter, value: ir.Value | None) -> Tensor:
 
 def _row_maximum(emit: Emitter, node: ir.Node) -> None:
     """Write the largest score of each row, in int32."""
-    source = _scores(emit, node.inputs[0])
+    result = _reduced(emit, _scores(emit, node.inputs[0]), OPERATOR.REDUCE_MAX, 2)
+    emit.tensors[emit.quantizer(node.outputs[0]).outputs[0]] = result
+
+
+def _reduced(emit: Emitter, source: Tensor, operator: int, version: int) -> Tensor:
+    """Reduce each row of an int32 tensor to one number."""
     options = schema.ReducerOptionsT()
     options.keepDims = True
     axis = emit.out.constant("last_of_4", np.array([len(source.shape) - 1], np.int32))
     result = emit.out.unnamed((*source.shape[:-1], 1), "int32")
-    emit.out.operator(OPERATOR.REDUCE_MAX, 2, [source, axis], result, (OPTIONS.ReducerOptions, options))
-    emit.tensors[emit.quantizer(node.outputs[0]).outputs[0]] = result
+    return emit.out.operator(operator, version, [source, axis], result, (OPTIONS.ReducerOptions, options))
 
 
 def _exponential(emit: Emitter, node: ir.Node) -> None:
@@ -97,12 +101,7 @@ def _exponential(emit: Emitter, node: ir.Node) -> None:
 
 def _row_sums(emit: Emitter, node: ir.Node) -> None:
     """Add each row's values of exp up in int32."""
-    source = wide(emit, emit.read(node.inputs[0]))
-    options = schema.ReducerOptionsT()
-    options.keepDims = True
-    axis = emit.out.constant("last_of_4", np.array([len(source.shape) - 1], np.int32))
-    result = emit.out.unnamed((*source.shape[:-1], 1), "int32")
-    emit.out.operator(OPERATOR.SUM, 1, [source, axis], result, (OPTIONS.ReducerOptions, options))
+    result = _reduced(emit, wide(emit, emit.read(node.inputs[0])), OPERATOR.SUM, 1)
     scaled = next(use for use in readers(node.outputs[0]) if use.op_type == "Mul")
     rounded = readers(scaled.outputs[0])[0]
     emit.tensors[readers(rounded.outputs[0])[0].outputs[0]] = result
