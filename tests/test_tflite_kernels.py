@@ -431,9 +431,88 @@ def moves() -> Iterator[Case]:
         yield Case(name, "SUM", 1, [x, axis], x.real().sum(axis=1), "int32", None, options, tolerance=0)
 
 
+def windows(maps: NDArray[np.float64], size: int, step: int, hole: int) -> NDArray[np.float64]:
+    """Cut maps [1, rows, columns, channels] into windows [1, rows, columns, height, width, channels]."""
+    span = (size - 1) * hole + 1
+    cut = np.lib.stride_tricks.sliding_window_view(maps, (span, span), axis=(1, 2))
+    return cut[:, ::step, ::step, :, ::hole, ::hole].transpose(0, 1, 2, 4, 5, 3)
+
+
+def on_maps() -> Iterator[Case]:
+    """Give what works on maps of an image: convolutions, plain, with strides, with holes, of each channel; pooling."""
+    valid, same = schema.Padding.VALID, schema.Padding.SAME
+    for dtype in ALL:
+        source = of(dtype, 0.07, -11)
+        x = Operand(shuffled(dtype, 1, 17, 21, 8), source)
+        bias_dtype = "int64" if dtype == "int16" else "int32"
+        for name, size, step, hole, padding in (
+            ("plain", 3, 1, 1, valid), ("pointwise", 1, 1, 1, valid), ("strides", 3, 2, 1, valid),
+            ("holes", 3, 1, 2, valid), ("same", 3, 2, 1, same), ("patches", 4, 4, 1, valid),
+        ):  # fmt: skip
+            real = x.real()
+            if padding == same:  # zeros: one row before and behind 17 rows, one column before and behind 21
+                real = np.pad(real, ((0, 0), (1, 1), (1, 1), (0, 0)))
+            cut = windows(real, size, step, hole)
+            strides = {"padding": padding, "strideW": step, "strideH": step}
+            holes = {"dilationWFactor": hole, "dilationHFactor": hole}
+            for is_depthwise in (False, True):
+                channels = 8 if is_depthwise else 24
+                scales = tuple(0.004 * (1.0 + np.arange(channels) / channels))
+                shape = (1, size, size, channels) if is_depthwise else (channels, size, size, 8)
+                axis = 3 if is_depthwise else 0
+                weight = Operand(
+                    RANDOM.integers(-127, 128, shape).astype(np.int8),
+                    QuantParams(scales, (0,) * channels, axis), is_constant=True,
+                )  # fmt: skip
+                steps = QuantParams(tuple(np.array(scales) * source.scales[0]), (0,) * channels)
+                stored = np.rint(RANDOM.uniform(-3.0, 3.0, channels) / np.array(steps.scales)).astype(bias_dtype)
+                bias = Operand(stored, steps, is_constant=True)
+                formula = "brcijk,ijk->brck" if is_depthwise else "brcijk,oijk->brco"
+                kernel_ = weight.real()[0] if is_depthwise else weight.real()
+                exact = np.einsum(formula, cut, kernel_) + bias.real()
+                builtin, kind, version = "CONV_2D", "Conv2DOptions", {"int8": 3, "int16": 4}[dtype]
+                values = {**strides, **holes}
+                if is_depthwise:
+                    builtin, kind, version = (
+                        "DEPTHWISE_CONV_2D",
+                        "DepthwiseConv2DOptions",
+                        {"int8": 3, "int16": 5}[dtype],
+                    )
+                    values["depthMultiplier"] = 1
+                result = of(dtype, 0.05 if is_depthwise and size == 1 else 0.4, 5)
+                yield Case(name, builtin, version, [x, weight, bias], exact, dtype, result, (kind, values))
+        cut = windows(x.real(), 3, 2, 1)
+        table = {"padding": valid, "strideW": 2, "strideH": 2, "filterWidth": 3, "filterHeight": 3}
+        version = 2 if dtype == "int8" else 3
+        for builtin, exact, most in (
+            ("MAX_POOL_2D", cut.max(axis=(3, 4)), 0), ("AVERAGE_POOL_2D", cut.mean(axis=(3, 4)), 1),
+        ):  # fmt: skip
+            options: tuple[str, dict[str, Any]] = ("Pool2DOptions", table)
+            yield Case("", builtin, version, [x], exact, dtype, source, options, tolerance=most)
+        axes, options = Operand(np.array([1, 2], np.int32), is_constant=True), ("ReducerOptions", {"keepDims": False})
+        slope = Operand(np.ascontiguousarray(ordered(dtype, 1, 8, 17, 21).transpose(0, 2, 3, 1)), source)
+        exact = slope.real().mean(axis=(1, 2))
+        yield Case("of places", "MEAN", 2, [slope, axes], exact, dtype, of(dtype, 0.03, -20), options)
+        around = np.array([[0, 0], [1, 2], [2, 0], [0, 0]], np.int32)
+        pads, version = Operand(around, is_constant=True), 2 if dtype == "int8" else 4
+        exact = np.pad(x.real(), around)
+        yield Case("", "PAD", version, [x, pads], exact, dtype, source, ("PadOptions", {}), tolerance=0)
+        lowest = Operand(np.array([ALL[dtype][0]], dtype), source, is_constant=True)
+        exact = np.pad(x.real(), around, constant_values=lowest.real()[0])
+        options = ("PadV2Options", {})
+        yield Case("", "PADV2", version, [x, pads, lowest], exact, dtype, source, options, tolerance=0)
+        other = Operand(shuffled(dtype, 1, 17, 21, 3), source)
+        exact, options = np.concatenate([x.real(), other.real()], axis=3), ("ConcatenationOptions", {"axis": 3})
+        version = 2 if dtype == "int8" else 3
+        yield Case("", "CONCATENATION", version, [x, other], exact, dtype, source, options, tolerance=0)
+    pixels = Operand(np.arange(256, dtype=np.uint8)[None], QuantParams.of(1.0))
+    shifted_, options = QuantParams.of(1.0, -128), ("QuantizeOptions", {})
+    yield Case("pixels", "QUANTIZE", 1, [pixels], pixels.real(), "int8", shifted_, options, tolerance=0)
+
+
 CASES = [
     *elementwise(), *whole_numbers(), *products(), *linear(), *row_products(), *functions(), *weights(), *softmaxes(),
-    *inverse_roots(), *moves(),
+    *inverse_roots(), *moves(), *on_maps(),
 ]  # fmt: skip
 BY_NAME = {str(case): case for case in CASES}
 

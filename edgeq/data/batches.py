@@ -95,9 +95,11 @@ class PixelFeeds:
 
     Attributes:
         pixel_values: float32[batch, 3, height, width], rescaled and normalised.
+        pixels: uint8 of the same shape, before that; None where numbers were drawn that no image has.
     """
 
     pixel_values: NDArray[np.float32]
+    pixels: NDArray[np.uint8] | None = None
 
     @property
     def size(self) -> int:

@@ -74,6 +74,11 @@ class Preprocessing(Record):
         values: NDArray[np.float32] = (pixels.astype(np.float32) * np.float32(self.rescale_factor) - mean) / std
         return values
 
+    def factor_and_offset(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Give the factor and the offset of each colour channel, float64[3], that make pixel values of pixels."""
+        mean, std = np.array(self.mean, np.float64), np.array(self.std, np.float64)
+        return self.rescale_factor / std, -mean / std
+
 
 def _middle(image: Image.Image, height: int, width: int) -> Image.Image:
     """Cut the middle out of an image; pixels outside the image are black."""

@@ -72,7 +72,8 @@ class Images:
         return self.batches(most, most)
 
     def _batch(self, rows: tuple[int, ...]) -> Batch:
-        return Batch(rows, PixelFeeds(self.preprocessing.pixel_values(self.pixels[list(rows)])))
+        pixels = self.pixels[list(rows)]
+        return Batch(rows, PixelFeeds(self.preprocessing.pixel_values(pixels), pixels))
 
     def record(self, origin: str) -> ImageSet:
         """Describe the images by a hash of their pixels, their number and size."""

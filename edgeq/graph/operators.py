@@ -76,7 +76,7 @@ _DENSE = "activation of a Dense"  # what torch's activations are made of
 # fmt: off
 OPERATORS: Mapping[str, Operator] = {
     # Weights, attention, pooling.
-    "Conv": Operator("linear", "maps of an image"),
+    "Conv": Operator("linear", "maps of an image", integer="computed"),
     "Gemm": Operator("linear", written_by="matmul_to_gemm", htp="computed"),
     "MatMul": Operator(
         "linear", "weights, attention, pooling", observed=True, integer="computed", htp="computed", token_list="begins"
@@ -142,7 +142,7 @@ OPERATORS: Mapping[str, Operator] = {
     "Identity": Operator("layout", "Dense without activation"),
     "Reshape": Operator("layout", "heads", integer="copied", htp="copied"),
     "Squeeze": Operator("layout", "pooling", integer="copied", htp="copied"),
-    "Transpose": Operator("layout", "heads", integer="copied", htp="copied"),
+    "Transpose": Operator("layout", "heads", integer="computed", htp="copied"),  # of pixels the scale is known
     "Unsqueeze": Operator("layout", "mask", integer="copied", htp="copied"),
     # Of a table's rows the scale is computed, of a tensor's it is copied.
     "Gather": Operator("selection", "embedding tables, first token", integer="computed", htp="computed"),
@@ -154,13 +154,15 @@ OPERATORS: Mapping[str, Operator] = {
     "Tile": Operator(
         "repetition", "projections of positions for each head, the query of a pooling head for each image"
     ),
-    "Concat": Operator("joining", "pooling modes side by side, class token"),
+    "Concat": Operator("joining", "pooling modes side by side, class token", integer="computed"),
+    "Pad": Operator("joining", written_by="raw_pixels", integer="computed"),
     "ScatterElements": Operator("joining", "pooling of the last token"),
-    "MaxPool": Operator("extremum", "maps of an image"),
+    "MaxPool": Operator("extremum", "maps of an image", integer="computed"),
     "ReduceMax": Operator(
         "extremum", "max pooling", "observe_row_maxima, deferred_softmax", observed=True, integer="copied"
     ),
 
+    "AveragePool": Operator("reduction", "maps of an image", integer="computed"),
     "GlobalAveragePool": Operator("reduction", "pooling of maps"),
     "ReduceL2": Operator("reduction", "unit length"),
     "ReduceMean": Operator("reduction", "pooling", "decompose_layer_normalization", observed=True, integer="computed"),

@@ -12,6 +12,8 @@ from enum import StrEnum
 import onnx
 import onnx_ir as ir
 
+from edgeq.graph import pixels
+
 KEY = "edgeq.role"
 
 
@@ -68,6 +70,12 @@ class Role(StrEnum):
     """Add of the mask to 16-bit scores that is not rounded: what it shuts out lies below all that int16 holds."""
     POOLING_WEIGHTS = "pooling-weights"
     """QuantizeLinear, or Transpose before it, of the weight that a pooling gives each token by the attention mask."""
+    ATTENTION_POOLING = "attention-pooling"
+    """MatMul that makes the keys or values of a pooling by attention with one query: nothing is added to them."""
+    RAW_PIXELS = "raw-pixels"
+    """Mul, Add or Transpose on the way from normalised pixels to [batch, rows, columns, colours] from 0 to 255."""
+    MAP_ORDER = "map-order"
+    """Transpose between [batch, rows, columns, channels] and the order that ONNX's convolutions and windows need."""
     PADDING_CAP = "padding-cap"
     """QuantizeLinear of what max pooling holds padding down with, which follows from the attention mask."""
 
@@ -102,7 +110,8 @@ def note(node: onnx.NodeProto, *roles: Role) -> None:
 
 
 def strip(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Take the roles out of an ONNX model, and give it back: what is shipped holds none."""
+    """Take roles and the normalisation of pixels out of an ONNX model, and give it back: what is shipped holds none."""
+    pixels.strip(model)
     for node in model.graph.node:
         kept = [item for item in node.metadata_props if item.key != KEY]
         if len(kept) < len(node.metadata_props):

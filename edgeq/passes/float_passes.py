@@ -11,6 +11,7 @@ from edgeq.data.batches import AnyFeeds
 from edgeq.graph import external_data
 from edgeq.graph.edit import infer_shapes
 from edgeq.passes.apply import Pass, apply, weights_outside, without_statistics
+from edgeq.passes.attention_pooling import attention_pooling
 from edgeq.passes.constant_reshape import constant_reshape
 from edgeq.passes.constant_segment import constant_segment
 from edgeq.passes.direct_position import direct_position
@@ -69,6 +70,7 @@ _REWRITES = (
     pool_maps,
     finite_fill,
     split_gemm,  # before names are given: a Dense layer is a product like any other
+    attention_pooling,  # behind it: its result is projected by a Gemm
     part_products,  # behind constant_reshape, whose shapes it reads
     fold_attention_scale,
     fold_table_scale,

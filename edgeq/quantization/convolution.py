@@ -37,10 +37,10 @@ def _output_map(node: ir.Node) -> ir.Value:
     """Give a Conv's output, or that of the Relu or Clip that alone reads it."""
     output = node.outputs[0]
     after = readers(output)
-    return after[0].outputs[0] if is_read_once(output) and _cuts_off(after[0]) else output
+    return after[0].outputs[0] if is_read_once(output) and cuts_off(after[0]) else output
 
 
-def _cuts_off(node: ir.Node) -> bool:
+def cuts_off(node: ir.Node) -> bool:
     """Tell whether a node only cuts off below 0, as quantising to a range from 0 up does."""
     return node.op_type == "Relu" or (node.op_type == "Clip" and len(node.inputs) > 1 and scalar(node.inputs[1]) == 0.0)
 
@@ -96,7 +96,7 @@ def _quantize_map(builder: QdqBuilder, value: ir.Value, by: list[ir.Node] | None
 def _without_activation(node: ir.Node) -> None:
     """Remove a Relu or Clip between Conv and QuantizeLinear."""
     after = readers(node.outputs[0])
-    if len(after) == 1 and _cuts_off(after[0]):
+    if len(after) == 1 and cuts_off(after[0]):
         replace_uses(after[0].outputs[0], node.outputs[0])
         if after[0].graph is not None:
             after[0].graph.remove(after[0], safe=True)
@@ -108,14 +108,14 @@ def _quantize_weights(node: ir.Node, step: float, scheme: Scheme) -> None:
     bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
     if weight is None:
         return
-    values, scales = _rounded(weight, bias, step, scheme.weight_bits)
+    values, scales = rounded_kernel(weight, bias, step, scheme.weight_bits)
     node.replace_input_with(1, int8_weight(node, names[1], values, scales, axis=0))
     if bias is not None:
         steps = (np.float32(step) * scales).astype(np.float32)
         node.replace_input_with(2, int32_bias(node, str(node.name), names[2], bias, steps))
 
 
-def _rounded(
+def rounded_kernel(
     weight: NDArray[np.float32], bias: NDArray[np.float32] | None, step: float, bits: int
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Round weights, float32[out, in, height, width], to int8 by output channel, so that the bias fits int32.

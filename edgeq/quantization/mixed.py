@@ -11,8 +11,10 @@ import onnx_ir as ir
 
 from edgeq.calibration.statistics import Statistics
 from edgeq.data.batches import AnyFeeds
+from edgeq.graph import roles
 from edgeq.graph.edit import add_constant, add_node, checked, constant, dims, infer_shapes, replace_uses
 from edgeq.graph.linear import Linear, Site, sites
+from edgeq.graph.roles import Role
 from edgeq.quantization import affine, promoted_products, ranges, weight_rounding
 from edgeq.quantization.convolution import quantize_convolutions
 from edgeq.quantization.qdq import HEADROOM, LOWEST_IR_VERSION, QdqBuilder, Quantized, UnsignedQdqBuilder, int8_weight
@@ -87,8 +89,11 @@ def quantize_mixed(
 
 
 def _quantize_site(builder: QdqBuilder, site: Site, scheme: Scheme, compensate: bool) -> list[str]:
-    """Quantise a tensor once and the weight of each MatMul that reads it and does not stay float."""
-    site = replace(site, products=tuple(node for node in site.products if node.name not in scheme.floats))
+    """Quantise a tensor once and the weight of each MatMul that reads it and does not stay float.
+
+    Keys and values of a pooling by attention stay float: nothing averages their errors out.
+    """
+    site = replace(site, products=tuple(node for node in site.products if _is_quantised(node, scheme)))
     if not site.products:
         return []
     statistics = builder.statistics(site.tensor)
@@ -113,6 +118,10 @@ def _quantize_site(builder: QdqBuilder, site: Site, scheme: Scheme, compensate: 
             rest = rest or promoted_products.rest(builder, site, read)
             made.append(promoted_products.add_rest(node, linear.end, rest))
     return made
+
+
+def _is_quantised(node: ir.Node, scheme: Scheme) -> bool:
+    return node.name not in scheme.floats and not roles.has(node, Role.ATTENTION_POOLING)
 
 
 def _quantize_table(graph: ir.Graph, node: ir.Node, bits: int) -> None:

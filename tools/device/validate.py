@@ -299,9 +299,10 @@ class Golden:
         if dim != manifest.dim or count < 3 or (host is not None and host.shape != self.reference.shape):
             raise corrupt(path, f"has vectors of shape {self.reference.shape}; at least 3 of {manifest.dim} are needed")
         self.pad_id = 0 if manifest.takes_images else int(arrays["pad_id"])
-        self.pixels, self.tokens = None, []
+        self.pixels, self.codes, self.tokens = None, None, []
         if manifest.takes_images:
             self.pixels = pixel_values(arrays["codes"], bundle / PREPROCESSING)
+            self.codes = np.ascontiguousarray(arrays["codes"].astype(np.uint8).transpose(0, 2, 3, 1))
         else:
             ids, mask = (arrays[name].astype(np.int64) for name in ("input_ids", "attention_mask"))
             if ids.shape != mask.shape:
@@ -323,6 +324,10 @@ class Golden:
         if not all(isinstance(name, str) for name in names):
             raise corrupt(path, f"a golden {key} is no string")
         return names
+
+    def images(self, rows):
+        """Give some images, float32[rows, 3, height, width] and as pixels, uint8[rows, height, width, 3]."""
+        return {"pixel_values": self.pixels[rows], "pixels": self.codes[rows]}
 
     def __len__(self):
         """Count them."""
@@ -551,6 +556,9 @@ class TfliteRunner(Runner):
         self.tools = {package.replace("_", "-"): str(sys.modules[package].__version__)}
         self.threads = threads or manifest.setting("threads", int)
         self._interpreter = module.Interpreter(model_path=str(manifest.files[0]), num_threads=self.threads or None)
+        if manifest.takes_images:
+            self._load_image(manifest)
+            return
         names = {f"seq_{bucket}": bucket for bucket in manifest.buckets}
         there = [name for name in self._interpreter.get_signature_list() if name in names]
         if len(there) != len(names):
@@ -565,10 +573,22 @@ class TfliteRunner(Runner):
         scales, zero_points = (output["quantization_parameters"][name] for name in ("scales", "zero_points"))
         return (np.float32(scales[0]), int(zero_points[0])) if len(scales) else (np.float32(1.0), 0)
 
+    def _load_image(self, manifest):
+        """Take the one signature of a file that reads pixels, uint8[1, height, width, 3]."""
+        there = list(self._interpreter.get_signature_list())
+        if there != ["image"]:
+            raise corrupt(manifest.files[0], f"has the signatures {there}; image is needed")
+        self._runners = {0: self._interpreter.get_signature_runner("image")}
+        self._codes = {0: self._affine(self._runners[0])}
+        self.buckets = (1,)  # one image at a time
+
     def __call__(self, feeds):
         """Give float32[1, dim], dequantised."""
-        bucket = feeds["input_ids"].shape[1]
-        given = {name: feeds[name].astype(np.int32) for name in ("input_ids", "attention_mask")}
+        if "pixels" in feeds:
+            bucket, given = 0, {"pixels": feeds["pixels"]}
+        else:
+            bucket = feeds["input_ids"].shape[1]
+            given = {name: feeds[name].astype(np.int32) for name in ("input_ids", "attention_mask")}
         codes = self._runners[bucket](**given)["sentence_embedding"]
         scale, zero_point = self._codes[bucket]
         return (codes.astype(np.float32) - zero_point) * scale
@@ -686,7 +706,7 @@ class Inputs:
         """Run golden inputs in one batch (texts padded to a width); give float32[rows, dim]."""
         golden = self._golden
         if golden.pixels is not None:
-            found = self._runner({"pixel_values": golden.pixels[list(rows)]})
+            found = self._runner(golden.images(list(rows)))
         else:
             texts = [golden.tokens[row] for row in rows]
             size = self.width(max(1, max(len(text) for text in texts)) if width is None else width)
@@ -702,7 +722,7 @@ class Inputs:
     def sample(self, width):
         """Make feeds of one image, or of one text of exactly so many tokens, from the golden ones: for latency."""
         if self._golden.pixels is not None:
-            return {"pixel_values": self._golden.pixels[:1]}
+            return self._golden.images([0])
         tokens = np.concatenate(self._golden.tokens)
         return padded([np.resize(tokens, width)], width, self._golden.pad_id)
 

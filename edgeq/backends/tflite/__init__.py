@@ -7,29 +7,26 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from edgeq.backends.contract import Plan, Rejection, Rule, has_buckets, reads_tokens, rejected, takes_kinds
-from edgeq.data.batches import AnyFeeds
-from edgeq.data.sessions import Embeddings, embed_by_bucket
-from edgeq.data.tokens import bucket_lengths, fitted, rows_by_bucket, token_feeds
+from edgeq.backends.contract import Plan, Rejection, Rule, has_buckets, rejected, takes_kinds
+from edgeq.backends.tflite.sessions import IMAGE, SIGNATURE, TfliteImageSession, TfliteSession
+from edgeq.data.batches import PIXELS
+from edgeq.data.tokens import bucket_lengths
 from edgeq.errors import LoweringFailed, ToolMissing, UnsupportedRange
 from edgeq.records import Artifact, Placement, QdqModel, Target
-from edgeq.system.child_server import pack
 from edgeq.system.environments import Environment, interpreter
 from edgeq.system.files import file_ref, storage_errors, write_bytes
-from edgeq.system.worker import Worker, child_command, unpack_reply
+from edgeq.system.worker import Worker, child_command
 
 if TYPE_CHECKING:
     from edgeq.backends.tflite.emitter import Settings
     from edgeq.backends.tflite.kernels import Contents, Operator
 
 MODEL = "tflite/model.tflite"
-SIGNATURE = "seq_{}"
+_PRODUCTS = frozenset({"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"})
 
 # Its wheel was built for numpy 1 and Python 3.11: it lives in an environment of its own.
 TFLITE_RUNTIME = Environment("tflite-runtime", ("tflite-runtime==2.14.0", "numpy==1.26.4"), ("3.11",))
@@ -59,7 +56,7 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
     return "; ".join(wrong) or None
 
 
-RULES: tuple[Rule, ...] = (reads_tokens, leaves_nothing_float, has_buckets, has_known_settings)
+RULES: tuple[Rule, ...] = (leaves_nothing_float, has_buckets, has_known_settings)
 
 
 def tools() -> Mapping[str, str]:
@@ -157,7 +154,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     with storage_errors(f"writing {MODEL}"):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, data)
-    largest = SIGNATURE.format(max(buckets))
+    largest = signature_of(model, buckets)
     counts = Counter(item.name for item in contents.operators if item.signature == largest)
     return Artifact(
         backend=target.backend,
@@ -199,9 +196,9 @@ def integer_file(
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise LoweringFailed(f"{name}: the file holds what was not shown to be right:\n{listed}")
-    largest, weights = SIGNATURE.format(max(buckets)), {f"{item}/weight/codes" for item in model.integer_matmuls}
+    largest, weights = signature_of(model, buckets), {f"{item}/weight/codes" for item in model.integer_matmuls}
     written = [item for item in contents.operators if item.signature == largest]
-    products = sum(item.name == "FULLY_CONNECTED" and not weights.isdisjoint(item.operands) for item in written)
+    products = sum(item.name in _PRODUCTS and not weights.isdisjoint(item.operands) for item in written)
     if products != len(model.integer_matmuls):
         raise LoweringFailed(
             f"{name}: {products} products were written, the scheme has {len(model.integer_matmuls)}; "
@@ -210,7 +207,12 @@ def integer_file(
     return data, contents
 
 
-def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> TfliteSession:
+def signature_of(model: QdqModel, buckets: Sequence[int]) -> str:
+    """Name the signature whose operators are counted: of images, or of the largest bucket."""
+    return IMAGE if PIXELS in model.inputs else SIGNATURE.format(max(buckets))
+
+
+def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> TfliteSession | TfliteImageSession:
     """Load the artifact in the target's interpreter, in a child process.
 
     Args:
@@ -227,7 +229,7 @@ def load(artifact: Artifact, bundle: Path, target: Target, threads: int = 0) -> 
     return open_session(bundle / artifact.files[0].path, runtime, threads or int(target.runtime["threads"]))
 
 
-def open_session(path: Path, runtime: str, threads: int) -> TfliteSession:
+def open_session(path: Path, runtime: str, threads: int) -> TfliteSession | TfliteImageSession:
     """Load a .tflite file in a child process.
 
     Raises:
@@ -238,6 +240,8 @@ def open_session(path: Path, runtime: str, threads: int) -> TfliteSession:
     tools()
     worker = Worker(child_command(python, _CHILD, runtime), runtime)
     loaded = worker.call(do="load", path=str(path.resolve()), threads=threads)
+    if loaded["signatures"] == [IMAGE]:
+        return TfliteImageSession(worker, output_params(path))
     buckets = tuple(int(name.removeprefix(SIGNATURE.format(""))) for name in loaded["signatures"])
     return TfliteSession(worker, buckets, output_params(path))
 
@@ -249,62 +253,3 @@ def output_params(path: Path) -> tuple[float, int]:
     graph = schema.Model.GetRootAsModel(path.read_bytes(), 0).Subgraphs(0)
     parameters = graph.Tensors(graph.Outputs(0)).Quantization()
     return float(parameters.Scale(0)), int(parameters.ZeroPoint(0))
-
-
-class TfliteSession:
-    """Run a .tflite file in a child process, each text in the smallest bucket that holds it."""
-
-    def __init__(self, worker: Worker, buckets: tuple[int, ...], params: tuple[float, int]) -> None:
-        """Take a child process that has loaded the file.
-
-        Args:
-            worker: the child.
-            buckets: the file's sequence lengths.
-            params: scale and zero point of the vectors.
-        """
-        self._worker = worker
-        self._buckets = sorted(buckets)
-        self._scale, self._zero_point = params
-
-    def __call__(self, feeds: AnyFeeds) -> Embeddings:
-        """Give the sentence embeddings, float32[batch, dim], dequantised.
-
-        A text alone runs at its padded length; in a batch each text is cut back to its own tokens first.
-
-        Raises:
-            ConfigError: a text is longer than the largest bucket.
-        """
-        return embed_by_bucket(feeds, self._buckets, self._run)
-
-    def _run(self, bucket: int, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> Embeddings:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        packed = {name: pack(rows.astype(np.int32)[:, None, :]) for name, rows in inputs.items()}
-        reply = self._worker.call(do="run_many", signature=SIGNATURE.format(bucket), inputs=packed)
-        values = unpack_reply(reply["outputs"]["sentence_embedding"])[:, 0]
-        embeddings: Embeddings = (values.astype(np.float32) - self._zero_point) * np.float32(self._scale)
-        return embeddings
-
-    def milliseconds(self, feeds: AnyFeeds, runs: int, warmup: int) -> list[float]:
-        """Time runs inside the child; a batch's texts run one after the other, and their times are added."""
-        tokens = token_feeds(feeds)
-        bucket = max(rows_by_bucket(tokens, self._buckets))
-        totals = np.zeros(runs)
-        for row in range(len(tokens.input_ids)):
-            one = {
-                "input_ids": pack(_fitted(tokens.input_ids[[row]], bucket)[0]),
-                "attention_mask": pack(_fitted(tokens.attention_mask[[row]], bucket)[0]),
-            }
-            reply = self._worker.call(
-                do="time", signature=SIGNATURE.format(bucket), inputs=one, runs=runs, warmup=warmup
-            )
-            totals += np.array(reply["milliseconds"])
-        return [float(total) for total in totals]
-
-    def peak_memory_bytes(self) -> int:
-        """Give the child's peak resident memory."""
-        return int(self._worker.call(do="memory")["peak_bytes"])
-
-
-def _fitted(rows: NDArray[np.int64], width: int) -> NDArray[Any]:
-    """Cut or zero-pad each row to int32[rows, 1, width]; the ids behind the mask do not matter."""
-    return fitted(rows, width).astype(np.int32)[:, None, :]

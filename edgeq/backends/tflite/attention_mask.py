@@ -7,7 +7,7 @@ import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
-from edgeq.backends.tflite import pooling
+from edgeq.backends.tflite import maps, pooling
 from edgeq.backends.tflite.emitter import OPERATOR, OPTIONS, Emitter
 from edgeq.backends.tflite.int32_sums import raw
 from edgeq.backends.tflite.writer import QuantParams, Tensor
@@ -15,6 +15,7 @@ from edgeq.errors import LoweringFailed
 from edgeq.graph import roles
 from edgeq.graph.dataflow import follows_from_sizes
 from edgeq.graph.edit import constant, made_by
+from edgeq.graph.evaluate import computed
 from edgeq.graph.roles import Role
 
 _EXACT_STEP, _INT16_RANGE = 128, 2**15
@@ -25,6 +26,8 @@ def quantize(emit: Emitter, node: ir.Node) -> None:
     source = made_by(node.inputs[0], "DequantizeLinear")
     if source is not None:
         _requantize(emit, node)
+    elif roles.has(node.inputs[0].producer() if node.inputs[0] is not None else None, Role.RAW_PIXELS):
+        maps.pixels(emit, node)
     elif node.outputs[0] not in emit.tensors:
         _quantize_mask(emit, node)
 
@@ -75,7 +78,7 @@ def _quantize_mask(emit: Emitter, node: ir.Node) -> None:
     # The value 0 means -size, and the zero point means 0.
     flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int8", params)
     one = emit.out.constant(f"int32_{params.zero_points[0]}", np.array([params.zero_points[0]], np.int32))
-    emit.cast(raw(emit, "MUL", emit.mask, one), flat)
+    emit.cast(raw(emit, "MUL", emit.token_mask(), one), flat)
     emit.tensors[node.outputs[0]] = emit.reshaped(flat, (1, 1, 1, emit.length), name)
 
 
@@ -86,10 +89,10 @@ def kept(emit: Emitter, mask: ir.Value) -> Tensor:
         raise LoweringFailed(f"{mask.name}: is no attention mask of the form (mask - 1) * size")
     allowed = _allowed(maker)
     if allowed is None:
-        return emit.mask
+        return emit.token_mask()
     pattern = pooling.of_inputs(allowed, np.ones((1, emit.length), np.int64))
     stored = emit.out.constant(f"{mask.name}/allowed", np.rint(pattern).astype(np.int32))
-    return raw(emit, "MUL", emit.mask, stored)
+    return raw(emit, "MUL", emit.token_mask(), stored)
 
 
 def _positions(emit: Emitter, node: ir.Node) -> None:
@@ -99,7 +102,8 @@ def _positions(emit: Emitter, node: ir.Node) -> None:
     if zero_point is None or node.inputs[0] is None:
         raise LoweringFailed(f"{node.name}: has no zero point, so no dtype")
     limits = np.iinfo(zero_point.dtype)
-    values = pooling.of_inputs(node.inputs[0], np.ones((1, emit.length), np.int64))
+    ones = {name: np.ones(shape, np.int64) for name, shape in emit.sizes.items()}
+    values = computed(node.inputs[0], ones).astype(np.float32)
     stored = np.rint(values.astype(np.float64) / params.scales[0]) + params.zero_points[0]
     name = str(node.outputs[0].name).removesuffix("/quantized")
     array = np.clip(stored, limits.min, limits.max).astype(zero_point.dtype)
@@ -120,7 +124,7 @@ def _limited(emit: Emitter, node: ir.Node, params: QuantParams, allowed: NDArray
     """Multiply the mask by a constant causal or local pattern: [1, 1, sequence, sequence], quantised."""
     name = str(node.outputs[0].name).removesuffix("/quantized")
     stored = emit.out.constant(f"{name}/allowed", np.rint(allowed * params.zero_points[0]).astype(np.int32))
-    product = raw(emit, "MUL", emit.mask, stored)
+    product = raw(emit, "MUL", emit.token_mask(), stored)
     result = emit.out.tensor(name, product.shape, "int8", params)
     emit.cast(product, result)
     emit.tensors[node.outputs[0]] = result
@@ -146,7 +150,7 @@ def _narrow_mask(emit: Emitter) -> Tensor:
     """Give the mask as int8, cast once."""
     if emit.narrow_mask is None:
         emit.narrow_mask = emit.out.tensor("attention_mask/narrow", (1, emit.length), "int8", QuantParams.of(1.0))
-        emit.cast(emit.mask, emit.narrow_mask)
+        emit.cast(emit.token_mask(), emit.narrow_mask)
     return emit.narrow_mask
 
 
@@ -156,7 +160,7 @@ def _wide_mask(emit: Emitter, name: str) -> Tensor:
     if emit.settings.upcast == "quantize":
         emit.requantized(_narrow_mask(emit), ones)
     else:
-        emit.cast(emit.mask, ones)
+        emit.cast(emit.token_mask(), ones)
     return ones
 
 

@@ -11,9 +11,11 @@ import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
+from edgeq.backends.tflite.sessions import RAW_PIXELS
 from edgeq.backends.tflite.writer import DTYPES, QuantParams, SubgraphWriter, Tensor
+from edgeq.data.batches import PIXELS
 from edgeq.errors import LoweringFailed
-from edgeq.graph.edit import constant, made_by, readers
+from edgeq.graph.edit import constant, dims, made_by, readers
 
 OPERATOR = schema.BuiltinOperator
 OPTIONS = schema.BuiltinOptions
@@ -35,12 +37,12 @@ class Emitter:
     """Collect the tensors and operators of one signature: batch 1, a fixed number of tokens."""
 
     def __init__(self, graph: ir.Graph, out: SubgraphWriter, length: int, longest: int, settings: Settings) -> None:
-        """Add the two inputs to an empty subgraph.
+        """Add the inputs, the two of a text or the pixels of an image, to an empty subgraph.
 
         Args:
             graph: the integer-only QDQ model's.
             out: the subgraph.
-            length: of this signature, in tokens.
+            length: of this signature, in tokens; of images the most that attend to one another.
             longest: signature of the file, in tokens.
             settings: of the runtime.
         """
@@ -57,9 +59,29 @@ class Emitter:
         self.totals: dict[ir.Value, tuple[Tensor, float]] = {}  # int32 sums before they are rounded, and their step
         self.differences: dict[ir.Value, tuple[Tensor, float]] = {}  # exact int32 codes that are not stored, their step
         self.filled: dict[tuple[int, tuple[int, ...]], Tensor] = {}  # int32 tensors filled with one number
-        self.ids = out.input("input_ids", (1, length), "int32")
-        self.mask = out.input("attention_mask", (1, length), "int32")
+        self.ids: Tensor | None = None
+        self.mask: Tensor | None = None
+        self.pixels: Tensor | None = None
+        self.sizes: dict[str, tuple[int, ...]] = dict.fromkeys(("input_ids", "attention_mask"), (1, length))
+        image = next((value for value in graph.inputs if value.name == PIXELS), None)
+        if image is None:
+            self.ids = out.input("input_ids", (1, length), "int32")
+            self.mask = out.input("attention_mask", (1, length), "int32")
+        else:
+            _, colours, rows, columns = (size if isinstance(size, int) else 1 for size in dims(image) or ())
+            self.sizes = {PIXELS: (1, colours, rows, columns)}
+            self.pixels = out.input(RAW_PIXELS, (1, rows, columns, colours), "uint8", QuantParams.of(1.0))
         self.narrow_mask: Tensor | None = None  # the mask as int8, once it was written
+
+    def token_mask(self) -> Tensor:
+        """Give the attention mask, int32[1, length].
+
+        Raises:
+            LoweringFailed: the signature takes an image.
+        """
+        if self.mask is None:
+            raise LoweringFailed(f"{self.out.name}: there is no attention mask")
+        return self.mask
 
     def read(self, value: ir.Value | None) -> Tensor:
         """Give the quantised tensor behind a DequantizeLinear: written by an operator, or stored."""

@@ -57,13 +57,18 @@ _NARROW_BIAS, _WIDE_BIAS = ("int16", "int8", "int32", "int16"), ("int16", "int8"
 # operator -> version -> dtypes
 LITERT: dict[str, dict[int, frozenset[Dtypes]]] = {
     "ADD": {1: _WHOLE, 2: _PAIRS},
+    "AVERAGE_POOL_2D": {2: frozenset({_I8}), 3: frozenset({_I16})},
     "BATCH_MATMUL": {2: frozenset({("int8",) * 3, ("int8", "int8", "int32")}), 3: frozenset({("int16",) * 3})},
     "CAST": {
         1: frozenset({
             ("int32", "int8"), ("int32", "int16"), ("int8", "int16"), ("int8", "int32"), ("int16", "int32"),
         }),
     },
-    "DEPTHWISE_CONV_2D": {5: frozenset({("int16", "int8", "int16")})},
+    "CONCATENATION": {2: frozenset({_I8}), 3: frozenset({_I16})},  # all operands have one dtype
+    "CONV_2D": {3: frozenset({("int8", "int8", "int32", "int8")}), 4: frozenset({_WIDE_BIAS})},
+    "DEPTHWISE_CONV_2D": {
+        3: frozenset({("int8", "int8", "int32", "int8")}), 5: frozenset({("int16", "int8", "int16"), _WIDE_BIAS}),
+    },
     "EXP": {2: frozenset({_I8})},
     "FILL": {1: _WHOLE},
     "FULLY_CONNECTED": {
@@ -77,8 +82,11 @@ LITERT: dict[str, dict[int, frozenset[Dtypes]]] = {
     "MEAN": {2: _BOTH},
     "MAXIMUM": {1: _WHOLE},
     "MINIMUM": {1: _WHOLE, 2: _PAIRS},
+    "MAX_POOL_2D": {2: frozenset({_I8}), 3: frozenset({_I16})},
     "MUL": {1: _WHOLE, 2: _PAIRS},
-    "QUANTIZE": {1: frozenset({("int8", "int16"), ("int16", "int8"), _I16, _I8})},
+    "PAD": {2: frozenset({_I8}), 4: frozenset({_I16})},
+    "PADV2": {2: frozenset({("int8",) * 3}), 4: frozenset({("int16",) * 3})},
+    "QUANTIZE": {1: frozenset({("int8", "int16"), ("int16", "int8"), _I16, _I8, ("uint8", "int8")})},
     "REDUCE_MAX": {2: frozenset({_I8, ("int32", "int32")}), 3: frozenset({_I16})},
     "RELU": {2: _BOTH},
     "RESHAPE": {1: _BOTH},
@@ -107,8 +115,11 @@ TFLITE_RUNTIME["FULLY_CONNECTED"][4] |= {_NARROW_BIAS}  # it has no version 11, 
 
 KERNELS = {"litert": LITERT, "tflite-runtime": TFLITE_RUNTIME}
 _BIAS_STATED = 11
-# Operators with inputs that are shapes or axes -> how many of their first inputs are data.
-_SHAPES = {"MEAN": 1, "REDUCE_MAX": 1, "RESHAPE": 1, "SLICE": 1, "SUM": 1, "TRANSPOSE": 1}
+# Operators with inputs that are shapes, axes or widths -> the places of these among the inputs.
+_SHAPES = {
+    "MEAN": (1,), "PAD": (1,), "PADV2": (1,), "REDUCE_MAX": (1,), "RESHAPE": (1,), "SLICE": (1, 2), "SUM": (1,),
+    "TRANSPOSE": (1,),
+}  # fmt: skip
 
 
 def operator_name(code: schema.OperatorCodeT) -> str:
@@ -133,11 +144,13 @@ def read(data: bytes) -> Contents:
 def _described(model: schema.ModelT, graph: schema.SubGraphT, operator: schema.OperatorT) -> Operator:
     code = model.operatorCodes[operator.opcodeIndex]
     name = operator_name(code)
-    operands = list(operator.inputs)[: _SHAPES.get(name, len(operator.inputs))]
+    operands = [index for place, index in enumerate(operator.inputs) if place not in _SHAPES.get(name, ())]
     tensors = [graph.tensors[index] for index in [*operands, *operator.outputs]]
     dtypes = tuple(_DTYPES[tensor.type] for tensor in tensors)
     *names, output = (tensor.name.decode() for tensor in tensors)
     left_open = _left_open(operator, name, code.version, tensors)
+    if name == "CONCATENATION" and len(set(dtypes)) == 1:
+        dtypes = dtypes[:2]  # however many operands there are
     return Operator(graph.name.decode(), name, code.version, dtypes, tuple(names), output, left_open)
 
 

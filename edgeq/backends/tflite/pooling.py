@@ -40,12 +40,12 @@ def shares(emit: Emitter, node: ir.Node, shape: tuple[int, ...]) -> None:
     options = schema.ReducerOptionsT()
     options.keepDims = False
     count = emit.out.tensor(f"{name}/count", (1,), "int32")
-    emit.out.operator(OPERATOR.SUM, 1, [_mask(emit, node), axis], count, (OPTIONS.ReducerOptions, options))
+    emit.out.operator(OPERATOR.SUM, 1, [emit.token_mask(), axis], count, (OPTIONS.ReducerOptions, options))
     alike = all(len(set(row[:number].tolist())) == 1 for number, row in enumerate(table[1:], start=1))
     if alike:
         inverse = _looked_up(emit, f"{name}/one_over_count", table[:, 0], count, f"{name}/inverse", params)
         ones = emit.out.tensor(f"{name}/mask", (1, emit.length), "int16", QuantParams.of(1.0))
-        emit.cast(_mask(emit, node), ones)
+        emit.cast(emit.token_mask(), ones)
         flat = emit.out.tensor(f"{name}/flat", (1, emit.length), "int16", params)
         emit.out.operator(OPERATOR.MUL, 2, [ones, inverse], flat, (OPTIONS.MulOptions, schema.MulOptionsT()))
     else:
@@ -76,7 +76,7 @@ def cap(emit: Emitter, node: ir.Node) -> None:
     zero_point = constant(node.inputs[2])
     limits: Any = np.iinfo(zero_point.dtype)  # type: ignore[union-attr]
     ends = np.array([limits.min, limits.max], limits.dtype)
-    flat = _looked_up(emit, f"{name}/table", ends, _mask(emit, node), f"{name}/flat", params)
+    flat = _looked_up(emit, f"{name}/table", ends, emit.token_mask(), f"{name}/flat", params)
     emit.tensors[node.outputs[0]] = emit.reshaped(flat, (1, emit.length, 1), name)
 
 
@@ -118,9 +118,3 @@ def _looked_up(
     result = emit.out.tensor(name, shape, str(table.dtype), params)
     options = (OPTIONS.GatherOptions, schema.GatherOptionsT())
     return emit.out.operator(OPERATOR.GATHER, 2, [held, index], result, options)
-
-
-def _mask(emit: Emitter, node: ir.Node) -> Tensor:
-    if emit.mask is None:
-        raise LoweringFailed(f"{node.name}: there is no attention mask")
-    return emit.mask

@@ -20,6 +20,7 @@ DTYPES: dict[str, int] = {
     "int16": schema.TensorType.INT16,
     "int32": schema.TensorType.INT32,
     "int64": schema.TensorType.INT64,
+    "uint8": schema.TensorType.UINT8,
 }
 _FILE_IDENTIFIER = b"TFL3"
 _SCHEMA_VERSION = 3
@@ -186,9 +187,9 @@ class SubgraphWriter:
             self._constants[name] = self._add(name, data.shape, str(data.dtype), params, buffer)
         return self._constants[name]
 
-    def input(self, name: str, shape: Sequence[int], dtype: str) -> Tensor:
+    def input(self, name: str, shape: Sequence[int], dtype: str, params: QuantParams | None = None) -> Tensor:
         """Add an input of the signature."""
-        self._inputs[name] = self.tensor(name, shape, dtype)
+        self._inputs[name] = self.tensor(name, shape, dtype, params)
         return self._inputs[name]
 
     def output(self, name: str, tensor: Tensor) -> None:

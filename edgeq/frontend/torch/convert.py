@@ -26,7 +26,7 @@ from edgeq.frontend.torch.configuration import write_configuration
 from edgeq.frontend.torch.errors import explain
 from edgeq.frontend.torch.load import make_traceable, open_model, source_of
 from edgeq.frontend.torch.trace import quiet, trace
-from edgeq.graph import external_data
+from edgeq.graph import external_data, pixels
 from edgeq.records import Source
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ def _convert_images(located: Located, model: SentenceTransformer, out_dir: Path,
     (out_dir / CONFIG).mkdir()
     with quiet():
         record = vision.source_of_images(located, model)
-        feeds = vision.probes(vision.preprocessing_of(model, located.name, out_dir / CONFIG))
+        how = vision.preprocessing_of(model, located.name, out_dir / CONFIG)
+        feeds = vision.probes(how)
         expected = vision.embeddings(model, feeds)
     named: dict[str, NDArray[Any]] = {}
     for row, (feed, vectors) in enumerate(zip(feeds, expected, strict=True)):
@@ -110,7 +111,9 @@ def _convert_images(located: Located, model: SentenceTransformer, out_dir: Path,
     with torch.no_grad():
         outputs = ("sentence_embedding", "last_hidden_state")[: len(module(example))]
     with external_data.outside(out_dir / _OUTSIDE):
-        external_data.save(trace(module, {PIXELS: example}, outputs, located.name), out_dir / RAW, True)
+        traced = trace(module, {PIXELS: example}, outputs, located.name)
+        pixels.note(traced, *how.factor_and_offset())
+        external_data.save(traced, out_dir / RAW, True)
     (out_dir / SOURCE).write_text(record.model_dump_json(), encoding="utf-8")
     return record
 

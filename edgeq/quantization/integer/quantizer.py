@@ -25,6 +25,15 @@ from edgeq.quantization.integer.elementwise import arithmetic, inverse_root, min
 from edgeq.quantization.integer.embedding_rows import is_pooled, scaled_rows
 from edgeq.quantization.integer.exact_softmax import replace_softmax
 from edgeq.quantization.integer.int32_sums import Int32Sums
+from edgeq.quantization.integer.maps import (
+    convolution,
+    is_mean_of_places,
+    joined,
+    pad,
+    pool,
+    skip_normalized_pixels,
+    transpose,
+)
 from edgeq.quantization.integer.walk import POOLING_WEIGHT, IntegerWalk, attention_bits, is_single_token
 from edgeq.quantization.output_precision import output_params
 from edgeq.quantization.qdq import QdqBuilder, Quantized, finished, int32_bias, symmetric
@@ -79,6 +88,7 @@ def quantize_integer(
         sums=Int32Sums(builder, spec.gemm_bits, scheme.embedding_bits, promoted) if spec.sum_bits == 32 else None,
         softmaxes=DeferredSoftmax(builder) if spec.softmax == "deferred" else None,
     )  # fmt: skip
+    skip_normalized_pixels(walk)
     quantize_nodes(walk, INTEGER_QUANTIZERS, _is_lookup)
     if refusals:
         return Quantized(model, (), ())
@@ -154,8 +164,12 @@ def _matmul(walk: IntegerWalk, node: ir.Node) -> None:
     elif walk.softmaxes is not None and walk.softmaxes.takes(left):
         walk.softmaxes.replace_product(node)
     else:
-        bits = attention_bits(walk, node)
-        node.replace_input_with(0, builder.read(left, bits, node).value)
+        bits, stored = attention_bits(walk, node), constant(left)
+        if stored is not None and left is not None:  # one learned query
+            asked = builder.table(f"{node.name}/{left.name}", stored, bits, node)
+        else:
+            asked = builder.read(left, bits, node)
+        node.replace_input_with(0, asked.value)
         # XNNPACK of TensorFlow 2.21 leaves the zero point of an 8-bit right operand out.
         node.replace_input_with(1, builder.read_without_zero_point(right, bits, node).value)
         output = node.outputs[0]
@@ -284,10 +298,16 @@ def _unless_int32(quantize: Callable[[IntegerWalk, ir.Node], None]) -> Callable[
     return either
 
 
+def _mean(walk: IntegerWalk, node: ir.Node) -> None:
+    """Quantise ReduceMean over tokens or places in 16 bits; over channels as part of a norm."""
+    (arithmetic if is_mean_of_places(node) else _unless_int32(arithmetic))(walk, node)
+
+
 INTEGER_QUANTIZERS: Mapping[str, Callable[[IntegerWalk, ir.Node], None]] = {
     **dict.fromkeys(INTEGER_COPIED, move),
-    "Add": _unless_int32(_add), "Clip": rewritten, "Gather": _unless_int32(_gather), "Gelu": pointwise,
-    "MatMul": _matmul, "Min": minimum, "Mul": _unless_int32(arithmetic), "ReduceMean": _unless_int32(arithmetic),
-    "ReduceSum": rewritten, "ReduceSumSquare": arithmetic, "Relu": pointwise, "Sigmoid": sigmoid, "Slice": _gather,
-    "Softmax": _softmax, "Sqrt": inverse_root, "Sub": _unless_int32(arithmetic), "Tanh": arithmetic,
+    "Add": _unless_int32(_add), "AveragePool": pool, "Clip": rewritten, "Concat": joined, "Conv": convolution,
+    "Gather": _unless_int32(_gather), "Gelu": pointwise, "MatMul": _matmul, "MaxPool": pool, "Min": minimum,
+    "Mul": _unless_int32(arithmetic), "Pad": pad, "ReduceMean": _mean, "ReduceSum": rewritten,
+    "ReduceSumSquare": arithmetic, "Relu": pointwise, "Sigmoid": sigmoid, "Slice": _gather, "Softmax": _softmax,
+    "Sqrt": inverse_root, "Sub": _unless_int32(arithmetic), "Tanh": arithmetic, "Transpose": transpose,
 }  # fmt: skip

@@ -13,15 +13,26 @@ from edgeq.data.batches import AnyFeeds
 from edgeq.passes.apply import Pass, apply_to, without_statistics
 from edgeq.passes.drop_unused_nodes import drop_unused_nodes
 from edgeq.quantization.rewrites.center_values import center_values
+from edgeq.quantization.rewrites.copied_axes import copied_axes
 from edgeq.quantization.rewrites.decompose import DECOMPOSE
 from edgeq.quantization.rewrites.factor_layernorm_gain import factor_layernorm_gain
 from edgeq.quantization.rewrites.fold_norm_bias import fold_norm_bias
 from edgeq.quantization.rewrites.fold_norm_gain import fold_norm_gain
 from edgeq.quantization.rewrites.join_positions import join_positions
+from edgeq.quantization.rewrites.maps_channels_last import maps_channels_last
+from edgeq.quantization.rewrites.patch_convolution import patch_convolution
+from edgeq.quantization.rewrites.raw_pixels import raw_pixels
 from edgeq.quantization.rewrites.scale_outputs import scale_outputs
 from edgeq.quantization.rewrites.single_token_last_layer import single_token_last_layer
 from edgeq.quantization.rewrites.split_outlier_weights import split_outlier_weights
 from edgeq.records import IntegerSpec
+
+MAPS: tuple[Pass[Observed], ...] = (
+    patch_convolution,
+    raw_pixels,  # behind it: patches of pixels are a convolution then
+    maps_channels_last,
+    without_statistics(copied_axes),
+)
 
 
 def integer_passes(spec: IntegerSpec) -> tuple[Pass[Observed], ...]:
@@ -29,7 +40,8 @@ def integer_passes(spec: IntegerSpec) -> tuple[Pass[Observed], ...]:
     scales = (partial(scale_outputs, quantile=spec.scaled_output_quantile),) if spec.gemm_bits == 8 else ()
     factors = (factor_layernorm_gain,) if spec.sum_bits == 32 else ()
     return (
-        *map(without_statistics, DECOMPOSE),  # first: what follows folds the gains and biases that these write
+        *MAPS,  # before all else: what follows sees maps and tokens in the order that runtimes compute in
+        *map(without_statistics, DECOMPOSE),  # before what follows: that folds the gains and biases that these write
         fold_norm_gain,
         join_positions,
         center_values,  # before biases move into those of the values, whose mean was observed without them

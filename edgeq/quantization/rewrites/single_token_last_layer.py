@@ -28,6 +28,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from edgeq.calibration.statistics import Observed
+from edgeq.data.batches import PIXELS
 from edgeq.graph import operators, roles
 from edgeq.graph.attention_mask import is_mask
 from edgeq.graph.dataflow import follows_from_sizes
@@ -205,7 +206,14 @@ def _is_first(node: ir.Node) -> bool:
 def _is_hidden(value: ir.Value | None) -> bool:
     shape = dims(value)
     is_computed = value is not None and value.producer() is not None and not follows_from_sizes(value)
-    return is_computed and shape is not None and len(shape) == 3 and not isinstance(shape[1], int)
+    are_tokens = shape is not None and len(shape) == 3 and (not isinstance(shape[1], int) or _is_of_image(value))
+    return is_computed and are_tokens
+
+
+def _is_of_image(value: ir.Value | None) -> bool:
+    """Tell whether a value stands in a graph of images, whose tokens have a fixed number."""
+    graph = value.graph if value is not None else None
+    return graph is not None and any(item.name == PIXELS for item in graph.inputs)
 
 
 def _sliced(graph: ir.Graph, node: ir.Node) -> ir.Node:
@@ -235,6 +243,11 @@ def _can(token: _Token, value: ir.Value, axis: int) -> bool:
 
 def _take(value: ir.Value, asked: _Waiting, token: _Token, statistics: Observed) -> None:
     """Take the token of a value for those who asked; a mask's is made before the first layer reads the mask."""
+    shape = dims(value)
+    if shape is not None and shape[asked.axis] == 1:  # it is the only one
+        for node, position in asked.uses:
+            node.replace_input_with(position, value)
+        return
     following = set(readers(value))
     before = next(node for node in value.graph or () if node in following)
     one = token.taken(value, asked.axis, before)
@@ -270,7 +283,8 @@ def _of_elements(node: ir.Node, axis: int, rank: int) -> Demands | None:
         if value is None or shape is None:
             return None
         place = axis - (rank - len(shape))
-        if place >= 0 and shape[place] != 1:
+        is_one = place >= 0 and shape[place] == 1  # of an image's pooled tokens the only one is followed up, too
+        if place >= 0 and (not is_one or (value.producer() is not None and _is_of_image(value))):
             demands[position] = (value, place)
     return demands
 
