@@ -81,7 +81,8 @@ class _Native:
 
     def __init__(self, phone: Phone, folder: str, sha256: str, manifest: Manifest, job: Job) -> None:
         """Read the vectors' scale and zero point from the .tflite file."""
-        from edgeq.backends.tflite import SIGNATURE, output_params
+        from edgeq.backends.tflite import output_params
+        from edgeq.backends.tflite.sessions import SIGNATURE
 
         self._phone, self._folder, self._job, self._signature = phone, folder, job, SIGNATURE
         self._graph = f"{phone.root}/store/{sha256}"

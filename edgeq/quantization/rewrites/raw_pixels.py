@@ -96,7 +96,8 @@ def _of_pixels(seen: Statistics, how: pixels.Normalization) -> Statistics:
     """Give the statistics of windows of pixels, from those of the same windows normalised."""
     places = len(seen.minimum) // len(how.factor)
     factor, offset = (np.repeat(numbers, places) for numbers in (how.factor, how.offset))
-    made = Statistics(*((edge - offset) / factor for edge in (seen.minimum, seen.maximum)))
+    low, high = (((edge - offset) / factor).astype(np.float32) for edge in (seen.minimum, seen.maximum))
+    made = Statistics(low, high)
     if seen.mean is not None:
         made.mean = ((seen.mean - offset) / factor).astype(np.float32)
     if seen.mean is not None and seen.moment is not None:
