@@ -27,7 +27,7 @@ from edgeq.graph.edit import constant, dims, readers
 from edgeq.graph.float_session import FloatSession
 from edgeq.graph.linear import feed_forwards, sites, value_projection
 from edgeq.pipeline.equalizing_error import equalizing_error
-from edgeq.quantization.convolution import map_tensors
+from edgeq.quantization.convolution import kernel_inputs, map_tensors
 from edgeq.quantization.mixed import quantize_mixed
 from edgeq.quantization.rewrites.decompose import DECOMPOSE, has_derived_statistics
 from edgeq.quantization.rewrites.observe_row_maxima import observe_row_maxima
@@ -208,11 +208,15 @@ def _observe_all(
     names = list(dict.fromkeys([*equalized.others, *equalized.maps]))
     graph = ir.from_proto(equalized.model)
     scores = smooth_scales.score_tensors(graph.graph)
+    kernels, pointwise = kernel_inputs(graph.graph)
+    if has_moments:
+        kernels = [name for name in kernels if name not in pointwise]  # a moment comes with its mean
     found = observe(
         equalized.expanded, list(dict.fromkeys([*names, *scores])), batches,
         lambda done, total: progress("calibrate", done, total),
-        histograms=[*equalized.read, *equalized.maps], moments=equalized.read if has_moments else (),
-        means=_read_by_attention(ir.from_proto(equalized.expanded).graph),
+        histograms=[*equalized.read, *equalized.maps], 
+        moments=[*equalized.read, *pointwise] if has_moments else (),
+        means=[*_read_by_attention(ir.from_proto(equalized.expanded).graph), *kernels],
     )  # fmt: skip
     smooth_scales.size_mask(graph.graph, found)
     return ir.to_proto(graph), {name: found[name] for name in names}

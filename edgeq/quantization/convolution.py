@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.graph.edit import constant, is_read_once, readers, replace_uses, scalar
+from edgeq.calibration.statistics import Statistics
+from edgeq.graph.edit import constant, dims, is_read_once, readers, replace_uses, scalar
 from edgeq.quantization import affine, ranges, weight_rounding
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.qdq import QdqBuilder, int8_weight, int32_bias
@@ -31,6 +32,27 @@ def map_tensors(graph: ir.Graph) -> list[str]:
         names[str(node.inputs[0].name)] = None  # type: ignore[union-attr]
         names[str(_output_map(node).name)] = None
     return list(names)
+
+
+def kernel_inputs(graph: ir.Graph) -> tuple[list[str], list[str]]:
+    """Name the maps of images that Conv nodes read, and those among them that one with a kernel of 1 reads.
+
+    Of the first a mean is needed, for the bias, of the second a second moment, to round their weights as a product's.
+    """
+    maps: dict[str, None] = {}
+    pointwise: dict[str, None] = {}
+    for node in convolutions(graph):
+        weight, name = constant(node.inputs[1]), str(node.inputs[0].name)  # type: ignore[union-attr]
+        if weight is not None and weight.ndim == 4:
+            maps[name] = None
+            if _is_pointwise(node, weight):
+                pointwise[name] = None
+    return list(maps), list(pointwise)
+
+
+def _is_pointwise(node: ir.Node, weight: NDArray[np.float32]) -> bool:
+    group = node.attributes["group"].as_int() if "group" in node.attributes else 1
+    return weight.shape[2:] == (1, 1) and group == 1
 
 
 def _output_map(node: ir.Node) -> ir.Value:
@@ -72,12 +94,14 @@ def quantize_convolutions(builder: QdqBuilder, scheme: Scheme) -> list[str]:
                 limits = ranges.choose(builder.statistics(value), scheme)
                 params[value] = affine.asymmetric(*limits, scheme.activation_bits, scheme.activations_signed)
     given = {_output_map(node) for node in found}
+    seen = {node: builder.observed.get(str(node.inputs[0].name)) for node in found}  # type: ignore[union-attr]
+    sizes = {node: (dims(node.inputs[0]) or [])[2:] for node in found}
     for value in params:
         _quantize_map(builder, value, None if value in given else found, params[value], scheme.activation_bits)
     for node in found:
         _without_activation(node)
         step = scalar(node.inputs[0].producer().inputs[1])  # type: ignore[union-attr]
-        _quantize_weights(node, float(step or 0.0), scheme)
+        _quantize_weights(node, float(step or 0.0), scheme, seen[node], sizes[node])
     return [str(node.name) for node in found]
 
 
@@ -102,13 +126,15 @@ def _without_activation(node: ir.Node) -> None:
             after[0].graph.remove(after[0], safe=True)
 
 
-def _quantize_weights(node: ir.Node, step: float, scheme: Scheme) -> None:
+def _quantize_weights(
+    node: ir.Node, step: float, scheme: Scheme, seen: Statistics | None, sizes: Sequence[int | str | None]
+) -> None:
     """Quantise the weight of a Conv to int8 and its bias to int32, by output channel."""
     weight, names = constant(node.inputs[1]), [str(value.name) for value in node.inputs if value is not None]
     bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
     if weight is None:
         return
-    values, scales = rounded_kernel(weight, bias, step, scheme.weight_bits)
+    values, scales, bias = rounded_kernel(node, weight, bias, step, scheme.weight_bits, seen, sizes)
     node.replace_input_with(1, int8_weight(node, names[1], values, scales, axis=0))
     if bias is not None:
         steps = (np.float32(step) * scales).astype(np.float32)
@@ -116,16 +142,63 @@ def _quantize_weights(node: ir.Node, step: float, scheme: Scheme) -> None:
 
 
 def rounded_kernel(
-    weight: NDArray[np.float32], bias: NDArray[np.float32] | None, step: float, bits: int
-) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    node: ir.Node, weight: NDArray[np.float32], bias: NDArray[np.float32] | None, step: float, bits: int,
+    seen: Statistics | None, sizes: Sequence[int | str | None],
+) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.float32] | None]:  # fmt: skip
     """Round weights, float32[out, in, height, width], to int8 by output channel, so that the bias fits int32.
 
+    With a kernel of 1 and an observed second moment, rounding is compensated (GPTQ); else it is to nearest. What it
+    takes from the mean of the output goes into the bias (bias correction: Nagel et al. 2019, Data-free quantization).
     A channel that batch normalisation has all but switched off has tiny weights beside its bias.
+
+    Args:
+        node: the Conv.
+        weight: of the Conv.
+        bias: float32[out], or None.
+        step: the scale of the input.
+        bits: of the integers, at most 8.
+        seen: statistics of the input, if there are any.
+        sizes: rows and columns of the input.
+
+    Returns:
+        Integers int8[out, in, height, width], scales float32[out], and the bias with the lost mean, where it has one.
     """
     flat = weight.reshape(len(weight), -1).T
     scales = weight_rounding.nearest(flat, bits)[1]
-    if bias is not None:
-        scales = np.maximum(scales, (np.abs(bias) / (_LARGEST_BIAS * step)).astype(np.float32))
-    limit = 2 ** (bits - 1) - 1
-    values = np.clip(np.rint(flat / scales), -limit, limit).astype(np.int8)
-    return np.ascontiguousarray(values.T).reshape(weight.shape), scales
+    fitting = scales if bias is None else np.maximum(scales, (np.abs(bias) / (_LARGEST_BIAS * step)).astype(np.float32))
+    is_compensated = _is_pointwise(node, weight) and seen is not None and seen.moment is not None
+    if is_compensated and np.array_equal(fitting, scales):
+        values = weight_rounding.rounded(np.ascontiguousarray(flat), seen, step, bits)[0]
+    else:
+        limit = 2 ** (bits - 1) - 1
+        values = np.clip(np.rint(flat / fitting), -limit, limit).astype(np.int8)
+    if bias is not None and seen is not None and seen.mean is not None:
+        lost = (flat - values * fitting.astype(np.float64)).T.reshape(weight.shape)
+        lost = (lost * _coverage(node, weight, sizes)).sum(axis=(2, 3))
+        groups = node.attributes["group"].as_int() if "group" in node.attributes else 1
+        means = np.repeat(seen.mean.reshape(groups, -1), len(weight) // groups, axis=0)
+        bias = (bias + (lost * means).sum(axis=1)).astype(np.float32)
+    return np.ascontiguousarray(values.T).reshape(weight.shape), fitting, bias
+
+
+def _coverage(
+    node: ir.Node, weight: NDArray[np.float32], sizes: Sequence[int | str | None]
+) -> NDArray[np.float64] | float:
+    """Give in what share of the windows each place of the kernel lies inside of the maps, float64[height, width].
+
+    On small maps most of a window is padding, which has no mean.
+    """
+    shares = []
+    pads = list(node.attributes["pads"].as_ints()) if "pads" in node.attributes else [0] * (2 * (weight.ndim - 2))
+    for axis, (size, wide) in enumerate(zip(sizes, weight.shape[2:], strict=False)):
+        step, hole = (
+            int(node.attributes[name].as_ints()[axis]) if name in node.attributes else 1
+            for name in ("strides", "dilations")
+        )
+        if not isinstance(size, int):
+            return 1.0
+        before, after = pads[axis], pads[axis + weight.ndim - 2]
+        count = (size + before + after - (wide - 1) * hole - 1) // step + 1
+        places = np.arange(count)[:, None] * step - before + np.arange(wide) * hole
+        shares.append(((places >= 0) & (places < size)).mean(axis=0))
+    return np.outer(*shares) if len(shares) == 2 else 1.0

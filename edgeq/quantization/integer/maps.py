@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -9,14 +11,14 @@ from numpy.typing import NDArray
 from edgeq.calibration.statistics import Statistics
 from edgeq.errors import Unsupported
 from edgeq.graph import roles
-from edgeq.graph.edit import constant, is_read_once, made_by, readers, replace_uses, required
+from edgeq.graph.edit import add_node, constant, dims, is_read_once, made_by, readers, replace_uses, required, scalar
 from edgeq.graph.roles import Role
 from edgeq.quantization import weight_rounding
 from edgeq.quantization.affine import Affine
 from edgeq.quantization.convolution import cuts_off, rounded_kernel
-from edgeq.quantization.integer.elementwise import arithmetic
+from edgeq.quantization.integer.elementwise import arithmetic, rewritten
 from edgeq.quantization.integer.walk import IntegerWalk
-from edgeq.quantization.qdq import QuantizedValue, int8_weight, int32_bias, symmetric
+from edgeq.quantization.qdq import HEADROOM, QuantizedValue, int8_weight, int32_bias, symmetric
 from edgeq.quantization.rewrites.patch_convolution import PATCHES
 from edgeq.quantization.walk import move
 
@@ -50,11 +52,12 @@ def convolution(walk: IntegerWalk, node: ir.Node) -> None:
         raise Unsupported(builder.refusal(node, found))
     bits = 16 if node.name in walk.promoted else walk.spec.gemm_bits
     read = builder.read(before.inputs[0], bits, node)
+    source, sizes = str(required(before.inputs[0]).name), (dims(before.inputs[0]) or [])[1:3]
     before.replace_input_with(0, read.value)
     bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
     bias = np.zeros(len(weight), np.float32) if bias is None else bias
     name = str(node.name)
-    values, scales, bias = _rounded(walk, name, weight, bias, read.params.scale)
+    values, scales, bias = _rounded(walk, node, weight, bias, read.params.scale, source, sizes)
     node.resize_inputs(3)
     node.replace_input_with(1, int8_weight(node, f"{name}/weight", values, scales, axis=0))
     steps = np.float64(read.params.scale) * scales
@@ -62,25 +65,48 @@ def convolution(walk: IntegerWalk, node: ir.Node) -> None:
     walk.products.append(name)
     output = after.outputs[0]
     following = readers(output)
-    if bits == 8 and is_read_once(output) and cuts_off(following[0]):
+    if is_read_once(output) and cuts_off(following[0]):  # what lies beyond is cut off, in 16 bits by a Relu
         builder.observed[str(output.name)] = builder.statistics(following[0].outputs[0])
-        walk.done.add(following[0])
-        replace_uses(following[0].outputs[0], output)
+        if bits == 8:
+            walk.done.add(following[0])
+            replace_uses(following[0].outputs[0], output)
     is_summed = bits == 8 and {use.op_type for use in readers(output)} <= {"Add", "Mul"}
     params = symmetric(builder.largest(output), 8) if is_summed else builder.range(output, bits)
     builder.store(after, output, params, bits)
 
 
+def clip(walk: IntegerWalk, node: ir.Node) -> None:
+    """Quantise a Clip from 0 to a limit as a Relu whose result saturates at the limit, or at what was observed.
+
+    Raises:
+        Unsupported: it begins elsewhere, and no rewrite wrote it.
+    """
+    builder, output = walk.builder, node.outputs[0]
+    limit = scalar(node.inputs[2]) if len(node.inputs) > 2 else None
+    if str(output.name) in builder.fixed or not cuts_off(node):
+        rewritten(walk, node)
+        return
+    source = builder.home(node.inputs[0], node)
+    largest = builder.largest(output) * (HEADROOM if source.bits == 16 else 1.0)
+    top = largest if limit is None else min(largest, limit)
+    relu = add_node(node, "Relu", [source.value], f"{node.name}/relu", like=output)
+    params = symmetric(top, 16) if source.bits == 16 else builder.cover(0.0, top, 8)
+    builder.quantized[output] = builder.store(required(relu.producer()), relu, params, source.bits)
+    builder.observed[str(relu.name)] = builder.statistics(output)
+
+
 def _rounded(
-    walk: IntegerWalk, name: str, weight: NDArray[np.float32], bias: NDArray[np.float32], step: float
+    walk: IntegerWalk, node: ir.Node, weight: NDArray[np.float32], bias: NDArray[np.float32], step: float, source: str,
+    sizes: Sequence[int | str | None],
 ) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.floating]]:
     """Round the weights of a convolution: with error compensation (GPTQ) where its windows were observed.
 
     Pixels are far from 0 on average: rounding each weight to nearest would lose the colour of an area.
     """
-    seen, bits = walk.builder.observed.get(f"{name}{PATCHES}"), walk.scheme.weight_bits
+    seen, bits = walk.builder.observed.get(f"{node.name}{PATCHES}"), walk.scheme.weight_bits
     if seen is None or seen.moment is None:
-        return *rounded_kernel(weight, bias, step, bits), bias
+        values, scales, added = rounded_kernel(node, weight, bias, step, bits, walk.builder.observed.get(source), sizes)
+        return values, scales, bias if added is None else added
     flat = np.ascontiguousarray(weight.reshape(len(weight), -1).T)
     values, scales = weight_rounding.rounded(flat, seen, step, bits)
     whole = bias + weight_rounding.lost_mean(flat, values, scales, seen)

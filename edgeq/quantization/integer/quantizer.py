@@ -26,6 +26,7 @@ from edgeq.quantization.integer.embedding_rows import is_pooled, scaled_rows
 from edgeq.quantization.integer.exact_softmax import replace_softmax
 from edgeq.quantization.integer.int32_sums import Int32Sums
 from edgeq.quantization.integer.maps import (
+    clip,
     convolution,
     is_mean_of_places,
     joined,
@@ -305,7 +306,7 @@ def _mean(walk: IntegerWalk, node: ir.Node) -> None:
 
 INTEGER_QUANTIZERS: Mapping[str, Callable[[IntegerWalk, ir.Node], None]] = {
     **dict.fromkeys(INTEGER_COPIED, move),
-    "Add": _unless_int32(_add), "AveragePool": pool, "Clip": rewritten, "Concat": joined, "Conv": convolution,
+    "Add": _unless_int32(_add), "AveragePool": pool, "Clip": clip, "Concat": joined, "Conv": convolution,
     "Gather": _unless_int32(_gather), "Gelu": pointwise, "MatMul": _matmul, "MaxPool": pool, "Min": minimum,
     "Mul": _unless_int32(arithmetic), "Pad": pad, "ReduceMean": _mean, "ReduceSum": rewritten,
     "ReduceSumSquare": arithmetic, "Relu": pointwise, "Sigmoid": sigmoid, "Slice": _gather, "Softmax": _softmax,
