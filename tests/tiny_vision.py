@@ -18,7 +18,7 @@ _BODY = {
 def _processor(**changed: object) -> object:
     from transformers import ViTImageProcessorPil
 
-    return ViTImageProcessorPil(**{"size": {"height": SIZE, "width": SIZE}, **changed})
+    return ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}, **changed)
 
 
 def _cropping() -> object:
@@ -72,16 +72,6 @@ def mobilenet_v2(folder: Path) -> Path:
 
     config = MobileNetV2Config(depth_multiplier=0.35, image_size=SIZE, output_stride=16, depth_divisible_by=8)
     return _save(MobileNetV2Model(config), _cropping(), folder)
-
-
-def mobilevit(folder: Path) -> Path:
-    from transformers import MobileViTConfig, MobileViTModel
-
-    config = MobileViTConfig(
-        image_size=64, patch_size=2, hidden_sizes=[32, 48, 64], neck_hidden_sizes=[8, 16, 24, 32, 48, 64, 96],
-        num_attention_heads=4, expand_ratio=2.0,
-    )
-    return _save(MobileViTModel(config), _processor(size={"height": 64, "width": 64}), folder)
 
 
 def _tokenizer(folder: Path) -> None:
@@ -149,4 +139,4 @@ def pixels(image: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(image.convert("RGB"), np.uint8)
 
 
-MODELS = {"vit": vit, "dinov2": dinov2, "clip": clip, "siglip": siglip, "resnet": resnet, "mobilenet_v2": mobilenet_v2, "mobilevit": mobilevit}
+MODELS = {"vit": vit, "dinov2": dinov2, "clip": clip, "siglip": siglip, "resnet": resnet}

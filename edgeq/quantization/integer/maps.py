@@ -96,7 +96,12 @@ def clip(walk: IntegerWalk, node: ir.Node) -> None:
 
 
 def _rounded(
-    walk: IntegerWalk, node: ir.Node, weight: NDArray[np.float32], bias: NDArray[np.float32], step: float, source: str,
+    walk: IntegerWalk,
+    node: ir.Node,
+    weight: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    step: float,
+    source: str,
     sizes: Sequence[int | str | None],
 ) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.floating]]:
     """Round the weights of a convolution: with error compensation (GPTQ) where its windows were observed.
