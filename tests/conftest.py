@@ -34,7 +34,8 @@ ONE_INTERPRETER = (
 # Files that take a minute or more, the longest first: a worker that meets one of them last works alone at the end.
 LONGEST_FIRST = (
     "test_real_model", "test_pipeline", "test_architectures", "test_check_architectures", "test_qnn",
-    "test_sentence_modules", "test_export", "test_long_texts", "test_faults", "test_images", "test_environments",
+    "test_sentence_modules", "test_export", "test_long_texts", "test_faults", "test_images", "test_images_tflite",
+    "test_environments",
     "test_onnx_source", "test_export_server", "test_docs", "test_same_bytes", "test_arm64", "test_wheel", "test_lab",
     "test_text_towers", "test_tensorflow", "test_kernel_sets", "test_tflite_kernels", "test_channels_first",
 )  # fmt: skip
