@@ -166,6 +166,14 @@ def test_a_bundle_passes_its_gate_and_verifies(bundle: Path) -> None:
     verify(bundle)
 
 
+def test_it_is_timed_and_embeds_from_the_command_line(bundle: Path, tmp_path: Path) -> None:
+    few, vectors = tiny_vision.folder_of_pictures(tmp_path / "few", 3, seed=900), tmp_path / "vectors.npy"
+    assert cli.run(["embed", str(bundle), "--images", str(few), "--out", str(vectors), "--quiet"]) == 0
+    assert np.array_equal(np.load(vectors), edgeq.load(bundle).encode(sorted(few.iterdir())))
+    runs = ["--alone", "--num-runs", "2", "--warmup-runs", "1", "--quiet"]
+    assert cli.run(["bench", str(bundle), *runs]) == 0
+
+
 def test_the_device_script_runs_it(bundle: Path) -> None:
     done = subprocess.run([sys.executable, "validate.py"], cwd=bundle, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "passed" in done.stdout, done.stderr[-2000:]

@@ -83,7 +83,9 @@ def _feeds(job: Job) -> AnyFeeds:
 
     rng = np.random.default_rng(0)
     if job.pixels is not None:
-        return PixelFeeds(rng.standard_normal((job.batch, 3, *job.pixels), np.float32))
+        shape = (job.batch, 3, *job.pixels)
+        pixels = rng.integers(0, 256, shape).astype(np.uint8)
+        return PixelFeeds(rng.standard_normal(shape, np.float32), pixels)
     ids = rng.integers(0, job.vocabulary, (job.batch, job.sequence), np.int64)
     return Feeds(input_ids=ids, attention_mask=np.ones_like(ids))
 
