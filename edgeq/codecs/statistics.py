@@ -146,7 +146,7 @@ def read_statistics(path: Path) -> VectorStatistics:
     )  # fmt: skip
 
 
-def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
+def read_arrays(path: Path, most_bytes: int = _MOST_BYTES) -> dict[str, NDArray[np.generic]]:
     """Read every array of an .npz, refusing pickles.
 
     Raises:
@@ -155,7 +155,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file. Check the path.")
-    reason = oversize(path, _MOST_BYTES)
+    reason = oversize(path, most_bytes)
     if reason is not None:
         raise BundleCorrupt(f"{path}: {reason}. Make it again.")
     try:
