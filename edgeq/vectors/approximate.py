@@ -24,7 +24,7 @@ FILES = {"hnsw": "hnsw.faiss", "ivf": "ivf.npz"}
 NEIGHBOURS, BUILD_DEPTH = 16, 80  # HNSW's M and efConstruction
 SEARCH_DEPTH = 128  # HNSW's efSearch, at least
 LISTS_READ = 1 / 16  # of IVF's lists, at least 8
-_HNSW_KINDS = ("float32", "float16", "int8", "binary")
+HNSW_KINDS = ("float32", "float16", "int8", "binary")
 _ADDED_AT_ONCE, _CHECKPOINT_ROWS = 10_000, 100_000
 _TRAINED_ON = 64  # vectors for each list's centroid, at most
 _SEED = 5
@@ -37,9 +37,9 @@ def require_kind(kind: Kind, name: CodecName) -> None:
         ConfigError: it does not.
         ToolMissing: FAISS is not installed.
     """
-    if kind == "hnsw" and name.kind not in _HNSW_KINDS:
+    if kind == "hnsw" and name.kind not in HNSW_KINDS:
         raise ConfigError(
-            f"index hnsw: holds codes of {', '.join(_HNSW_KINDS)}, not of {name.text}. Choose one of them, "
+            f"index hnsw: holds codes of {', '.join(HNSW_KINDS)}, not of {name.text}. Choose one of them, "
             "or --index ivf."
         )
     if kind != "exact":
