@@ -24,6 +24,7 @@ from edgeq.cli.evaluate import evaluate
 from edgeq.cli.export import export
 from edgeq.cli.index import index
 from edgeq.cli.inspect import inspect
+from edgeq.cli.recommend import recommend
 from edgeq.cli.release import release
 from edgeq.cli.search import search
 from edgeq.cli.targets import targets
@@ -58,6 +59,7 @@ _VERBS: tuple[Callable[..., None], ...] = (
     embed,
     index,
     search,
+    recommend,
     release,
     cache,
 )

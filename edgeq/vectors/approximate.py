@@ -23,7 +23,7 @@ FILES = {"hnsw": "hnsw.faiss", "ivf": "ivf.npz"}
 
 NEIGHBOURS, BUILD_DEPTH = 16, 80  # HNSW's M and efConstruction
 SEARCH_DEPTH = 128  # HNSW's efSearch, at least
-LISTS_READ = 1 / 16  # of IVF's lists, at least 8
+LISTS_READ, FEWEST_LISTS_READ = 1 / 16, 8  # of IVF's lists
 HNSW_KINDS = ("float32", "float16", "int8", "binary")
 _ADDED_AT_ONCE, _CHECKPOINT_ROWS = 10_000, 100_000
 _TRAINED_ON = 64  # vectors for each list's centroid, at most
@@ -151,7 +151,7 @@ class Ivf:
     def nearest(self, vectors: FloatArray, count: int) -> Rows:
         """Read the nearest sixteenth of the lists, at least eight."""
         queries = self._codec.queries(vectors)
-        lists = best(queries @ self._centroids.T, max(8, int(len(self._centroids) * LISTS_READ)))
+        lists = best(queries @ self._centroids.T, max(FEWEST_LISTS_READ, int(len(self._centroids) * LISTS_READ)))
         found = np.full((len(queries), min(count, len(self._codes))), -1, np.int64)
         for place, (query, chosen) in enumerate(zip(queries, lists, strict=True)):
             rows = np.concatenate([self._order[self._starts[each] : self._starts[each + 1]] for each in chosen])

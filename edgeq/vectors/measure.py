@@ -142,10 +142,11 @@ def measure(
                 if kind == "hnsw" and name.kind not in approximate.HNSW_KINDS:
                     continue
                 searcher = _searcher(kind, codec, codes)
+                results = two.results(searcher, side.queries, ideal.nearest.shape[1])
                 if scanned is None:
-                    plain = searcher if kind == "exact" else exact(codec, codes)
-                    scanned = _overlap(ideal, two.search(plain, side.queries, DEPTHS[1]))
-                found.append(_figures(ideal, side, two, searcher, kind, floats, scanned))
+                    scan = results if kind == "exact" else two.results(exact(codec, codes), side.queries, DEPTHS[1])
+                    scanned = _overlap(ideal, scan[0])
+                found.append(_figures(ideal, side, two, searcher, results, kind, floats, scanned))
             progress("codes", len(found), total * len(kinds))
     return tuple(found)
 
@@ -160,22 +161,31 @@ class _Stages:
     fine_codes: Codes | None
     depth: int
 
-    def search(self, searcher: Searcher, queries: FloatArray, count: int) -> Rows:
-        """Search the codes, then order the candidates of ten results, or of more, by the finer ones."""
+    def results(self, searcher: Searcher, queries: FloatArray, most: int) -> tuple[Rows, Rows]:
+        """Search the codes once, and order candidates by the finer ones: ten results, and the first `most`."""
         if self.finer is None or self.fine_codes is None:
-            return searcher.nearest(queries, count)
-        candidates = searcher.nearest(queries, min(max(count, DEPTHS[1] * self.depth), len(self.codes)))
-        return rescored(self.finer, self.fine_codes, queries, candidates, count)
+            found = searcher.nearest(queries, most)
+            return found[:, : DEPTHS[1]], found
+        few = min(DEPTHS[1] * self.depth, len(self.codes))
+        candidates = searcher.nearest(queries, max(few, most))
+        first = rescored(self.finer, self.fine_codes, queries, candidates[:, :few], DEPTHS[1])
+        return first, rescored(self.finer, self.fine_codes, queries, candidates, most)
+
+    def ten(self, searcher: Searcher, queries: FloatArray) -> Rows:
+        """Search as an index does: ten results."""
+        if self.finer is None or self.fine_codes is None:
+            return searcher.nearest(queries, DEPTHS[1])
+        candidates = searcher.nearest(queries, min(DEPTHS[1] * self.depth, len(self.codes)))
+        return rescored(self.finer, self.fine_codes, queries, candidates, DEPTHS[1])
 
 
 def _figures(
-    ideal: Truth, side: Side, two: _Stages, searcher: Searcher, kind: str, floats: float, scanned: float
-) -> CodeFigures:
-    """Measure one searcher."""
-    most = ideal.nearest.shape[1]
-    found = two.search(searcher, side.queries, DEPTHS[1])
+    ideal: Truth, side: Side, two: _Stages, searcher: Searcher, results: tuple[Rows, Rows], kind: str, floats: float,
+    scanned: float,
+) -> CodeFigures:  # fmt: skip
+    """Measure the results of one searcher, and its speed."""
+    found, wide = results
     shared = _overlap(ideal, found)
-    wide = two.search(searcher, side.queries, most) if most >= DEPTHS[2] else None
     return CodeFigures(
         documents=len(side.documents),
         queries=len(side.queries),
@@ -188,10 +198,10 @@ def _figures(
         depth=1 if two.finer is None else two.depth,
         recall_at_1=_overlap(ideal, found, 1),
         recall_at_10=shared,
-        recall_at_100=None if wide is None else _overlap(ideal, wide, most),
+        recall_at_100=_overlap(ideal, wide, DEPTHS[2]) if wide.shape[1] >= DEPTHS[2] else None,
         ndcg_at_10=_ndcg(found, ideal.qrels) / _ndcg(ideal.nearest, ideal.qrels) if ideal.qrels else None,
         regret_at_10=_regret(ideal, found),
-        queries_per_second=_speed(lambda query: two.search(searcher, query, DEPTHS[1]), side.queries),
+        queries_per_second=_speed(lambda query: two.ten(searcher, query), side.queries),
         lost_by_model=1.0 - floats,
         lost_by_code=floats - scanned,
         lost_by_index=scanned - shared,
@@ -223,9 +233,8 @@ def _float_nearest(side: Side, count: int) -> Rows:
 def _overlap(ideal: Truth, found: Rows, count: int = DEPTHS[1]) -> float:
     """Give the ratio of FP32's first `count` that are among the first `count` found."""
     wanted, given = ideal.nearest[:, :count], found[:, :count]
-    return float(
-        np.mean([np.isin(one, other).mean() for one, other in zip(wanted, given, strict=True)])
-    )  # fmt: skip
+    same = [len(set(one) & set(other)) for one, other in zip(wanted.tolist(), given.tolist(), strict=True)]
+    return float(np.mean(same) / wanted.shape[1])
 
 
 def _ndcg(found: Rows, qrels: Sequence[Mapping[int, int]]) -> float:

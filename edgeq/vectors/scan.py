@@ -50,19 +50,23 @@ class NumpyScan:
         self._codec, self._codes = codec, codes
 
     def nearest(self, vectors: FloatArray, count: int) -> Rows:
-        """Scan all codes."""
+        """Scan all codes, each decoded once; of each block only the best go on to the next."""
         queries = self._codec.queries(vectors)
         count = min(count, len(self._codes))
-        scores = np.full((len(queries), 0), -np.inf, np.float32)
-        rows: Rows = np.empty((len(queries), 0), np.int64)
+        parts = [slice(start, start + _BLOCK_QUERIES) for start in range(0, len(queries), _BLOCK_QUERIES)]
+        scores = [np.empty((len(queries[part]), 0), np.float32) for part in parts]
+        rows = [np.empty((len(queries[part]), 0), np.int64) for part in parts]
         for start in range(0, len(self._codes), _BLOCK_ROWS):
             decoded = self._codec.decode(np.asarray(self._codes[start : start + _BLOCK_ROWS]))
-            scores = np.hstack([scores, queries @ decoded.T])
-            found = np.broadcast_to(np.arange(start, start + len(decoded)), (len(queries), len(decoded)))
-            rows = np.hstack([rows, found])
-            kept = best(scores, count)
-            scores, rows = np.take_along_axis(scores, kept, axis=1), np.take_along_axis(rows, kept, axis=1)
-        return rows
+            for place, part in enumerate(parts):
+                some = queries[part] @ decoded.T
+                chosen = best(some, count)
+                joined = np.hstack([scores[place], np.take_along_axis(some, chosen, axis=1)])
+                names = np.hstack([rows[place], chosen + start])
+                kept = best(joined, count)
+                scores[place] = np.take_along_axis(joined, kept, axis=1)
+                rows[place] = np.take_along_axis(names, kept, axis=1)
+        return np.concatenate(rows) if rows else np.empty((0, count), np.int64)
 
 
 class FaissScan:
