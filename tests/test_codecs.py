@@ -3,6 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from tiny_bundle import DIM, TEXTS, TinyBackend, make_bundle
@@ -13,6 +15,7 @@ from edgeq.bundle.verify import verify
 from edgeq.codecs.codec import Codec, read_codec
 from edgeq.codecs.fit import codec_from_statistics, fit_codec
 from edgeq.codecs.names import PLAIN, parse
+from edgeq.codecs.onnx_output import OUTPUT, add_code_output
 from edgeq.codecs.packing import pack, pack_trits, unpack, unpack_trits
 from edgeq.codecs.rotations import itq, random_rotation
 from edgeq.codecs.statistics import observe_vectors, read_statistics, statistics_bytes
@@ -272,3 +275,44 @@ def test_a_bundle_without_statistics_says_so(tmp_path: Path, monkeypatch: pytest
     loaded = load(make_bundle(tmp_path / "out")[0])
     with pytest.raises(ConfigError, match="holds no statistics"):
         loaded.encode(TEXTS, codec="binary")
+
+
+# Codes as an output of the model
+
+
+@pytest.mark.parametrize("name", ["int8", "binary"])
+def test_a_model_gives_the_codes_itself(name: str, bundle: Path) -> None:
+    loaded = load(bundle)
+    codec = loaded.codec(name)
+    model = onnx.load(bundle / "onnx" / "model.onnx")
+    add_code_output(model, codec)
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    tokens = loaded.inputs.tokens(TEXTS[:1], "encode")
+    feeds = {
+        "input_ids": np.array(tokens.ids, np.int64), "attention_mask": np.ones((1, len(tokens.ids[0])), np.int64)
+    }  # fmt: skip
+    vectors, codes = session.run(["sentence_embedding", OUTPUT], feeds)
+    np.testing.assert_array_equal(codes, codec.encode(vectors))
+    with pytest.raises(ConfigError, match="sentence_embedding alone is needed"):
+        add_code_output(model, codec)
+
+
+@pytest.mark.openvino
+def test_openvino_gives_the_same_codes(bundle: Path, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="needs the extra `openvino`")
+    loaded = load(bundle)
+    core = openvino.Core()
+    rows = np.random.default_rng(0).integers(2, 18, (40, 5))
+    feeds = {"input_ids": rows, "attention_mask": np.ones_like(rows)}
+    for name in ("int8", "binary"):
+        model = onnx.load(bundle / "onnx" / "model.onnx")
+        add_code_output(model, loaded.codec(name))
+        onnx.save(model, tmp_path / f"{name}.onnx")
+        found = core.compile_model(core.read_model(tmp_path / f"{name}.onnx"), "CPU")(feeds)
+        np.testing.assert_array_equal(found[OUTPUT], loaded.codec(name).encode(found["sentence_embedding"]))
+
+
+def test_only_int8_and_bits_are_outputs(bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="gives int8 or binary"):
+        add_code_output(onnx.load(bundle / "onnx" / "model.onnx"), load(bundle).codec("rabitq"))
