@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeq.codecs.codec import Codec
@@ -81,9 +84,9 @@ def _bits(model: onnx.ModelProto, width: int, size: int) -> list[onnx.NodeProto]
     ]
 
 
-def _node(operator: str, inputs: list[str], output: str, **attributes: int) -> onnx.NodeProto:
+def _node(operator: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
     return helper.make_node(operator, inputs, [f"{_PREFIX}{output}"], f"{_PREFIX}{output}", **attributes)
 
 
-def _constant(model: onnx.ModelProto, name: str, value: np.ndarray) -> None:  # type: ignore[type-arg]
+def _constant(model: onnx.ModelProto, name: str, value: NDArray[np.generic]) -> None:
     model.graph.initializer.append(numpy_helper.from_array(value, f"{_PREFIX}{name}"))
