@@ -21,7 +21,7 @@ def search(
     ] = None,
     queries: Annotated[Path | None, typer.Option(metavar="FILE", help="Queries: .txt, .jsonl, .csv.")] = None,
     results: Annotated[int, typer.Option(min=1, help="How many texts for each query.")] = 10,
-    rescore: Annotated[int, typer.Option(min=1, help="Candidates for each result that finer codes order.")] = 10,
+    rescore: Annotated[int, typer.Option(min=1, help="Candidates for each result that finer codes order.")] = 30,
     texts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The file that was indexed: show its texts.")
     ] = None,

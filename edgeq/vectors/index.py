@@ -34,7 +34,7 @@ from edgeq.vectors.records import (
 )
 from edgeq.vectors.scan import Rows, Searcher, exact, rescored
 
-RESCORING_DEPTH = 10  # candidates for each result (docs/decisions/vectors.md)
+RESCORING_DEPTH = 30  # candidates for each result (docs/decisions/vectors.md)
 _MOST_BYTES = 1 << 20
 _CROSS_NEIGHBOURS = 10
 

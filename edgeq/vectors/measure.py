@@ -26,7 +26,7 @@ from edgeq.vectors.scan import FloatArray, Rows, Searcher, best, exact, rescored
 DEPTHS = (1, 10, 100)
 _FINE_KINDS = ("float32", "float16", "int8", "int8-vector")
 _BLOCK_QUERIES = 256
-_TIMED_QUERIES = 100
+_TIMED_QUERIES, _TIMED_S = 100, 1.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def measure(
     kinds: Sequence[approximate.Kind],
     known: VectorStatistics | None,
     rescoring: str | None = "int8",
-    depth: int = RESCORING_DEPTH,
+    depths: Sequence[int] = (RESCORING_DEPTH,),
     progress: Progress = silent,
 ) -> tuple[CodeFigures, ...]:
     """Measure every model, codec and index.
@@ -114,7 +114,7 @@ def measure(
         kinds: of indexes; a codec that HNSW does not hold is left out of it.
         known: statistics of a bundle; without them, and for trained codecs, the documents are the sample.
         rescoring: codec of the finer codes, for codes coarser than 8 bits; None leaves them out.
-        depth: candidates for each of ten results.
+        depths: candidates for each of ten results, each a row; 1 leaves the finer codes out.
         progress: called as `progress(stage, done, total)`.
 
     Raises:
@@ -134,19 +134,24 @@ def measure(
             codec = fit_codec(name.text, side.documents, "the documents", known)
             codes = codec.encode_bytes(side.documents)
             finer = None
-            if rescoring is not None and name.kind not in _FINE_KINDS:
+            if rescoring is not None and name.kind not in _FINE_KINDS and max(depths) > 1:
                 finer = fit_codec(rescoring, side.documents, "the documents", known)
-            two = _Stages(codec, codes, finer, None if finer is None else finer.encode_bytes(side.documents), depth)
-            scanned: float | None = None
-            for kind in kinds:
-                if kind == "hnsw" and name.kind not in approximate.HNSW_KINDS:
-                    continue
-                searcher = _searcher(kind, codec, codes)
-                results = two.results(searcher, side.queries, ideal.nearest.shape[1])
-                if scanned is None:
-                    scan = results if kind == "exact" else two.results(exact(codec, codes), side.queries, DEPTHS[1])
-                    scanned = _overlap(ideal, scan[0])
-                found.append(_figures(ideal, side, two, searcher, results, kind, floats, scanned))
+            fine_codes = None if finer is None else finer.encode_bytes(side.documents)
+            searchers = {
+                kind: _searcher(kind, codec, codes) for kind in kinds
+                if kind != "hnsw" or name.kind in approximate.HNSW_KINDS
+            }  # fmt: skip
+            plain = searchers.get("exact") or exact(codec, codes)
+            for depth in depths if finer is not None else (1,):
+                two = _Stages(codec, codes, *((finer, fine_codes) if depth > 1 else (None, None)), depth)
+                scanned = two.results(plain, side.queries, ideal.nearest.shape[1])
+                for kind, searcher in searchers.items():
+                    results = scanned
+                    if kind != "exact":
+                        results = two.results(searcher, side.queries, ideal.nearest.shape[1])
+                    found.append(
+                        _figures(ideal, side, two, searcher, results, kind, floats, _overlap(ideal, scanned[0]))
+                    )
             progress("codes", len(found), total * len(kinds))
     return tuple(found)
 
@@ -266,10 +271,11 @@ def _speed(search: Callable[[FloatArray], Rows], queries: FloatArray) -> float:
     """Time single queries, and give how many fit in a second."""
     some = queries[:_TIMED_QUERIES]
     search(some[:1])
-    begun = time.perf_counter()
-    for row in range(len(some)):
-        search(some[row : row + 1])
-    return len(some) / (time.perf_counter() - begun)
+    begun, done = time.perf_counter(), 0
+    while done < len(some) and time.perf_counter() - begun < _TIMED_S:
+        search(some[done : done + 1])
+        done += 1
+    return done / (time.perf_counter() - begun)
 
 
 def cross(queries: Side, documents: Side) -> Side:

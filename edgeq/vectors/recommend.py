@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.codecs.fit import FEWEST_SAMPLES, fit_codec
-from edgeq.codecs.names import parse
 from edgeq.errors import ConfigError
 from edgeq.records import Record
 from edgeq.vectors import approximate
@@ -106,12 +105,10 @@ def recommend(
     ideal = truth(side)
     names = _candidates(vectors.shape[1], len(side.documents), bytes_most, known, side)
     found: list[Choice] = []
-    for step, depth in enumerate(DEPTHS):
-        progress("recommend", step, len(DEPTHS))
-        coarse = [name for name in names if depth == 1 or parse(name).kind not in ("float32", "float16", "int8")]
-        for kind in kinds:
-            found += _measured(ideal, coarse, kind, depth, bytes_most, recall_least, known)
-    progress("recommend", len(DEPTHS), len(DEPTHS))
+    for step, name in enumerate(names):
+        progress("recommend", step, len(names))
+        found += _measured(ideal, name, kinds, bytes_most, recall_least, known)
+    progress("recommend", len(names), len(names))
     found.sort(key=lambda each: _order(each, bytes_most, recall_least))
     notes = [
         f"recall@10 is measured on {len(side.documents):,} documents"
@@ -139,17 +136,13 @@ def _candidates(dim: int, count: int, bytes_most: float, known: VectorStatistics
 
 
 def _measured(
-    ideal: Truth, names: Sequence[str], kind: approximate.Kind, depth: int, bytes_most: float, recall_least: float,
+    ideal: Truth, name: str, kinds: Sequence[approximate.Kind], bytes_most: float, recall_least: float,
     known: VectorStatistics | None,
 ) -> list[Choice]:  # fmt: skip
-    """Measure the codecs in one kind of index at one depth."""
-    if kind == "hnsw":
-        names = [name for name in names if parse(name).kind in approximate.HNSW_KINDS]
+    """Measure one codec in every kind of index and at every depth."""
     choices = []
-    finer = None if depth == 1 else "int8"
-    for figures in measure(ideal, [ideal.side], names, [kind], known, finer, depth):
-        extra = {"hnsw": _LINKS_BYTES, "ivf": _LIST_BYTES}.get(kind, 0)
-        memory = figures.code_bytes + extra
+    for figures in measure(ideal, [ideal.side], [name], kinds, known, depths=DEPTHS):
+        memory = figures.code_bytes + {"hnsw": _LINKS_BYTES, "ivf": _LIST_BYTES}.get(figures.index, 0)
         choices.append(
             Choice(
                 figures=figures, memory_bytes_per_document=memory,
