@@ -95,6 +95,7 @@ def test_an_index_has_a_loss_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
     from edgeq.vectors import approximate
 
     monkeypatch.setattr(approximate, "FEWEST_LISTS_READ", 1)
+    monkeypatch.setattr(approximate, "LISTS_READ", 0.0)
     ideal = truth(FLOATS, QRELS)
     exact, hnsw, ivf = measure(ideal, [FLOATS], ["int8"], ["exact", "hnsw", "ivf"], STATISTICS)
     assert exact.lost_by_index == 0 and hnsw.lost_by_index < 0.02
@@ -293,3 +294,19 @@ def test_faiss_takes_bits_and_int8() -> None:
     codes, asked = (for_store("faiss", live("int8"), each).astype(np.float32) for each in (DOCUMENTS, QUERIES))
     numbers.add(codes)
     np.testing.assert_allclose(numbers.search(asked, 1)[0][:, 0], (asked @ codes.T).max(axis=1), rtol=1e-6)
+
+
+def test_vectors_that_point_one_way_keep_their_order_in_centred_codes() -> None:
+    """Where all vectors have one direction in common, as of E5, its size must not take the codes of what differs."""
+    common = np.full(WIDTH, 0.4, np.float32)
+    rows, asked = (normalised(each + common) for each in (DOCUMENTS, QUERIES))
+    side = Side("one way", rows, asked)
+    known = observe_vectors(rows[:256], "test")
+    found = {
+        each.codec: each.recall_at_10
+        for each in measure(
+            truth(side), [side], ["int8", "int8-centred", "binary", "binary-centred"], ["exact"], known, depths=[1]
+        )
+    }
+    assert found["int8-centred"] > found["int8"] + 0.01
+    assert found["binary-centred"] > found["binary"] + 0.05

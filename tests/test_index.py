@@ -88,7 +88,7 @@ def found(folder: Path, bundle: Path) -> NDArray[np.int64]:
 def test_an_index_finds_what_floats_find(codec: str, bundle: Path, texts: Path, tmp_path: Path) -> None:
     record = build(request(bundle, texts, tmp_path / "index", codec), silent)
     assert (record.codec, record.texts.count, record.kind) == (codec, COUNT, "exact")
-    assert record.rescoring == (None if codec in ("float32", "int8") else "int8")
+    assert record.rescoring == (None if codec in ("float32", "int8") else "int8-centred")
     best = similarity(bundle, nearest(bundle))
     assert similarity(bundle, found(tmp_path / "index", bundle)) > best - 0.002
 
@@ -292,7 +292,7 @@ def test_texts_come_one_by_one_from_every_format(tmp_path: Path) -> None:
 
 
 @pytest.mark.vectors
-@pytest.mark.parametrize("codec", ["float32", "float16", "int8", "binary", "pq8"])
+@pytest.mark.parametrize("codec", ["float32", "float16", "int8", "int8-centred", "binary", "pq8"])
 def test_faiss_scans_as_numpy_does(codec: str) -> None:
     pytest.importorskip("faiss", reason="needs the extra `vectors`")
     rng = np.random.default_rng(0)
@@ -308,7 +308,7 @@ def test_faiss_scans_as_numpy_does(codec: str) -> None:
 
 @pytest.mark.vectors
 @pytest.mark.parametrize(
-    ("kind", "codec"), [("hnsw", "int8"), ("hnsw", "binary"), ("hnsw", "float16"), ("ivf", "int4")]
+    ("kind", "codec"), [("hnsw", "int8-centred"), ("hnsw", "binary"), ("hnsw", "float16"), ("ivf", "int4")]
 )
 def test_approximate_indexes_find_nearly_the_same(
     kind: str, codec: str, bundle: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -132,8 +132,8 @@ class Codec:
         """
         require_vectors(vectors, self.dim, f"codec {self.name.text}")
         chosen = self._chosen(vectors)
-        if self.name.is_centred and self._shift is not None:
-            chosen = chosen - self._shift
+        if self.name.is_centred and self._shift is not None and self.name.kind != "int8":
+            chosen = chosen - self._shift  # of int8 the query keeps its mean: <q, d> = <q, d - mean> + <q, mean>
         return self._quantizer.query(chosen if self._matrix is None else chosen @ self._matrix)
 
     def _chosen(self, vectors: FloatArray) -> FloatArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,9 +66,9 @@ def fit_codec(text: str, sample: FloatArray, origin: str, known: VectorStatistic
         norms = np.linalg.norm(head, axis=1, keepdims=True)
         sample_of_head = (head / np.where(norms > 0, norms, 1.0)).astype(np.float32)
         own = observe_vectors(sample_of_head, origin)
-        return _trained(name, sample_of_head, own, sample.shape[1]) if name.is_trained else _plain(
-            name, VectorStatistics(sample.shape[1], own.kept, own.mean, own.deviation, own.limit, own.count, origin)
-        )  # fmt: skip
+        if name.is_trained:
+            return _trained(name, sample_of_head, own, sample.shape[1])
+        return _plain(name, replace(own, dim=sample.shape[1]))
     own = observe_vectors(sample, origin)
     return _trained(name, sample, own, sample.shape[1]) if name.is_trained else _plain(name, own)
 
@@ -81,7 +82,8 @@ def _plain(name: CodecName, found: VectorStatistics) -> Codec:
     arrays: dict[str, NDArray[np.generic]] = {"kept": kept}
     if name.is_centred:
         arrays["mean"] = found.mean[: len(kept)]
-    arrays |= _scales(name, found.mean, found.deviation, found.limit)
+    limit = found.centred_limit if name.is_centred else found.limit
+    arrays |= _scales(name, found.mean, found.deviation, limit)
     return Codec(name, found.dim, found.origin, found.count, arrays)
 
 

@@ -14,14 +14,15 @@ Kind = Literal["float32", "float16", "int8", "int8-vector", "uniform", "ternary"
 
 # Codecs that need statistics of the vectors at most; the others are trained on a sample (see `is_trained`).
 PLAIN = (
-    "float32", "float16", "int8", "int8-vector", "int4", "int2", "ternary", "binary", "binary-centred", "binary-random",
-    "rabitq", "rabitq2", "rabitq3", "rabitq4",
+    "float32", "float16", "int8", "int8-centred", "int8-vector", "int4", "int2", "ternary", "binary",
+    "binary-centred", "binary-random", "rabitq", "rabitq2", "rabitq3", "rabitq4",
 )  # fmt: skip
 _FORM = re.compile(r"(?:(first|pca)([1-9]\d*)\+)?(?:(o?pq)([1-9]\d*)|([a-z0-9-]+))")
 _KINDS: dict[str, tuple[Kind, int, Rotation, bool]] = {  # name -> kind, bits, rotation, centred
     "float32": ("float32", 32, "", False),
     "float16": ("float16", 16, "", False),
     "int8": ("int8", 8, "", False),
+    "int8-centred": ("int8", 8, "", True),
     "int8-vector": ("int8-vector", 8, "", False),
     "int4": ("uniform", 4, "", False),
     "int2": ("uniform", 2, "", False),

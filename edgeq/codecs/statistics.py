@@ -19,6 +19,7 @@ FORMAT = 1
 FEWEST_VECTORS = 16
 _ZERO_RATIO = 1e-6  # of the largest value: a dimension that never passes it holds no information
 _MOST_BYTES = 64 << 20
+_LEAST_LIMIT = 1e-30
 _LIMIT_RATIOS = tuple(step / 20 for step in range(20, 9, -1))  # of the largest value, from 1 to 0.5
 
 FloatArray = NDArray[np.float32]
@@ -34,6 +35,7 @@ class VectorStatistics:
         mean: float32[live].
         deviation: float32[live], the standard deviation of each.
         limit: the absolute value that int8's code 127 stands for: the one of least squared error, at most the largest.
+        centred_limit: the same of the numbers less their mean.
         count: of the vectors.
         origin: says which texts they are of.
     """
@@ -43,6 +45,7 @@ class VectorStatistics:
     mean: FloatArray
     deviation: FloatArray
     limit: float
+    centred_limit: float
     count: int
     origin: str
 
@@ -83,9 +86,10 @@ def observe_vectors(vectors: FloatArray, origin: str) -> VectorStatistics:
         raise ConfigError(f"{origin}: every vector is zero, of which no code can be made. Run `edgeq validate`.")
     kept = np.flatnonzero(largest > _ZERO_RATIO * largest.max()).astype(np.int32)
     live = vectors[:, kept].astype(np.float64)
+    mean = live.mean(axis=0).astype(np.float32)
     return VectorStatistics(
-        vectors.shape[1], kept, live.mean(axis=0).astype(np.float32), live.std(axis=0).astype(np.float32),
-        int8_limit(vectors[:, kept]), len(vectors), origin,
+        vectors.shape[1], kept, mean, live.std(axis=0).astype(np.float32), int8_limit(vectors[:, kept]),
+        int8_limit(vectors[:, kept] - mean), len(vectors), origin,
     )  # fmt: skip
 
 
@@ -95,6 +99,8 @@ def int8_limit(rows: FloatArray) -> float:
     A single large number would take a step from all the others (docs/decisions/vectors.md).
     """
     largest = float(np.abs(rows).max())
+    if largest == 0.0:
+        return _LEAST_LIMIT  # of vectors that are all the same, less their mean
     errors = []
     for ratio in _LIMIT_RATIOS:
         scale = np.float32(ratio * largest / 127)
@@ -113,6 +119,7 @@ def statistics_bytes(found: VectorStatistics) -> bytes:
         mean=found.mean,
         deviation=found.deviation,
         limit=np.float32(found.limit),
+        centred_limit=np.float32(found.centred_limit),
         count=np.int32(found.count),
         origin=np.frombuffer(found.origin.encode(), np.uint8),
     )
@@ -126,23 +133,23 @@ def read_statistics(path: Path) -> VectorStatistics:
         BundleCorrupt: it is truncated, of another version, or not what `statistics_bytes` writes.
     """
     arrays = read_arrays(path)
-    keys = {"format", "dim", "kept", "mean", "deviation", "limit", "count", "origin"}
-    if set(arrays) != keys:
-        raise BundleCorrupt(f"{path}: holds {', '.join(sorted(arrays))}; {', '.join(sorted(keys))} are needed.")
-    if int(arrays["format"]) != FORMAT:
+    keys = {"format", "dim", "kept", "mean", "deviation", "limit", "centred_limit", "count", "origin"}
+    if "format" in arrays and int(arrays["format"]) != FORMAT:
         raise BundleCorrupt(
             f"{path}: is of version {int(arrays['format'])}; this edgeq reads version {FORMAT}. "
             "Use the edgeq that wrote it, or export again."
         )
+    if set(arrays) != keys:
+        raise BundleCorrupt(f"{path}: holds {', '.join(sorted(arrays))}; {', '.join(sorted(keys))} are needed.")
     kept, mean, deviation = arrays["kept"], arrays["mean"], arrays["deviation"]
-    dim, limit = int(arrays["dim"]), float(arrays["limit"])
+    dim, limit, centred = int(arrays["dim"]), float(arrays["limit"]), float(arrays["centred_limit"])
     is_sound = kept.ndim == 1 and 0 < len(kept) <= dim and mean.shape == deviation.shape == kept.shape
-    if not is_sound or not 0 <= int(kept.min()) <= int(kept.max()) < dim or not np.isfinite(limit) or limit <= 0:
+    if not is_sound or not 0 <= int(kept.min()) <= int(kept.max()) < dim or not 0 < limit < np.inf:
         raise BundleCorrupt(f"{path}: its arrays do not belong together. Fetch or export the bundle again.")
     require_vectors(np.stack([mean, deviation]), len(kept), str(path))
     return VectorStatistics(
         dim, kept.astype(np.int32), mean.astype(np.float32), deviation.astype(np.float32), limit,
-        int(arrays["count"]), arrays["origin"].tobytes().decode("utf-8", "replace"),
+        centred, int(arrays["count"]), arrays["origin"].tobytes().decode("utf-8", "replace"),
     )  # fmt: skip
 
 

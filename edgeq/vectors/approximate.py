@@ -15,7 +15,7 @@ from edgeq.codecs.statistics import read_arrays
 from edgeq.errors import BundleCorrupt, ConfigError
 from edgeq.system.files import replacing
 from edgeq.system.progress import Progress
-from edgeq.vectors.scan import FloatArray, Rows, best, lanes, padded
+from edgeq.vectors.scan import FloatArray, Rows, best, lanes, padded, rounded
 
 Kind = Literal["exact", "hnsw", "ivf"]
 KINDS: tuple[Kind, ...] = ("exact", "hnsw", "ivf")
@@ -23,7 +23,7 @@ FILES = {"hnsw": "hnsw.faiss", "ivf": "ivf.npz"}
 
 NEIGHBOURS, BUILD_DEPTH = 16, 80  # HNSW's M and efConstruction
 SEARCH_DEPTH = 128  # HNSW's efSearch, at least
-LISTS_READ, FEWEST_LISTS_READ = 1 / 16, 8  # of IVF's lists
+LISTS_READ, FEWEST_LISTS_READ = 1 / 4, 8  # of IVF's lists
 HNSW_KINDS = ("float32", "float16", "int8", "binary")
 _ADDED_AT_ONCE, _CHECKPOINT_ROWS = 10_000, 100_000
 _TRAINED_ON = 64  # vectors for each list's centroid, at most
@@ -60,7 +60,8 @@ class Hnsw:
         if self._codec.name.kind == "binary":
             found: Rows = self._index.search(self._codec.encode_bytes(vectors), count)[1]
         else:
-            queries = padded(_in_codes(self._codec, self._codec.queries(vectors)), self._index.d)
+            queries = self._codec.queries(vectors)
+            queries = padded(rounded(queries) if self._codec.name.kind == "int8" else queries, self._index.d)
             found = self._index.search(queries, count)[1]
         return found
 
@@ -86,7 +87,7 @@ def build_hnsw(codec: Codec, codes: Codes, path: Path, progress: Progress) -> No
         if is_binary:
             index.add(np.ascontiguousarray(some))
         else:
-            index.add(padded(_in_codes(codec, codec.decode(some)), index.d))
+            index.add(padded(_steps(codec, some), index.d))
         progress("graph", index.ntotal, len(codes))
         if index.ntotal - saved >= _CHECKPOINT_ROWS and index.ntotal < len(codes):
             with replacing(path) as partial:
@@ -133,11 +134,11 @@ def _empty_hnsw(faiss: Any, codec: Codec) -> Any:
     return index
 
 
-def _in_codes(codec: Codec, rows: FloatArray) -> FloatArray:
-    """Give float32[n, width] in steps of int8's codes, rounded to them; other codecs' rows as they are."""
-    if codec.name.kind != "int8":
-        return rows
-    return np.clip(np.rint(rows / codec.arrays["scale"].astype(np.float32)), -127, 127)
+def _steps(codec: Codec, codes: Codes) -> FloatArray:
+    """Decode uint8[n, bytes] for a graph; int8 in whole steps, as FAISS's 8-bit quantiser takes them."""
+    if codec.name.kind == "int8":
+        return np.ascontiguousarray(codes).view(np.int8).astype(np.float32)
+    return codec.decode(codes)
 
 
 class Ivf:
@@ -149,7 +150,7 @@ class Ivf:
         self._centroids, self._order, self._starts = centroids, order, starts
 
     def nearest(self, vectors: FloatArray, count: int) -> Rows:
-        """Read the nearest sixteenth of the lists, at least eight."""
+        """Read the nearest quarter of the lists, at least eight."""
         queries = self._codec.queries(vectors)
         lists = best(queries @ self._centroids.T, max(FEWEST_LISTS_READ, int(len(self._centroids) * LISTS_READ)))
         found = np.full((len(queries), min(count, len(self._codes))), -1, np.int64)

@@ -26,7 +26,7 @@ from edgeq.records import Manifest
 from edgeq.system.files import file_ref, replacing, sha256_file, storage_errors, write_bytes
 from edgeq.system.progress import Progress
 from edgeq.vectors import approximate, code_file
-from edgeq.vectors.index import read_index
+from edgeq.vectors.index import RESCORING_CODEC, read_index
 from edgeq.vectors.records import (
     CODEC,
     CODES,
@@ -46,7 +46,6 @@ from edgeq.version import VERSION
 Vectors = NDArray[np.float32]
 
 PROBE_TEXTS = 64
-DEFAULT_RESCORING = "int8"
 _FINE_KINDS = ("float32", "float16", "int8", "int8-vector")
 _STEP = 1024  # texts
 _JOURNAL, _SAMPLE = "building.json", "sample.bin"
@@ -64,7 +63,7 @@ class IndexRequest:
         embed: embeds documents with the bundle, float32[texts, dim].
         texts: to be indexed.
         codec: of the codes that are searched.
-        rescoring: of the finer codes; "" for none; None leaves it to the codec: int8 where it is finer than the codes.
+        rescoring: of the finer codes; "" for none; None leaves it to the codec: centred int8 where that is finer.
         kind: of the index.
         folder: where it goes.
         overwrite: replace an index of other inputs.
@@ -103,7 +102,7 @@ def build(request: IndexRequest, progress: Progress) -> IndexRecord:
 def _rescoring(request: IndexRequest) -> str | None:
     """Give the codec of the finer codes, or None."""
     if request.rescoring is None:
-        return None if parse(request.codec).kind in _FINE_KINDS else DEFAULT_RESCORING
+        return None if parse(request.codec).kind in _FINE_KINDS else RESCORING_CODEC
     return request.rescoring or None
 
 

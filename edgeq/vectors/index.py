@@ -34,6 +34,7 @@ from edgeq.vectors.records import (
 )
 from edgeq.vectors.scan import Rows, Searcher, exact, rescored
 
+RESCORING_CODEC = "int8-centred"  # of the finer codes
 RESCORING_DEPTH = 30  # candidates for each result (docs/decisions/vectors.md)
 _MOST_BYTES = 1 << 20
 _CROSS_NEIGHBOURS = 10

@@ -20,7 +20,7 @@ from edgeq.records import Record
 from edgeq.system.files import work_dir
 from edgeq.system.progress import Progress, silent
 from edgeq.vectors import approximate
-from edgeq.vectors.index import RESCORING_DEPTH
+from edgeq.vectors.index import RESCORING_CODEC, RESCORING_DEPTH
 from edgeq.vectors.scan import FloatArray, Rows, Searcher, best, exact, rescored
 
 DEPTHS = (1, 10, 100)
@@ -101,7 +101,7 @@ def measure(
     codecs: Sequence[str],
     kinds: Sequence[approximate.Kind],
     known: VectorStatistics | None,
-    rescoring: str | None = "int8",
+    rescoring: str | None = RESCORING_CODEC,
     depths: Sequence[int] = (RESCORING_DEPTH,),
     progress: Progress = silent,
 ) -> tuple[CodeFigures, ...]:

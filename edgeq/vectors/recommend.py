@@ -24,7 +24,8 @@ _MOST_QUERIES = 500
 _LINKS_BYTES = 2 * approximate.NEIGHBOURS * 4 + 16  # of HNSW's lowest level, with its share of the others and the heads
 _LIST_BYTES = 8  # of a row number in IVF's lists
 _UNTRAINED = (
-    "float32", "float16", "int8", "rabitq4", "int4", "rabitq3", "rabitq2", "ternary", "rabitq", "binary",
+    "float32", "float16", "int8", "int8-centred", "rabitq4", "int4", "rabitq3", "rabitq2", "ternary", "rabitq",
+    "binary", "binary-centred",
 )  # fmt: skip
 
 

@@ -83,8 +83,7 @@ class FaissScan:
         if self._codec.name.kind != "int8":
             return self._search(queries, count)
         wide = min(_TWICE * count, len(self._codes))
-        rounded = np.clip(np.rint(queries / self._codec.arrays["scale"].astype(np.float32)), -127, 127)
-        return rescored(self._codec, self._codes, vectors, self._search(rounded, wide), count)
+        return rescored(self._codec, self._codes, vectors, self._search(rounded(queries), wide), count)
 
     def _search(self, queries: FloatArray, count: int) -> Rows:
         found: Rows = self._index.search(padded(queries, self._index.d), min(count, len(self._codes)))[1]
@@ -132,6 +131,12 @@ def rescored(codec: Codec, codes: Codes, vectors: FloatArray, candidates: Rows, 
 def padded(rows: FloatArray, width: int) -> FloatArray:
     """Fill up float32[n, w] with zeros to `width` columns."""
     return np.ascontiguousarray(np.pad(rows, ((0, 0), (0, width - rows.shape[1]))), np.float32)
+
+
+def rounded(queries: FloatArray) -> FloatArray:
+    """Round float32[n, width] to whole numbers of -127 to 127, each row by a scale of its own: its order stays."""
+    largest = np.abs(queries).max(axis=1, keepdims=True)
+    return np.rint(queries * (np.float32(127) / np.where(largest > 0, largest, np.float32(1))))
 
 
 def lanes(width: int) -> int:
