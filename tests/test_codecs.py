@@ -25,7 +25,8 @@ WIDTH = 50
 # Mean cosine of decoded vectors with the originals, of normal numbers: what theory gives, less a margin.
 NEAREST = {
     "float32": 1.0, "float16": 1.0, "int8": 0.9999, "int8-centred": 0.9999, "int8-vector": 0.9999, "int4": 0.992,
-    "int2": 0.93, "ternary": 0.87, "binary": 0.77, "binary-centred": 0.77, "binary-random": 0.77, "rabitq": 0.77, "rabitq2": 0.92, "rabitq3": 0.97,
+    "int2": 0.93, "ternary": 0.87, "binary": 0.77,
+    "binary-centred": 0.77, "binary-random": 0.77, "rabitq": 0.77, "rabitq2": 0.92, "rabitq3": 0.97,
     "rabitq4": 0.99,
 }  # fmt: skip
 
