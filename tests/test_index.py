@@ -381,3 +381,15 @@ def test_embed_writes_codes(bundle: Path, texts: Path, tmp_path: Path) -> None:
     assert cli.run(["embed", str(bundle), "--texts", str(texts), "--codec", "binary", "--out", str(out)]) == 0
     assert np.load(out).shape == (COUNT, DIM // 8)
     assert cli.run(["embed", str(bundle), "--texts", str(texts), "--codec", "pq8", "--out", str(out)]) == 2
+
+
+def test_no_text_is_no_index(bundle: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    with pytest.raises(ConfigError, match="0 texts; at least 1 are needed"):
+        build(request(bundle, empty, tmp_path / "index"), silent)
+    bare = make_bundle(tmp_path / "bare")[0]  # of an edgeq that fitted nothing
+    few = tmp_path / "few.txt"
+    few.write_text("how do i\n" * 9)
+    with pytest.raises(ConfigError, match="9 texts; at least 16 are needed"):
+        build(request(bare, few, tmp_path / "other"), silent)

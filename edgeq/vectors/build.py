@@ -177,8 +177,9 @@ def _built(
     """Run every step that is not done yet; the record is written last."""
     folder = request.folder
     count = sum(1 for _ in request.texts)
-    if count < FEWEST_VECTORS and request.manifest.codecs is None or count == 0:
-        raise ConfigError(f"{request.texts.path}: {count} texts; at least {max(1, FEWEST_VECTORS)} are needed.")
+    fewest = FEWEST_VECTORS if request.manifest.codecs is None else 1  # without statistics they are the sample
+    if count < fewest:
+        raise ConfigError(f"{request.texts.path}: {count} texts; at least {fewest} are needed. Give more.")
     if name.is_trained and count < FEWEST_SAMPLES:
         raise ConfigError(
             f"codec {name.text}: is trained on at least {FEWEST_SAMPLES} texts, and {request.texts.path} has {count}. "
