@@ -311,3 +311,10 @@ def test_vectors_that_point_one_way_keep_their_order_in_centred_codes() -> None:
     }
     assert found["int8-centred"] > found["int8"] + 0.01
     assert found["binary-centred"] > found["binary"] + 0.05
+
+
+def test_the_page_lists_every_layout() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs/reference/codecs.md").read_text(encoding="utf-8")
+    for layout in LAYOUTS:
+        row = f"| {layout.store} | `{layout.codec}` | {layout.column} | {layout.tried or 'not tried'} |"
+        assert row in page
