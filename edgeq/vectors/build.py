@@ -1,4 +1,4 @@
-"""Build an index of texts: embed, encode and append a thousand at a time; a killed run goes on where it was."""
+"""Build an index of texts: embed, encode and append a few hundred at a time; a killed run goes on where it was."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Vectors = NDArray[np.float32]
 
 PROBE_TEXTS = 64
 _FINE_KINDS = ("float32", "float16", "int8", "int8-vector")
-_STEP = 1024  # texts
+_STEP = 256  # texts; of seconds each, which is what a kill can lose
 _JOURNAL, _SAMPLE = "building.json", "sample.bin"
 _SAMPLES = 2 * FEWEST_SAMPLES  # to train on; statistics take a tenth
 _FILES = (CODEC, FINE_CODEC, CODES, FINE_CODES, IDS, PROBES, PROBE_VECTORS, *approximate.FILES.values(), _SAMPLE)
@@ -282,13 +282,13 @@ def _encode(request: IndexRequest, codec: Codec, finer: Codec | None, count: int
 
 
 def _embedded(request: IndexRequest, done: int) -> Iterator[Vectors]:
-    """Embed the texts behind the first `done`, a thousand at a time."""
+    """Embed the texts behind the first `done`, a few hundred at a time."""
     for some in _steps(islice((text for text, _ in request.texts), done, None)):
         yield request.embed(some)
 
 
 def _known(path: Path, dim: int, done: int) -> Iterator[Vectors]:
-    """Read vectors behind the first `done`, a thousand at a time."""
+    """Read vectors behind the first `done`, a few hundred at a time."""
     vectors = np.memmap(path, "<f4", "r").reshape(-1, dim)
     for start in range(done, len(vectors), _STEP):
         yield np.asarray(vectors[start : start + _STEP])
@@ -312,7 +312,7 @@ def _write_probes(request: IndexRequest, count: int) -> None:
 
 
 def _steps(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Give texts in lists of up to a thousand."""
+    """Give texts in lists of up to a few hundred."""
     while some := list(islice(texts, _STEP)):
         yield some
 
