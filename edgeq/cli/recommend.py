@@ -84,9 +84,13 @@ def recommend(
     if best is None:
         console.put("Nothing holds both; the nearest stand first.")
     else:
-        rescoring = "" if best.figures.rescoring is None else f" --rescore {best.figures.rescoring}"
-        console.put(f"edgeq index {bundle} --texts FILE --codec {best.figures.codec}{rescoring} --index "
-                    f"{best.figures.index} --to FOLDER")  # fmt: skip
+        figures = best.figures
+        rescoring = "" if figures.rescoring is None else f" --rescore {figures.rescoring}"
+        console.put(
+            f"edgeq index {bundle} --texts FILE --codec {figures.codec}{rescoring} --index {figures.index} --to FOLDER"
+        )
+        if figures.rescoring is not None:
+            console.put(f"edgeq search FOLDER --rescore {figures.depth} --query TEXT")
     for note in advice.notes:
         console.note(note)
 
