@@ -47,7 +47,7 @@ from edgeq.system.stage import InputFile, input_file, input_files
 if TYPE_CHECKING:
     from edgeq.data.prepare import Items, Plan
 
-_CODEC_SAMPLES = 256  # int8's range and the spread of each dimension need no more (docs/decisions/vectors.md)
+_CODEC_SAMPLES = 128  # int8's range and the spread of each dimension need no more (docs/decisions/vectors.md)
 
 # Whose versions a manifest names.
 EXPORT_TOOLS = ("torch", "transformers", "sentence-transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
