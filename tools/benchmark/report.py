@@ -229,9 +229,9 @@ def _npu(figures: Figures, results: Figures, notes: Notes) -> list[str]:
 
 def _codes(figures: Figures, results: Figures, notes: Notes) -> list[str]:
     text = (
-        "Recall of FP32's exact search; candidates, thirty for each result, are ordered by centred int8 codes where a code is "
-        "coarser. Lost, of recall@10: by the model's floats, by the code, by the index. Bytes: of a code, and of the "
-        "finer one."
+        "Recall of FP32's exact search; candidates, thirty for each result, are ordered by centred int8 codes where a "
+        "code is coarser. Lost, of recall@10: by the model's floats, by the code, by the index. Bytes: of a code, "
+        "and of the finer one."
     )
     found = figures["rows"]
     if isinstance(found, Blank):
