@@ -171,6 +171,9 @@ OPERATORS: Mapping[str, Operator] = {
     ),
     "LogSoftmax": Operator("normalization", _DENSE),
     "LpNormalization": Operator("normalization", written_by="unit_length_to_lp_normalization", htp="computed"),
+    "RMSNormalization": Operator(
+        "normalization", written_by="rms_norm_to_operator", htp="computed", token_list="begins"
+    ),
     "Softmax": Operator("normalization", "attention", integer="computed", htp="computed"),
 
     "ArgMax": Operator("index", "pooling of the last token"),

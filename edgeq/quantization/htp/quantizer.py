@@ -24,7 +24,8 @@ from edgeq.graph.operators import HTP_COPIED
 from edgeq.graph.roles import Role
 from edgeq.quantization import affine, weight_rounding
 from edgeq.quantization.affine import Affine
-from edgeq.quantization.htp.attention_mask import LONGEST, lowered_mask, pooling_weights
+from edgeq.quantization.htp.attention_mask import LONGEST, lowered_mask, token_weights
+from edgeq.quantization.htp.positions import quantized_positions
 from edgeq.quantization.htp.unsupported import refusal
 from edgeq.quantization.qdq import Quantized, UnsignedQdqBuilder, finished, int32_bias
 from edgeq.quantization.ranges import GELU_FLOOR, MASKED_BELOW
@@ -198,7 +199,7 @@ def _matmul(walk: HtpWalk, node: ir.Node) -> None:
     if any(value in walk.of_mask for value in node.inputs):
         for position, value in enumerate(node.inputs):
             is_weight = value in walk.of_mask
-            operand = pooling_weights(walk, value, walk.longest) if is_weight else builder.read(value, 16, node)
+            operand = token_weights(walk, value, walk.longest) if is_weight else builder.read(value, 16, node)
             node.replace_input_with(position, operand.value)
         builder.store(node, node.outputs[0], builder.range(node.outputs[0], 16), 16)
         return
@@ -244,15 +245,16 @@ def _softmax(walk: HtpWalk, node: ir.Node) -> None:
 
 
 def _norm(walk: HtpWalk, node: ir.Node) -> None:
-    """Quantise LayerNormalization: uint16 in and out, uint8 gain, int32 bias."""
+    """Quantise LayerNormalization and RMSNormalization: uint16 in and out, uint8 or uint16 gain, int32 bias."""
     builder, gain = walk.builder, constant(node.inputs[1])
     if gain is None:
-        raise Unsupported(refusal(node, "LayerNormalization with a computed gain has no form for HTP"))
+        raise Unsupported(refusal(node, f"{node.op_type} with a computed gain has no form for HTP"))
     read = builder.read(node.inputs[0], 16, node)
     bias = constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros_like(gain)
     if bias is None:
         raise Unsupported(refusal(node, "LayerNormalization with a computed bias has no form for HTP"))
-    stored = builder.table(f"{node.name}/gain", gain, GAIN_BITS, node)
+    bits = GAIN_BITS if node.op_type == "LayerNormalization" else 16
+    stored = builder.table(f"{node.name}/gain", gain, bits, node)
     step = np.float64(read.params.scale * stored.params.scale)
     summand = int32_bias(node, str(node.name), f"{node.name}/bias", bias, step)  # type: ignore[arg-type]
     for position, value in enumerate((read.value, stored.value)):
@@ -275,14 +277,19 @@ def _fixed(walk: HtpWalk, node: ir.Node) -> None:
 
 def _arithmetic(walk: HtpWalk, node: ir.Node) -> None:
     """Quantise an operator whose operands and result have 16 bits."""
-    for position in range(len(node.inputs)):
-        read_16bit(walk, node, position)
+    for position, value in enumerate(node.inputs):
+        if value is not None and value in walk.of_sizes:
+            node.replace_input_with(position, quantized_positions(walk, value, node, walk.longest).value)
+        elif value is not None and value in walk.of_mask:
+            node.replace_input_with(position, token_weights(walk, value, walk.longest).value)
+        else:
+            read_16bit(walk, node, position)
     walk.builder.store(node, node.outputs[0], walk.builder.range(node.outputs[0], 16), 16)
 
 
 HTP_QUANTIZERS: Mapping[str, Callable[[HtpWalk, ir.Node], None]] = {
     **dict.fromkeys(HTP_COPIED, move),
     "Add": _add, "Gather": _gather, "Gelu": pointwise, "Gemm": _gemm, "LayerNormalization": _norm,
-    "LpNormalization": _fixed, "MatMul": _matmul, "Mul": _arithmetic, "Relu": pointwise, "Sigmoid": _fixed,
-    "Slice": _slice, "Softmax": _softmax, "Sub": _arithmetic, "Tanh": _fixed,
+    "LpNormalization": _fixed, "MatMul": _matmul, "Mul": _arithmetic, "RMSNormalization": _norm, "Relu": pointwise,
+    "Sigmoid": _fixed, "Slice": _slice, "Softmax": _softmax, "Sub": _arithmetic, "Tanh": _fixed,
 }  # fmt: skip

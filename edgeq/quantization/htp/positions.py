@@ -1,0 +1,32 @@
+"""Quantise what follows from positions alone: rotations (RoPE), biases by distance, causal and local masks.
+
+A QDQ model computes it in float from the length and quantises it; lowering for one length stores the integers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from edgeq.graph.evaluate import computed
+from edgeq.quantization.qdq import QuantizedValue
+from edgeq.quantization.walk import Walk
+
+
+def quantized_positions(walk: Walk, value: ir.Value, node: ir.Node, longest: int) -> QuantizedValue:
+    """Quantise a float tensor that follows from the length to uint16, with the range that it has in the longest text.
+
+    Calibration texts need not be that long, so what was observed of the tensor does not count.
+
+    Args:
+        walk: of the graph.
+        value: follows from sizes alone.
+        node: the first operator that reads it.
+        longest: tokens that a text can have.
+    """
+    builder = walk.builder
+    if (value, 16) not in builder.converted:
+        ones = np.ones((1, longest), np.int64)
+        found = computed(value, {"input_ids": ones, "attention_mask": ones})
+        builder.quantize_once(value, builder.cover(float(found.min()), float(found.max()), 16), 16, node)
+    return builder.converted[value, 16]
