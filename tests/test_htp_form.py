@@ -25,7 +25,8 @@ from edgeq.records import HtpSpec
 TOKENS = Tokens(encoder.tokens(3, 40), 0, 0)
 HTP = ("w8a8-htp", "w8a16-htp")
 LAYERS, SIDES = 2, 1
-PRODUCTS = 6 * LAYERS + 2 * SIDES
+FINE = 2 * SIDES  # the branch dominates its block: what rounding takes from its weights is a product of its own
+PRODUCTS = 6 * LAYERS + 2 * SIDES + FINE
 FLOORS = {"w8a8-htp": 0.97, "w8a16-htp": 0.985}
 
 
@@ -103,7 +104,7 @@ def test_sixteen_bits_are_where_the_rule_says(models: dict[str, onnx.ModelProto]
             (quantize_output,) = readers(node.outputs[0])
             counted[f"{bits_of(quantize_output.outputs[0])}-bit MatMul"] += 1
     assert counted == {
-        "Gemm": PRODUCTS, "Add": 1 + 2 * LAYERS + SIDES, "LayerNormalization": 1 + 2 * LAYERS,
+        "Gemm": PRODUCTS, "Add": 1 + 2 * LAYERS + SIDES + FINE, "LayerNormalization": 1 + 2 * LAYERS,
         "8-bit MatMul": LAYERS, "16-bit MatMul": LAYERS,
     }  # fmt: skip
 

@@ -26,7 +26,7 @@ def is_of_padding_alone(value: ir.Value | None) -> bool:
 
 
 def allowed_pattern(mask: ir.Value) -> ir.Value | None:
-    """Find the causal or local pattern `allowed`, 1 or 0 by positions alone, in the mask (mask * allowed - 1) * size."""
+    """Find the causal or local pattern `allowed`, 1 or 0 by positions, in a mask (mask * allowed - 1) * size."""
     maker = mask.producer()
     for value in maker.inputs if maker is not None else ():
         shifted = made_by(value, "Sub")

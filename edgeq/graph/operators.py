@@ -86,9 +86,14 @@ OPERATORS: Mapping[str, Operator] = {
         "arithmetic", "bias, residual, mask, positions", observed=True, integer="computed", htp="computed",
         token_list="follows",
     ),
-    "Div": Operator("arithmetic", "pooling, normalisation", "deferred_softmax", integer="inserted"),
+    "Div": Operator(
+        "arithmetic", "pooling, normalisation", "deferred_softmax, mish_by_sigmoid", integer="inserted",
+        htp="rewritten",
+    ),
     "Max": Operator("arithmetic", "divisors kept off zero"),
-    "Min": Operator("arithmetic", "distances between positions in buckets", "where_to_min", integer="rewritten"),
+    "Min": Operator(
+        "arithmetic", "distances between positions in buckets", "where_to_min", integer="rewritten", htp="inserted"
+    ),
     "Mul": Operator(
         "arithmetic", "scales, gates", observed=True, integer="computed", htp="computed", token_list="follows"
     ),
@@ -102,7 +107,7 @@ OPERATORS: Mapping[str, Operator] = {
     "Cos": Operator("function", "rotation by position"),
     "Exp": Operator("function", written_by="deferred_softmax", integer="inserted"),
     "Log": Operator("function", "distances between positions in buckets"),
-    "Neg": Operator("function", "pooling of the last token, rotation by position"),
+    "Neg": Operator("function", "pooling of the last token, rotation by position", "mish_by_sigmoid", htp="computed"),
     "Reciprocal": Operator(
         "function", "normalisation by the root of the mean square", "norm_parts", observed=True, integer="joined"
     ),
@@ -121,7 +126,7 @@ OPERATORS: Mapping[str, Operator] = {
     "HardSigmoid": Operator("activation", "activation, gates of maps"),
     "HardSwish": Operator("activation", "activation"),
     "LeakyRelu": Operator("activation", _DENSE),
-    "Mish": Operator("activation", _DENSE),
+    "Mish": Operator("activation", _DENSE, observed=True),
     "PRelu": Operator("activation", _DENSE),
     "Relu": Operator("activation", "activation", observed=True, integer="computed", htp="computed"),
     "Selu": Operator("activation", _DENSE),
@@ -146,7 +151,7 @@ OPERATORS: Mapping[str, Operator] = {
     "Unsqueeze": Operator("layout", "mask", integer="copied", htp="copied"),
     # Of a table's rows the scale is computed, of a tensor's it is copied.
     "Gather": Operator("selection", "embedding tables, first token", integer="computed", htp="computed"),
-    "GatherElements": Operator("selection", "pooling of the last token"),
+    "GatherElements": Operator("selection", "pooling of the last token, products by distance", htp="computed"),
     "GatherND": Operator("selection", "pooling of the last token"),
     "Slice": Operator("selection", "positions, first token", integer="computed", htp="computed"),
     "Split": Operator("selection", "heads, gates"),

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edgeq.errors import LoweringFailed
 from edgeq.graph.dataflow import follows_from_sizes
-from edgeq.graph.edit import add_constant, constant, made_by, replace_uses
+from edgeq.graph.edit import add_constant, constant, made_by, replace_uses, required
 from edgeq.graph.evaluate import computed
 from edgeq.graph.static_shapes import fix_shapes
 
@@ -41,9 +41,9 @@ def _store_positions(graph: ir.Graph, length: int) -> None:
     stored: dict[tuple[str, bytes], ir.Value] = {}
     for node in list(graph):
         if node.op_type == "QuantizeLinear" and follows_from_sizes(node.inputs[0]):
-            array, old = _codes(node, _of_length(node.inputs[0], length)), node.outputs[0]
+            old, array = node.outputs[0], _codes(node, _of_length(node.inputs[0], length))
         elif node.op_type in _INDEXED and follows_from_sizes(node.inputs[1]) and not follows_from_sizes(node.inputs[0]):
-            array, old = _of_length(node.inputs[1], length), node.inputs[1]
+            old, array = required(node.inputs[1]), _of_length(node.inputs[1], length)
         else:
             continue
         key = (f"{array.dtype} {array.shape}", array.tobytes())
@@ -64,7 +64,8 @@ def _codes(node: ir.Node, values: NDArray[np.generic]) -> NDArray[np.generic]:
         raise LoweringFailed(f"{node.name}: has no scale and zero point. This is a defect of edgeq: report the model.")
     limits = np.iinfo(zero_point.dtype)
     steps = np.rint(values.astype(np.float32) / scale).astype(np.float64) + float(zero_point)
-    return np.clip(steps, limits.min, limits.max).astype(zero_point.dtype)
+    codes: NDArray[np.generic] = np.clip(steps, limits.min, limits.max).astype(zero_point.dtype)
+    return codes
 
 
 def _drop_output_dequantizer(graph: ir.Graph) -> None:

@@ -13,20 +13,21 @@ from edgeq.quantization.qdq import QuantizedValue
 from edgeq.quantization.walk import Walk
 
 
-def quantized_positions(walk: Walk, value: ir.Value, node: ir.Node, longest: int) -> QuantizedValue:
-    """Quantise a float tensor that follows from the length to uint16, with the range that it has in the longest text.
+def quantized_positions(walk: Walk, value: ir.Value, bits: int, node: ir.Node, longest: int) -> QuantizedValue:
+    """Quantise a float tensor that follows from the length to uint8 or uint16, by its range in the longest text.
 
     Calibration texts need not be that long, so what was observed of the tensor does not count.
 
     Args:
         walk: of the graph.
         value: follows from sizes alone.
+        bits: 8 or 16.
         node: the first operator that reads it.
         longest: tokens that a text can have.
     """
     builder = walk.builder
-    if (value, 16) not in builder.converted:
+    if (value, bits) not in builder.converted:
         ones = np.ones((1, longest), np.int64)
         found = computed(value, {"input_ids": ones, "attention_mask": ones})
-        builder.quantize_once(value, builder.cover(float(found.min()), float(found.max()), 16), 16, node)
-    return builder.converted[value, 16]
+        builder.quantize_once(value, builder.cover(float(found.min()), float(found.max()), bits), bits, node)
+    return builder.converted[value, bits]

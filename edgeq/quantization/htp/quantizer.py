@@ -149,6 +149,13 @@ def _slice(walk: HtpWalk, node: ir.Node) -> None:
     walk.builder.store_integers(node, params, 16)
 
 
+def _gather_elements(walk: HtpWalk, node: ir.Node) -> None:
+    """Quantise GatherElements by distance: which elements are taken follows from the length alone."""
+    if node.inputs[1] not in walk.of_sizes:
+        raise Unsupported(refusal(node, "GatherElements by what is computed from the text has no form for HTP"))
+    move(walk, node)
+
+
 # products ------------------------------------------------------------------------------------------------------------
 
 
@@ -205,7 +212,11 @@ def _matmul(walk: HtpWalk, node: ir.Node) -> None:
         return
     bits = walk.spec.attention_bits
     for position, value in enumerate(node.inputs):
-        node.replace_input_with(position, builder.read(value, bits, node).value)
+        if value is not None and value in walk.of_sizes:  # what stands for distances
+            operand = quantized_positions(walk, value, bits, node, walk.longest)
+        else:
+            operand = builder.read(value, bits, node)
+        node.replace_input_with(position, operand.value)
     followers = readers(node.outputs[0])
     if len(followers) == 1 and _ends_scores(walk, followers[0]):
         builder.store(node, node.outputs[0], _score_params(walk, followers[0]), bits)
@@ -275,11 +286,27 @@ def _fixed(walk: HtpWalk, node: ir.Node) -> None:
     walk.builder.store(node, node.outputs[0], params, 16)
 
 
+def _neg(walk: HtpWalk, node: ir.Node) -> None:
+    """Quantise Neg exactly: the scale stays, and the zero point stands as far from the other end."""
+    source = walk.builder.home(node.inputs[0], node)
+    node.replace_input_with(0, source.value)
+    params = source.params
+    turned = Affine(params.scale, params.high - params.zero_point, params.low, params.high)
+    walk.builder.store(node, node.outputs[0], turned, source.bits)
+
+
+def _division(walk: HtpWalk, node: ir.Node) -> None:
+    """Quantise a Div that a rewrite wrote, and gave a range; of others none is observed."""
+    if str(node.outputs[0].name) not in walk.builder.observed:
+        raise Unsupported(refusal(node, "Div by what is computed from the text has no form for HTP"))
+    _arithmetic(walk, node)
+
+
 def _arithmetic(walk: HtpWalk, node: ir.Node) -> None:
     """Quantise an operator whose operands and result have 16 bits."""
     for position, value in enumerate(node.inputs):
         if value is not None and value in walk.of_sizes:
-            node.replace_input_with(position, quantized_positions(walk, value, node, walk.longest).value)
+            node.replace_input_with(position, quantized_positions(walk, value, 16, node, walk.longest).value)
         elif value is not None and value in walk.of_mask:
             node.replace_input_with(position, token_weights(walk, value, walk.longest).value)
         else:
@@ -289,7 +316,8 @@ def _arithmetic(walk: HtpWalk, node: ir.Node) -> None:
 
 HTP_QUANTIZERS: Mapping[str, Callable[[HtpWalk, ir.Node], None]] = {
     **dict.fromkeys(HTP_COPIED, move),
-    "Add": _add, "Gather": _gather, "Gelu": pointwise, "Gemm": _gemm, "LayerNormalization": _norm,
-    "LpNormalization": _fixed, "MatMul": _matmul, "Mul": _arithmetic, "RMSNormalization": _norm, "Relu": pointwise,
-    "Sigmoid": _fixed, "Slice": _slice, "Softmax": _softmax, "Sub": _arithmetic, "Tanh": _fixed,
+    "Add": _add, "Div": _division, "Gather": _gather, "GatherElements": _gather_elements, "Gelu": pointwise,
+    "Gemm": _gemm, "LayerNormalization": _norm, "LpNormalization": _fixed, "MatMul": _matmul, "Mul": _arithmetic,
+    "Neg": _neg, "RMSNormalization": _norm, "Relu": pointwise, "Sigmoid": _fixed, "Slice": _slice,
+    "Softmax": _softmax, "Sub": _arithmetic, "Tanh": _fixed,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Derive the statistics of whole LayerNormalization and RMSNormalization outputs from those of their decomposed form."""
+"""Derive the statistics of whole LayerNormalization and RMSNormalization outputs from their decomposed form's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NORMS = ("LayerNormalization", "RMSNormalization")  # the second has no bias
 
 
 def derive_norm_statistics(model: ir.Model, statistics: Observed) -> Rewrites:
-    """Give the output of every LayerNormalization and RMSNormalization the range gain · sqrt(n) · normalized + bias; the graph stays as it is.
+    """Give each LayerNormalization and RMSNormalization the range gain · sqrt(n) · normalized + bias; the graph stays.
 
     Calibration observes the normalised rows inside the decomposed form, which schemes with whole norms
     do not have.
