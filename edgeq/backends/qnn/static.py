@@ -7,30 +7,55 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.errors import LoweringFailed
+from edgeq.backends.qnn import right_operands
+from edgeq.errors import ConfigError, LoweringFailed
 from edgeq.graph.dataflow import follows_from_sizes
 from edgeq.graph.edit import add_constant, constant, made_by, replace_uses, required
 from edgeq.graph.evaluate import computed
 from edgeq.graph.static_shapes import fix_shapes
+from edgeq.records import Target
 
 _INDEXED = ("Gather", "GatherElements")
 
 
-def static(model: ir.Model, length: int, has_quantized_io: bool) -> onnx.ModelProto:
+def static(model: ir.Model, length: int, target: Target) -> onnx.ModelProto:
     """Give the model for one text of `length` tokens.
 
     Args:
         model: the QDQ model with dynamic shapes; edited in place.
         length: of the bucket, in tokens.
-        has_quantized_io: int32 ids and mask in, uint16 vectors out; else int64 and float32.
+        target: whose inputs and outputs it has: int32 ids and mask in, uint16 vectors out, or int64 and float32; and
+            whose version of the tensor processor decides what 16-bit products read.
 
     Raises:
+        ConfigError: the bucket is longer than the model's table of positions.
         LoweringFailed: a shape is not known in advance.
     """
+    short = too_few_positions(model.graph, length)
+    if short:
+        raise ConfigError(f"{target.name}: {short}")
+    has_quantized_io = target.runtime["io"] == "quantized"
     if has_quantized_io:
         _drop_output_dequantizer(model.graph)
     _store_positions(model.graph, length)
+    if int(target.runtime["htp_arch"]) >= right_operands.OLDEST:
+        right_operands.int16_right_operands(model.graph)
     return fix_shapes(model, length, ir.DataType.INT32 if has_quantized_io else ir.DataType.INT64)
+
+
+def too_few_positions(graph: ir.Graph, length: int) -> str:
+    """Say which bucket is longer than the model's table of positions, or give an empty string."""
+    for node in graph:
+        table = constant(node.inputs[0]) if node.op_type == "Slice" else None
+        if table is None or table.ndim < 2 or not any(map(follows_from_sizes, node.inputs[1:])):
+            continue
+        if table.shape[-2] < length:
+            return (
+                f"buckets_tokens has {length}, but the model has {table.shape[-2]} positions "
+                f"({str(node.inputs[0].name).partition('/')[0]}). "  # type: ignore[union-attr]
+                f"Give buckets of at most {table.shape[-2]} tokens."
+            )
+    return ""
 
 
 def _store_positions(graph: ir.Graph, length: int) -> None:
