@@ -25,6 +25,19 @@ def is_of_padding_alone(value: ir.Value | None) -> bool:
     return row is not None and made_by(row.inputs[0], "Cast") is not None
 
 
+def is_of_padding(mask: ir.Value) -> bool:
+    """Tell whether a mask (kept - 1) * size is of the attention mask itself, in other axes and another dtype."""
+    maker = mask.producer()
+    for value in maker.inputs if maker is not None else ():
+        shifted = made_by(value, "Sub")
+        kept = shifted.inputs[0] if shifted is not None else None
+        while (step := made_by(kept, "Cast", "Unsqueeze", "Reshape", "Expand")) is not None:
+            kept = step.inputs[0]
+        if kept is not None and kept.is_graph_input():
+            return True
+    return False
+
+
 def allowed_pattern(mask: ir.Value) -> ir.Value | None:
     """Find the causal or local pattern `allowed`, 1 or 0 by positions, in a mask (mask * allowed - 1) * size."""
     maker = mask.producer()

@@ -56,8 +56,8 @@ class Operator:
             them; it does not where the scale is copied, fixed (Softmax) or given by a rewrite. The largest score of a
             row (ReduceMax) has its operand's scale, and is observed to tell how far down a masked score must lie.
         integer: how the integer-only quantiser takes it.
-        htp: how the quantiser for HTP takes it. HTP keeps LayerNormalization and the unit length whole, so that it
-            needs neither means nor roots; its mask is looked up by tokens, so that it has no max pooling (ReduceMax).
+        htp: how the quantiser for HTP takes it. HTP keeps LayerNormalization, RMSNorm and the unit length whole, so
+            that it needs neither means nor roots.
         token_list: whether it may compute on a flat list of tokens, between two Gemm. Sub, Div and Pow may not: in
             models that have them between products they are parts of RMSNorm, whose mean needs the three axes again.
     """
@@ -92,7 +92,7 @@ OPERATORS: Mapping[str, Operator] = {
     ),
     "Max": Operator("arithmetic", "divisors kept off zero"),
     "Min": Operator(
-        "arithmetic", "distances between positions in buckets", "where_to_min", integer="rewritten", htp="inserted"
+        "arithmetic", "distances between positions in buckets", "where_to_min", integer="rewritten", htp="rewritten"
     ),
     "Mul": Operator(
         "arithmetic", "scales, gates", observed=True, integer="computed", htp="computed", token_list="follows"
@@ -163,7 +163,8 @@ OPERATORS: Mapping[str, Operator] = {
     "ScatterElements": Operator("joining", "pooling of the last token"),
     "MaxPool": Operator("extremum", "maps of an image"),
     "ReduceMax": Operator(
-        "extremum", "max pooling", "observe_row_maxima, deferred_softmax", observed=True, integer="copied"
+        "extremum", "max pooling", "observe_row_maxima, deferred_softmax", observed=True, integer="copied",
+        htp="copied",
     ),
 
     "GlobalAveragePool": Operator("reduction", "pooling of maps"),

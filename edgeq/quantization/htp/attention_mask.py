@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeq.errors import Unsupported
-from edgeq.graph.attention_mask import allowed_pattern
-from edgeq.graph.edit import add_constant, add_node, required
+from edgeq.graph.attention_mask import allowed_pattern, is_of_padding
+from edgeq.graph.edit import add_constant, add_node, made_by, required
 from edgeq.quantization.htp.unsupported import refusal
 from edgeq.quantization.qdq import QdqBuilder, QuantizedValue
 from edgeq.quantization.walk import Walk, mask_size
@@ -33,6 +33,8 @@ def lowered_mask(walk: Walk, mask: ir.Value | None, bits: int, node: ir.Node) ->
         allowed = allowed_pattern(required(mask))
         if allowed is not None:
             found = _limited(builder, found, allowed, size, node, stem)
+        elif not is_of_padding(required(mask)):
+            raise Unsupported(refusal(node, "attention is masked by more than padding and positions"))
         builder.converted[key] = found  # type: ignore[index]
     return builder.converted[key]  # type: ignore[index]
 
@@ -50,6 +52,26 @@ def _limited(
     stored = builder.quantize(node, pattern, padding.params, padding.bits, f"{stem}/positions")
     limited = add_node(node, "Min", [padding.value, stored.value], f"{stem}/limited")
     return _store(builder, limited, padding, padding.bits)
+
+
+def padding_cap(walk: Walk, cap: ir.Value, hidden: QuantizedValue, node: ir.Node) -> QuantizedValue:
+    """Give what holds padding down for max pooling, looked up by the mask: the lowest integer of the tokens' scale.
+
+    Raises:
+        Unsupported: the cap is not of the form that `where_to_min` writes.
+    """
+    scaled = made_by(cap, "Mul")
+    shifted = made_by(scaled.inputs[0], "Sub") if scaled is not None else None
+    cast = made_by(shifted.inputs[0], "Cast") if shifted is not None else None
+    if cast is None or cast.inputs[0] is None:
+        raise Unsupported(refusal(node, "a minimum that is no max pooling has no form for HTP"))
+    builder, stem = walk.builder, f"{node.name}/cap"
+    params, bits = hidden.params, hidden.bits
+    ends = np.array([params.low, params.high], builder.dtypes[bits])
+    inputs = [add_constant(builder.graph, f"{stem}/codes", ends), *builder.parameters(stem, params, bits)]
+    table = add_node(node, "DequantizeLinear", inputs, f"{stem}/dequantized")
+    rows = add_node(node, "Gather", [table, cast.inputs[0]], f"{stem}/rows")
+    return builder.store(required(rows.producer()), rows, params, bits)
 
 
 def token_weights(walk: Walk, value: ir.Value | None, longest: int) -> QuantizedValue:

@@ -24,7 +24,7 @@ from edgeq.graph.operators import HTP_COPIED
 from edgeq.graph.roles import Role
 from edgeq.quantization import affine, weight_rounding
 from edgeq.quantization.affine import Affine
-from edgeq.quantization.htp.attention_mask import LONGEST, lowered_mask, token_weights
+from edgeq.quantization.htp.attention_mask import LONGEST, lowered_mask, padding_cap, token_weights
 from edgeq.quantization.htp.positions import quantized_positions
 from edgeq.quantization.htp.unsupported import refusal
 from edgeq.quantization.qdq import Quantized, UnsignedQdqBuilder, finished, int32_bias
@@ -252,6 +252,17 @@ def _softmax(walk: HtpWalk, node: ir.Node) -> None:
     walk.builder.store(node, node.outputs[0], Affine(2.0**-bits, 0, 0, 2**bits - 1), bits)
 
 
+def _min(walk: HtpWalk, node: ir.Node) -> None:
+    """Quantise the Min of max pooling with the scale of the tokens: its cap saturates at both ends."""
+    hidden, cap = node.inputs
+    if cap is None or cap not in walk.of_mask:
+        raise Unsupported(refusal(node, "a minimum that is no max pooling has no form for HTP"))
+    read = walk.builder.read(hidden, 16, node)
+    node.replace_input_with(0, read.value)
+    node.replace_input_with(1, padding_cap(walk, cap, read, node).value)
+    walk.builder.store(node, node.outputs[0], read.params, read.bits)
+
+
 # norms and everything in 16 bits -------------------------------------------------------------------------------------
 
 
@@ -317,7 +328,7 @@ def _arithmetic(walk: HtpWalk, node: ir.Node) -> None:
 HTP_QUANTIZERS: Mapping[str, Callable[[HtpWalk, ir.Node], None]] = {
     **dict.fromkeys(HTP_COPIED, move),
     "Add": _add, "Div": _division, "Gather": _gather, "GatherElements": _gather_elements, "Gelu": pointwise,
-    "Gemm": _gemm, "LayerNormalization": _norm, "LpNormalization": _fixed, "MatMul": _matmul, "Mul": _arithmetic,
-    "Neg": _neg, "RMSNormalization": _norm, "Relu": pointwise, "Sigmoid": _fixed, "Slice": _slice,
-    "Softmax": _softmax, "Sub": _arithmetic, "Tanh": _fixed,
+    "Gemm": _gemm, "LayerNormalization": _norm, "LpNormalization": _fixed, "MatMul": _matmul, "Min": _min,
+    "Mul": _arithmetic, "Neg": _neg, "RMSNormalization": _norm, "Relu": pointwise, "Sigmoid": _fixed,
+    "Slice": _slice, "Softmax": _softmax, "Sub": _arithmetic, "Tanh": _fixed,
 }  # fmt: skip

@@ -33,6 +33,7 @@ from edgeq.quantization.rewrites.split_outlier_weights import split_outlier_weig
 from edgeq.quantization.rewrites.take_first_token import take_first_token
 from edgeq.quantization.rewrites.transpose_pooling import transpose_pooling
 from edgeq.quantization.rewrites.unit_length_to_lp_normalization import unit_length_to_lp_normalization
+from edgeq.quantization.rewrites.where_to_min import where_to_min
 from edgeq.records import HtpSpec
 
 
@@ -42,6 +43,7 @@ def htp_passes(spec: HtpSpec) -> tuple[Pass[Observed], ...]:
     return (
         without_statistics(take_first_token),
         without_statistics(pick_last_token),
+        without_statistics(where_to_min),
         without_statistics(rotate_half_by_gather),  # as where calibration names its tensors: these in that order
         without_statistics(rotation_by_gather),
         without_statistics(repeat_kv_by_gather),
