@@ -12,7 +12,9 @@ from edgeq.quantization.htp.unsupported import refusal
 from edgeq.quantization.qdq import QdqBuilder, QuantizedValue
 from edgeq.quantization.walk import Walk, mask_size
 
-LONGEST = 512  # tokens that can be counted where no table of positions says how many there can be
+# Tokens that can be counted where no table of positions says how many there can be: a count has steps of a fifth, so
+# that each is exact in 16 bits.
+LONGEST = 65535 // 5
 
 
 def lowered_mask(walk: Walk, mask: ir.Value | None, bits: int, node: ir.Node) -> QuantizedValue:

@@ -12,11 +12,14 @@ from edgeq.graph.evaluate import computed
 from edgeq.quantization.qdq import QuantizedValue
 from edgeq.quantization.walk import Walk
 
+_LONGEST = 512  # tokens: biases for each pair of them fill memory with the square
+
 
 def quantized_positions(walk: Walk, value: ir.Value, bits: int, node: ir.Node, longest: int) -> QuantizedValue:
-    """Quantise a float tensor that follows from the length to uint8 or uint16, by its range in the longest text.
+    """Quantise a float tensor that follows from the length to uint8 or uint16, by its range in a long text.
 
-    Calibration texts need not be that long, so what was observed of the tensor does not count.
+    That is one of 512 tokens, or of as many as the table of positions has. Calibration texts need not be that long, so
+    what was observed of the tensor does not count.
 
     Args:
         walk: of the graph.
@@ -27,7 +30,7 @@ def quantized_positions(walk: Walk, value: ir.Value, bits: int, node: ir.Node, l
     """
     builder = walk.builder
     if (value, bits) not in builder.converted:
-        ones = np.ones((1, longest), np.int64)
+        ones = np.ones((1, min(longest, _LONGEST)), np.int64)
         found = computed(value, {"input_ids": ones, "attention_mask": ones})
         builder.quantize_once(value, builder.cover(float(found.min()), float(found.max()), bits), bits, node)
     return builder.converted[value, bits]
