@@ -70,10 +70,11 @@ def export(request: ExportRequest, progress: Progress, run_targets: RunTargets =
     if request.dry_run:
         return tuple(_not_run(target) for target in request.targets)
     progress("export", 0, 1)
+    asked = [(target, scheme_of(request, target)) for target in request.targets]
+    structure.require_of_first_layer(located, request.hidden_state, asked, request.cache)
     floats = stages.float_model(located, request.hidden_state, request.cache)
     _warn_of_unknown(floats.source)
     progress("export", 1, 1)
-    asked = [(target, scheme_of(request, target)) for target in request.targets]
     structure.require(external_data.load(Path(floats.model.file.path), is_mapped=True), floats.model, asked)
     calibrated = stages.calibrated(floats, plan, request.seed, request.cache, progress)
     return run_targets(Shared(floats, calibrated, plan), request, progress)

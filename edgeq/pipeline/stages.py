@@ -56,11 +56,19 @@ def float_model(located: Located, has_hidden_state: bool, cache: Cache) -> Float
         Unsupported: the graph holds what no target takes; the message says where, and the way out.
         EdgeqError: any other failure of `edgeq.frontend.float_model.write_float_model`.
     """
-    named = replace(located, name=located.display_name)
-    request = FloatModelRequest(made_by=foreign_code(), located=named, hidden_state=has_hidden_state)
-    folder = cache.result(FLOAT_MODEL, request)
+    folder = cache.result(FLOAT_MODEL, _float_model_request(located, has_hidden_state))
     source = Source.model_validate_json((folder / "source.json").read_bytes())
     return Floats(source, read_record(FloatModel, folder / "model.json", folder / FLOAT), folder)
+
+
+def has_float_model(located: Located, has_hidden_state: bool, cache: Cache) -> bool:
+    """Tell whether the cache holds the exported model."""
+    return cache.holds(FLOAT_MODEL, _float_model_request(located, has_hidden_state))
+
+
+def _float_model_request(located: Located, has_hidden_state: bool) -> FloatModelRequest:
+    named = replace(located, name=located.display_name)
+    return FloatModelRequest(made_by=foreign_code(), located=named, hidden_state=has_hidden_state)
 
 
 def calibrated(floats: Floats, plan: Plan, seed: int, cache: Cache, progress: Progress) -> Calibrated:

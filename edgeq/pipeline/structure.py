@@ -6,6 +6,7 @@ is left to the calibration, which knows them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,16 +20,24 @@ from edgeq.backends.registry import find
 from edgeq.calibration.observe import tensor_shapes
 from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.data.tokens import bucket_lengths
-from edgeq.errors import ToolMissing, Unsupported
-from edgeq.graph import channel_axis
+from edgeq.errors import EdgeqError, ToolMissing, Unsupported
+from edgeq.frontend.first_layer import first_layer
+from edgeq.frontend.float_model import write_float_model
+from edgeq.frontend.locate import Located
+from edgeq.graph import channel_axis, external_data
 from edgeq.graph.edit import infer_shapes
+from edgeq.pipeline import stages
 from edgeq.pipeline.calibrate import decomposed
 from edgeq.quantization import schemes
 from edgeq.quantization.qdq import Quantized
 from edgeq.quantization.quantize import QUANTIZERS, quantize
 from edgeq.quantization.walk import Refusal
 from edgeq.records import FileRef, FloatModel, Island, QdqModel, Scheme, Target
+from edgeq.system.cache import Cache
+from edgeq.system.files import work_dir
 from edgeq.targets import list_targets
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,39 @@ def require(model: onnx.ModelProto, record: FloatModel, asked: Sequence[tuple[Ta
     if said:
         listed = "\n".join(f"{', '.join(names)}: cannot take this model:\n{why}" for why, names in said.items())
         raise Unsupported(f"{listed}\nNothing was calibrated. {_way_out(record.islands, refusing)}")
+
+
+def require_of_first_layer(
+    located: Located, has_hidden_state: bool, asked: Sequence[tuple[Target, Scheme]], cache: Cache
+) -> None:
+    """Refuse what targets cannot take in the first layer of a large model, before the whole is exported.
+
+    A copy that does not load or does not trace decides nothing: the whole model says why.
+
+    Args:
+        located: the model.
+        has_hidden_state: whether the float model has an output for it.
+        asked: the targets, each with its scheme.
+        cache: that may hold the whole float model already, which then decides within seconds, too.
+
+    Raises:
+        Unsupported: the message lists every reason of every target.
+    """
+    if not any(QUANTIZERS[scheme.kind].may_refuse for _, scheme in asked) or stages.has_float_model(
+        located, has_hidden_state, cache
+    ):
+        return
+    with work_dir() as folder:
+        copy, written = first_layer(located, folder / "model"), folder / "float"
+        if copy is None:
+            return
+        written.mkdir()
+        try:
+            _, record = write_float_model(copy, written, has_hidden_state)
+        except EdgeqError as error:
+            _log.debug("%s: a copy with one layer was not exported: %s", located.name, error)
+            return
+        require(external_data.load(Path(record.file.path)), record, asked)
 
 
 def island_refusals(islands: Sequence[Island], scheme: Scheme, target: Target, model: Path) -> list[str]:

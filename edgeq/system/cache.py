@@ -77,6 +77,10 @@ class Cache:
 
         return self.entry(stage.kind, key(request), make)
 
+    def holds(self, stage: Stage[RequestT], request: RequestT) -> bool:
+        """Tell whether a stage's result for a request is there; whether it is damaged only `result` finds out."""
+        return (self.root / stage.kind / key(request)).is_dir()
+
     def entry(self, kind: str, name: str, make: Callable[[Path], None]) -> Path:
         """Give the folder of an entry; make the entry first if it is not there or damaged.
 
