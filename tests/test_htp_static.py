@@ -78,6 +78,49 @@ def test_both_operands_have_16_bits_that_the_unit_reads(qdq: onnx.ModelProto) ->
     assert rights(V68) == {"uint16"} and rights(GEN_3) == {"int16"}
 
 
+def test_a_bias_by_distance_is_stored_once_as_integers() -> None:
+    stored = {
+        "zero": np.array(0, np.int64), "one": np.array(1, np.int64), "axis0": np.array([0], np.int64),
+        "axis1": np.array([1], np.int64), "table": np.linspace(-1, 1, 2 * LENGTH, dtype=np.float32)[:, None],
+        "middle": np.array(LENGTH, np.int64), "scale": np.array(2 / 65535, np.float32),
+        "zero_point": np.array(32768, np.uint16),
+    }  # fmt: skip
+    nodes = [
+        ("Shape", ["input_ids"], "sizes"), ("Gather", ["sizes", "one"], "length"),
+        ("Range", ["zero", "length", "one"], "places"), ("Unsqueeze", ["places", "axis0"], "row"),
+        ("Unsqueeze", ["places", "axis1"], "column"), ("Sub", ["row", "column"], "distance"),
+        ("Add", ["distance", "middle"], "index"), ("Gather", ["table", "index"], "biases"),
+        ("Transpose", ["biases"], "turned"), ("Cast", ["attention_mask"], "x"),
+    ]  # fmt: skip
+    made = [
+        helper.make_node(kind, inputs, [name], name=name, **({"to": 1} if kind == "Cast" else {}))
+        for kind, inputs, name in nodes
+    ]
+    made[-2].attribute.append(helper.make_attribute("perm", [2, 0, 1]))
+    for place in "ab":
+        pair = [f"{place}_codes", "scale", "zero_point"]
+        made += [
+            helper.make_node("QuantizeLinear", ["turned", "scale", "zero_point"], [pair[0]], name=pair[0]),
+            helper.make_node("DequantizeLinear", pair, [f"{place}_real"], name=f"{place}_real"),
+        ]
+    made += [
+        helper.make_node("Add", ["a_real", "x"], ["sum"], name="sum"),
+        helper.make_node("Add", ["b_real", "sum"], ["sentence_embedding"], name="end"),
+    ]
+    ports = [
+        helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "sequence"])
+        for name in ("input_ids", "attention_mask")
+    ]
+    output = helper.make_tensor_value_info("sentence_embedding", TensorProto.FLOAT, ["batch", LENGTH, LENGTH])
+    weights = [numpy_helper.from_array(array, name) for name, array in stored.items()]
+    graph = helper.make_graph(made, "g", ports, [output], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    fixed = of_length(model, V68).graph
+    assert [node.op_type for node in fixed.node] == ["Cast", "DequantizeLinear", "DequantizeLinear", "Add", "Add"]
+    (codes,) = (item for item in fixed.initializer if item.name.endswith("/of_length"))
+    assert (codes.data_type, list(codes.dims)) == (TensorProto.UINT16, [1, LENGTH, LENGTH])
+
+
 def test_a_bucket_beyond_the_table_of_positions_is_one_line(qdq: onnx.ModelProto) -> None:
     said = f"buckets_tokens has 64, but the model has {encoder.LONGEST} positions (positions). Give buckets of at most"
     with pytest.raises(ConfigError) as error:

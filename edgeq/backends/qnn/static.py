@@ -67,7 +67,7 @@ def _store_positions(graph: ir.Graph, length: int) -> None:
     for node in list(graph):
         if node.op_type == "QuantizeLinear" and follows_from_sizes(node.inputs[0]):
             old, array = node.outputs[0], _codes(node, _of_length(node.inputs[0], length))
-        elif node.op_type in _INDEXED and follows_from_sizes(node.inputs[1]) and not follows_from_sizes(node.inputs[0]):
+        elif node.op_type in _INDEXED and follows_from_sizes(node.inputs[1]) and not _is_known(node.inputs[0]):
             old, array = required(node.inputs[1]), _of_length(node.inputs[1], length)
         else:
             continue
@@ -75,6 +75,11 @@ def _store_positions(graph: ir.Graph, length: int) -> None:
         if key not in stored:
             stored[key] = add_constant(graph, f"{old.name}/of_length", array)
         replace_uses(old, stored[key])
+
+
+def _is_known(value: ir.Value | None) -> bool:
+    """Tell whether a value is a constant, or follows from the length: what is looked up in it is stored as a whole."""
+    return constant(value) is not None or follows_from_sizes(value)
 
 
 def _of_length(value: ir.Value | None, length: int) -> NDArray[np.generic]:
