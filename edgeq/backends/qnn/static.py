@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.qnn import right_operands
+from edgeq.backends.qnn.right_operands import fit_right_operands
 from edgeq.errors import ConfigError, LoweringFailed
 from edgeq.graph.dataflow import follows_from_sizes
 from edgeq.graph.edit import add_constant, constant, made_by, replace_uses, required
@@ -38,8 +38,7 @@ def static(model: ir.Model, length: int, target: Target) -> onnx.ModelProto:
     if has_quantized_io:
         _drop_output_dequantizer(model.graph)
     _store_positions(model.graph, length)
-    if int(target.runtime["htp_arch"]) >= right_operands.OLDEST:
-        right_operands.int16_right_operands(model.graph)
+    fit_right_operands(model.graph, int(target.runtime["htp_arch"]))
     return fix_shapes(model, length, ir.DataType.INT32 if has_quantized_io else ir.DataType.INT64)
 
 
