@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeq import targets
 from edgeq.backends import qnn
+from edgeq.backends.qnn.right_operands import fit_right_operands
 from edgeq.backends.qnn.static import static
 from edgeq.calibration.statistics import Statistics
 from edgeq.data.tokens import Feeds, Tokens
@@ -19,7 +20,7 @@ from edgeq.errors import ConfigError
 from edgeq.graph.edit import checked, constant, made_by
 from edgeq.graph.float_session import FloatSession
 from edgeq.pipeline import calibrate
-from edgeq.quantization import quantize
+from edgeq.quantization import affine, quantize
 from edgeq.quantization.rewrites.divide_by_multiplying import divide_by_multiplying
 from edgeq.quantization.rewrites.mish_by_sigmoid import mish_by_sigmoid
 from edgeq.quantization.rewrites.rms_norm_to_operator import rms_norm_to_operator
@@ -76,6 +77,31 @@ def test_both_operands_have_16_bits_that_the_unit_reads(qdq: onnx.ModelProto) ->
         return found
 
     assert rights(V68) == {"uint16"} and rights(GEN_3) == {"int16"}
+
+
+@pytest.mark.parametrize(("version", "dtype", "most"), [(68, np.uint8, 0.01), (75, np.int16, 1e-4)])
+def test_a_constant_right_operand_is_stored_as_the_version_reads_it(version: int, dtype: type, most: float) -> None:
+    table = np.random.default_rng(2).uniform(-1.0, 2.0, (8, 5)).astype(np.float32)
+    params = affine.asymmetric(-1.0, 2.0, 16)
+    stored = {
+        "codes": affine.quantize(table, params).astype(np.uint16), "scale": np.array(params.scale, np.float32),
+        "zero_point": np.array(params.zero_point, np.uint16),
+    }  # fmt: skip
+    made = [
+        helper.make_node("DequantizeLinear", list(stored), ["real"], name="real"),
+        helper.make_node("MatMul", ["x", "real"], ["y"], name="product"),
+    ]
+    sizes = {"x": 8, "y": 5}
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", "s", size]) for name, size in sizes.items()]
+    weights = [numpy_helper.from_array(array, name) for name, array in stored.items()]
+    graph = helper.make_graph(made, "g", ports[:1], ports[1:], weights)
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10))
+    fit_right_operands(model.graph, version)
+    (product,) = (node for node in model.graph if node.op_type == "MatMul")
+    source = made_by(product.inputs[1], "DequantizeLinear")
+    codes, scale, zero_point = (constant(value) for value in source.inputs) if source is not None else (None,) * 3
+    assert codes is not None and scale is not None and zero_point is not None and codes.dtype == dtype
+    assert np.abs((codes.astype(np.float64) - zero_point) * scale - table).max() < most
 
 
 def test_a_bias_by_distance_is_stored_once_as_integers() -> None:
