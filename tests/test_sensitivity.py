@@ -38,7 +38,7 @@ def parts(calibrated: calibrate.Observed, scheme: str) -> tuple[onnx.ModelProto,
     return layer_errors.counterpart(calibrated.model, calibrated.statistics, chosen), model, products
 
 
-@pytest.mark.parametrize("scheme", ["w8a8-gemm", "w8a8-int", "w8a8-htp"])
+@pytest.mark.parametrize("scheme", ["w8a8-gemm", "w8a8-dynamic", "w8a8-int", "w8a8-htp"])
 def test_every_product_is_ranked_once(calibrated: calibrate.Observed, scheme: str) -> None:
     counterpart, model, products = parts(calibrated, scheme)
     found = sensitivity.measure(counterpart, model, SCHEMES[scheme], products, TOKENS, silent)
@@ -205,7 +205,7 @@ def test_a_promoted_product_changes_the_model_and_nothing_else(calibrated: calib
     assert integer == ((products[0], f"{products[0]}/rest", *products[1:]) if scheme == "w8a8-gemm" else products)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8-gemm", "w8a8-gemm-7bit"])
+@pytest.mark.parametrize("scheme", ["w8a8-gemm", "w8a8-gemm-7bit", "w8a8-dynamic"])
 def test_promoted_products_lose_what_their_weights_lose(calibrated: calibrate.Observed, scheme: str) -> None:
     _, coded, products = parts(calibrated, scheme)
     promoted, integer, _ = quantize.quantize(

@@ -24,6 +24,8 @@ class Role(StrEnum):
     """MatMul of weights of the tokens, which add up to one in each text, with the tokens."""
     PICKED_TOKEN = "picked-token"
     """MatMul that takes the last token of each text: its weights are 1 there and 0 elsewhere."""
+    TOKEN_SCALED = "token-scaled"
+    """Div of each token by its largest value, in front of QuantizeLinear: the product behind it is multiplied by it."""
     SMOOTHED = "smoothed"
     """Mul by one factor a channel that stands for SmoothQuant's division, where no weights could take it in."""
     OUTLIER_BRANCH = "outlier-branch"

@@ -16,7 +16,7 @@ from edgeq.graph.linear import Linear, Site, sites
 from edgeq.quantization import affine, promoted_products, ranges, weight_rounding
 from edgeq.quantization.convolution import quantize_convolutions
 from edgeq.quantization.qdq import HEADROOM, LOWEST_IR_VERSION, QdqBuilder, Quantized, UnsignedQdqBuilder, int8_weight
-from edgeq.quantization.rewrites.mixed import mixed_form
+from edgeq.quantization.rewrites.mixed import mixed_form, mixed_passes
 from edgeq.quantization.schemes import FLOAT_BITS
 from edgeq.quantization.walk import Refusal
 from edgeq.records import Scheme
@@ -24,7 +24,7 @@ from edgeq.records import Scheme
 
 def rewrite_mixed(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> onnx.ModelProto:
     """Give the float model whose tensors the QDQ model holds as integers."""
-    return infer_shapes(ir.to_proto(mixed_form(model, observed, scheme)[0]))
+    return infer_shapes(ir.to_proto(mixed_form(model, observed, mixed_passes(scheme))[0]))
 
 
 def quantize_mixed(
@@ -64,7 +64,7 @@ def quantize_mixed(
     Raises:
         EdgeqError: a tensor has no statistics, or a rewrite changed the FP32 function.
     """
-    graph_model, statistics = mixed_form(model, observed, scheme, feeds)
+    graph_model, statistics = mixed_form(model, observed, mixed_passes(scheme), feeds)
     graph = graph_model.graph
     kind = QdqBuilder if scheme.activations_signed else UnsignedQdqBuilder
     builder = kind(graph, statistics, has_placeholders=refusals is not None)
@@ -72,18 +72,30 @@ def quantize_mixed(
     for site in list(sites(graph)):
         integer.extend(_quantize_site(builder, site, scheme, compensate))
     integer += quantize_convolutions(builder, scheme)
+    return finished(graph_model, integer, scheme, has_tables)
+
+
+def finished(model: ir.Model, integer: Sequence[str], scheme: Scheme, has_tables: bool = True) -> Quantized:
+    """Quantise the embedding tables of a model whose products are quantised, and drop the float weights.
+
+    Args:
+        model: edited in place.
+        integer: the names of its integer products.
+        scheme: bits of tables.
+        has_tables: quantise them; else they stay float.
+    """
     has_tables = has_tables and scheme.embedding_bits != FLOAT_BITS
-    for node in list(graph):
+    for node in list(model.graph):
         if has_tables and node.op_type in ("Gather", "Slice"):
-            _quantize_table(graph, node, scheme.embedding_bits)
+            _quantize_table(model.graph, node, scheme.embedding_bits)
     floats = tuple(
         str(node.name)
-        for node in graph
+        for node in model.graph
         if node.op_type == "MatMul" and node.name not in integer and constant(node.inputs[1]) is not None
     )
-    _drop_unused(graph)
-    graph_model.ir_version = LOWEST_IR_VERSION
-    return Quantized(checked(graph_model), tuple(integer), floats)
+    _drop_unused(model.graph)
+    model.ir_version = LOWEST_IR_VERSION
+    return Quantized(checked(model), tuple(integer), floats)
 
 
 def _quantize_site(builder: QdqBuilder, site: Site, scheme: Scheme, compensate: bool) -> list[str]:

@@ -8,13 +8,14 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from edgeq.errors import ConfigError
-from edgeq.records import HtpSpec, IntegerSpec, Scheme, VendorSpec
+from edgeq.records import DynamicSpec, HtpSpec, IntegerSpec, Scheme, VendorSpec
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme(name="w8a8-gemm", activations_signed=False),
         Scheme(name="w8a8-gemm-7bit", weight_bits=7, activations_signed=False),
+        Scheme(name="w8a8-dynamic", activations_signed=False, spec=DynamicSpec()),
         Scheme(name="w8a8-int", spec=IntegerSpec()),
         Scheme(
             name="w8a8-int-npu",

@@ -90,6 +90,12 @@ class MixedSpec(Record):
     kind: Literal["mixed"] = "mixed"
 
 
+class DynamicSpec(Record):
+    """Quantise the same as `MixedSpec`, but each token's activations by a scale of its own, found while it runs."""
+
+    kind: Literal["dynamic"] = "dynamic"
+
+
 class IntegerSpec(Record):
     """Give the bits of a scheme that quantises every tensor to signed integers; what is not named here has 16."""
 
@@ -123,7 +129,7 @@ class VendorSpec(Record):
     output_ratio_max: float  # a product stays float whose largest output channel is more times the median one than this
 
 
-SchemeKind = Literal["mixed", "integer", "htp", "vendor"]
+SchemeKind = Literal["mixed", "dynamic", "integer", "htp", "vendor"]
 
 
 class Scheme(Record):
@@ -135,7 +141,9 @@ class Scheme(Record):
     activations_signed: bool = True
     embedding_bits: int = 8
     range_method: RangeMethod = "minmax"
-    spec: Annotated[MixedSpec | IntegerSpec | HtpSpec | VendorSpec, Field(discriminator="kind")] = MixedSpec()
+    spec: Annotated[MixedSpec | DynamicSpec | IntegerSpec | HtpSpec | VendorSpec, Field(discriminator="kind")] = (
+        MixedSpec()
+    )
     feeds: int = 0  # how many calibration texts, of evenly spread lengths, the compiler observes itself
     promoted: tuple[str, ...] = ()  # weight products that read 16 bits; beside float tensors as two 8-bit products
     floats: tuple[str, ...] = Field(default=(), exclude_if=lambda names: not names)  # weight products without any codes

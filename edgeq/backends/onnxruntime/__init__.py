@@ -14,6 +14,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from edgeq.backends.contract import Rejection, Rule, rejected
 from edgeq.backends.onnxruntime.joined_heads import JOINT, joined_heads
+from edgeq.backends.onnxruntime.token_scales import token_scales
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, Session
 from edgeq.errors import ConfigError, LoweringFailed
@@ -112,12 +113,14 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
 
 
 def flattened(path: Path) -> onnx.ModelProto:
-    """Give the QDQ model with weight MatMuls as Gemm on [tokens, channels], and query, key and value in one Gemm.
+    """Give the QDQ model with weight MatMuls as Gemm on [tokens, channels], and query, key and value in one product.
 
+    Where each token has a scale of its own, the bias comes behind it, and no Gemm could add it: MatMuls stay.
     The model is checked, with inferred shapes.
     """
     model = ir.load(path)
-    matmul_to_gemm(model)
+    if not token_scales(model):
+        matmul_to_gemm(model)
     joined_heads(model)
     return roles.strip(checked(model))
 

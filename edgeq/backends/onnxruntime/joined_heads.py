@@ -1,4 +1,4 @@
-"""Join the integer Gemm nodes of query, key and value into one Gemm, with one Transpose of their heads."""
+"""Join the integer products of query, key and value into one, with one Transpose of their heads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by, readers, replace_uses
+from edgeq.graph.edit import add_constant, add_node, constant, is_read_once, made_by, readers, replace_uses, required
+from edgeq.graph.linear import bias_of
 
 JOINT = " + "  # joins the names of products in the name of their Gemm
 
@@ -19,12 +20,30 @@ _TO_FRONT_TURNED = [0, 2, 3, 1]  # [batch, heads, size, sequence], for keys
 
 @dataclass(frozen=True)
 class _Projection:
-    gemm: ir.Node
-    tokens: ir.Value
+    """Hold one product with what follows it.
+
+    Attributes:
+        product: a Gemm with an integer bias, or a MatMul.
+        factor: what the tokens that a MatMul gives are multiplied by; None for a Gemm.
+        bias: codes in a DequantizeLinear for a Gemm; float32 behind a MatMul.
+        transpose: of the heads.
+        shape: of the Reshape in front: [batch, sequence], computed; None where it is constant and begins with [0, 0].
+        heads: their number.
+        size: of a head.
+    """
+
+    product: ir.Node
+    factor: ir.Value | None
+    bias: ir.Value
     transpose: ir.Node
-    shape: ir.Value
+    shape: ir.Value | None
     heads: int
     size: int
+
+    @property
+    def tokens(self) -> ir.Value:
+        """Give what the product reads."""
+        return required(self.product.inputs[0])
 
     @property
     def is_turned(self) -> bool:
@@ -32,7 +51,7 @@ class _Projection:
 
 
 def joined_heads(model: ir.Model) -> int:
-    """Join integer Gemm nodes that read the same tokens and only split heads behind; give the number of joined groups.
+    """Join integer products that read the same tokens and only split heads behind; give the number of joined groups.
 
     Before, two or three times::
 
@@ -44,16 +63,17 @@ def joined_heads(model: ir.Model) -> int:
                                                                                           ├─ Transpose ─ key
                                                                                           └─ value
 
+    Where each token has a scale of its own, MatMul, Mul by the scale and Add of the bias stand in place of the Gemm.
     The same integers are multiplied and added, so the vectors stay bit-identical. The Reshape between Transpose and
     Split changes nothing: without it ONNX Runtime moves the Transpose behind the Split, back into one pass per
     projection; with it the key's second Transpose becomes part of the product with the query.
     """
     graph = model.graph
-    groups: dict[tuple[ir.Value, int], list[_Projection]] = {}
+    groups: dict[tuple[ir.Value, ir.Value | None, int], list[_Projection]] = {}
     for node in graph:
         projection = _projection(node)
         if projection is not None:
-            groups.setdefault((projection.tokens, projection.size), []).append(projection)
+            groups.setdefault((projection.tokens, projection.factor, projection.size), []).append(projection)
     joined = [group for group in groups.values() if len(group) > 1]
     for group in joined:
         _join(graph, group)
@@ -63,25 +83,41 @@ def joined_heads(model: ir.Model) -> int:
 
 
 def _projection(node: ir.Node) -> _Projection | None:
-    """Match an integer Gemm with bias whose output is only split into heads and transposed."""
-    if node.op_type != "Gemm" or len(node.inputs) != 3 or node.attributes:
+    """Match an integer product with bias whose output is only split into heads and transposed."""
+    found = _with_bias(node)
+    if found is None:
         return None
-    dequantized = [made_by(value, "DequantizeLinear") for value in node.inputs]
-    if None in dequantized or any(_parameters(part) is None for part in dequantized[1:]):
-        return None
-    reshape, transpose = _only_reader(node, "Reshape"), None
+    end, factor, bias = found
+    reshape, transpose = _only_reader(end, "Reshape"), None
     if reshape is not None:
         transpose = _only_reader(reshape, "Transpose")
     if reshape is None or transpose is None or _perm(transpose) not in (_TO_FRONT, _TO_FRONT_TURNED):
         return None
-    target = made_by(reshape.inputs[1], "Concat")
+    target, whole = made_by(reshape.inputs[1], "Concat"), constant(reshape.inputs[1])
+    if whole is not None and whole.size == 4 and whole[:2].tolist() == [0, 0]:
+        return _Projection(node, factor, bias, transpose, None, int(whole[2]), int(whole[3]))
     tail = constant(target.inputs[1]) if target is not None and len(target.inputs) == 2 else None
-    if target is None or tail is None or tail.size != 2:
+    if target is None or tail is None or tail.size != 2 or target.inputs[0] is None:
         return None
-    tokens, batch_and_sequence = node.inputs[0], target.inputs[0]
-    if tokens is None or batch_and_sequence is None:
+    return _Projection(node, factor, bias, transpose, target.inputs[0], int(tail[0]), int(tail[1]))
+
+
+def _with_bias(node: ir.Node) -> tuple[ir.Node, ir.Value | None, ir.Value] | None:
+    """Give the node that makes an integer product with its bias, what it is multiplied by, and the bias."""
+    dequantized = [made_by(value, "DequantizeLinear") for value in node.inputs]
+    if node.op_type not in ("Gemm", "MatMul") or None in dequantized or node.attributes:
         return None
-    return _Projection(node, tokens, transpose, batch_and_sequence, int(tail[0]), int(tail[1]))
+    if any(_parameters(part) is None for part in dequantized[1:]):
+        return None
+    if node.op_type == "Gemm":
+        return None if len(node.inputs) != 3 else (node, None, required(node.inputs[2]))
+    scaled = _only_reader(node, "Mul")
+    add = _only_reader(scaled, "Add") if scaled is not None else None
+    found = bias_of(add) if add is not None else None
+    if scaled is None or add is None or found is None or found[1].ndim != 1:
+        return None
+    factor = next(value for value in scaled.inputs if value is not node.outputs[0])
+    return add, required(factor), required(add.inputs[found[0]])
 
 
 def _only_reader(node: ir.Node, op_type: str) -> ir.Node | None:
@@ -106,18 +142,17 @@ def _parameters(dequantize: ir.Node | None) -> list[NDArray[np.generic]] | None:
 
 def _join(graph: ir.Graph, group: list[_Projection]) -> None:
     first = group[0]
-    before = first.gemm
-    stem = JOINT.join(str(part.gemm.name) for part in group)
-    weight, bias = (_joined_constant(graph, group, position, stem) for position in (1, 2))
-    gemm = ir.node("Gemm", [first.tokens, weight, bias], name=stem)
-    gemm.outputs[0].name = f"{stem}/sum"
-    gemm.outputs[0].dtype = ir.DataType.FLOAT
-    graph.insert_before(before, gemm)
+    before = first.product
+    stem = JOINT.join(str(part.product.name) for part in group)
+    sums = _product(graph, group, stem)
     heads = [part.heads for part in group]
-    all_heads = add_constant(graph, f"{stem}/heads", np.array([sum(heads), first.size], np.int64))
-    shape = add_node(before, "Concat", [first.shape, all_heads], f"{stem}/shape", {"axis": 0})
+    if first.shape is None:
+        shape = add_constant(graph, f"{stem}/heads", np.array([0, 0, sum(heads), first.size], np.int64))
+    else:
+        all_heads = add_constant(graph, f"{stem}/heads", np.array([sum(heads), first.size], np.int64))
+        shape = add_node(before, "Concat", [first.shape, all_heads], f"{stem}/shape", {"axis": 0})
     split_shape = add_constant(graph, f"{stem}/still", np.array([0, sum(heads), -1, first.size], np.int64))
-    value = add_node(before, "Reshape", [gemm.outputs[0], shape], f"{stem}/split")
+    value = add_node(before, "Reshape", [sums, shape], f"{stem}/split")
     value = add_node(before, "Transpose", [value], f"{stem}/front", {"perm": _TO_FRONT})
     value = add_node(before, "Reshape", [value, split_shape], f"{stem}/front_still")
     counts = add_constant(graph, f"{stem}/counts", np.array(heads, np.int64))
@@ -126,20 +161,43 @@ def _join(graph: ir.Graph, group: list[_Projection]) -> None:
     )
     graph.insert_before(before, split)
     for part, output in zip(group, split.outputs, strict=True):
-        output.name = f"{part.gemm.name}/heads"
+        output.name = f"{part.product.name}/heads"
         result = output
         if part.is_turned:
-            result = add_node(part.transpose, "Transpose", [output], f"{part.gemm.name}/turned", {"perm": [0, 1, 3, 2]})
+            result = add_node(
+                part.transpose, "Transpose", [output], f"{part.product.name}/turned", {"perm": [0, 1, 3, 2]}
+            )
         replace_uses(part.transpose.outputs[0], result)
 
 
-def _joined_constant(graph: ir.Graph, group: list[_Projection], position: int, stem: str) -> ir.Value:
-    """Concatenate weights or biases along the output channels, behind one DequantizeLinear."""
-    nodes = [part.gemm.inputs[position].producer() for part in group]  # type: ignore[union-attr]
-    parameters = [_parameters(node) for node in nodes]
-    kind = ("", "weight", "bias")[position]
-    inputs = []
-    for arrays, suffix in zip(zip(*parameters, strict=True), ("codes", "scale", "zero_point"), strict=False):
-        inputs.append(add_constant(graph, f"{stem}/{kind}/{suffix}", np.concatenate(arrays, axis=-1)))
-    axis = {"axis": position % 2}  # channels are the second axis of weights and the only one of biases
-    return add_node(group[0].gemm, "DequantizeLinear", inputs, f"{stem}/{kind}", axis)
+def _product(graph: ir.Graph, group: list[_Projection], stem: str) -> ir.Value:
+    """Write the joined product with its bias in front of the first one."""
+    first, before = group[0], group[0].product
+    weight = _joined_codes(graph, [part.product.inputs[1] for part in group], before, f"{stem}/weight", 1)
+    inputs = [first.tokens, weight]
+    if first.factor is None:
+        inputs.append(_joined_codes(graph, [part.bias for part in group], before, f"{stem}/bias", 0))
+    node = ir.node(before.op_type, inputs, name=stem)
+    node.outputs[0].name = f"{stem}/sum"
+    node.outputs[0].dtype = ir.DataType.FLOAT
+    graph.insert_before(before, node)
+    if first.factor is None:
+        return node.outputs[0]
+    real = add_node(before, "Mul", [node.outputs[0], first.factor], f"{stem}/scaled_back")
+    biases = [required(constant(part.bias)) for part in group]
+    return add_node(
+        before, "Add", [real, add_constant(graph, f"{stem}/bias", np.concatenate(biases))], f"{stem}/biased"
+    )
+
+
+def _joined_codes(
+    graph: ir.Graph, values: list[ir.Value | None], before: ir.Node, name: str, axis: int
+) -> ir.Value:  # fmt: skip
+    """Concatenate dequantised weights or biases along the output channels, behind one DequantizeLinear."""
+    parameters = [_parameters(required(value).producer()) for value in values]
+    found = [arrays for arrays in parameters if arrays is not None]
+    inputs = [
+        add_constant(graph, f"{name}/{suffix}", np.concatenate(arrays, axis=-1))
+        for arrays, suffix in zip(zip(*found, strict=True), ("codes", "scale", "zero_point"), strict=False)
+    ]
+    return add_node(before, "DequantizeLinear", inputs, name, {"axis": axis})

@@ -18,22 +18,28 @@ from edgeq.records import Scheme
 
 
 def mixed_passes(scheme: Scheme) -> tuple[Pass[Observed], ...]:
-    """List the rewrites of such a scheme in order."""
+    """List the rewrites of a scheme with one range for all texts, in order."""
     return (
-        partial(center_ranges, scheme=scheme),  # first: what is split reads what is centred
+        *dynamic_passes(scheme),  # first: what is split reads what is centred
         partial(split_ranges, choose=partial(range_groups.groups, bits=scheme.activation_bits)),
     )
 
 
+def dynamic_passes(scheme: Scheme) -> tuple[Pass[Observed], ...]:
+    """List the rewrites of a scheme with a scale for each token, whose values need no further ranges."""
+    return (partial(center_ranges, scheme=scheme),)
+
+
 def mixed_form(
-    model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme, feeds: Sequence[AnyFeeds] = ()
-) -> tuple[ir.Model, Observed]:
+    model: onnx.ModelProto, observed: Mapping[str, Statistics], passes: tuple[Pass[Observed], ...],
+    feeds: Sequence[AnyFeeds] = (),
+) -> tuple[ir.Model, Observed]:  # fmt: skip
     """Rewrite an equalised float model so that 8 bits suit the tensors that products read.
 
     Args:
         model: equalised FP32 ONNX; not changed.
         observed: statistics of its tensors.
-        scheme: bits of tensors and weights.
+        passes: the rewrites of the scheme.
         feeds: probe batches on which each rewrite is proved; none where the same was proved before.
 
     Returns:
@@ -43,5 +49,5 @@ def mixed_form(
         EdgeqError: a rewrite changed the FP32 function.
     """
     statistics: Observed = dict(observed)
-    graph_model, _ = apply_to(model, feeds, mixed_passes(scheme), statistics)
+    graph_model, _ = apply_to(model, feeds, passes, statistics)
     return graph_model, statistics
