@@ -43,11 +43,19 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> QdqModel:
-    seen = calibrate.calibrate(encoder.encoder(dense=True), Tokens(encoder.tokens(1, 64), 0, 0), 0, silent)
-    scheme = SCHEMES["w8a8-gemm"]
+def seen() -> calibrate.Observed:
+    return calibrate.calibrate(encoder.encoder(dense=True), Tokens(encoder.tokens(1, 64), 0, 0), 0, silent)
+
+
+@pytest.fixture(scope="module")
+def model(seen: calibrate.Observed, tmp_path_factory: pytest.TempPathFactory) -> QdqModel:
+    return quantized(seen, "w8a8-gemm", tmp_path_factory.mktemp("qdq"))
+
+
+def quantized(seen: calibrate.Observed, name: str, folder: Path) -> QdqModel:
+    scheme = SCHEMES[name]
     proto, integer, floats = quantize.quantize(seen.model, seen.statistics, scheme)
-    path = tmp_path_factory.mktemp("qdq") / "qdq.onnx"
+    path = folder / "qdq.onnx"
     onnx.save(proto, path)
     return QdqModel(
         file=file_ref(path), float_model_sha256="0" * 64, calibration_sha256="0" * 64, scheme=scheme,
@@ -115,6 +123,21 @@ def test_a_wrong_scale_shows(model: QdqModel, tmp_path: Path) -> None:
 def test_a_text_has_one_vector_at_every_padding(model: QdqModel, tmp_path: Path) -> None:
     session = backend.load(backend.lower(model, CPU, tmp_path), tmp_path, CPU)
     assert parity.invariance(session, TOKENS, encoder.LONGEST) > 0.99999
+
+
+def test_scales_for_each_token_stay_integer_products_with_the_same_vectors(
+    seen: calibrate.Observed, tmp_path: Path
+) -> None:
+    found, target = quantized(seen, "w8a8-dynamic", tmp_path), targets.load_target("intel-openvino-cpu-dynamic")
+    assert backend.rejections(found, target) == ()
+    artifact = backend.lower(found, target, tmp_path / "ir")
+    assert (artifact.placement.integer_matmuls, artifact.placement.float_fallbacks) == (PRODUCTS, ())
+    session = backend.load(artifact, tmp_path / "ir", target)
+    run = embed_batches(session, batches(TOKENS), len(TOKENS.ids))
+    assert centred_cosines(mirror(found), run).min() > 0.999
+    assert parity.invariance(session, TOKENS, encoder.LONGEST) > 0.99999
+    (refused,) = backend.rejections(found, NPU)
+    assert "scales for each token" in refused.rule and "w8a8-dynamic" in refused.detail
 
 
 @pytest.mark.parametrize("is_padded", [True, False])

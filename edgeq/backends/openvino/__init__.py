@@ -47,9 +47,18 @@ def has_known_settings(model: QdqModel, target: Target) -> str | None:
 
 
 quantises_products_only = takes_kinds(
-    ("mixed",), "The scheme must leave in float what is no weight product: OpenVINO runs 16-bit activations in float.",
+    ("mixed", "dynamic"),
+    "The scheme must leave in float what is no weight product: OpenVINO runs 16-bit activations in float.",
     "leaves nothing float",
 )  # fmt: skip
+
+
+_has_stored_ranges = takes_kinds(("mixed",), "", "finds ranges while it runs")
+
+
+def has_ranges_that_an_npu_reads(model: QdqModel, target: Target) -> str | None:
+    """An NPU takes ranges that the file holds, and is not known to take scales for each token: take w8a8-gemm."""
+    return _has_stored_ranges(model, target) if target.runtime.get("device") in _STATIC_DEVICES else None
 
 
 def has_unsigned_activations(model: QdqModel, target: Target) -> str | None:
@@ -76,8 +85,8 @@ def has_names_without_commas(model: QdqModel, target: Target) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (
-    is_known_device, has_known_settings, quantises_products_only, has_unsigned_activations, has_shapes_of_its_device,
-    is_static_for_texts_only, has_names_without_commas,
+    is_known_device, has_known_settings, quantises_products_only, has_ranges_that_an_npu_reads,
+    has_unsigned_activations, has_shapes_of_its_device, is_static_for_texts_only, has_names_without_commas,
 )  # fmt: skip
 
 
