@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from edgeq.pipeline.api import export
     from edgeq.pipeline.bundling import Exported
+    from edgeq.vectors.index import Index, open_index
 
 _HOMES = {
     "BundleCorrupt": "edgeq.errors",
@@ -36,6 +37,7 @@ _HOMES = {
     "EdgeqError": "edgeq.errors",
     "Embedder": "edgeq.bundle.embedder",
     "Exported": "edgeq.pipeline.export",
+    "Index": "edgeq.vectors.index",
     "LoweringFailed": "edgeq.errors",
     "ParityFailed": "edgeq.errors",
     "ReleaseRefused": "edgeq.errors",
@@ -45,6 +47,7 @@ _HOMES = {
     "Unsupported": "edgeq.errors",
     "export": "edgeq.pipeline.api",
     "load": "edgeq.bundle.load",
+    "open_index": "edgeq.vectors.index",
 }
 
 __all__ = [
@@ -54,6 +57,7 @@ __all__ = [
     "EdgeqError",
     "Embedder",
     "Exported",
+    "Index",
     "LoweringFailed",
     "ParityFailed",
     "ReleaseRefused",
@@ -64,6 +68,7 @@ __all__ = [
     "__version__",
     "export",
     "load",
+    "open_index",
 ]
 
 

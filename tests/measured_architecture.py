@@ -42,7 +42,8 @@ TARGETS = {
     "Ethos-U": "ethos-u85-256", "Qualcomm HTP": "snapdragon-8-gen-3",
 }  # fmt: skip
 SCHEMES = {"LiteRT": "w8a8-int"}
-COMPILED = frozenset({"Ethos-U", "Qualcomm HTP"})  # for a device: compiled here, not run
+COMPILED = frozenset({"Ethos-U"})  # for a device: compiled here, not run
+EMULATED = {"Qualcomm HTP": 64}  # texts, the first of those that validate the others: an emulator is slow
 
 
 class Exported(NamedTuple):
@@ -95,16 +96,21 @@ def nearness(reference: Embeddings, vectors: Embeddings) -> dict[str, float]:
     }  # fmt: skip
 
 
-def lowered(made: Exported, column: str, folder: Path) -> dict[str, Any]:
+def lowered(
+    made: Exported, column: str, folder: Path, name: str = "", scheme: str = "", texts: int = 0
+) -> dict[str, Any]:
     """Quantise and lower for a column of the table; run it where this machine can, and say why not where it refuses.
+
+    `name` of a target, `scheme` and the number of `texts` take the place of the column's own.
 
     Where `edgeq check` says another thing of the model than happened, "check_differs" says which.
     """
-    target = targets.load_target(TARGETS[column])
+    target = targets.load_target(name or TARGETS[column])
     if target.buckets_tokens:
-        target = target.model_copy(update={"buckets_tokens": LENGTHS if column == "LiteRT" else LENGTHS[:1]})
-    target = target.model_copy(update={"scheme": SCHEMES.get(column, target.scheme)})
-    found = _lowered(made, column, target, folder)
+        lengths = {"LiteRT": LENGTHS, "Qualcomm HTP": LENGTHS[-1:]}.get(column, LENGTHS[:1])
+        target = target.model_copy(update={"buckets_tokens": lengths})
+    target = target.model_copy(update={"scheme": scheme or SCHEMES.get(column, target.scheme)})
+    found = _lowered(made, column, target, folder, texts or EMULATED.get(column, VALIDATION))
     (said,) = check_float_model(made.model, NOWHERE, made.record.max_sequence, [target])
     refusals = [problem for problem in said.problems if "stay on the host" not in problem]  # a limit of the gate
     if bool(refusals) is not (found["form"] == "refused"):
@@ -116,10 +122,10 @@ def lowered(made: Exported, column: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def _lowered(made: Exported, column: str, target: Target, folder: Path) -> dict[str, Any]:
+def _lowered(made: Exported, column: str, target: Target, folder: Path, texts: int) -> dict[str, Any]:
     name = target.name
     scheme, backend = schemes.find(target.scheme, name), find(target.backend, name)
-    out = folder / f"{made.name}-{name}"
+    out = folder / f"{made.name}-{name}-{target.scheme}"
     out.mkdir()
     try:
         proto, integer, floats = quantize.quantize(made.observed.model, made.observed.statistics, scheme)
@@ -137,10 +143,11 @@ def _lowered(made: Exported, column: str, target: Target, folder: Path) -> dict[
         if column in COMPILED:
             return result | {"on_host": len(getattr(artifact.placement, "host_operators", ()))}
         session = backend.load(artifact, out, target)
-        vectors = embed_batches(session, batches(made.validation), VALIDATION)
+        chosen = made.validation.chosen(range(texts))
+        vectors = embed_batches(session, batches(chosen), texts)
     except EdgeqError as error:
         return {"form": "refused", "reason": str(error).splitlines()[0]}
-    return result | nearness(made.reference, vectors)
+    return result | nearness(made.reference[:texts], vectors)
 
 
 def ort_static(made: Exported, folder: Path) -> dict[str, Any]:

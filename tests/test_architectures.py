@@ -35,6 +35,8 @@ KINDS = {
     "t5": "mean square, bias by distance, no biases",
     "qwen3": "normalised queries, shared heads, causal attention, the last token",
     "gemma": "local attention both ways, scaled table, norms around blocks",
+    "deberta-v3": "products by distance, tokens multiplied by the mask",
+    "bert-mish": "Mish",
 }
 RELATIVE = frozenset({"modernbert", "t5", "qwen3", "gemma"})
 
@@ -73,6 +75,16 @@ def test_litert_runs_it_in_integers_or_says_why_not(made: tuple[measured.Exporte
     assert found["form"] == RESULTS[made[0].name]["columns"]["LiteRT"]["form"], found
     if found["form"] == "integer":
         _require_close(made[0].name, found)
+
+
+@pytest.mark.qnn
+def test_htp_takes_it_whole_and_its_emulator_keeps_the_neighbours(made: tuple[measured.Exported, Path]) -> None:
+    pytest.importorskip("onnxruntime_qnn", reason="needs the extra `qnn`")
+    _require_close(made[0].name, measured.lowered(made[0], "Qualcomm HTP", made[1], texts=16))
+    found = measured.lowered(made[0], "Qualcomm HTP", made[1], "snapdragon-8-gen-3-w8a8", texts=16)
+    assert found["form"] == "integer" and "check_differs" not in found, found
+    found = measured.lowered(made[0], "Qualcomm HTP", made[1], "qualcomm-v68", texts=16)  # the oldest of all
+    assert found["form"] == "integer" and "check_differs" not in found, found
 
 
 def _require_close(name: str, found: dict[str, object]) -> None:

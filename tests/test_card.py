@@ -373,6 +373,34 @@ def test_data_sets_are_scored_in_every_runtime(
     query = np.sum([words[word] for word in ("reset", "my", "password")], axis=0).astype(np.float64)
     rank = sorted(range(len(TEXTS)), key=lambda place: -cosine(query, by_hand[place])).index(4)
     assert exact.ndcg_at_10 == pytest.approx(1.0 / np.log2(rank + 2) if rank < 10 else 0.0)
+    assert found.codes == ()
+
+
+def test_codes_are_measured_in_every_runtime_and_between_them(
+    tmp_path: Path, float_file: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BACKENDS, "turned", AlteringBackend(lambda v: v * np.arange(DIM, dtype=np.float32)))  # type: ignore[arg-type]
+    write_bundle(tmp_path / "out", "exact", "tiny", float_file)
+    write_bundle(tmp_path / "out", "turned", "turned", float_file)
+    beir = tmp_path / "beir"
+    beir.mkdir()
+    more = [" ".join(reversed(text.split()[1:])) or "how" for text in TEXTS]
+    corpus = [{"_id": f"d{i}", "text": text} for i, text in enumerate([*TEXTS, *more])]
+    (beir / "corpus.jsonl").write_text("\n".join(map(json.dumps, corpus)), encoding="utf-8")
+    (beir / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "reset my password"}), encoding="utf-8")
+    (beir / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq\td4\t1\n", encoding="utf-8")
+    found = compared(
+        tmp_path / "out", cache=tmp_path / "cache", texts=texts, retrieval=beir, codecs=("float32", "int8")
+    )
+    names = ["FP32 ONNX", "exact", "turned"]
+    assert [(each.model, each.codec) for each in found.codes[:6]] == [
+        (name, codec) for name in names for codec in ("float32", "int8")
+    ]
+    pairs = [f"queries {one}, documents {other}" for one in names for other in names if one != other]
+    assert [each.model for each in found.codes[6:]] == pairs
+    figures = {each.model: each for each in found.codes if each.codec == "float32"}
+    assert figures["exact"].lost_by_model == 0 and figures["queries exact, documents FP32 ONNX"].recall_at_10 == 1
+    assert figures["turned"].regret_at_10 > 0
 
 
 def test_latency_takes_turns_and_is_the_devices_own(

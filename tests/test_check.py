@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import encoder
-import numpy as np
 import onnx
 import pytest
 
@@ -166,16 +165,19 @@ def test_htp_takes_the_encoder_and_names_what_it_does_not(path: Path, tmp_path: 
     assert problem.startswith(f"{gelu.name} (Erf, near layer.0.ffn_out): Erf has no form for HTP. Targets for LiteRT")
 
 
-def test_htp_refuses_attention_that_looks_back_only(path: Path, tmp_path: Path) -> None:
-    model = onnx.load(path)
+def test_htp_takes_attention_that_looks_back_only_and_refuses_what_positions_do_not_say(
+    path: Path, tmp_path: Path
+) -> None:
+    onnx.save(encoder.encoder(attention="causal"), path)
+    assert check(path, targets.load_target(HTP), tmp_path).problems == ()
+    model = encoder.encoder()
     (shifted,) = (node for node in model.graph.node if node.op_type == "Sub" and node.input[0] != "input_ids")
-    limit = onnx.helper.make_node("Mul", [shifted.input[0], "looks_back"], ["kept"], name="kept")
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((1, 1, 1, 1), np.float32), "looks_back"))
+    limit = onnx.helper.make_node("Mul", [shifted.input[0], shifted.input[0]], ["kept"], name="kept")
     model.graph.node.insert(list(model.graph.node).index(shifted), limit)
     shifted.input[0] = "kept"
     onnx.save(model, path)
-    found = check(path, targets.load_target(HTP), tmp_path)
-    assert len(found.problems) == 2 and all("causal or local attention" in problem for problem in found.problems)
+    problems = check(path, targets.load_target(HTP), tmp_path).problems
+    assert len(problems) == 2 and all("masked by more than padding and positions" in problem for problem in problems)
 
 
 @pytest.mark.tflite

@@ -25,7 +25,8 @@ from edgeq.records import HtpSpec
 TOKENS = Tokens(encoder.tokens(3, 40), 0, 0)
 HTP = ("w8a8-htp", "w8a16-htp")
 LAYERS, SIDES = 2, 1
-PRODUCTS = 6 * LAYERS + 2 * SIDES
+FINE = 2 * SIDES  # the branch dominates its block: what rounding takes from its weights is a product of its own
+PRODUCTS = 6 * LAYERS + 2 * SIDES + FINE
 FLOORS = {"w8a8-htp": 0.97, "w8a16-htp": 0.985}
 
 
@@ -103,7 +104,7 @@ def test_sixteen_bits_are_where_the_rule_says(models: dict[str, onnx.ModelProto]
             (quantize_output,) = readers(node.outputs[0])
             counted[f"{bits_of(quantize_output.outputs[0])}-bit MatMul"] += 1
     assert counted == {
-        "Gemm": PRODUCTS, "Add": 1 + 2 * LAYERS + SIDES, "LayerNormalization": 1 + 2 * LAYERS,
+        "Gemm": PRODUCTS, "Add": 1 + 2 * LAYERS + SIDES + FINE, "LayerNormalization": 1 + 2 * LAYERS,
         "8-bit MatMul": LAYERS, "16-bit MatMul": LAYERS,
     }  # fmt: skip
 
@@ -176,9 +177,10 @@ def test_an_operator_without_form_is_named(calibrated: calibrate.Observed) -> No
         quantize.quantize(model, calibrated.statistics, SCHEMES["w8a16-htp"])
 
 
-def test_max_pooling_is_refused_with_the_reason(calibrated: calibrate.Observed) -> None:
+def filled(given: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.NodeProto]:
+    """Fill padding with a Where in front of the pooling, as max pooling does; give the pooling's node, too."""
     model = onnx.ModelProto()
-    model.CopyFrom(calibrated.model)
+    model.CopyFrom(given)
     (pooled,) = (node for node in model.graph.node if node.name == "pooled3")
     numbers = {"last": np.array([-1], np.int64), "zero": np.array(0, np.float32), "fill": np.array(-1e4, np.float32)}
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in numbers.items())
@@ -190,7 +192,49 @@ def test_max_pooling_is_refused_with_the_reason(calibrated: calibrate.Observed) 
         node = helper.make_node(kind, inputs, [name], name=name)
         model.graph.node.insert(list(model.graph.node).index(pooled), node)
     pooled.input[1] = "filled"
-    with pytest.raises(Unsupported, match=r"filled \(Where\): .* for HTP \(max pooling chooses by the mask"):
+    return model, pooled
+
+
+def test_max_pooling_is_taken_and_padding_leaves_nothing(calibrated: calibrate.Observed) -> None:
+    model, pooled = filled(encoder.encoder())
+    pooled.op_type = "ReduceMax"
+    pooled.input[:] = ["filled", "axis1"]
+    del pooled.metadata_props[:]
+    seen = calibrate.calibrate(model, Tokens(encoder.tokens(1, 64), 0, 0), 0, silent)
+    proto = quantize.quantize(seen.model, seen.statistics, SCHEMES["w8a16-htp"])[0]
+    assert centred_cosines(embed(seen.model), embed(proto)).mean() > FLOORS["w8a16-htp"]
+    session = FloatSession.of(proto, optimize=False)
+    short = Tokens(TOKENS.ids[:4], 0, 0)
+    alone = embed_batches(session, batches(short, batch_size=1), 4)
+    (padded,) = batches(Tokens((*short.ids, (7,) * encoder.LONGEST), 0, 5), batch_size=5)
+    assert (alone * embed_batches(session, [padded], 5)[:4]).sum(1).min() > 0.9999
+
+
+def test_a_where_that_is_no_max_pooling_is_refused_with_the_reason(calibrated: calibrate.Observed) -> None:
+    with pytest.raises(Unsupported, match=r"filled \(Where\): Where has no form for HTP but in max pooling"):
+        quantize.quantize(filled(calibrated.model)[0], calibrated.statistics, SCHEMES["w8a16-htp"])
+
+
+@pytest.mark.parametrize("attention", ["causal", "local"])
+def test_a_causal_and_a_local_mask_shut_out_what_the_float_model_shuts_out(attention: str) -> None:
+    seen = calibrate.calibrate(encoder.encoder(attention=attention), Tokens(encoder.tokens(1, 64), 0, 0), 0, silent)
+    proto = quantize.quantize(seen.model, seen.statistics, SCHEMES["w8a16-htp"])[0]
+    assert centred_cosines(embed(seen.model), embed(proto)).mean() > FLOORS["w8a16-htp"]
+    (limited,) = (node for node in ir.from_proto(proto).graph if node.op_type == "Min")
+    assert [bits_of(value) for value in limited.inputs] == [16, 16]
+
+
+def test_a_mask_of_something_else_is_refused(calibrated: calibrate.Observed) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(calibrated.model)
+    (shifted,) = (node for node in model.graph.node if node.name == "mask_shifted")
+    shifted.input[0] = "mask_twice"  # a token sees what it and the other may be seen by: positions say nothing of it
+    nodes = [("Unsqueeze", ["mask", "axes13"], "mask_rows"), ("Mul", ["mask4", "mask_rows"], "mask_twice")]
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1, 3], np.int64), "axes13"))
+    for kind, inputs, name in nodes:
+        place = list(model.graph.node).index(shifted)
+        model.graph.node.insert(place, helper.make_node(kind, inputs, [name], name=name))
+    with pytest.raises(Unsupported, match="attention is masked by more than padding and positions"):
         quantize.quantize(model, calibrated.statistics, SCHEMES["w8a16-htp"])
 
 

@@ -11,43 +11,23 @@ from edgeq.quantization.htp import unsupported
 
 Node = tuple[str, list[str], str]
 STORED = {
-    "model.layers.0.rotary.inv_freq": np.ones((1, 8), np.float32), "two": np.array(2, np.float32),
-    "three": np.array(3, np.float32), "axis": np.array([1], np.int64), "pad": np.array(1, np.int64),
-    "model.layers.1.norm.weight": np.ones(8, np.float32), "model.positions.weight": np.ones((64, 8), np.float32),
-    "axis0": np.array(1, np.int64), "last": np.array([-1], np.int64), "zeros": np.array([0, 0]),
-    "model.rotary.weight": np.ones((64, 8), np.float32),
+    "two": np.array(2, np.float32), "three": np.array(3, np.float32), "axis": np.array([1], np.int64),
+    "pad": np.array(1, np.int64), "model.layers.1.norm.weight": np.ones(8, np.float32),
+    "model.positions.weight": np.ones((64, 8), np.float32), "axis0": np.array(1, np.int64),
+    "last": np.array([-1], np.int64),
 }  # fmt: skip
-ANGLES: list[Node] = [
-    ("Shape", ["input_ids"], "size"), ("Gather", ["size", "axis0"], "length"),
-    ("Range", ["zero", "length", "one"], "place"), ("Unsqueeze", ["place", "axis"], "column"),
-    ("Cast", ["column"], "real"), ("Mul", ["real", "model.layers.0.rotary.inv_freq"], "angles"),
-]  # fmt: skip
 PARTS: dict[str, tuple[list[Node], str, str]] = {
-    "rotary": (
-        [*ANGLES, ("Cos", ["angles"], "cos"), ("Unsqueeze", ["cos", "axis"], "row"), ("Mul", ["h", "row"], "y")],
-        "rotary positions have no form", "near model.layers.0.rotary",
+    "cosines of the text": (
+        [("Cos", ["h"], "y"), ("Mul", ["h", "y"], "x"), ("Add", ["x", "model.layers.1.norm.weight"], "z")],
+        "Cos has no form", "near model.layers.1.norm",
     ),
-    "no rotary": (
-        [("Cos", ["h"], "cos"), ("Mul", ["h", "cos"], "y"), ("Add", ["y", "model.layers.1.norm.weight"], "z")],
-        "Mul has no form", "near model.layers.1.norm",
-    ),
-    "rotary table": (
-        [("Shape", ["input_ids"], "size"), ("Slice", ["model.rotary.weight", "zeros", "size", "zeros"], "rows"),
-         ("Mul", ["h", "rows"], "y")],
-        "rotary positions have no form", "near model.rotary",
-    ),
-    "biased scores": (
-        [*ANGLES, ("Add", ["h", "angles"], "y"), ("Add", ["y", "h"], "masked"), ("Softmax", ["masked"], "z")],
-        "bias by positions on attention's scores", "near model.layers.0.rotary",
-    ),
-    "added positions": ([*ANGLES, ("Add", ["h", "angles"], "y"), ("Neg", ["y"], "z")], "Add has no form", "(Add, near"),
     "RMSNorm": (
         [("Pow", ["h", "two"], "y"), ("ReduceMean", ["y", "last"], "mean"), ("Sqrt", ["mean"], "root"),
          ("Div", ["h", "root"], "unit"), ("Mul", ["unit", "model.layers.1.norm.weight"], "z")],
-        "mean square (RMSNorm) has no form", "near model.layers.1.norm",
+        "mean square (RMSNorm) has a form for HTP as", "near model.layers.1.norm",
     ),
     "a product with itself": (
-        [("Mul", ["h", "h"], "y"), ("ReduceMean", ["y", "last"], "z")], "mean square (RMSNorm) has no form", "(Mul):",
+        [("Mul", ["h", "h"], "y"), ("ReduceMean", ["y", "last"], "z")], "mean square (RMSNorm) has a form", "(Mul):",
     ),
     "no RMSNorm": (
         [("Pow", ["h", "three"], "y"), ("ReduceMean", ["y", "last"], "z")], "Pow has no form", "(Pow):",
@@ -58,9 +38,8 @@ PARTS: dict[str, tuple[list[Node], str, str]] = {
         "positions counted from the token ids", "near model.positions",
     ),
     "no positions": ([("Equal", ["input_ids", "pad"], "y"), ("Not", ["y"], "z")], "Equal has no form", "(Equal):"),
-    "masked tokens": (
-        [("Unsqueeze", ["attention_mask", "axis"], "wide"), ("Cast", ["wide"], "real"), ("Mul", ["h", "real"], "y")],
-        "tokens multiplied by the attention mask", "(Mul):",
+    "Where": (
+        [("Equal", ["h", "two"], "is_two"), ("Where", ["is_two", "h", "three"], "y")], "but in max pooling", "(Where)",
     ),
 }  # fmt: skip
 
@@ -78,8 +57,7 @@ def node_of(nodes: list[Node]) -> ir.Node:
         helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "sequence"]),
         helper.make_tensor_value_info("h", TensorProto.FLOAT, ["batch", "sequence", 8]),
     ]
-    stored = {"zero": np.array(0, np.int64), "one": np.array(1, np.int64), **STORED}
-    weights = [numpy_helper.from_array(array, name) for name, array in stored.items()]
+    weights = [numpy_helper.from_array(array, name) for name, array in STORED.items()]
     output = helper.make_tensor_value_info(nodes[-1][2], TensorProto.FLOAT, None)
     graph = helper.make_graph(made, "g", ports, [output], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
@@ -95,7 +73,7 @@ def test_the_part_of_the_model_and_its_module_are_named(name: str) -> None:
 
 
 def test_what_was_found_stands_where_the_part_is_unknown() -> None:
-    said = unsupported.refusal(node_of(PARTS["no rotary"][0]), "reads cos, which has no integer form")
-    assert "reads cos, which has no integer form" in said and "Mul has no form" not in said
-    known = unsupported.refusal(node_of(PARTS["rotary"][0]), "reads row, which has no integer form")
-    assert "rotary" in known and "reads row" not in known
+    said = unsupported.refusal(node_of(PARTS["no RMSNorm"][0]), "reads h, which has no integer form")
+    assert "reads h, which has no integer form" in said and "Pow has no form" not in said
+    known = unsupported.refusal(node_of(PARTS["RMSNorm"][0]), "reads h, which has no integer form")
+    assert "RMSNorm" in known and "reads h" not in known

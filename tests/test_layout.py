@@ -12,7 +12,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Top to bottom: each may import what stands above it. `docs/contributing/layout.md` says what each is for.
 ORDER = (
     "errors", "records", "version", "system", "targets", "data", "graph", "passes", "frontend", "calibration",
-    "quantization", "backends", "evaluation", "bundle", "pipeline", "analysis", "devices", "reports", "release", "cli",
+    "quantization", "backends", "evaluation", "codecs", "bundle",
+    "vectors", "pipeline", "analysis", "devices", "reports", "release", "cli",
     "__main__",
 )  # fmt: skip
 MOST_ENTRIES = 28

@@ -289,6 +289,7 @@ def make_bundle(
     prompts: Mapping[str, str] | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    codecs: bytes | None = None,
 ) -> tuple[Path, Manifest]:
     """Write a bundle below `out` from inputs in a folder beside it."""
     inputs = out.parent / f"{out.name}-inputs-{seed}"
@@ -305,5 +306,6 @@ def make_bundle(
         make_golden(artifact_dir, config_dir),
         report or make_report(target),
         overwrite,
+        codecs=codecs,
     )
     return out / name, manifest

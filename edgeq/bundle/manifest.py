@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from edgeq.bundle.agreement import disagreeing_limits, disagreements
 from edgeq.bundle.checksums import SUMS
 from edgeq.errors import BundleCorrupt, ConfigError, Unsupported
-from edgeq.records import Manifest, ParityReport, Record, Target
+from edgeq.records import FileRef, Manifest, ParityReport, Record, Target
 from edgeq.system.host import machine, meets
 from edgeq.system.untrusted import oversize, unsafe_name
 
@@ -44,7 +44,7 @@ def load_manifest(path: Path) -> Manifest:
         hint = f"It holds the bundles {', '.join(inside)}: name one." if inside else "Name OUT/TARGET of an export."
         raise ConfigError(f"{path}: is no bundle: {MANIFEST} is not there. {hint}")
     manifest = read_record(Manifest, path / MANIFEST)
-    for ref in (*manifest.artifact.files, manifest.parity, manifest.golden.vectors, manifest.golden.texts):
+    for ref in recorded_files(manifest):
         reason = unsafe_name(ref.path)
         if reason is not None:
             raise BundleCorrupt(
@@ -55,6 +55,12 @@ def load_manifest(path: Path) -> Manifest:
     if broken:
         raise BundleCorrupt(f"{path / MANIFEST}: the chain is broken: {'; '.join(broken)}. Export the bundle again.")
     return manifest
+
+
+def recorded_files(manifest: Manifest) -> tuple[FileRef, ...]:
+    """List the files of a bundle that its manifest names with a sha256."""
+    codecs = () if manifest.codecs is None else (manifest.codecs,)
+    return (*manifest.artifact.files, manifest.parity, manifest.golden.vectors, manifest.golden.texts, *codecs)
 
 
 def load_report(path: Path) -> ParityReport:

@@ -12,7 +12,8 @@ from edgeq.bundle.agreement import disagreeing_limits
 from edgeq.bundle.checksums import bundle_files, check_sums
 from edgeq.bundle.golden import VECTORS, GoldenData, read_golden
 from edgeq.bundle.golden_images import GoldenImages, read_golden_images
-from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle, load_manifest, load_report, require_cpu
+from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle, load_manifest, load_report, recorded_files, require_cpu
+from edgeq.codecs.statistics import FILE, read_statistics
 from edgeq.data.batches import PIXELS, Samples
 from edgeq.data.sessions import embed_batches
 from edgeq.data.tokenizer import Tokenizer
@@ -120,9 +121,10 @@ def _walk(path: Path, manifest: Manifest, report: ParityReport) -> None:
         (f"{PARITY}: gate", report.gate, "target.gate", manifest.target.gate),
     )
     broken = [f"{name} is {found}, but {other} is {needed}" for name, found, other, needed in links if found != needed]
-    for ref in (*manifest.artifact.files, manifest.parity, manifest.golden.vectors, manifest.golden.texts):
+    for ref in recorded_files(manifest):
         broken += _broken_file(path, ref)
     broken += disagreeing_limits(path, manifest, reads_tokenizer=True)
+    broken += _broken_codecs(path, manifest)
     broken += _broken_vendor(manifest)
     broken += _broken_verdict(manifest, report)
     if broken:
@@ -135,6 +137,16 @@ def _broken_file(path: Path, ref: FileRef) -> list[str]:
     if not file.resolve().is_relative_to(path.resolve()) or not file.is_file():
         return [f"{ref.path} is not in the bundle"]
     return [] if file_ref(file, path) == ref else [f"{ref.path} is not the file with sha256 {ref.sha256}"]
+
+
+def _broken_codecs(path: Path, manifest: Manifest) -> list[str]:
+    """Say whether the statistics for codes are of vectors of another dimension."""
+    if manifest.codecs is None or not (path / manifest.codecs.path).is_file():
+        return []
+    dim = read_statistics(path / manifest.codecs.path).dim
+    return (
+        [] if dim == manifest.source.dim else [f"{FILE} has dimension {dim}, but source.dim is {manifest.source.dim}"]
+    )
 
 
 def _broken_vendor(manifest: Manifest) -> list[str]:

@@ -16,6 +16,7 @@ from edgeq.bundle.golden import TEXTS, VECTORS, GoldenData, write_golden
 from edgeq.bundle.golden_images import GoldenImages, write_golden_images
 from edgeq.bundle.manifest import MANIFEST, PARITY, is_bundle
 from edgeq.bundle.model_card import SENTENCE_TRANSFORMERS_FILES, render_card
+from edgeq.codecs.statistics import FILE as CODECS
 from edgeq.data import end_to_end
 from edgeq.data.tokens import token_limit
 from edgeq.errors import BundleCorrupt, ConfigError, EdgeqError
@@ -64,6 +65,7 @@ def write(
     report: ParityReport,
     overwrite: bool = False,
     client_settings: Mapping[str, object] | None = None,
+    codecs: bytes | None = None,
 ) -> Manifest:
     """Write a bundle; equal inputs give equal bytes.
 
@@ -79,6 +81,7 @@ def write(
         overwrite: replace a bundle made from other inputs.
         client_settings: with which sentence-transformers opens the artifact as it was validated, from a backend with
             `HasClientSettings`.
+        codecs: the statistics of vectors that codes need, as `edgeq.codecs.statistics` writes them.
 
     Raises:
         ConfigError: `bundle_dir` is no bundle, or one from other inputs and `overwrite` is not set.
@@ -91,7 +94,7 @@ def write(
     with storage_errors(f"writing the bundle {bundle_dir}"):
         bundle_dir.parent.mkdir(parents=True, exist_ok=True)
         with replacing_dir(bundle_dir) as partial:
-            manifest = _fill(partial, lineage, artifact_dir, config_dir, golden, report, client_settings)
+            manifest = _fill(partial, lineage, artifact_dir, config_dir, golden, report, client_settings, codecs)
             if is_bundle(bundle_dir) and not overwrite:
                 _require_same(bundle_dir, partial)
     return manifest
@@ -145,6 +148,7 @@ def _fill(
     golden: GoldenData | GoldenImages,
     report: ParityReport,
     client_settings: Mapping[str, object] | None,
+    codecs: bytes | None,
 ) -> Manifest:
     """Write every file of a bundle, SHA256SUMS last."""
     needed = "tokenizer.json" if isinstance(golden, GoldenData) else "preprocessor_config.json"
@@ -169,6 +173,8 @@ def _fill(
     else:
         write_golden_images(directory, golden)
     _write_record(directory / PARITY, report)
+    if codecs is not None:
+        (directory / CODECS).write_bytes(codecs)
     manifest = Manifest(
         format=1,
         edgeq=lineage.edgeq,
@@ -187,6 +193,7 @@ def _fill(
             vectors=file_ref(directory / VECTORS, directory),
             texts=file_ref(directory / TEXTS, directory),
         ),
+        codecs=None if codecs is None else file_ref(directory / CODECS, directory),
         tools=dict(sorted(lineage.tools.items())),
     )
     _require_agreement(directory, manifest, golden)

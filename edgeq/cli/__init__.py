@@ -22,8 +22,11 @@ from edgeq.cli.doctor import doctor
 from edgeq.cli.embed import embed
 from edgeq.cli.evaluate import evaluate
 from edgeq.cli.export import export
+from edgeq.cli.index import index
 from edgeq.cli.inspect import inspect
+from edgeq.cli.recommend import recommend
 from edgeq.cli.release import release
+from edgeq.cli.search import search
 from edgeq.cli.targets import targets
 from edgeq.cli.validate import validate
 from edgeq.cli.verify import verify
@@ -54,6 +57,9 @@ _VERBS: tuple[Callable[..., None], ...] = (
     compare,
     analyze,
     embed,
+    index,
+    search,
+    recommend,
     release,
     cache,
 )

@@ -9,6 +9,8 @@ import typer
 
 from edgeq.cli import console
 from edgeq.cli.arguments import Against, TrustRemoteCode
+from edgeq.cli.code_figures import listed, put_figures
+from edgeq.errors import ConfigError
 
 if TYPE_CHECKING:
     from edgeq.reports.contents import Card, Row
@@ -24,6 +26,10 @@ def compare(
     column: Annotated[str | None, typer.Option(help="The column of --texts that holds the text.")] = None,
     sts: Annotated[Path | None, typer.Option(metavar="FILE", help="Pairs with sentence1, sentence2, score.")] = None,
     retrieval: Annotated[Path | None, typer.Option(metavar="BEIR_DIR", help="corpus, queries and qrels.")] = None,
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME,...", help="With --retrieval: what codes lose, and each one's queries elsewhere."),
+    ] = None,
     latency: Annotated[
         bool, typer.Option("--latency", help="Time the runtimes by turns, in processes of their own.")
     ] = False,
@@ -38,13 +44,23 @@ def compare(
     verbose: console.Verbose = 0,
     quiet: console.Quiet = False,
 ) -> None:
-    """Show the same texts through FP32, torch and every bundle of one model, side by side."""
+    """Show the same texts through FP32, torch and every bundle of one model, side by side.
+
+    Raises:
+        ConfigError: --codec is given without --retrieval, or names no codec.
+    """
+    from edgeq.codecs.names import parse
     from edgeq.reports import card, card_page
     from edgeq.reports.card import Request
     from edgeq.system.cache import Cache
 
     if html is not None:
         card_page.require(html)
+    codecs = listed(codec)
+    if codecs and retrieval is None:
+        raise ConfigError("--codec: is measured on retrieval, and --retrieval is not given. Give a folder with it.")
+    for name in codecs:
+        parse(name)
     request = Request(
         bundles=tuple(bundles),
         cache=Cache().root,
@@ -52,6 +68,7 @@ def compare(
         column=column,
         sts=sts,
         retrieval=retrieval,
+        codecs=codecs,
         against=against,
         model=model,
         trust_remote_code=trust_remote_code,
@@ -85,6 +102,8 @@ def _put_card(card: Card) -> None:
     if len(names) > 2:
         matrix = [[name, *(means.get(frozenset((name, other)), "-") for other in names)] for name in names]
         console.put_table(("centred cosine mean", *names), matrix)
+    if card.codes:
+        put_figures(card.codes)
     for row in card.rows:
         if row.reason is not None:
             console.put(f"{row.name}: {row.reason}")

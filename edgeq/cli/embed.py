@@ -45,6 +45,10 @@ def embed(
     skip_blank: Annotated[
         bool, typer.Option("--skip-blank", help="Leave out texts that are blank, and list their rows beside --out.")
     ] = False,
+    codec: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="Write codes: int8, int4, binary, ..., or a codec.npz of an index."),
+    ] = None,
     threads: Annotated[int, typer.Option(min=0, help="0 leaves it to the target.")] = 0,
     as_json: console.AsJson = False,
     verbose: console.Verbose = 0,
@@ -53,7 +57,8 @@ def embed(
     """Turn texts or images into vectors with BUNDLE.
 
     Row i of the vectors is record i of the texts, blank ones included. With --skip-blank the blank ones are left out,
-    and their numbers, from 0, stand in a file beside --out: vectors.npy has vectors.skipped.txt.
+    and their numbers, from 0, stand in a file beside --out: vectors.npy has vectors.skipped.txt. With --codec the rows
+    are codes instead of floats.
 
     Raises:
         ConfigError: the texts or images cannot be read or are not what BUNDLE takes, --out is no .npy file, all texts
@@ -74,13 +79,17 @@ def embed(
             raise ConfigError(f"{texts or 'standard input'}: every record is blank, and --skip-blank leaves it out.")
         chosen = [text for text in chosen if text.strip()]
     loaded = load(bundle, threads)
+    if codec is not None:
+        loaded.codec(codec)  # one that is not there is told before anything runs
     encode = {None: loaded.encode, Role.QUERY: loaded.encode_query, Role.DOCUMENT: loaded.encode_document}[role]
-    vectors = encode(chosen, batch_size=batch_size, prompt_name=prompt)
+    vectors = encode(chosen, batch_size=batch_size, prompt_name=prompt, codec=codec)
     _save(out, vectors)
     listed = _list_skipped(out, skipped) if skip_blank else None
     if as_json:
         kind = "texts" if images is None else "images"
-        told = {"path": str(out), kind: vectors.shape[0], "dim": vectors.shape[1]}
+        told: dict[str, object] = {"path": str(out), kind: vectors.shape[0], "dim": loaded.dim}
+        if codec is not None:
+            told |= {"codec": codec, "dtype": vectors.dtype.name, "columns": vectors.shape[1]}
         console.put_json(told if listed is None else told | {"skipped": len(skipped), "skipped_rows": str(listed)})
     else:
         console.put(str(out))

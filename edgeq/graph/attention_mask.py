@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeq.graph import roles
+from edgeq.graph.dataflow import follows_from_sizes
 from edgeq.graph.edit import made_by
 from edgeq.graph.roles import Role
 
@@ -22,3 +23,27 @@ def is_of_padding_alone(value: ir.Value | None) -> bool:
     shifted = made_by(node.inputs[0], "Sub") if node is not None else None
     row = made_by(shifted.inputs[0], "Unsqueeze") if shifted is not None else None
     return row is not None and made_by(row.inputs[0], "Cast") is not None
+
+
+def is_of_padding(mask: ir.Value) -> bool:
+    """Tell whether a mask (kept - 1) * size is of the attention mask itself, in other axes and another dtype."""
+    maker = mask.producer()
+    for value in maker.inputs if maker is not None else ():
+        shifted = made_by(value, "Sub")
+        kept = shifted.inputs[0] if shifted is not None else None
+        while (step := made_by(kept, "Cast", "Unsqueeze", "Reshape", "Expand")) is not None:
+            kept = step.inputs[0]
+        if kept is not None and kept.is_graph_input():
+            return True
+    return False
+
+
+def allowed_pattern(mask: ir.Value) -> ir.Value | None:
+    """Find the causal or local pattern `allowed`, 1 or 0 by positions, in a mask (mask * allowed - 1) * size."""
+    maker = mask.producer()
+    for value in maker.inputs if maker is not None else ():
+        shifted = made_by(value, "Sub")
+        product = made_by(shifted.inputs[0], "Mul") if shifted is not None else None
+        if product is not None:
+            return next((item for item in product.inputs if follows_from_sizes(item)), None)
+    return None

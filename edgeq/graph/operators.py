@@ -56,8 +56,8 @@ class Operator:
             them; it does not where the scale is copied, fixed (Softmax) or given by a rewrite. The largest score of a
             row (ReduceMax) has its operand's scale, and is observed to tell how far down a masked score must lie.
         integer: how the integer-only quantiser takes it.
-        htp: how the quantiser for HTP takes it. HTP keeps LayerNormalization and the unit length whole, so that it
-            needs neither means nor roots; its mask is looked up by tokens, so that it has no max pooling (ReduceMax).
+        htp: how the quantiser for HTP takes it. HTP keeps LayerNormalization, RMSNorm and the unit length whole, so
+            that it needs neither means nor roots.
         token_list: whether it may compute on a flat list of tokens, between two Gemm. Sub, Div and Pow may not: in
             models that have them between products they are parts of RMSNorm, whose mean needs the three axes again.
     """
@@ -86,9 +86,14 @@ OPERATORS: Mapping[str, Operator] = {
         "arithmetic", "bias, residual, mask, positions", observed=True, integer="computed", htp="computed",
         token_list="follows",
     ),
-    "Div": Operator("arithmetic", "pooling, normalisation", "deferred_softmax", integer="inserted"),
+    "Div": Operator(
+        "arithmetic", "pooling, normalisation", "deferred_softmax, mish_by_sigmoid", integer="inserted",
+        htp="rewritten",
+    ),
     "Max": Operator("arithmetic", "divisors kept off zero"),
-    "Min": Operator("arithmetic", "distances between positions in buckets", "where_to_min", integer="rewritten"),
+    "Min": Operator(
+        "arithmetic", "distances between positions in buckets", "where_to_min", integer="rewritten", htp="rewritten"
+    ),
     "Mul": Operator(
         "arithmetic", "scales, gates", observed=True, integer="computed", htp="computed", token_list="follows"
     ),
@@ -102,7 +107,7 @@ OPERATORS: Mapping[str, Operator] = {
     "Cos": Operator("function", "rotation by position"),
     "Exp": Operator("function", written_by="deferred_softmax", integer="inserted"),
     "Log": Operator("function", "distances between positions in buckets"),
-    "Neg": Operator("function", "pooling of the last token, rotation by position"),
+    "Neg": Operator("function", "pooling of the last token, rotation by position", "mish_by_sigmoid", htp="computed"),
     "Reciprocal": Operator(
         "function", "normalisation by the root of the mean square", "norm_parts", observed=True, integer="joined"
     ),
@@ -121,7 +126,7 @@ OPERATORS: Mapping[str, Operator] = {
     "HardSigmoid": Operator("activation", "activation, gates of maps"),
     "HardSwish": Operator("activation", "activation"),
     "LeakyRelu": Operator("activation", _DENSE),
-    "Mish": Operator("activation", _DENSE),
+    "Mish": Operator("activation", _DENSE, observed=True),
     "PRelu": Operator("activation", _DENSE),
     "Relu": Operator("activation", "activation", observed=True, integer="computed", htp="computed"),
     "Selu": Operator("activation", _DENSE),
@@ -146,7 +151,7 @@ OPERATORS: Mapping[str, Operator] = {
     "Unsqueeze": Operator("layout", "mask", integer="copied", htp="copied"),
     # Of a table's rows the scale is computed, of a tensor's it is copied.
     "Gather": Operator("selection", "embedding tables, first token", integer="computed", htp="computed"),
-    "GatherElements": Operator("selection", "pooling of the last token"),
+    "GatherElements": Operator("selection", "pooling of the last token, products by distance", htp="computed"),
     "GatherND": Operator("selection", "pooling of the last token"),
     "Slice": Operator("selection", "positions, first token", integer="computed", htp="computed"),
     "Split": Operator("selection", "heads, gates"),
@@ -159,7 +164,8 @@ OPERATORS: Mapping[str, Operator] = {
     "ScatterElements": Operator("joining", "pooling of the last token"),
     "MaxPool": Operator("extremum", "maps of an image", integer="computed"),
     "ReduceMax": Operator(
-        "extremum", "max pooling", "observe_row_maxima, deferred_softmax", observed=True, integer="copied"
+        "extremum", "max pooling", "observe_row_maxima, deferred_softmax", observed=True, integer="copied",
+        htp="copied",
     ),
 
     "AveragePool": Operator("reduction", "maps of an image", integer="computed"),
@@ -173,6 +179,9 @@ OPERATORS: Mapping[str, Operator] = {
     ),
     "LogSoftmax": Operator("normalization", _DENSE),
     "LpNormalization": Operator("normalization", written_by="unit_length_to_lp_normalization", htp="computed"),
+    "RMSNormalization": Operator(
+        "normalization", written_by="rms_norm_to_operator", htp="computed", token_list="begins"
+    ),
     "Softmax": Operator("normalization", "attention", integer="computed", htp="computed"),
 
     "ArgMax": Operator("index", "pooling of the last token"),

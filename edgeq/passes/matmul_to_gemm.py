@@ -117,7 +117,7 @@ def _treats_tokens_alone(node: ir.Node, tokens: set[ir.Value]) -> bool:
         return False
     if node.op_type == "MatMul":
         return True
-    if node.op_type == "LayerNormalization" and "axis" in node.attributes:
+    if node.op_type in ("LayerNormalization", "RMSNormalization") and "axis" in node.attributes:
         return node.attributes["axis"].as_int() in (-1, 2)
     if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         scale = constant(node.inputs[1])

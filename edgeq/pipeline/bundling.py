@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from edgeq.backends.contract import Backend, HasClientSettings
 from edgeq.backends.registry import find
 from edgeq.bundle.write import Lineage, write
+from edgeq.codecs.statistics import statistics_bytes
 from edgeq.data import end_to_end
 from edgeq.data.tokens import token_limit
 from edgeq.errors import ConfigError, Unsupported
@@ -143,7 +144,8 @@ def bundled(target: Target, shared: Shared, request: ExportRequest, progress: Pr
             )  # fmt: skip
             golden = golden_samples(floats, attempt.measured.validation, attempt.measured.embeddings)
             told = backend.client_settings(target) if isinstance(backend, HasClientSettings) else None
-            write(path, lineage, attempt.folder, floats.folder / CONFIG, golden, found, request.overwrite, told)
+            codecs = statistics_bytes(stages.vector_statistics(floats, shared.plan, request.cache))
+            write(path, lineage, attempt.folder, floats.folder / CONFIG, golden, found, request.overwrite, told, codecs)
     return Exported(
         target=target.name,
         path=str(path) if is_written else "",

@@ -15,8 +15,10 @@ import numpy as np
 import onnx
 
 from edgeq.calibration.file import load
+from edgeq.codecs.statistics import VectorStatistics, observe_vectors
 from edgeq.data.batches import Samples
 from edgeq.data.sessions import Embeddings
+from edgeq.data.splits import evenly_spaced
 from edgeq.frontend.locate import Located
 from edgeq.graph import external_data
 from edgeq.pipeline.growing_validation import growing, sizes
@@ -44,6 +46,8 @@ from edgeq.system.stage import InputFile, input_file, input_files
 
 if TYPE_CHECKING:
     from edgeq.data.prepare import Items, Plan
+
+_CODEC_SAMPLES = 128  # int8's range and the spread of each dimension need no more (docs/decisions/vectors.md)
 
 # Whose versions a manifest names.
 EXPORT_TOOLS = ("torch", "transformers", "sentence-transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
@@ -178,6 +182,26 @@ def growing_validation(
 
     parts = sizes(len(plan.validation), plan.validation_origin, first)
     return growing(plan.validation, parts, plan.validation_origin, floats.config, limit, embed)
+
+
+def vector_statistics(floats: Floats, plan: Plan, cache: Cache) -> VectorStatistics:
+    """Observe FP32's vectors of calibration samples, evenly spaced, for codecs; all targets share the statistics.
+
+    Args:
+        floats: the float model.
+        plan: which texts or images calibrate.
+        cache: for the vectors.
+    """
+    texts, images = _samples(plan.calibration)
+    chosen = evenly_spaced(len(plan.calibration), _CODEC_SAMPLES)
+    texts = tuple(texts[row] for row in chosen if texts)
+    images = tuple(images[row] for row in chosen if images)
+    request = ReferenceRequest(
+        made_by=own_code(), float_model=floats.model, config=input_files(floats.config), texts=texts, images=images,
+        limit=floats.model.max_sequence,
+    )  # fmt: skip
+    vectors: Embeddings = np.load(cache.result(REFERENCE, request) / VECTORS, allow_pickle=False)
+    return observe_vectors(vectors, f"FP32, {len(chosen)} calibration samples of {plan.origin}")
 
 
 def _samples(items: Items) -> tuple[tuple[str, ...], tuple[InputFile, ...]]:

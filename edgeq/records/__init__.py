@@ -270,4 +270,5 @@ class Manifest(Record):
     artifact: Artifact
     parity: FileRef
     golden: Golden
+    codecs: FileRef | None = Field(default=None, exclude_if=lambda file: file is None)  # statistics that codes need
     tools: dict[str, str]

@@ -18,6 +18,7 @@ from edgeq.evaluation.parity import MIN_TEXTS
 from edgeq.reports import figures, timing
 from edgeq.reports.bundles import Found, collect
 from edgeq.reports.chosen_texts import Chosen, choose, golden, require_enough
+from edgeq.reports.codes import code_figures
 from edgeq.reports.contents import Card
 from edgeq.reports.layers import layers
 from edgeq.reports.rows import Outcome, Times, float_row, row
@@ -39,6 +40,7 @@ class Request:
     column: str | None = None
     sts: Path | None = None
     retrieval: Path | None = None
+    codecs: tuple[str, ...] = ()
     against: Path | None = None
     model: str | None = None
     trust_remote_code: bool | None = None
@@ -107,6 +109,7 @@ def make_card(request: Request, progress: Progress) -> Card:
         sts_pairs=None if sts is None else len(sts.scores),
         retrieval_queries=None if retrieval is None else len(retrieval.queries),
         notes=_notes(found, chosen, runs, limit, tokens.truncated),
+        codes=code_figures(runs, found, data, request.codecs),
         end_to_end=tuple(dict.fromkeys(item.report.end_to_end.sentence for item in found)),
     )
     progress("layers", 1, 1)

@@ -7,6 +7,7 @@ from typing import Literal
 from edgeq.analysis.layer_errors import LayerErrors
 from edgeq.bundle.turns import Latency, Ratio
 from edgeq.records import Measures, Record, RunKind, Sha256, Status, TextSet
+from edgeq.vectors.measure import CodeFigures
 
 
 class RunTime(Record):
@@ -110,6 +111,7 @@ class Card(Record):
     sts_pairs: int | None
     retrieval_queries: int | None
     notes: tuple[str, ...]
+    codes: tuple[CodeFigures, ...] = ()  # of the retrieval set; floats of pairs of runtimes last
     end_to_end: tuple[str, ...] = ()  # what the bundles' reports say of the source's own path, each sentence once
 
     def artifacts(self) -> tuple[Row, ...]:

@@ -80,6 +80,7 @@ class Run:
     sts_spearman: float | None
     ndcg_at_10: float | None
     figures_error: str | None
+    retrieved: tuple[Embeddings, Embeddings] | None = None  # of the retrieval set: queries, documents
 
 
 def runners(
@@ -112,10 +113,10 @@ def run(runner: Runner, data: Data) -> Run:
         tokens = tokenizer.encode(data.texts)
         embeddings = embed_batches(session, batches(tokens), len(tokens.ids))
         invariance = parity.invariance(session, tokens, data.limit, runner.buckets_tokens)
-        sts, ndcg, problem = _figures(Embedder(session, tokenizer, runner.manifest), data)
+        sts, ndcg, problem, retrieved = _figures(Embedder(session, tokenizer, runner.manifest), data)
     except _BLANK as error:
         return Run(runner, None, error, 0.0, None, None, None)
-    return Run(runner, embeddings, None, invariance, sts, ndcg, problem)
+    return Run(runner, embeddings, None, invariance, sts, ndcg, problem, retrieved)
 
 
 def _artifact(found: Found) -> Runner:
@@ -136,10 +137,12 @@ def _artifact(found: Found) -> Runner:
     return Runner(found.name, "artifact", load, run_kind(target.runs_on), target.buckets_tokens, tokenizer, manifest)
 
 
-def _figures(embedder: Embedder, data: Data) -> tuple[float | None, float | None, str | None]:
-    """Score the given data sets; give Spearman, nDCG@10, and the reason why one could not be scored."""
+def _figures(
+    embedder: Embedder, data: Data
+) -> tuple[float | None, float | None, str | None, tuple[Embeddings, Embeddings] | None]:
+    """Score the given data sets; give Spearman, nDCG@10, the reason why one could not be scored, and the vectors."""
     embed = embed_with(embedder)
-    sts = ndcg = None
+    sts = ndcg = retrieved = None
     try:
         if data.sts is not None:
             vectors = (embed(data.sts.first, "encode"), embed(data.sts.second, "encode"))
@@ -148,6 +151,7 @@ def _figures(embedder: Embedder, data: Data) -> tuple[float | None, float | None
             queries = embed(data.retrieval.queries, "encode_query")
             documents = embed(data.retrieval.documents, "encode_document")
             ndcg = tasks.retrieval(queries, documents, data.retrieval.qrels).ndcg_at_10
+            retrieved = (queries, documents)
     except ConfigError as error:
-        return sts, ndcg, str(error)
-    return sts, ndcg, None
+        return sts, ndcg, str(error), None
+    return sts, ndcg, None, retrieved

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmark import clock, cost, device, integer_only, merging, npu, quality, report, samples
+from benchmark import clock, codes, cost, device, integer_only, merging, npu, quality, report, samples
 from benchmark.figures import Figures
 from benchmark.goals import judged
 from benchmark.making import MINILM, MODELS, Made, Workshop, mirror, note, reference, subject
@@ -23,9 +23,9 @@ from benchmark.rows import GEMM, INT, MIRRORS, OWN, PEERS, chosen, private
 from edgeq.bundle.manifest import load_manifest
 from edgeq.system.host import describe, run_kind
 
-PARTS = ("export", "device", "latency", "throughput", "tflite", "calibration", QUALITY, "npu")
+PARTS = ("export", "device", "latency", "throughput", "tflite", "calibration", QUALITY, "npu", "codes", "million")
 Part = Callable[[str, Callable[[], Figures]], None]
-ALONE = frozenset({"export", "device", "npu"})  # parts that share no models with the others
+ALONE = frozenset({"export", "device", "npu", "codes", "million"})  # parts that share no models with the others
 MERGED = ALONE | {QUALITY}  # whose tables say which run they come from
 _OWN_TOOLS = ("edgeq", "onnxruntime", "ai-edge-litert")
 _PEER_TOOLS = (
@@ -49,8 +49,8 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="make models in this folder, and use again what lies there")
     parser.add_argument(
         "--merge", action="store_true",
-        help="put the parts of --only (device, export, npu, quality) into the report in --out, beside what other runs "
-        "measured; quality beside that of other models",
+        help="put the parts of --only (codes, device, export, million, npu, quality) into the report in --out, beside "
+        "what other runs measured; quality beside that of other models",
     )  # fmt: skip
     options = parser.parse_args(words)
     if options.merge and not set(options.only or PARTS) <= MERGED:
@@ -110,6 +110,8 @@ def measured(options: argparse.Namespace, workshop: Workshop) -> Figures:
     if set(parts) - ALONE:
         compare_models(options, workshop, results, part)
     part("npu", lambda: npu.measure(workshop, options.data, options.row))
+    part("codes", lambda: codes.compare(workshop, options.data, options.every))
+    part("million", lambda: codes.million(workshop, options.data))
     note(f"== done, after {time.perf_counter() - began:.0f} s")
     return results
 

@@ -89,12 +89,11 @@ def _compiling(made: Made, workshop: Workshop) -> Figures:
         return {str(LONGEST): dict.fromkeys(("seconds", "partitions", "cpu_nodes", "size_mb"), Blank(made.reason))}
     manifest, figures = load_manifest(made.path), {}
     source, settings = workshop.qdq_model(made.path), compiling.options(manifest.target)
-    has_codes = manifest.target.runtime["io"] == "quantized"
     for length in sorted(manifest.target.buckets_tokens):
         note(f"compiling: {made.row.name}, {length} tokens")
         with tempfile.TemporaryDirectory() as name:
             model, context = Path(name) / "model.onnx", Path(name) / compiling.CONTEXT.format(length)
-            model.write_bytes(static(ir.load(source), length, has_codes).SerializeToString(deterministic=True))
+            model.write_bytes(static(ir.load(source), length, manifest.target).SerializeToString(deterministic=True))
             began, log = time.perf_counter(), log_path(compiling.LOGS, manifest.target.name, f"seq_{length}")
             with compiling.worker(compiling.COMPILE_LIMIT_S) as child:
                 reply = child.call(do="compile", model=str(model), context=str(context), options=settings, log=str(log))

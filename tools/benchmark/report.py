@@ -33,6 +33,11 @@ _ESTIMATES = {
     "memory_mode": "memory mode", "cycles": "cycles", "sram_kib": "SRAM, KiB",
     "dram_or_flash_kib": "DRAM or flash, KiB", "host_operators": "on the host", "on_host": "which",
 }  # fmt: skip
+_CODES = {
+    "recall_at_1": "recall@1", "recall_at_10": "@10", "recall_at_100": "@100", "ndcg_at_10": "nDCG@10 over FP32's",
+    "regret_at_10": "regret@10", "lost_by_model": "lost by model", "lost_by_code": "by code",
+    "queries_per_second": "queries/s",
+}  # fmt: skip
 _MAKING = ("seconds", "peak_gb", "size_mb")
 _RATIO = (
     "the median of the ratios of neighbouring rounds, in the interval that holds it in 99 % of cases, and what that "
@@ -83,6 +88,7 @@ def markdown(results: Figures) -> str:
         ("Speed", "latency", _latency),
         ("Throughput", "throughput", _throughput),
         ("NPUs", "npu", _npu),
+        ("Codes", "codes", _codes),
     ):
         if name in results:
             parts += [f"## {title}", *_run(results, name), *write_part(results[name], results, notes)]
@@ -91,6 +97,7 @@ def markdown(results: Figures) -> str:
         ("Export", "export"),
         ("Device script", "device"),
         ("Calibration", "calibration"),
+        ("A million vectors", "million"),
     ):
         if name in results:
             rows = [(key, notes.cell(value, 3)) for key, value in results[name].items()]
@@ -218,6 +225,35 @@ def _npu(figures: Figures, results: Figures, notes: Notes) -> list[str]:
         "What Vela *estimates* of the NPU alone, with the clock and memories that it assumes; nothing was measured:",
         _lengths(figures["estimates"], _ESTIMATES, notes),
     ]
+
+
+def _codes(figures: Figures, results: Figures, notes: Notes) -> list[str]:
+    text = (
+        "Recall of FP32's exact search; candidates, thirty for each result, are ordered by centred int8 codes where a "
+        "code is coarser. Lost, of recall@10: by the model's floats, by the code, by the index. Bytes: of a code, "
+        "and of the finer one."
+    )
+    found = figures["rows"]
+    if isinstance(found, Blank):
+        return [text, found.reason]
+    first = next(iter(found.values()))
+    counted = f"{first['queries']:,} questions, {first['documents']:,} documents."
+    rows = [
+        (each["model"], each["codec"], _bytes(each), *(notes.cell(each.get(key), 4) for key in _CODES))
+        for each in found.values()
+    ]
+    encoding = [(name, notes.cell(ratio, 4)) for name, ratio in figures["encoding"].items()]
+    return [
+        text, counted, table(("model", "codec", "bytes", *_CODES.values()), rows),
+        "Time of `encode_document` with a codec over that without, one thread:", table(("codec", "ratio"), encoding),
+    ]  # fmt: skip
+
+
+def _bytes(each: Figures) -> str:
+    """Show the bytes of a code and of the finer one."""
+    if "code_bytes" not in each:
+        return ""
+    return f"{each['code_bytes']}" + (f" + {each['rescoring_bytes']}" if each["rescoring_bytes"] else "")
 
 
 def _lengths(figures: Figures, columns: Mapping[str, str], notes: Notes) -> str:

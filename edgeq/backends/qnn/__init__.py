@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeq.backends.contract import Rejection, Rule, has_buckets, reads_tokens, rejected, takes_kinds
+from edgeq.backends.contract import Plan, Rejection, Rule, has_buckets, reads_tokens, rejected, takes_kinds
 from edgeq.data.batches import AnyFeeds
 from edgeq.data.sessions import Embeddings, embed_by_bucket
 from edgeq.data.tokens import bucket_lengths
@@ -91,6 +91,14 @@ def rejections(model: QdqModel, target: Target) -> tuple[Rejection, ...]:
     return rejected(RULES, model, target)
 
 
+def planned(model: ir.Model, bucket: int, target: Target) -> Plan:
+    """Hold a QDQ model for one sequence length against its table of positions."""
+    from edgeq.backends.qnn.static import too_few_positions
+
+    short = too_few_positions(model.graph, bucket)
+    return Plan(problems=(short,) if short else ())
+
+
 def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
     """Write `qnn/model_seq_N_ctx.onnx` with its binary below `out_dir`, for each bucket.
 
@@ -104,6 +112,7 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
 
     Raises:
         ToolMissing: onnxruntime-qnn cannot be used here.
+        ConfigError: a bucket is longer than the model's table of positions.
         LoweringFailed: the compiler refuses or dies, leaves a node on the CPU, or wrote a binary for another SoC.
         StorageFailed: the files cannot be written.
     """
@@ -112,11 +121,10 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
 
     versions = dict(tools())
     buckets = sorted(bucket_lengths(target.buckets_tokens, model.max_sequence), reverse=True)
-    has_codes = target.runtime["io"] == "quantized"
     names = [pattern.format(length) for length in buckets for pattern in (CONTEXT, BINARY)]
     with replacing_dir(out_dir / FOLDER) as folder:
         compiled = [
-            compile_bucket(static(ir.load(model.file.path), length, has_codes), length, target, folder)
+            compile_bucket(static(ir.load(model.file.path), length, target), length, target, folder)
             for length in buckets
         ]
         missing = {name for part in compiled for name in model.integer_matmuls if name not in part.products}

@@ -13,8 +13,9 @@ from edgeq.backends.tflite.int32_sums import raw
 from edgeq.backends.tflite.writer import QuantParams, Tensor
 from edgeq.errors import LoweringFailed
 from edgeq.graph import roles
+from edgeq.graph.attention_mask import allowed_pattern
 from edgeq.graph.dataflow import follows_from_sizes
-from edgeq.graph.edit import constant, made_by
+from edgeq.graph.edit import constant, made_by, required
 from edgeq.graph.evaluate import computed
 from edgeq.graph.roles import Role
 
@@ -68,7 +69,7 @@ def _quantize_mask(emit: Emitter, node: ir.Node) -> None:
     name = str(node.outputs[0].name).removesuffix("/quantized")
     if params.zero_points[0] <= 0:
         raise LoweringFailed(f"{node.name}: an attention mask without a zero point")
-    allowed = _allowed(maker)
+    allowed = allowed_pattern(required(value))
     if allowed is not None:
         _limited(emit, node, params, pooling.of_inputs(allowed, np.ones((1, emit.length), np.int64)))
         return
@@ -87,7 +88,7 @@ def kept(emit: Emitter, mask: ir.Value) -> Tensor:
     maker = mask.producer()
     if maker is None or maker.op_type != "Mul":
         raise LoweringFailed(f"{mask.name}: is no attention mask of the form (mask - 1) * size")
-    allowed = _allowed(maker)
+    allowed = allowed_pattern(mask)
     if allowed is None:
         return emit.token_mask()
     pattern = pooling.of_inputs(allowed, np.ones((1, emit.length), np.int64))
@@ -108,16 +109,6 @@ def _positions(emit: Emitter, node: ir.Node) -> None:
     name = str(node.outputs[0].name).removesuffix("/quantized")
     array = np.clip(stored, limits.min, limits.max).astype(zero_point.dtype)
     emit.tensors[node.outputs[0]] = emit.out.constant(name, array, params)
-
-
-def _allowed(maker: ir.Node) -> ir.Value | None:
-    """Find the causal or local pattern `allowed` in (mask * allowed - 1) * size."""
-    for value in maker.inputs:
-        shifted = made_by(value, "Sub")
-        product = made_by(shifted.inputs[0], "Mul") if shifted is not None else None
-        if product is not None:
-            return next((item for item in product.inputs if follows_from_sizes(item)), None)
-    return None
 
 
 def _limited(emit: Emitter, node: ir.Node, params: QuantParams, allowed: NDArray[np.float32]) -> None:

@@ -6,12 +6,15 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeq.errors import Unsupported
-from edgeq.graph.edit import add_constant, add_node
-from edgeq.quantization.htp.unsupported import known_part, refusal
+from edgeq.graph.attention_mask import allowed_pattern, is_of_padding
+from edgeq.graph.edit import add_constant, add_node, made_by, required
+from edgeq.quantization.htp.unsupported import refusal
 from edgeq.quantization.qdq import QdqBuilder, QuantizedValue
 from edgeq.quantization.walk import Walk, mask_size
 
-LONGEST = 512  # tokens that can be counted where no table of positions says how many there can be
+# Tokens that can be counted where no table of positions says how many there can be: a count has steps of a fifth, so
+# that each is exact in 16 bits.
+LONGEST = 65535 // 5
 
 
 def lowered_mask(walk: Walk, mask: ir.Value | None, bits: int, node: ir.Node) -> QuantizedValue:
@@ -22,20 +25,59 @@ def lowered_mask(walk: Walk, mask: ir.Value | None, bits: int, node: ir.Node) ->
     """
     builder, key = walk.builder, (mask, bits)
     if mask is None or key not in builder.converted:
-        if known_part(node):  # more is masked than padding
-            raise Unsupported(refusal(node))
         size = mask_size(mask)
         stem = f"{mask.name}/{bits}bit"  # type: ignore[union-attr]
         (tokens,) = (item for item in builder.graph.inputs if item.name == "attention_mask")
         rows = _look_up(builder, tokens, (-size, 0.0), bits, node, stem)
         axes = add_constant(builder.graph, f"{stem}/axes", np.array([1, 2], np.int64))
         spread = add_node(node, "Unsqueeze", [rows.value, axes], f"{stem}/spread")
-        builder.converted[key] = _store(builder, spread, rows, bits)  # type: ignore[index]
+        found = _store(builder, spread, rows, bits)
+        allowed = allowed_pattern(required(mask))
+        if allowed is not None:
+            found = _limited(builder, found, allowed, size, node, stem)
+        elif not is_of_padding(required(mask)):
+            raise Unsupported(refusal(node, "attention is masked by more than padding and positions"))
+        builder.converted[key] = found  # type: ignore[index]
     return builder.converted[key]  # type: ignore[index]
 
 
-def pooling_weights(walk: Walk, value: ir.Value | None, longest: int) -> QuantizedValue:
-    """Give each token's weight in the pooling in uint16, quantised step by step from the mask on.
+def _limited(
+    builder: QdqBuilder, padding: QuantizedValue, allowed: ir.Value, size: float, node: ir.Node, stem: str
+) -> QuantizedValue:
+    """Let no query look where a causal or local pattern shuts it out: Min of two masks with one scale, exactly."""
+    one, down = (
+        add_constant(builder.graph, f"{stem}/{name}", np.array(number, np.float32))
+        for name, number in (("one", 1.0), ("size", size))
+    )
+    shifted = add_node(node, "Sub", [allowed, one], f"{stem}/shut_out")
+    pattern = add_node(node, "Mul", [shifted, down], f"{stem}/pattern")
+    stored = builder.quantize(node, pattern, padding.params, padding.bits, f"{stem}/positions")
+    limited = add_node(node, "Min", [padding.value, stored.value], f"{stem}/limited")
+    return _store(builder, limited, padding, padding.bits)
+
+
+def padding_cap(walk: Walk, cap: ir.Value, hidden: QuantizedValue, node: ir.Node) -> QuantizedValue:
+    """Give what holds padding down for max pooling, looked up by the mask: the lowest integer of the tokens' scale.
+
+    Raises:
+        Unsupported: the cap is not of the form that `where_to_min` writes.
+    """
+    scaled = made_by(cap, "Mul")
+    shifted = made_by(scaled.inputs[0], "Sub") if scaled is not None else None
+    cast = made_by(shifted.inputs[0], "Cast") if shifted is not None else None
+    if cast is None or cast.inputs[0] is None:
+        raise Unsupported(refusal(node, "a minimum that is no max pooling has no form for HTP"))
+    builder, stem = walk.builder, f"{node.name}/cap"
+    params, bits = hidden.params, hidden.bits
+    ends = np.array([params.low, params.high], builder.dtypes[bits])
+    inputs = [add_constant(builder.graph, f"{stem}/codes", ends), *builder.parameters(stem, params, bits)]
+    table = add_node(node, "DequantizeLinear", inputs, f"{stem}/dequantized")
+    rows = add_node(node, "Gather", [table, cast.inputs[0]], f"{stem}/rows")
+    return builder.store(required(rows.producer()), rows, params, bits)
+
+
+def token_weights(walk: Walk, value: ir.Value | None, longest: int) -> QuantizedValue:
+    """Give each token's weight in the pooling, or 0 or 1, in uint16, quantised step by step from the mask on.
 
     Args:
         walk: of the graph.
@@ -53,7 +95,7 @@ def pooling_weights(walk: Walk, value: ir.Value | None, longest: int) -> Quantiz
     if node.op_type == "Cast" and node.inputs[0] is not None:
         result = _look_up(builder, node.inputs[0], (0.0, 1.0), 16, node, f"{node.name}/ones")
     elif node.op_type in ("Clip", "Max"):  # against division by zero: a text has tokens
-        result = pooling_weights(walk, node.inputs[0], longest)
+        result = token_weights(walk, node.inputs[0], longest)
     else:
         result = _step(walk, node, value, longest)
     builder.quantized[value] = result
@@ -63,7 +105,7 @@ def pooling_weights(walk: Walk, value: ir.Value | None, longest: int) -> Quantiz
 def _step(walk: Walk, node: ir.Node, value: ir.Value, longest: int) -> QuantizedValue:
     """Quantise one operator whose operands all follow from the mask."""
     count = 2 if node.op_type == "Div" else 1
-    operands = [pooling_weights(walk, operand, longest) for operand in node.inputs[:count]]
+    operands = [token_weights(walk, operand, longest) for operand in node.inputs[:count]]
     for position, operand in enumerate(operands):
         node.replace_input_with(position, operand.value)
     tops = {"ReduceSum": float(longest), "Div": 1.0}

@@ -24,7 +24,8 @@ from edgeq.graph.operators import HTP_COPIED
 from edgeq.graph.roles import Role
 from edgeq.quantization import affine, weight_rounding
 from edgeq.quantization.affine import Affine
-from edgeq.quantization.htp.attention_mask import LONGEST, lowered_mask, pooling_weights
+from edgeq.quantization.htp.attention_mask import LONGEST, lowered_mask, padding_cap, token_weights
+from edgeq.quantization.htp.positions import quantized_positions
 from edgeq.quantization.htp.unsupported import refusal
 from edgeq.quantization.qdq import Quantized, UnsignedQdqBuilder, finished, int32_bias
 from edgeq.quantization.ranges import GELU_FLOOR, MASKED_BELOW
@@ -148,6 +149,13 @@ def _slice(walk: HtpWalk, node: ir.Node) -> None:
     walk.builder.store_integers(node, params, 16)
 
 
+def _gather_elements(walk: HtpWalk, node: ir.Node) -> None:
+    """Quantise GatherElements by distance: which elements are taken follows from the length alone."""
+    if node.inputs[1] not in walk.of_sizes:
+        raise Unsupported(refusal(node, "GatherElements by what is computed from the text has no form for HTP"))
+    move(walk, node)
+
+
 # products ------------------------------------------------------------------------------------------------------------
 
 
@@ -198,13 +206,17 @@ def _matmul(walk: HtpWalk, node: ir.Node) -> None:
     if any(value in walk.of_mask for value in node.inputs):
         for position, value in enumerate(node.inputs):
             is_weight = value in walk.of_mask
-            operand = pooling_weights(walk, value, walk.longest) if is_weight else builder.read(value, 16, node)
+            operand = token_weights(walk, value, walk.longest) if is_weight else builder.read(value, 16, node)
             node.replace_input_with(position, operand.value)
         builder.store(node, node.outputs[0], builder.range(node.outputs[0], 16), 16)
         return
     bits = walk.spec.attention_bits
     for position, value in enumerate(node.inputs):
-        node.replace_input_with(position, builder.read(value, bits, node).value)
+        if value is not None and value in walk.of_sizes:  # what stands for distances
+            operand = quantized_positions(walk, value, bits, node, walk.longest)
+        else:
+            operand = builder.read(value, bits, node)
+        node.replace_input_with(position, operand.value)
     followers = readers(node.outputs[0])
     if len(followers) == 1 and _ends_scores(walk, followers[0]):
         builder.store(node, node.outputs[0], _score_params(walk, followers[0]), bits)
@@ -240,19 +252,31 @@ def _softmax(walk: HtpWalk, node: ir.Node) -> None:
     walk.builder.store(node, node.outputs[0], Affine(2.0**-bits, 0, 0, 2**bits - 1), bits)
 
 
+def _min(walk: HtpWalk, node: ir.Node) -> None:
+    """Quantise the Min of max pooling with the scale of the tokens: its cap saturates at both ends."""
+    hidden, cap = node.inputs
+    if cap is None or cap not in walk.of_mask:
+        raise Unsupported(refusal(node, "a minimum that is no max pooling has no form for HTP"))
+    read = walk.builder.read(hidden, 16, node)
+    node.replace_input_with(0, read.value)
+    node.replace_input_with(1, padding_cap(walk, cap, read, node).value)
+    walk.builder.store(node, node.outputs[0], read.params, read.bits)
+
+
 # norms and everything in 16 bits -------------------------------------------------------------------------------------
 
 
 def _norm(walk: HtpWalk, node: ir.Node) -> None:
-    """Quantise LayerNormalization: uint16 in and out, uint8 gain, int32 bias."""
+    """Quantise LayerNormalization and RMSNormalization: uint16 in and out, uint8 or uint16 gain, int32 bias."""
     builder, gain = walk.builder, constant(node.inputs[1])
     if gain is None:
-        raise Unsupported(refusal(node, "LayerNormalization with a computed gain has no form for HTP"))
+        raise Unsupported(refusal(node, f"{node.op_type} with a computed gain has no form for HTP"))
     read = builder.read(node.inputs[0], 16, node)
     bias = constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros_like(gain)
     if bias is None:
         raise Unsupported(refusal(node, "LayerNormalization with a computed bias has no form for HTP"))
-    stored = builder.table(f"{node.name}/gain", gain, GAIN_BITS, node)
+    bits = GAIN_BITS if node.op_type == "LayerNormalization" else 16
+    stored = builder.table(f"{node.name}/gain", gain, bits, node)
     step = np.float64(read.params.scale * stored.params.scale)
     summand = int32_bias(node, str(node.name), f"{node.name}/bias", bias, step)  # type: ignore[arg-type]
     for position, value in enumerate((read.value, stored.value)):
@@ -273,16 +297,38 @@ def _fixed(walk: HtpWalk, node: ir.Node) -> None:
     walk.builder.store(node, node.outputs[0], params, 16)
 
 
+def _neg(walk: HtpWalk, node: ir.Node) -> None:
+    """Quantise Neg exactly: the scale stays, and the zero point stands as far from the other end."""
+    source = walk.builder.home(node.inputs[0], node)
+    node.replace_input_with(0, source.value)
+    params = source.params
+    turned = Affine(params.scale, params.high - params.zero_point, params.low, params.high)
+    walk.builder.store(node, node.outputs[0], turned, source.bits)
+
+
+def _division(walk: HtpWalk, node: ir.Node) -> None:
+    """Quantise a Div that a rewrite wrote, and gave a range; of others none is observed."""
+    if str(node.outputs[0].name) not in walk.builder.observed:
+        raise Unsupported(refusal(node, "Div by what is computed from the text has no form for HTP"))
+    _arithmetic(walk, node)
+
+
 def _arithmetic(walk: HtpWalk, node: ir.Node) -> None:
     """Quantise an operator whose operands and result have 16 bits."""
-    for position in range(len(node.inputs)):
-        read_16bit(walk, node, position)
+    for position, value in enumerate(node.inputs):
+        if value is not None and value in walk.of_sizes:
+            node.replace_input_with(position, quantized_positions(walk, value, 16, node, walk.longest).value)
+        elif value is not None and value in walk.of_mask:
+            node.replace_input_with(position, token_weights(walk, value, walk.longest).value)
+        else:
+            read_16bit(walk, node, position)
     walk.builder.store(node, node.outputs[0], walk.builder.range(node.outputs[0], 16), 16)
 
 
 HTP_QUANTIZERS: Mapping[str, Callable[[HtpWalk, ir.Node], None]] = {
     **dict.fromkeys(HTP_COPIED, move),
-    "Add": _add, "Gather": _gather, "Gelu": pointwise, "Gemm": _gemm, "LayerNormalization": _norm,
-    "LpNormalization": _fixed, "MatMul": _matmul, "Mul": _arithmetic, "Relu": pointwise, "Sigmoid": _fixed,
+    "Add": _add, "Div": _division, "Gather": _gather, "GatherElements": _gather_elements, "Gelu": pointwise,
+    "Gemm": _gemm, "LayerNormalization": _norm, "LpNormalization": _fixed, "MatMul": _matmul, "Min": _min,
+    "Mul": _arithmetic, "Neg": _neg, "RMSNormalization": _norm, "Relu": pointwise, "Sigmoid": _fixed,
     "Slice": _slice, "Softmax": _softmax, "Sub": _arithmetic, "Tanh": _fixed,
 }  # fmt: skip

@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator
 import onnx_ir as ir
 
 from edgeq.graph.dataflow import follows_from_sizes
-from edgeq.graph.edit import constant, made_by, readers, scalar
-from edgeq.graph.operators import SAME_VALUES
+from edgeq.graph.edit import constant, readers, scalar
 
 WAY_OUT = "Targets for LiteRT, Ethos-U, ONNX Runtime or OpenVINO may take it: `edgeq check MODEL --target NAME` says"
 _FAR = 60  # operators between one that is refused and the weight that names its module
-_SIGNED_COPIES = SAME_VALUES | {"Neg"}
 
 
 def refusal(node: ir.Node, found: str = "") -> str:
@@ -28,22 +26,8 @@ def refusal(node: ir.Node, found: str = "") -> str:
 
 
 def known_part(node: ir.Node) -> str:
-    """Give the sentence for the unsupported part (rotary positions, RMSNorm, ...) that a node belongs to, or ""."""
+    """Give the sentence for the unsupported part (RMSNorm, counted positions, ...) that a node belongs to, or ""."""
     return next((said for is_part, said in _PARTS if is_part(node)), "")
-
-
-def _rotates(node: ir.Node) -> bool:
-    """Tell whether a node multiplies by cosines or sines of positions (RoPE), or by rows of a table of them."""
-    if node.op_type != "Mul":
-        return False
-    for value in node.inputs:
-        start = value
-        while (step := made_by(value, *_SIGNED_COPIES, "Concat", "Mul", "Split")) is not None:
-            value = step.inputs[0]
-        is_table = value is not start and constant(value) is not None and follows_from_sizes(start)
-        if is_table or (made_by(value, "Cos", "Sin") is not None and follows_from_sizes(value)):
-            return True
-    return False
 
 
 def _divides_by_mean_square(node: ir.Node) -> bool:
@@ -58,73 +42,19 @@ def _counts_tokens(node: ir.Node) -> bool:
     return reads_ids and any(each.op_type == "CumSum" for each in _onwards(node))
 
 
-def _masks_tokens(node: ir.Node) -> bool:
-    for value in node.inputs if node.op_type == "Mul" else ():
-        while (step := made_by(value, *_SIGNED_COPIES)) is not None:
-            value = step.inputs[0]
-        if value is not None and value.is_graph_input() and value.name == "attention_mask":
-            return True
-    return False
-
-
-def _biases_scores(node: ir.Node) -> bool:
-    """Tell whether a node adds what positions give to attention scores."""
-    if node.op_type != "Add" or not any(map(follows_from_sizes, node.inputs)):
-        return False
-    behind = readers(node.outputs[0])
-    behind += [each for add in behind if add.op_type == "Add" for each in readers(add.outputs[0])]
-    return any(each.op_type == "Softmax" for each in behind)
-
-
-def _limits_attention(node: ir.Node) -> bool:
-    """Tell whether a node adds a causal or local mask to scores.
-
-    The mask of padding is (kept - 1) * size; here `kept` is itself a product with the positions that each may see.
-    """
-    for value in node.inputs if node.op_type == "Add" else ():
-        scaled = made_by(value, "Mul")
-        shifted = (
-            next((made_by(each, "Sub") for each in scaled.inputs if made_by(each, "Sub")), None) if scaled else None
-        )
-        if shifted is not None and made_by(shifted.inputs[0], "Mul") is not None:
-            return True
-    return False
-
-
 _PARTS: tuple[tuple[Callable[[ir.Node], bool], str], ...] = (
     (
-        _rotates,
-        "rotary positions have no form for HTP: cosines and sines of where a token stands turn queries and keys, and "
-        "only a table that is added to the tokens is taken",
-    ),
-    (
         _divides_by_mean_square,
-        "normalisation by the mean square (RMSNorm) has no form for HTP; LayerNormalization, which subtracts the mean, "
-        "has one",
+        "normalisation by the mean square (RMSNorm) has a form for HTP as x / sqrt(mean(x²) + epsilon) * gain over the "
+        "channels alone",
     ),
     (
         _counts_tokens,
-        "positions counted from the token ids, padding left out, have no form for HTP; positions that are a token's "
-        "place have one",
-    ),
-    (
-        _masks_tokens,
-        "tokens multiplied by the attention mask inside the model have no form for HTP; attention's scores and "
-        "poolings take the mask",
-    ),
-    (
-        _biases_scores,
-        "a bias by positions on attention's scores (ALiBi, T5's bias by distance) has no form for HTP; positions that "
-        "are added to the tokens have one",
-    ),
-    (
-        _limits_attention,
-        "causal or local attention has no form for HTP, whose mask is looked up by tokens alone",
+        "positions counted from the token ids have a form for HTP where they go up by one from token to token",
     ),
     (
         lambda node: node.op_type == "Where",
-        "Where has no form for HTP (max pooling chooses by the mask for each token and channel, and here the mask is "
-        "looked up for whole tokens; mean, weighted mean, first- and last-token pooling are taken)",
+        "Where has no form for HTP but in max pooling, where it fills padding for a maximum over the tokens alone",
     ),
 )
 

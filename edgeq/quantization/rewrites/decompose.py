@@ -17,6 +17,7 @@ from edgeq.quantization.rewrites.add_zero_bias import add_zero_bias
 from edgeq.quantization.rewrites.decompose_layer_normalization import decompose_layer_normalization
 from edgeq.quantization.rewrites.decompose_rms_norm import decompose_rms_norm
 from edgeq.quantization.rewrites.decompose_unit_length import decompose_unit_length
+from edgeq.quantization.rewrites.divide_by_multiplying import divide_by_multiplying
 from edgeq.quantization.rewrites.pick_last_token import pick_last_token
 from edgeq.quantization.rewrites.repeat_kv_by_gather import repeat_kv_by_gather
 from edgeq.quantization.rewrites.rotate_half_by_gather import rotate_half_by_gather
@@ -36,6 +37,7 @@ DECOMPOSE: tuple[Callable[[ir.Model], Rewrites], ...] = (
     rotation_by_gather,  # what that left: rotations written in other operators, decided by computing them
     repeat_kv_by_gather,  # so does this
     slice_counted_positions,
+    divide_by_multiplying,
     add_zero_bias,  # last: what the others write has no weights
 )
 

@@ -6,7 +6,13 @@ import onnx_ir as ir
 
 from edgeq.graph.edit import Rewrites
 from edgeq.graph.rms_norm import root_mean_square
-from edgeq.quantization.rewrites.norm_parts import graph_of, inverse_length, normalized_and_gained, take_place
+from edgeq.quantization.rewrites.norm_parts import (
+    drop_unread,
+    graph_of,
+    inverse_length,
+    normalized_and_gained,
+    take_place,
+)
 
 
 def decompose_rms_norm(model: ir.Model) -> Rewrites:
@@ -32,17 +38,6 @@ def decompose_rms_norm(model: ir.Model) -> Rewrites:
         above, graph = list(node.inputs), graph_of(node)
         take_place(node, result)
         for value in above:
-            _drop_unread(graph, value)
+            drop_unread(graph, value)
         count += 1
     return Rewrites(count)
-
-
-def _drop_unread(graph: ir.Graph, value: ir.Value | None) -> None:
-    """Remove what makes a value that nobody reads."""
-    node = value.producer() if value is not None else None
-    if node is None or any(output.uses() or output.is_graph_output() for output in node.outputs):
-        return
-    above = list(node.inputs)
-    graph.remove(node, safe=True)
-    for each in above:
-        _drop_unread(graph, each)

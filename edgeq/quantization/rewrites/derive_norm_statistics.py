@@ -1,4 +1,4 @@
-"""Derive the statistics of whole LayerNormalization outputs from those of their decomposed form."""
+"""Derive the statistics of whole LayerNormalization and RMSNormalization outputs from their decomposed form's."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from edgeq.calibration.statistics import Observed, Statistics
 from edgeq.graph.edit import Rewrites, constant
 from edgeq.quantization.rewrites.norm_parts import NORMALIZED
 
+_NORMS = ("LayerNormalization", "RMSNormalization")  # the second has no bias
+
 
 def derive_norm_statistics(model: ir.Model, statistics: Observed) -> Rewrites:
-    """Give every LayerNormalization's output the range gain · sqrt(n) · normalized + bias; the graph stays as it is.
+    """Give each LayerNormalization and RMSNormalization the range gain · sqrt(n) · normalized + bias; the graph stays.
 
-    Calibration observes the normalised rows inside the decomposed form, which schemes with a whole LayerNormalization
+    Calibration observes the normalised rows inside the decomposed form, which schemes with whole norms
     do not have.
 
     Returns:
@@ -21,7 +23,7 @@ def derive_norm_statistics(model: ir.Model, statistics: Observed) -> Rewrites:
     """
     for node in model.graph:
         name = str(node.outputs[0].name)
-        if node.op_type != "LayerNormalization" or name in statistics or f"{name}{NORMALIZED}" not in statistics:
+        if node.op_type not in _NORMS or name in statistics or f"{name}{NORMALIZED}" not in statistics:
             continue
         inner, gain = statistics[f"{name}{NORMALIZED}"], constant(node.inputs[1])
         bias = constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(1, np.float32)

@@ -55,6 +55,17 @@ def take_place(node: ir.Node, result: ir.Value) -> None:
     graph.remove(node, safe=True)
 
 
+def drop_unread(graph: ir.Graph, value: ir.Value | None) -> None:
+    """Remove what makes a value that nobody reads."""
+    node = value.producer() if value is not None else None
+    if node is None or any(output.uses() or output.is_graph_output() for output in node.outputs):
+        return
+    above = list(node.inputs)
+    graph.remove(node, safe=True)
+    for each in above:
+        drop_unread(graph, each)
+
+
 def last_axis(graph: ir.Graph) -> ir.Value:
     """Give the constant [-1], which all reductions of a graph share."""
     known = graph.initializers.get("last_axis")
