@@ -17,10 +17,10 @@ from edgeq.errors import Unsupported, UnsupportedRange
 from edgeq.quantization.quantize import QUANTIZERS, quantize
 from edgeq.quantization.schemes import SCHEMES
 from edgeq.quantization.walk import Refusal
-from edgeq.records import DynamicSpec, HtpSpec, IntegerSpec, MixedSpec, SchemeKind, VendorSpec
+from edgeq.records import DynamicSpec, HtpSpec, IntegerSpec, MixedSpec, SchemeKind, VendorSpec, WeightsSpec
 
 EDGEQ = Path(__file__).resolve().parent.parent / "edgeq"
-SPECS = (MixedSpec, DynamicSpec, IntegerSpec, HtpSpec, VendorSpec)
+SPECS = (MixedSpec, DynamicSpec, WeightsSpec, IntegerSpec, HtpSpec, VendorSpec)
 # What a new kind of scheme edits: these, the module that quantises by it, and the backend that takes it.
 KNOW_KINDS = {"records/__init__.py", "quantization/quantize.py", "quantization/schemes.py"}
 MAY_KNOW_ONE = (

@@ -10,6 +10,7 @@ import onnx
 from edgeq.calibration.statistics import Statistics
 from edgeq.data.batches import AnyFeeds
 from edgeq.errors import Unsupported
+from edgeq.quantization.block_weights import quantize_weights, rewrite_weights
 from edgeq.quantization.dynamic import quantize_dynamic, rewrite_dynamic
 from edgeq.quantization.htp.quantizer import quantize_htp, rewrite_htp
 from edgeq.quantization.integer.quantizer import quantize_integer, rewrite_integer
@@ -47,6 +48,7 @@ class Quantizer:
 QUANTIZERS: Mapping[SchemeKind, Quantizer] = {
     "mixed": Quantizer(quantize_mixed, rewrite_mixed, keeps_float=True, writes_integers=True, may_refuse=False),
     "dynamic": Quantizer(quantize_dynamic, rewrite_dynamic, keeps_float=True, writes_integers=True, may_refuse=False),
+    "weights": Quantizer(quantize_weights, rewrite_weights, keeps_float=True, writes_integers=True, may_refuse=False),
     "integer": Quantizer(quantize_integer, rewrite_integer, keeps_float=False, writes_integers=True, may_refuse=True),
     "htp": Quantizer(quantize_htp, rewrite_htp, keeps_float=False, writes_integers=True, may_refuse=True),
     "vendor": Quantizer(

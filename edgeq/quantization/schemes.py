@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from edgeq.errors import ConfigError
-from edgeq.records import DynamicSpec, HtpSpec, IntegerSpec, Scheme, VendorSpec
+from edgeq.records import DynamicSpec, HtpSpec, IntegerSpec, Scheme, VendorSpec, WeightsSpec
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
@@ -16,6 +16,7 @@ SCHEMES: dict[str, Scheme] = {
         Scheme(name="w8a8-gemm", activations_signed=False),
         Scheme(name="w8a8-gemm-7bit", weight_bits=7, activations_signed=False),
         Scheme(name="w8a8-dynamic", activations_signed=False, spec=DynamicSpec()),
+        Scheme(name="w4a8-dynamic", weight_bits=4, embedding_bits=4, activations_signed=False, spec=WeightsSpec()),
         Scheme(name="w8a8-int", spec=IntegerSpec()),
         Scheme(
             name="w8a8-int-npu",
@@ -97,6 +98,8 @@ def is_form(scheme: Scheme, of: Scheme) -> bool:
 
 def reads_8bits(scheme: Scheme) -> bool:
     """Tell whether some weight products of a scheme read 8 bits, so that there is something to promote."""
+    if isinstance(scheme.spec, WeightsSpec):  # the file has no codes of activations
+        return False
     if isinstance(scheme.spec, IntegerSpec | HtpSpec):
         return scheme.spec.gemm_bits == 8
     return scheme.activation_bits == 8

@@ -96,6 +96,13 @@ class DynamicSpec(Record):
     kind: Literal["dynamic"] = "dynamic"
 
 
+class WeightsSpec(Record):
+    """Quantise weights in blocks of input channels; activations are float, or integers that the runtime makes itself."""
+
+    kind: Literal["weights"] = "weights"
+    block: int = 32  # input channels that share a scale and a zero point
+
+
 class IntegerSpec(Record):
     """Give the bits of a scheme that quantises every tensor to signed integers; what is not named here has 16."""
 
@@ -129,7 +136,7 @@ class VendorSpec(Record):
     output_ratio_max: float  # a product stays float whose largest output channel is more times the median one than this
 
 
-SchemeKind = Literal["mixed", "dynamic", "integer", "htp", "vendor"]
+SchemeKind = Literal["mixed", "dynamic", "weights", "integer", "htp", "vendor"]
 
 
 class Scheme(Record):
@@ -141,9 +148,9 @@ class Scheme(Record):
     activations_signed: bool = True
     embedding_bits: int = 8
     range_method: RangeMethod = "minmax"
-    spec: Annotated[MixedSpec | DynamicSpec | IntegerSpec | HtpSpec | VendorSpec, Field(discriminator="kind")] = (
-        MixedSpec()
-    )
+    spec: Annotated[
+        MixedSpec | DynamicSpec | WeightsSpec | IntegerSpec | HtpSpec | VendorSpec, Field(discriminator="kind")
+    ] = MixedSpec()
     feeds: int = 0  # how many calibration texts, of evenly spread lengths, the compiler observes itself
     promoted: tuple[str, ...] = ()  # weight products that read 16 bits; beside float tensors as two 8-bit products
     floats: tuple[str, ...] = Field(default=(), exclude_if=lambda names: not names)  # weight products without any codes

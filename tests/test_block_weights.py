@@ -1,0 +1,143 @@
+"""`w4a8-dynamic`: 4-bit weights with a scale for each block of input channels, 4-bit tables, products that stay integer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import encoder
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from edgeq import targets
+from edgeq.backends import onnxruntime as backend
+from edgeq.calibration.statistics import Statistics
+from edgeq.data.sessions import Embeddings, embed_batches
+from edgeq.data.tokens import Tokens, batches
+from edgeq.graph.float_session import FloatSession
+from edgeq.pipeline import calibrate
+from edgeq.quantization import block_weights, quantize, schemes, weight_rounding
+from edgeq.quantization.schemes import SCHEMES
+from edgeq.records import QdqModel
+from edgeq.system.files import file_ref
+
+SCHEME, PRODUCTS = SCHEMES["w4a8-dynamic"], 12
+TARGET = targets.load_target("x86-64-onnxruntime-w4")
+TOKENS = Tokens(encoder.tokens(5, 32), 0, 0)
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report to nobody."""
+
+
+@pytest.fixture(scope="module")
+def seen() -> calibrate.Observed:
+    return calibrate.calibrate(encoder.encoder(dense=True), Tokens(encoder.tokens(1, 64), 0, 0), 0, silent)
+
+
+def written(model: onnx.ModelProto, products: tuple[str, ...], floats: tuple[str, ...], folder: Path) -> QdqModel:
+    path = folder / "qdq.onnx"
+    onnx.save(model, path)
+    return QdqModel(
+        file=file_ref(path), float_model_sha256="0" * 64, calibration_sha256="0" * 64, scheme=SCHEME,
+        inputs=("input_ids", "attention_mask"), outputs=("sentence_embedding",), dim=encoder.DIM,
+        max_sequence=encoder.LONGEST, integer_matmuls=products, float_matmuls=floats,
+    )  # fmt: skip
+
+
+def embed(model: onnx.ModelProto) -> Embeddings:
+    return embed_batches(FloatSession.of(model), batches(TOKENS), len(TOKENS))
+
+
+def drawn(channels: int, outputs: int) -> tuple[NDArray[np.float32], NDArray[np.float32], Statistics]:
+    """Give a weight, inputs whose channels go together, and the statistics of these."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((channels, outputs)).astype(np.float32)
+    mixed = rng.standard_normal((4000, channels)) @ rng.standard_normal((channels, channels)) + 1.0
+    given = mixed.astype(np.float32)
+    found = Statistics(given.min(axis=0), given.max(axis=0))
+    found.mean, found.moment = given.mean(axis=0), (given.T @ given / len(given)).astype(np.float32)
+    return weight, given, found
+
+
+@pytest.mark.parametrize("channels", [96, 80])
+def test_blocks_have_scales_of_their_own_and_compensation_loses_less(channels: int) -> None:
+    weight, given, found = drawn(channels, 24)
+    made = weight_rounding.blocked(weight, found, 4, 32)
+    nearest = weight_rounding.blocked(weight, None, 4, 32)
+    assert made.codes.shape == weight.shape and made.scales.shape == made.zero_points.shape == (3, 24)
+    assert made.codes.max() == 15 and made.codes.min() == 0 and made.scales.min() > 0.0
+    lost = [np.square(given @ (weight - codes.real(32))).mean() for codes in (made, nearest)]
+    assert lost[0] < 0.6 * lost[1]
+    assert np.abs(weight - nearest.real(32)).max() < np.abs(weight).max() / 4.0
+
+
+def test_ranges_of_blocks_are_those_with_the_least_error() -> None:
+    weight = np.full((32, 1), 0.01, np.float32) * np.arange(32, dtype=np.float32)[:, None]
+    weight[0] = 3.0  # one far value: a smaller range cuts it off and is finer for the others
+    found = weight_rounding.block_parameters(weight, 4, 32)
+    own = float(np.float32(3.0 / 15))
+    assert found.scales[0, 0] <= own
+    whole = np.clip(np.rint(weight / own), 0, 15) * own
+    assert np.square(found.real(32) - weight).sum() <= np.square(whole - weight).sum()
+
+
+def test_all_products_are_integer_in_the_runtime_and_the_bias_keeps_the_mean(
+    seen: calibrate.Observed, tmp_path: Path
+) -> None:
+    model, products, floats = quantize.quantize(seen.model, seen.statistics, SCHEME)
+    assert len(products) == PRODUCTS
+    artifact = backend.lower(written(model, products, floats, tmp_path), TARGET, tmp_path)
+    assert (artifact.placement.integer_matmuls, artifact.placement.float_fallbacks) == (PRODUCTS, ())
+    assert artifact.placement.operators["MatMulNBits"] == PRODUCTS
+    assert artifact.placement.operators["GatherBlockQuantized"] == 1
+    session = backend.load(artifact, tmp_path, TARGET)
+    reference, run = embed(seen.model), embed_batches(session, batches(TOKENS), len(TOKENS))
+    assert np.sum(reference * run, axis=1).mean() > 0.99
+    static, _, _ = quantize.quantize(seen.model, seen.statistics, SCHEMES["w8a8-gemm"])
+    assert artifact.files[0].size_bytes < 0.75 * static.ByteSize()
+
+
+def test_a_product_without_4bit_weights_is_named(seen: calibrate.Observed, tmp_path: Path) -> None:
+    model, products, floats = quantize.quantize(seen.model, seen.statistics, SCHEME)
+    weights = FloatSession.of(seen.model)
+    assert weights.names
+    node = next(node for node in model.graph.node if node.name == products[0])
+    stored = next(item for item in model.graph.node if item.output[0] == node.input[1])
+    real = onnx.reference.ReferenceEvaluator(
+        onnx.helper.make_model(
+            onnx.helper.make_graph(
+                [stored], "weight", [], [onnx.helper.make_tensor_value_info(node.input[1], 1, None)],
+                [item for item in model.graph.initializer if item.name in stored.input],
+            ),
+            opset_imports=[onnx.helper.make_opsetid("", 21)],
+        )
+    ).run(None, {})[0]  # fmt: skip
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(real, np.float32), "float_weight"))
+    node.input[1] = "float_weight"
+    placement = backend.lower(written(model, products, floats, tmp_path), TARGET, tmp_path).placement
+    assert placement.float_fallbacks == (products[0],) and placement.integer_matmuls == PRODUCTS - 1
+
+
+def test_a_table_is_looked_up_in_4_bits(seen: calibrate.Observed) -> None:
+    model, _, _ = quantize.quantize(seen.model, seen.statistics, SCHEME)
+    (node,) = (node for node in model.graph.node if node.op_type == "GatherBlockQuantized")
+    assert node.domain == block_weights.RUNTIME_DOMAIN
+    table = max(
+        (onnx.numpy_helper.to_array(item) for item in seen.model.graph.initializer if item.dims[-1:] == [encoder.DIM]),
+        key=len,
+    )
+    codes = weight_rounding.block_parameters(table.T, 4, 32)
+    assert np.abs(codes.real(32).T - table).max() <= codes.scales.max() * 5.0  # at 70 % of a range the ends are cut off
+    stored = next(onnx.numpy_helper.to_array(item) for item in model.graph.initializer if item.name == node.input[0])
+    assert stored.shape == (len(table), encoder.DIM // 2)
+    assert np.array_equal(stored & 15, codes.codes.T[:, 0::2]) and np.array_equal(stored >> 4, codes.codes.T[:, 1::2])
+
+
+def test_float_products_stay_float_and_nothing_is_promoted(seen: calibrate.Observed) -> None:
+    _, products, floats = quantize.quantize(seen.model, seen.statistics, SCHEME)
+    scheme = schemes.promote(SCHEME, (), products[:2])
+    _, integer, kept = quantize.quantize(seen.model, seen.statistics, scheme)
+    assert set(integer) == set(products[2:]) and set(kept) == {*floats, *products[:2]}
+    assert not schemes.reads_8bits(SCHEME)
