@@ -105,6 +105,11 @@ def reads_8bits(scheme: Scheme) -> bool:
     return scheme.activation_bits == 8
 
 
+def promotes_convolutions(scheme: Scheme) -> bool:
+    """Tell whether a convolution can read 16 bits like any other product."""
+    return isinstance(scheme.spec, IntegerSpec)
+
+
 def read(path: Path) -> Scheme:
     """Read a scheme that `edgeq analyze --auto` wrote.
 

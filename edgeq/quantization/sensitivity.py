@@ -24,6 +24,7 @@ from edgeq.data.splits import evenly_spaced
 from edgeq.data.tokens import Tokens
 from edgeq.errors import EdgeqError
 from edgeq.graph.float_session import FloatSession
+from edgeq.quantization import schemes
 from edgeq.records import Record, Scheme
 from edgeq.system.progress import Progress
 
@@ -107,7 +108,7 @@ def measure(
     reference = embed_batches(FloatSession.of(float_model), batches, texts)
     every = range(len(groups))
     convolutions = {node.name for node in qdq_model.graph.node if node.op_type == "Conv"}
-    if scheme.kind == "integer":  # there a convolution reads 16 bits like any other product
+    if schemes.promotes_convolutions(scheme):
         convolutions = set()
     opened = embed([*every, len(groups)])  # weights and tables alone have codes: other roundings would hide one site's
     found = []
