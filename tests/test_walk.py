@@ -27,6 +27,7 @@ MAY_KNOW_ONE = (
     "quantization/integer/",
     "quantization/htp/",
     "quantization/rewrites/",
+    "quantization/block_weights.py",
     "quantization/vendor.py",
     "backends/",
 )

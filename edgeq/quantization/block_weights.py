@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from edgeq.calibration.statistics import Statistics
 from edgeq.data.batches import AnyFeeds
@@ -20,7 +20,8 @@ from edgeq.quantization.walk import Refusal
 from edgeq.records import Scheme, WeightsSpec
 
 RUNTIME_DOMAIN = "com.microsoft"  # of GatherBlockQuantized, which ONNX Runtime and OpenVINO read
-_TABLE_ROWS = 1000  # of the smallest table in 4 bits: a shorter one weighs nothing
+_UINT4 = ir.DataType.UINT4.numpy()
+_TABLE_ROWS = 256  # of the smallest table in 4 bits
 
 
 def rewrite_weights(model: onnx.ModelProto, observed: Mapping[str, Statistics], scheme: Scheme) -> onnx.ModelProto:
@@ -89,9 +90,9 @@ def _quantize_product(node: ir.Node, seen: Statistics | None, bits: int, block: 
         )
     graph, name = graph_of(node), str(stored.name)
     inputs = [
-        add_constant(graph, f"{name}/codes", found.codes.astype(ml_dtypes.uint4)),
+        add_constant(graph, f"{name}/codes", found.codes.astype(_UINT4)),
         add_constant(graph, f"{name}/scale", found.scales),
-        add_constant(graph, f"{name}/zero_point", found.zero_points.astype(ml_dtypes.uint4)),
+        add_constant(graph, f"{name}/zero_point", found.zero_points.astype(_UINT4)),
     ]
     real = add_node(node, "DequantizeLinear", inputs, f"{node.name}/weight", {"axis": 0, "block_size": block})
     node.replace_input_with(1, real)
@@ -123,14 +124,15 @@ def _quantize_table(model: ir.Model, node: ir.Node, block: int) -> None:
     ]
     settings = {"bits": 4, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
     rows = ir.node("GatherBlockQuantized", inputs, settings, domain=RUNTIME_DOMAIN, name=f"{node.name}/rows")
-    rows.outputs[0].name, rows.outputs[0].shape, rows.outputs[0].dtype = f"{old.name}/rows", old.shape, old.dtype
+    rows.outputs[0].name, rows.outputs[0].shape = f"{old.name}/rows", old.shape
+    rows.outputs[0].dtype = ir.DataType.FLOAT
     graph.insert_before(node, rows)
     replace_uses(old, rows.outputs[0])
     graph.remove(node, safe=True)
     model.opset_imports[RUNTIME_DOMAIN] = 1
 
 
-def _packed(codes: np.ndarray) -> np.ndarray:
+def _packed(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Put two 4-bit codes into a byte, the first in the low half: uint8[rows, columns / 2]."""
-    even = np.ascontiguousarray(codes)
-    return (even[:, 0::2] | (even[:, 1::2] << 4)).astype(np.uint8)
+    high: NDArray[np.uint8] = np.left_shift(codes[:, 1::2], np.uint8(4))
+    return np.ascontiguousarray(codes[:, 0::2] | high)

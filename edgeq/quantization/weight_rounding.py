@@ -127,12 +127,10 @@ def blocked(weight: NDArray[np.float32], seen: Statistics | None, bits: int, blo
     wide_scales, wide_points = (
         np.repeat(part.astype(np.float64), block, axis=0)[: len(weight)] for part in (found.scales, found.zero_points)
     )
-    limits = (0, 2**bits - 1)
     if seen is None or seen.moment is None:
-        codes = np.clip(np.rint(weight / wide_scales) + wide_points, *limits)
-    else:
-        damping = BLOCK_DAMPING * float(np.diag(seen.moment).astype(np.float64).mean())
-        codes = _rounded(weight, seen.moment, damping, wide_scales, wide_points, limits)
+        return found
+    damping = BLOCK_DAMPING * float(np.diag(seen.moment).astype(np.float64).mean())
+    codes = _rounded(weight, seen.moment, damping, wide_scales, wide_points, (0, 2**bits - 1))
     return BlockCodes(codes.astype(np.uint8), found.scales, found.zero_points)
 
 
@@ -146,8 +144,10 @@ class BlockCodes(NamedTuple):
     def real(self, block: int) -> NDArray[np.float32]:
         """Give what the codes stand for, float32[channels, out]."""
         rows = len(self.codes)
-        scales, points = (np.repeat(part, block, axis=0)[:rows] for part in (self.scales, self.zero_points))
-        return (self.codes.astype(np.float32) - points) * scales
+        scales = np.repeat(self.scales, block, axis=0)[:rows]
+        points = np.repeat(self.zero_points, block, axis=0)[:rows]
+        real: NDArray[np.float32] = (self.codes.astype(np.float32) - points.astype(np.float32)) * scales
+        return real
 
 
 def block_parameters(weight: NDArray[np.float32], bits: int, block: int) -> BlockCodes:

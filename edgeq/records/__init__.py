@@ -97,7 +97,7 @@ class DynamicSpec(Record):
 
 
 class WeightsSpec(Record):
-    """Quantise weights in blocks of input channels; activations are float, or integers that the runtime makes itself."""
+    """Quantise weights in blocks of input channels; activations stay float, or the runtime makes integers of them."""
 
     kind: Literal["weights"] = "weights"
     block: int = 32  # input channels that share a scale and a zero point

@@ -28,8 +28,8 @@ from edgeq.system.untrusted import require_confined
 
 MODEL = "onnx/model.onnx"  # sentence-transformers and text-embeddings-inference open this name
 
-# The operators that ONNX Runtime's optimiser writes for a MatMul, Gemm or Conv between DequantizeLinear nodes; MatMulNBits
-# is the one for weights in blocks, and quantises what it reads to int8 by blocks inside (accuracy_level 4).
+# The operators that ONNX Runtime's optimiser writes for a MatMul, Gemm or Conv between DequantizeLinear nodes.
+# MatMulNBits is for weights in blocks, and quantises what it reads to int8 by blocks inside (accuracy_level 4).
 # Source: onnxruntime 1.31, core/optimizer/qdq_transformer/selectors_actions.
 _INTEGER_OPERATORS = frozenset({
     "MatMulIntegerToFloat", "MatMulInteger", "MatMulNBits", "QLinearMatMul", "QGemm", "QLinearConv",
