@@ -53,12 +53,14 @@ def test_every_scheme_shows_the_same_stream_with_small_errors(calibrated: calibr
     found = measured(calibrated, scheme)
     assert tuple(tensor.name for tensor in found.stream) == STREAM
     assert len(found.tensors) > len(STREAM)
+    # 4 bits are 17 times as coarse as 8, and what they take from a product's mean comes back in the bias behind it.
+    largest, largest_of_stream = (0.2, 0.15) if SCHEMES[scheme].weight_bits > 4 else (0.5, 0.3)
     for tensor in found.tensors:
-        assert 0.0 <= tensor.relative_error < 0.2, tensor
+        assert 0.0 <= tensor.relative_error < largest, tensor
         assert tensor.cosine_min <= tensor.cosine_mean <= 1.0
     for tensor in found.stream:
         # A vendor's compiler rounds for itself: the model that it is given is float.
-        low, high = (-1.0, 1e-5) if not QUANTIZERS[SCHEMES[scheme].kind].writes_integers else (0.0, 0.15)
+        low, high = (-1.0, 1e-5) if not QUANTIZERS[SCHEMES[scheme].kind].writes_integers else (0.0, largest_of_stream)
         assert low < tensor.relative_error < high, tensor
 
 

@@ -128,9 +128,10 @@ def _scaled(graph: ir.Graph, site: Site, zero_point: int) -> tuple[ir.Value, ir.
 
 
 def _scale_back(product: ir.Node, largest: ir.Value) -> None:
-    """Multiply what a product gives by each token's divisor, in front of the bias."""
+    """Multiply what a product gives by each token's divisor, in front of the bias; the result keeps its name."""
     output = product.outputs[0]
     real = add_node_after(product, "Mul", [output, largest], f"{product.name}/scaled_back")
+    output.name, real.name = f"{output.name}/of_codes", output.name
     real.shape, real.dtype = output.shape, required(output.dtype)
     insert_after(output, real)
 
