@@ -118,11 +118,13 @@ def lower(model: QdqModel, target: Target, out_dir: Path) -> Artifact:
 def flattened(path: Path) -> onnx.ModelProto:
     """Give the QDQ model with weight MatMuls as Gemm on [tokens, channels], and query, key and value in one product.
 
-    Where each token has a scale of its own, the bias comes behind it, and no Gemm could add it: MatMuls stay.
+    Where each token has a scale of its own, the bias comes behind it, and no Gemm could add it; where weights have
+    scales for blocks, ONNX Runtime computes a Gemm that adds tokens in float. MatMuls stay there.
     The model is checked, with inferred shapes.
     """
     model = ir.load(path)
-    if not token_scales(model):
+    has_blocks = any("block_size" in node.attributes for node in model.graph if node.op_type == "DequantizeLinear")
+    if not token_scales(model) and not has_blocks:
         matmul_to_gemm(model)
     joined_heads(model)
     return roles.strip(checked(model))
